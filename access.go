@@ -1,0 +1,136 @@
+// Who may ask. A page of the relay's own origin always may; pages of other
+// origins only if they are listed. Programs that are no browser send neither
+// Origin nor Sec-Fetch-Site, and are not held up: the rule protects
+// people whose browser a foreign page would use, not the relay.
+
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"net/url"
+	"strings"
+
+	"github.com/coder/websocket"
+)
+
+// origins is the list of those whose pages may read and publish.
+type origins struct {
+	all   bool
+	list  []string
+	check http.CrossOriginProtection
+}
+
+// newOrigins reads a comma separated list of origins, https://example.com or
+// http://localhost:3000, or * for all.
+func newOrigins(list string) (*origins, error) {
+	o := &origins{}
+	for origin := range strings.SplitSeq(list, ",") {
+		origin = strings.TrimSpace(origin)
+		if origin == "" {
+			continue
+		}
+		if origin == "*" {
+			o.all = true
+			continue
+		}
+		if err := o.check.AddTrustedOrigin(origin); err != nil {
+			return nil, fmt.Errorf("-origins: %q is no origin such as https://example.com", origin)
+		}
+		o.list = append(o.list, origin)
+	}
+	return o, nil
+}
+
+// listed reports whether the origin is on the list.
+func (o *origins) listed(origin string) bool {
+	for _, l := range o.list {
+		if l == origin {
+			return true
+		}
+	}
+	return o.all
+}
+
+// allow says whether the page behind a request may make it, and writes the
+// CORS headers (https://fetch.spec.whatwg.org/#http-cors-protocol) that let
+// a page of a listed origin see the answer. For a read through <script>, <img> or
+// <iframe>, which name no Origin, it goes by the Referer. It returns the
+// foreign origin, or "" if the page is the relay's own or there is none.
+//
+// A link from anywhere to a page of the relay may be followed: the site it is
+// on sees nothing of it.
+func (o *origins) allow(w http.ResponseWriter, r *http.Request) (string, error) {
+	h := w.Header()
+	h.Add("Vary", "Origin, Sec-Fetch-Site")
+	origin := r.Header.Get("Origin")
+	if origin != "" && o.listed(origin) {
+		h.Set("Access-Control-Allow-Origin", origin)
+		h.Set("Access-Control-Expose-Headers", "Retry-After")
+		if !o.all {
+			h.Set("Access-Control-Allow-Credentials", "true")
+		}
+	}
+	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+	site := r.Header.Get("Sec-Fetch-Site")
+	if origin == "" && reads && (site == "cross-site" || site == "same-site") {
+		if from, err := url.Parse(r.Referer()); err == nil && from.Host != "" {
+			origin = from.Scheme + "://" + from.Host
+		}
+	}
+	foreign := ""
+	if origin != "" && site != "same-origin" && !sameHost(origin, r.Host) {
+		foreign = origin
+	}
+	if o.all {
+		if foreign == "" && site == "cross-site" {
+			foreign = "*"
+		}
+		return foreign, nil
+	}
+	if reads && r.Header.Get("Sec-Fetch-Mode") == "navigate" && r.Header.Get("Sec-Fetch-Dest") == "document" {
+		return "", nil
+	}
+	// CrossOriginProtection judges what changes something. What reads is
+	// judged by the same rule.
+	asked := *r
+	if reads {
+		asked.Method = http.MethodPost
+		asked.Header = http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}
+	}
+	if err := o.check.Check(&asked); err != nil {
+		return "", fault{http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins"}
+	}
+	return foreign, nil
+}
+
+func sameHost(origin, host string) bool {
+	u, err := url.Parse(origin)
+	return err == nil && strings.EqualFold(u.Host, host)
+}
+
+// preflight answers OPTIONS: what may be asked for here, and for CORS with
+// which headers. Chromium keeps the answer for two hours at most.
+func (o *origins) preflight(w http.ResponseWriter, r *http.Request, methods string) {
+	h := w.Header()
+	h.Set("Allow", methods)
+	if origin := r.Header.Get("Origin"); origin != "" && o.listed(origin) {
+		h.Set("Access-Control-Allow-Methods", methods)
+		h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key, Last-Event-ID")
+		h.Set("Access-Control-Max-Age", "7200")
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// websocket is the same list as coder/websocket has it.
+func (o *origins) websocket() *websocket.AcceptOptions {
+	return &websocket.AcceptOptions{InsecureSkipVerify: o.all, OriginPatterns: o.list}
+}
+
+// ancestors is the list for Content-Security-Policy: frame-ancestors.
+func (o *origins) ancestors() string {
+	if o.all {
+		return "*"
+	}
+	return strings.Join(append([]string{"'self'"}, o.list...), " ")
+}

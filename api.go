@@ -1,0 +1,640 @@
+// The interface: which request means what, and what is wrong with the others.
+// Every input is checked here, once; what lies behind relies on it.
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"mime"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unicode"
+	"unicode/utf8"
+)
+
+const (
+	maxBody  = 64 << 10  // bytes of a publish, and of a WebSocket frame
+	maxName  = 64        // bytes of the name of a room or type, of a callback; characters of a user
+	maxKey   = 128       // bytes of a publish key
+	maxRooms = 32        // in one request
+	maxDepth = 64        // of nested JSON: parsers of other languages give up soon after
+	maxTTL   = 24 * 3600 // seconds of a signal
+	maxWait  = 55        // seconds of a long-poll: many proxies cut at 60
+
+	bodyTimeout = 10 * time.Second // to send a body
+)
+
+// A server is the relay as seen by HTTP.
+type server struct {
+	relay    *relay
+	origins  *origins
+	beat     time.Duration
+	instance string // names this process in hello
+	static   http.Handler
+	streams  atomic.Int64 // open now
+}
+
+// A fault is an error that is the client's business.
+type fault struct {
+	status int
+	text   string
+}
+
+func (f fault) Error() string { return f.text }
+
+func bad(format string, args ...any) error {
+	return fault{http.StatusBadRequest, fmt.Sprintf(format, args...)}
+}
+
+var (
+	errReserved = fault{http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another"}
+	errTooBig   = fault{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is too big; the limit is %d bytes", maxBody)}
+	errSlow     = fault{http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", bodyTimeout)}
+	errState    = bad("the state is one of online, typing, away, offline")
+	errTTL      = bad("ttl is 1 to %d seconds", maxTTL)
+	errUTF8     = bad("this is not UTF-8")
+)
+
+// ServeHTTP answers a request, and says what is wrong when it can't.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h := w.Header()
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Referrer-Policy", "no-referrer")
+	err := s.route(w, r)
+	if err == nil || r.Context().Err() != nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		return // a client that left, or takes nothing, is no error
+	}
+	f := fault{http.StatusInternalServerError, "the relay failed; it has been logged"}
+	switch {
+	case errors.As(err, &f):
+	case errors.Is(err, errStopping):
+		f = fault{http.StatusServiceUnavailable, err.Error()}
+		h.Set("Retry-After", "2")
+	case errors.Is(err, errTooManyRooms), errors.Is(err, errTooManyUsers):
+		f = fault{http.StatusServiceUnavailable, err.Error()}
+		h.Set("Retry-After", "60")
+	default:
+		slog.Error("request failed", "method", r.Method, "path", r.URL.Path, "error", err)
+	}
+	reply(w, f.status, map[string]string{"error": f.text})
+}
+
+// reply answers with a JSON object.
+func reply(w http.ResponseWriter, status int, v any) {
+	b, _ := json.Marshal(v)
+	h := w.Header()
+	h.Set("Content-Type", "application/json; charset=utf-8")
+	h.Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	w.Write(append(b, '\n'))
+}
+
+// route finds what a path and method ask for. It goes by the escaped path, so
+// a slash within a name is seen for what it is, and nothing is redirected.
+func (s *server) route(w http.ResponseWriter, r *http.Request) error {
+	path, ok := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
+	if !ok {
+		return s.page(w, r)
+	}
+	name, verb, _ := strings.Cut(path, "/")
+	rooms, err := parseRooms(name)
+	if err != nil {
+		return err
+	}
+	q := &query{rooms: rooms}
+	get := "GET, HEAD, OPTIONS"
+	switch verb {
+	case "":
+		return s.handle(w, r, q, "POST, OPTIONS", s.publish)
+	case "presence":
+		return s.handle(w, r, q, "GET, HEAD, POST, OPTIONS", s.presence)
+	case "form":
+		return s.handle(w, r, q, get, s.form)
+	}
+	for _, t := range techniques {
+		if t.name == verb {
+			return s.handle(w, r, q, get, func(w http.ResponseWriter, r *http.Request, q *query) error {
+				if err := q.parse(r, t); err != nil {
+					return err
+				}
+				h := w.Header()
+				h.Set("Cache-Control", "no-store, no-transform")
+				h.Set("X-Accel-Buffering", "no") // nginx
+				return s.serve(w, r, t, q)
+			})
+		}
+	}
+	return fault{http.StatusNotFound, "there is no such technique; there are " + techniqueNames()}
+}
+
+func techniqueNames() string {
+	var names []string
+	for _, t := range techniques {
+		names = append(names, t.name)
+	}
+	return strings.Join(names, " ")
+}
+
+// handle lets do answer if the method is one of methods, and the page behind the request may
+// ask; and answers OPTIONS.
+func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, methods string, do func(http.ResponseWriter, *http.Request, *query) error) error {
+	if !slices.Contains(strings.Split(methods, ", "), r.Method) {
+		w.Header().Set("Allow", methods)
+		return fault{http.StatusMethodNotAllowed, r.Method + " is not for this path; " + methods + " are"}
+	}
+	foreign, err := s.origins.allow(w, r)
+	if err != nil {
+		return err
+	}
+	if r.Method == http.MethodOptions {
+		s.origins.preflight(w, r, methods)
+		return nil
+	}
+	q.origin, q.ancestors = foreign, s.origins.ancestors()
+	if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
+		return bad("the query is not well formed: %v", err)
+	}
+	return do(w, r, q)
+}
+
+// A query is a request, checked.
+type query struct {
+	rooms     []string
+	values    url.Values
+	origin    string // the foreign origin that asks, or ""
+	ancestors string // whose pages may frame this one
+
+	user     string
+	after    int64 // -1 for none
+	last     int
+	presence bool
+	wait     time.Duration
+	callback string
+	as       string
+	pull     bool   // a page that comes anew
+	bare     bool   // without its form
+	here     string // who is here, in words
+}
+
+// want is the query as the relay takes it.
+func (q *query) want(h hold) want {
+	user := q.user
+	if !q.presence {
+		user = "" // speaks under this name, but is not seen
+	}
+	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, presence: q.presence, holds: h != now}
+}
+
+// oneRoom is the room that is meant where none is named, or "".
+func (q *query) oneRoom() string {
+	if len(q.rooms) == 1 {
+		return q.rooms[0]
+	}
+	return ""
+}
+
+// get is the parameter's value, or "". Given twice, none of them is meant.
+func (q *query) get(name string) (string, error) {
+	v := q.values[name]
+	if len(v) > 1 {
+		return "", bad("%s is given twice", name)
+	}
+	if len(v) == 0 {
+		return "", nil
+	}
+	return v[0], nil
+}
+
+// number is the parameter as an integer from low to high, or absent.
+func (q *query) number(name string, low, high, absent int64) (int64, error) {
+	v, err := q.get(name)
+	if err != nil || v == "" {
+		return absent, err
+	}
+	return parseNumber(name, v, low, high)
+}
+
+func parseNumber(name, v string, low, high int64) (int64, error) {
+	n, err := strconv.ParseInt(v, 10, 64)
+	if err != nil || n < low || n > high || v[0] == '+' {
+		return 0, bad("%s is an integer from %d to %d", name, low, high)
+	}
+	return n, nil
+}
+
+// parse reads what all techniques take, and what only some do.
+func (q *query) parse(r *http.Request, t technique) (err error) {
+	if q.user, err = q.userName(); err != nil {
+		return err
+	}
+	const maxCursor = 1<<63 - 1
+	if q.after, err = q.number("after", 0, maxCursor, -1); err != nil {
+		return err
+	}
+	if ids := r.Header.Values("Last-Event-ID"); len(ids) > 1 {
+		return bad("Last-Event-ID is given twice")
+	} else if len(ids) == 1 && ids[0] != "" {
+		if q.after, err = parseNumber("Last-Event-ID", ids[0], 0, maxCursor); err != nil {
+			return err
+		}
+	}
+	people := t.name == "refresh" || t.name == "html"
+	wait, last := int64(25), int64(0)
+	if q.as, err = q.get("as"); err != nil {
+		return err
+	}
+	if t.name == "multipart" {
+		switch q.as {
+		case "":
+			q.as = "json"
+		case "html":
+			people = true
+		case "json", "text":
+		default:
+			return bad("as is one of json, text, html")
+		}
+	}
+	if people {
+		wait, last = 10, pageMessages
+	}
+	if last, err = q.number("last", 0, 1<<31-1, last); err != nil {
+		return err
+	}
+	q.last = int(last)
+	least := int64(0)
+	if t.name == "refresh" {
+		q.pull = true
+		least = 1 // with 0 a browser asks thirty times a second
+	}
+	form, err := q.get("form")
+	if err != nil {
+		return err
+	}
+	q.bare = form == "0"
+	if wait, err = q.number("wait", least, maxWait, wait); err != nil {
+		return err
+	}
+	q.wait = time.Duration(wait) * time.Second
+	see, err := q.get("presence")
+	switch {
+	case err != nil:
+		return err
+	case see == "":
+		q.presence = q.user != ""
+	case see == "0" || see == "1":
+		q.presence = see == "1"
+	default:
+		return bad("presence is 1, to see it, or 0")
+	}
+	if t.name == "jsonp" {
+		if q.callback, err = q.get("callback"); err != nil {
+			return err
+		}
+		if !validCallback(q.callback) {
+			return bad("callback is the name of a function: a JavaScript name, or several with dots between, of at most %d characters", maxName)
+		}
+	}
+	return nil
+}
+
+// userName is the parameter user, or "".
+func (q *query) userName() (string, error) {
+	user, err := q.get("user")
+	if err == nil && !validUser(user) {
+		err = bad("user is 1 to %d characters of UTF-8, none of them a control character", maxName)
+	}
+	return user, err
+}
+
+func parseRooms(escaped string) ([]string, error) {
+	list, err := url.PathUnescape(escaped)
+	if err != nil {
+		return nil, bad("the path is not well formed: %v", err)
+	}
+	rooms := strings.Split(list, ",")
+	if len(rooms) > maxRooms {
+		return nil, bad("these are %d rooms; one request names at most %d", len(rooms), maxRooms)
+	}
+	for i, room := range rooms {
+		if !validName(room) {
+			return nil, bad("%.80q is no name for a room: that is 1 to %d of A-Z a-z 0-9 _ . : -", room, maxName)
+		}
+		if slices.Contains(rooms[:i], room) {
+			return nil, bad("the room %q is named twice", room)
+		}
+	}
+	return rooms, nil
+}
+
+// validName reports whether s can name a room or a type.
+func validName(s string) bool {
+	for i := range len(s) {
+		switch c := s[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '_', c == '.', c == ':', c == '-':
+		default:
+			return false
+		}
+	}
+	return 1 <= len(s) && len(s) <= maxName
+}
+
+// validUser reports whether s can name a user. None is "".
+func validUser(s string) bool {
+	return utf8.ValidString(s) && utf8.RuneCountInString(s) <= maxName && !strings.ContainsFunc(s, unicode.IsControl)
+}
+
+// validCallback reports whether s is a JavaScript name, or several with dots
+// between them, in ASCII.
+func validCallback(s string) bool {
+	if len(s) > maxName {
+		return false
+	}
+	for part := range strings.SplitSeq(s, ".") {
+		for i, c := range part {
+			letter := 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '_' || c == '$'
+			if !letter && (i == 0 || c < '0' || c > '9') {
+				return false
+			}
+		}
+		if part == "" {
+			return false
+		}
+	}
+	return true
+}
+
+// ownTypes are those of the relay; nobody else publishes them.
+var ownTypes = []string{"hello", "presence", "gap", "beat", "ack", "error", "bye"}
+
+// post publishes what was not checked yet, but for its JSON's size and UTF-8.
+func (s *server) post(room string, p post) (id int64, fresh bool, err error) {
+	switch {
+	case room == "":
+		err = bad("this reads several rooms; name the one that is meant")
+	case !validName(room):
+		err = bad("%.80q is no name for a room: that is 1 to %d of A-Z a-z 0-9 _ . : -", room, maxName)
+	case room[0] == '_':
+		err = errReserved
+	case !validName(p.kind):
+		err = bad("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
+	case slices.Contains(ownTypes, p.kind):
+		err = bad("the type %s is the relay's own; publish another", p.kind)
+	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
+		err = bad("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
+	}
+	if err != nil {
+		return 0, false, err
+	}
+	if p.data == nil {
+		p.data = []byte("null")
+	}
+	if p.data, err = json.Marshal(json.RawMessage(p.data)); err != nil { // one line, escaped
+		return 0, false, err
+	}
+	p.room = room
+	return s.relay.publish(p)
+}
+
+// declare sets the state of a user in a room, none of it checked yet.
+func (s *server) declare(room, user, state string) error {
+	switch {
+	case room == "" || !validName(room):
+		return bad("presence is in one room; name it")
+	case room[0] == '_':
+		return errReserved
+	case user == "" || !validUser(user):
+		return bad("presence is a user's: 1 to %d characters of UTF-8, none of them a control character", maxName)
+	case !slices.Contains([]string{"online", "typing", "away", "offline"}, state):
+		return errState
+	}
+	return s.relay.declare(room, user, state)
+}
+
+// parseJSON decodes b, if it is JSON that others can be given to parse.
+func parseJSON(b []byte, v any) error {
+	if !utf8.Valid(b) {
+		return errUTF8
+	}
+	if !json.Valid(b) {
+		return bad("this is not JSON; text goes as text/plain")
+	}
+	depth, quoted := 0, false
+	for i := 0; i < len(b); i++ {
+		switch c := b[i]; {
+		case quoted && c == '\\':
+			i++
+		case c == '"':
+			quoted = !quoted
+		case quoted:
+		case c == '{' || c == '[':
+			if depth++; depth > maxDepth {
+				return bad("this JSON is nested deeper than %d", maxDepth)
+			}
+		case c == '}' || c == ']':
+			depth--
+		}
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return bad("this JSON is not what was expected: %v", err)
+	}
+	return nil
+}
+
+// publish is POST /rooms/{room}.
+func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error {
+	if len(q.rooms) > 1 {
+		return bad("publish to one room at a time")
+	}
+	p, then, err := s.parsePost(w, r, q)
+	if err != nil {
+		return err
+	}
+	id, fresh, err := s.post(q.rooms[0], p)
+	if err != nil {
+		return err
+	}
+	if then != "" { // a person's form: back to the page it is on
+		to := url.URL{Path: "/rooms/" + q.rooms[0] + "/" + then, RawQuery: url.Values{"user": {p.from}}.Encode()}
+		w.Header().Set("Location", to.String())
+		w.WriteHeader(http.StatusSeeOther)
+		return nil
+	}
+	status := http.StatusOK
+	if fresh {
+		status = http.StatusCreated
+	}
+	reply(w, status, map[string]int64{"id": id})
+	return nil
+}
+
+// parsePost reads a publish from a request's query, headers and body. With a
+// form of ours comes the page to go to then.
+func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p post, then string, err error) {
+	b, form, err := readBody(w, r, "data")
+	if err != nil {
+		return p, "", err
+	}
+	// either is a parameter of the query or the form; both may say the same.
+	either := func(name string) string {
+		v, err1 := q.get(name)
+		if err == nil {
+			err = err1
+		}
+		if f, ok := form[name]; ok {
+			if len(f) > 1 || v != "" && v != f[0] && err == nil {
+				err = bad("%s is given twice", name)
+			}
+			v = f[0]
+		}
+		return v
+	}
+	p.kind, p.from, p.key = either("type"), either("user"), either("key")
+	if key := r.Header.Get("Idempotency-Key"); key != "" {
+		if p.key != "" && p.key != key {
+			return p, "", bad("key and Idempotency-Key differ")
+		}
+		p.key = key
+	}
+	if err != nil {
+		return p, "", err
+	}
+	if !validUser(p.from) {
+		return p, "", bad("user is 1 to %d characters of UTF-8, none of them a control character", maxName)
+	}
+	if p.kind == "" {
+		p.kind = "message"
+	}
+	ttl, err := q.number("ttl", 1, maxTTL, 0)
+	if err != nil {
+		return p, "", err
+	}
+	p.ttl = time.Duration(ttl) * time.Second
+
+	switch {
+	case form != nil:
+		if len(form["data"]) > 1 {
+			return p, "", bad("data is given twice")
+		}
+		text := form.Get("data")
+		if !utf8.ValidString(text) {
+			return p, "", errUTF8
+		}
+		p.data, err = json.Marshal(text)
+		if then = form.Get("then"); then != "form" && then != "refresh" {
+			then = ""
+		}
+	case isJSON(r):
+		err = parseJSON(b, (*json.RawMessage)(&p.data))
+	case !utf8.Valid(b):
+		err = bad("the body is not UTF-8; the relay carries text and JSON")
+	default:
+		p.data, err = json.Marshal(string(b))
+	}
+	return p, then, err
+}
+
+func mediaType(r *http.Request) (string, map[string]string) {
+	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err != nil {
+		return "", nil
+	}
+	return kind, params
+}
+
+func isJSON(r *http.Request) bool {
+	kind, _ := mediaType(r)
+	return kind == "application/json"
+}
+
+// readBody reads a bounded body, and the form in it if it is one with the
+// field. curl -d sends any text as a form; that is taken for the text it is.
+func readBody(w http.ResponseWriter, r *http.Request, field string) ([]byte, url.Values, error) {
+	kind, params := mediaType(r)
+	unsupported := func(what string) error {
+		return fault{http.StatusUnsupportedMediaType, what + " is not taken; send UTF-8, not encoded"}
+	}
+	if e := r.Header.Get("Content-Encoding"); e != "" && e != "identity" {
+		return nil, nil, unsupported("Content-Encoding " + strconv.Quote(e))
+	}
+	switch c := params["charset"]; strings.ToLower(c) {
+	case "", "utf-8", "utf8", "us-ascii":
+	default:
+		return nil, nil, unsupported("charset " + strconv.Quote(c))
+	}
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	var tooBig *http.MaxBytesError
+	switch {
+	case errors.As(err, &tooBig):
+		return nil, nil, errTooBig
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		w.Header().Set("Connection", "close")
+		return nil, nil, errSlow
+	case err != nil:
+		return nil, nil, bad("the body did not arrive whole")
+	}
+	switch kind {
+	case "application/x-www-form-urlencoded":
+		if form, err := url.ParseQuery(string(b)); err == nil && form.Has(field) {
+			return b, form, nil
+		}
+	case "multipart/form-data":
+		r.Body = io.NopCloser(bytes.NewReader(b))
+		if err := r.ParseMultipartForm(maxBody); err != nil || !url.Values(r.MultipartForm.Value).Has(field) {
+			return nil, nil, bad("this is no form with a field %s", field)
+		}
+		return b, r.MultipartForm.Value, nil
+	}
+	return b, nil, nil
+}
+
+// presence is GET and POST /rooms/{room}/presence.
+func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) error {
+	if len(q.rooms) > 1 {
+		return bad("presence is in one room; name it")
+	}
+	room := q.rooms[0]
+	if r.Method != http.MethodPost {
+		reply(w, http.StatusOK, struct {
+			Room string `json:"room"`
+			roster
+		}{room, s.relay.whoIsIn(room)})
+		return nil
+	}
+	user, err := q.userName()
+	if err != nil {
+		return err
+	}
+	b, form, err := readBody(w, r, "state")
+	if err != nil {
+		return err
+	}
+	state := strings.TrimSpace(string(b))
+	if form != nil {
+		state = form.Get("state")
+		user = cmp.Or(user, form.Get("user"))
+	} else if isJSON(r) || strings.HasPrefix(state, "{") {
+		var said struct{ State string }
+		if err := parseJSON(b, &said); err != nil {
+			return err
+		}
+		state = said.State
+	}
+	if err := s.declare(room, user, state); err != nil {
+		return err
+	}
+	reply(w, http.StatusOK, map[string]string{"room": room, "user": user, "state": state})
+	return nil
+}

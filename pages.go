@@ -1,0 +1,288 @@
+// Pages: the files of static/, which are part of the binary, and those that the
+// relay writes for people without JavaScript. No user's text gets into a
+// page but through html.EscapeString, and no page may run a script that is
+// not one of our files.
+
+package main
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"embed"
+	"encoding/hex"
+	"encoding/json"
+	"html"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+//go:embed static
+var embedded embed.FS
+
+// fileTypes is ours, since the system's table takes .ts for video.
+var fileTypes = map[string]string{
+	".html": "text/html; charset=utf-8",
+	".css":  "text/css; charset=utf-8",
+	".js":   "text/javascript; charset=utf-8",
+	".ts":   "text/plain; charset=utf-8",
+	".svg":  "image/svg+xml",
+}
+
+// A file is one of static/.
+type file struct {
+	kind, etag string
+	data       string
+}
+
+var files = readFiles()
+
+func readFiles() map[string]file {
+	files := map[string]file{}
+	fs.WalkDir(embedded, "static", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		b, err := embedded.ReadFile(name)
+		sum := sha256.Sum256(b)
+		files[strings.TrimPrefix(name, "static")] = file{
+			kind: fileTypes[path.Ext(name)],
+			etag: `"` + hex.EncodeToString(sum[:8]) + `"`,
+			data: string(b),
+		}
+		return err
+	})
+	files["/"] = files["/index.html"]
+	return files
+}
+
+// page answers everything outside of /rooms/.
+func (s *server) page(w http.ResponseWriter, r *http.Request) error {
+	f, ok := files[r.URL.Path]
+	if !ok && r.URL.Path != "/healthz" {
+		return fault{http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}"}
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		w.Header().Set("Allow", "GET, HEAD")
+		return fault{http.StatusMethodNotAllowed, r.Method + " is not for this path; GET, HEAD are"}
+	}
+	if r.URL.Path == "/healthz" {
+		if s.relay.isStopping() {
+			return errStopping
+		}
+		reply(w, http.StatusOK, map[string]string{"status": "ok"})
+		return nil
+	}
+	h := w.Header()
+	h.Set("Content-Type", f.kind)
+	h.Set("ETag", f.etag)
+	h.Set("Cache-Control", "no-cache") // keep it, but ask whether it is still the same
+	h.Set("Content-Security-Policy", "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'")
+	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(f.data))
+	return nil
+}
+
+// What an event says to people.
+
+// content is what its JSON holds.
+func (e *event) content() (c struct {
+	Room, Type, From string
+	Time             int64
+	Data             json.RawMessage
+}) {
+	json.Unmarshal(e.json, &c) // it is our own
+	return c
+}
+
+// asText is data for people: a string is itself, anything else its JSON.
+func asText(data json.RawMessage) string {
+	var text string
+	if json.Unmarshal(data, &text) != nil {
+		return string(data)
+	}
+	return text
+}
+
+// text is the event as a line of plain text.
+func (e *event) text() string {
+	c := e.content()
+	switch e.kind {
+	case "hello":
+		return "Connected.\n"
+	case "message":
+		if c.From == "" {
+			return asText(c.Data) + "\n"
+		}
+		return c.From + ": " + asText(c.Data) + "\n"
+	}
+	return e.kind + " " + c.From + " " + asText(c.Data) + "\n"
+}
+
+// html is the event as a line of a page. It is made once, however many read it.
+func (e *event) html() []byte {
+	e.once.Do(func() {
+		c := e.content()
+		at := time.UnixMilli(c.Time).UTC()
+		clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04") + `</time> `
+		from := html.EscapeString(c.From)
+		text := html.EscapeString(asText(c.Data))
+		line := func(class, s string) { e.page = []byte(`<p class="` + class + `">` + s + "</p>\n") }
+		switch e.kind {
+		case "hello":
+			line("note", "Connected.")
+		case "message":
+			if from == "" {
+				from = "somebody"
+			}
+			line("message", clock+"<b>"+from+"</b> <span>"+text+"</span>")
+		case "gap":
+			line("gap", "Some messages may be missing here.")
+		case "bye":
+			var bye struct{ Retry int }
+			json.Unmarshal(c.Data, &bye)
+			line("note", `The relay is going away for a moment; this page will come again by itself.`+
+				`<meta http-equiv="refresh" content="`+strconv.Itoa(1+bye.Retry/1000)+`">`)
+		case "presence":
+			var ros roster
+			if c.From != "" {
+				line("note", clock+"<b>"+from+"</b> is "+text)
+			} else if json.Unmarshal(c.Data, &ros) == nil {
+				line("note", html.EscapeString(ros.sentence()))
+			}
+		default:
+			line("note", clock+"<i>"+e.kind+"</i> <b>"+from+"</b> <span>"+text+"</span>")
+		}
+	})
+	return e.page
+}
+
+// sentence is the roster in words.
+func (ros roster) sentence() string {
+	names := make([]string, 0, len(ros.Users))
+	for user, state := range ros.Users {
+		if state != "online" {
+			user += " (" + state + ")"
+		}
+		names = append(names, user)
+	}
+	if len(names) == 0 {
+		return strconv.Itoa(ros.Count) + " here"
+	}
+	slices.Sort(names)
+	if len(names) == 1 {
+		return names[0] + " is here"
+	}
+	return strings.Join(names, ", ") + " are here"
+}
+
+// Pages without a script.
+
+// pageMessages is how many of the last messages such a page shows.
+const pageMessages = 50
+
+// pagePolicy is their Content-Security-Policy.
+func (q *query) pagePolicy() string {
+	return "default-src 'none'; style-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.ancestors
+}
+
+func (q *query) title() string { return html.EscapeString(strings.Join(q.rooms, ", ")) }
+
+// pageHead appends a page's beginning, with the form to write with: of its
+// own in a frame, or, in a page that comes anew as a whole, as part of it.
+func pageHead(b []byte, q *query) []byte {
+	room := q.rooms[0]
+	user := url.Values{"user": {q.user}}.Encode()
+	b = append(b, `<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>`+q.title()+` · Cometes</title>
+<link rel="stylesheet" href="/plain.css">
+<header>
+<h1>`+q.title()+`</h1>
+`...)
+	if q.pull {
+		b = append(b, `<p>This page comes anew every `+strconv.Itoa(int(q.wait/time.Second))+` seconds.
+<a href="/rooms/`+room+`/form?live=refresh&amp;`+user+`">Write at leisure</a></p>
+`...)
+	} else {
+		b = append(b, `<p>This page never ends: what is said appears on top.
+<a href="/rooms/`+room+`/refresh?`+user+`">A page that comes anew instead</a></p>
+`...)
+	}
+	if q.here != "" {
+		b = append(b, `<p>`+html.EscapeString(q.here)+`.</p>
+`...)
+	}
+	b = append(b, "</header>\n"...)
+	switch {
+	case q.bare:
+	case q.pull:
+		b = appendForm(b, room, q.user, "refresh")
+	default:
+		b = append(b, `<iframe class="form" title="Write a message" src="/rooms/`+room+`/form?`+user+`"></iframe>
+`...)
+	}
+	return b
+}
+
+// page appends a whole page, the newest message first.
+func page(b []byte, q *query, events []*event) []byte {
+	b = append(pageHead(b, q), "<main class=\"log\">\n"...)
+	for _, e := range slices.Backward(events[max(0, len(events)-pageMessages):]) {
+		if e.kind != "hello" {
+			b = append(b, e.html()...)
+		}
+	}
+	return append(b, "</main>\n"...)
+}
+
+// appendForm appends the form that posts to a room and then shows the page
+// named. Its key makes a double click one message.
+func appendForm(b []byte, room, user, then string) []byte {
+	return append(b, `<form method="post" action="/rooms/`+room+`">
+<label>Name <input name="user" value="`+html.EscapeString(user)+`" maxlength="64" size="10" autocomplete="nickname"></label>
+<label class="wide">Message <input name="data" required maxlength="4000" autocomplete="off"></label>
+<input type="hidden" name="key" value="`+rand.Text()+`">
+<input type="hidden" name="then" value="`+then+`">
+<button>Send</button>
+</form>
+`...)
+}
+
+// form is GET /rooms/{room}/form: the form alone, for a frame in a page that
+// never ends, or, with live, above a frame with that page.
+func (s *server) form(w http.ResponseWriter, r *http.Request, q *query) error {
+	user, err := q.userName()
+	if err != nil {
+		return err
+	}
+	live, err := q.get("live")
+	if err != nil || live != "" && live != "refresh" {
+		return bad("live is refresh")
+	}
+	h := w.Header()
+	h.Set("Content-Type", "text/html; charset=utf-8")
+	h.Set("Cache-Control", "no-store")
+	h.Set("Content-Security-Policy", q.pagePolicy())
+	b := []byte(`<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Write to ` + q.title() + ` · Cometes</title>
+<link rel="stylesheet" href="/plain.css">
+<body class="bare">
+`)
+	b = appendForm(b, q.rooms[0], user, "form")
+	if live != "" {
+		b = append(b, `<iframe class="live" title="Messages" src="/rooms/`+q.rooms[0]+`/refresh?form=0&amp;`+url.Values{"user": {user}}.Encode()+`"></iframe>
+`...)
+	}
+	w.Write(b)
+	return nil
+}

@@ -1,0 +1,323 @@
+// Presence. Who is in a room is a set of leases with a time to live. A stream
+// that names a user holds their lease while it lasts; whoever polls renews it
+// each time. What a lease is worth is decided by the clock at the moment
+// of reading; timers only announce it, since a platform may stop them (Cloud
+// Run does between requests).
+
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+)
+
+const (
+	grace      = 10 * time.Second // from a closed connection to offline: a reload, or the pause between two long-polls
+	typingFor  = 5 * time.Second  // then typing falls back to online
+	tellEvery  = time.Second      // at most one event in this time by user, and one count by room
+	crowdAbove = 100              // users; above, comings and goings would grow with the square, so only counts are told
+	maxLeases  = 20_000           // users in all rooms together
+
+	// A presence event is kept so long for whoever polls. Readers of streams
+	// that missed one are sent the roster.
+	presenceFor = time.Minute
+)
+
+var errTooManyUsers = errors.New("there are too many users; try again when some have left")
+
+// A lease is a user's stay in a room. It is guarded by relay.mu.
+type lease struct {
+	streams int       // connections that name the user
+	until   time.Time // without a stream, here until then
+	state   string    // online, away or offline
+	typing  time.Time // typing until then
+	leaving int       // streams whose page has said goodbye: no grace for them
+
+	here   bool      // counted in room.here
+	told   string    // what the room was last told
+	toldAt time.Time // and when
+	timer  *time.Timer
+}
+
+// A crowd is a room's state above crowdAbove users.
+type crowd struct {
+	counted bool // only counts are told
+	told    int  // the count last told
+	toldAt  time.Time
+	timer   *time.Timer
+}
+
+// now is the user's state at the time t.
+func (l *lease) now(t time.Time) string {
+	switch {
+	case l.streams == 0 && !t.Before(l.until), l.state == "offline":
+		return "offline"
+	case t.Before(l.typing):
+		return "typing"
+	}
+	return l.state
+}
+
+// due is when the state next changes by itself, or the zero time.
+func (l *lease) due(t time.Time) time.Time {
+	var due time.Time
+	if l.streams == 0 {
+		due = l.until
+	}
+	if t.Before(l.typing) && (due.IsZero() || l.typing.Before(due)) {
+		due = l.typing
+	}
+	return due
+}
+
+// enter takes a lease for the user: for as long as the stream lasts, or until
+// they should have asked again. It reports whether the room was told of it.
+// The caller holds r.mu.
+func (r *relay) enter(rm *room, user string, stream bool) bool {
+	now := time.Now()
+	l := r.lease(rm, user)
+	if l.now(now) == "offline" {
+		l.state = "online"
+	}
+	if stream {
+		l.streams++
+	} else {
+		l.until = now.Add(r.present)
+	}
+	return r.settle(rm, user, l, now)
+}
+
+// exit ends one of the user's streams. The caller holds r.mu.
+func (r *relay) exit(rm *room, user string) bool {
+	now := time.Now()
+	l := rm.leases[user]
+	l.streams--
+	if l.leaving > 0 {
+		l.leaving--
+		l.until = now
+	} else if end := now.Add(grace); l.until.Before(end) {
+		l.until = end
+	}
+	return r.settle(rm, user, l, now)
+}
+
+// declare sets the user's state: online, typing, away or offline. Offline from
+// a user with several streams is one tab's goodbye, not the user's.
+func (r *relay) declare(name, user, state string) error {
+	r.mu.Lock()
+	if r.stopped {
+		r.mu.Unlock()
+		return errStopping
+	}
+	rm := r.rooms[name]
+	known := rm != nil && rm.leases[user] != nil
+	if state == "offline" && !known {
+		r.mu.Unlock()
+		return nil
+	}
+	if !known && r.users >= maxLeases {
+		r.mu.Unlock()
+		return errTooManyUsers
+	}
+	rm = r.open(name)
+	now := time.Now()
+	l := r.lease(rm, user)
+	switch {
+	case state == "offline" && l.streams > 1:
+		l.leaving = min(l.leaving+1, l.streams-1)
+	case state == "offline":
+		l.leaving = l.streams
+		l.state, l.typing, l.until = state, time.Time{}, now
+	default:
+		l.leaving = 0
+		if l.streams == 0 {
+			l.until = now.Add(r.present)
+		}
+		l.typing = time.Time{}
+		if l.state = state; state == "typing" {
+			l.state, l.typing = "online", now.Add(typingFor)
+		}
+	}
+	told := r.settle(rm, user, l, now)
+	r.mu.Unlock()
+	if told {
+		rm.wake()
+	}
+	return nil
+}
+
+// lease returns the user's lease, made if need be.
+func (r *relay) lease(rm *room, user string) *lease {
+	l := rm.leases[user]
+	if l == nil {
+		if rm.leases == nil {
+			rm.leases = map[string]*lease{}
+		}
+		l = &lease{state: "offline", told: "offline"}
+		rm.leases[strings.Clone(user)] = l
+		r.users++
+	}
+	return l
+}
+
+// settle tells the room what has changed of a lease, sees to it that what will
+// change is told in time, and drops a lease that is over. It reports
+// whether anything was told.
+func (r *relay) settle(rm *room, user string, l *lease, now time.Time) (told bool) {
+	state, next := l.now(now), l.due(now)
+	if here := state != "offline"; here != l.here {
+		l.here = here
+		if here {
+			rm.here++
+		} else {
+			rm.here--
+		}
+	}
+	rest := l.toldAt.Add(tellEvery)
+	switch {
+	case state == l.told:
+	case rm.crowd.counted || rm.here > crowdAbove:
+		l.told = state
+		told = r.tellCount(rm, now)
+	case state == "offline" || !now.Before(rest):
+		if l.told != "offline" || state == "offline" { // typing may follow on coming online at once
+			l.toldAt = now
+			rest = now.Add(tellEvery)
+		}
+		l.told = state
+		told = r.tell(rm, user, strconv.AppendQuote(nil, state))
+	default:
+		if next.IsZero() || rest.Before(next) {
+			next = rest
+		}
+	}
+	if state == "offline" && l.streams == 0 {
+		if !now.Before(rest) {
+			if l.timer != nil {
+				l.timer.Stop()
+			}
+			delete(rm.leases, user)
+			r.users--
+			r.close(rm)
+			return told
+		}
+		next = rest // remembered so long, or leaving and returning would go round the limit
+	}
+	if !next.IsZero() {
+		if l.timer == nil {
+			l.timer = time.AfterFunc(next.Sub(now), func() {
+				r.later(rm, func(now time.Time) bool { return rm.leases[user] == l && r.settle(rm, user, l, now) })
+			})
+		} else {
+			l.timer.Reset(next.Sub(now))
+		}
+	}
+	return told
+}
+
+// tellCount tells a crowded room how many are here, at most once a second;
+// and when they are few again, who.
+func (r *relay) tellCount(rm *room, now time.Time) bool {
+	c := &rm.crowd
+	c.counted = true
+	if rest := c.toldAt.Add(tellEvery); now.Before(rest) {
+		if c.timer == nil {
+			c.timer = time.AfterFunc(rest.Sub(now), func() {
+				r.later(rm, func(now time.Time) bool { c.timer = nil; return r.tellCount(rm, now) })
+			})
+		}
+		return false
+	}
+	if rm.here == c.told {
+		return false
+	}
+	c.told, c.toldAt = rm.here, now
+	if rm.here <= crowdAbove {
+		*c = crowd{}
+		for _, l := range rm.leases {
+			l.told = l.now(now)
+		}
+	}
+	data, _ := json.Marshal(rm.roster(now))
+	return r.tell(rm, "", data)
+}
+
+// later is what a timer calls: do, under r.mu, and wake the room if it told anything.
+func (r *relay) later(rm *room, do func(now time.Time) bool) {
+	r.mu.Lock()
+	told := do(time.Now())
+	r.mu.Unlock()
+	if told {
+		rm.wake()
+	}
+}
+
+// tell appends a presence event to the room. It can fail, when the relay stops
+// or has no place for another room; presence is then only told to who asks.
+func (r *relay) tell(rm *room, user string, data []byte) bool {
+	_, _, err := r.append(post{room: rm.name, kind: "presence", from: user, ttl: presenceFor, data: data})
+	return err == nil
+}
+
+// A roster is who is in a room, and how many. In a crowd it has no names.
+type roster struct {
+	Count int               `json:"count"`
+	Users map[string]string `json:"users,omitzero"`
+}
+
+// roster returns the room's roster at the time now. The caller holds relay.mu.
+func (rm *room) roster(now time.Time) roster {
+	if rm.crowd.counted {
+		return roster{Count: rm.here}
+	}
+	return rm.everyone(now)
+}
+
+// everyone is the roster with all names, crowd or not.
+func (rm *room) everyone(now time.Time) roster {
+	ros := roster{Users: map[string]string{}}
+	for user, l := range rm.leases {
+		if state := l.now(now); state != "offline" {
+			ros.Users[user] = state
+		}
+	}
+	ros.Count = len(ros.Users)
+	return ros
+}
+
+// whoIsIn returns who is in the named room now. Asking doesn't create it.
+func (r *relay) whoIsIn(name string) roster {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if rm := r.rooms[name]; rm != nil {
+		return rm.everyone(time.Now())
+	}
+	return roster{Users: map[string]string{}}
+}
+
+// expectRoster has a stream's next full batch end with the roster; presence
+// events before it would only repeat it.
+func (rd *reader) expectRoster() {
+	if rd.presence {
+		rd.rosterDue, rd.rostered = true, math.MaxInt64
+	}
+}
+
+// rosters returns the roster of each of the reader's rooms, and lets next pass
+// over the presence events that are in it: none is lost or told twice between
+// the roster and what follows, for both are of one moment under r.mu.
+func (rd *reader) rosters(batch []*event) []*event {
+	r := rd.relay
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	rd.rostered, rd.rosterDue = r.mark.Load(), false
+	now := time.Now()
+	for _, rm := range rd.rooms {
+		batch = append(batch, notice{Type: "presence", Room: rm.name, Data: rm.roster(now)}.event())
+	}
+	return batch
+}

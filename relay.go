@@ -1,0 +1,603 @@
+// The log. Every room keeps its newest events, and that bounded log is every
+// reader's queue: a reader owns a cursor and a wake-up, nothing else. To
+// publish is to append and to wake; to read is to take what lies behind the
+// cursor. A slow reader costs nothing: when its cursor falls off the end of
+// the log it is told so, by a gap, and goes on.
+//
+// One counter gives the ids of all rooms, so one number is a place in any set
+// of them, and a reader can change rooms or transport in mid-stream.
+
+package main
+
+import (
+	"cmp"
+	"container/list"
+	"context"
+	"encoding/json"
+	"errors"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// limits bound what the relay keeps. At a bound the oldest goes first, and
+// whoever asks for it is told by a gap; only new rooms are refused.
+type limits struct {
+	events    int           // messages a room keeps, and signals
+	roomBytes int           // bytes of messages a room keeps, and of signals
+	allBytes  int           // bytes all rooms keep together; the room idle longest loses its history first
+	rooms     int           // rooms that were published to
+	idle      time.Duration // a room without reader and publish for so long is forgotten
+	present   time.Duration // who polls is present for so long
+}
+
+// eventBytes is what an event costs beside its JSON: the struct, its place in
+// the log, an entry in the map of keys.
+const eventBytes = 256
+
+// An event is immutable once it is published. Its JSON is encoded once and
+// framed many times; json.Marshal escapes <, >, & and U+2028, so the same
+// line is safe in SSE, NDJSON, JSONP and a <script>.
+type event struct {
+	id      int64
+	kind    string // its type
+	expires int64  // Unix milliseconds; 0 is a message, anything else a signal
+	key     string
+	json    []byte
+
+	once sync.Once // renders page
+	page []byte    // for people, see (*event).html
+}
+
+func (e *event) size() int { return eventBytes + len(e.json) + len(e.key) }
+
+// A view is what readers see of a room's log: immutable, swapped in whole.
+type view struct {
+	floor    int64    // the newest message lost; what is at or below it can't be read any more
+	messages []*event // oldest first
+	signals  []*event // oldest first; kept apart, so that they never push a message out
+	spilled  int64    // the newest signal dropped before its time
+}
+
+// A room is one named log.
+type room struct {
+	name string
+	view atomic.Pointer[view]
+
+	// Guarded by relay.mu.
+	keys                      map[string]int64 // publish keys within the history, and their ids
+	messageBytes, signalBytes int
+	place                     *list.Element     // in relay.idlest; nil while nothing was published here
+	used                      time.Time         // when it was last published to, or left by a reader
+	leases                    map[string]*lease // by user, see presence.go
+	here                      int               // users who are not offline
+	crowd                     crowd
+
+	mu      sync.Mutex // guards readers
+	readers map[*reader]struct{}
+}
+
+// A relay is all rooms, and the one order of their events.
+type relay struct {
+	limits
+	start    int64         // the process's start in Unix microseconds: ids begin behind it
+	mark     atomic.Int64  // readers may read up to here
+	stopping chan struct{} // closed by stop
+
+	mu        sync.Mutex // guards what follows, and with it the order of ids
+	stopped   bool
+	rooms     map[string]*room
+	idlest    *list.List       // rooms published to, the one published to last in front
+	bytes     int              // of all events kept
+	users     int              // leases in all rooms
+	floors    map[string]int64 // of rooms that are forgotten
+	forgotten int64            // the floor of rooms whose own was forgotten too
+}
+
+var (
+	errTooManyRooms = errors.New("there are too many rooms; publish to one that exists, or try again when one was forgotten")
+	errStopping     = errors.New("the relay is stopping; try again")
+)
+
+// newRelay makes a relay without rooms. Its ids begin at the clock's
+// microseconds, so that an id from before a restart is never mistaken for one
+// of today's, and still fits a JavaScript integer (2^53, the year 2255).
+func newRelay(l limits) *relay {
+	r := &relay{
+		limits:   l,
+		start:    time.Now().UnixMicro(),
+		stopping: make(chan struct{}),
+		rooms:    map[string]*room{},
+		idlest:   list.New(),
+		floors:   map[string]int64{},
+	}
+	r.mark.Store(r.start)
+	return r
+}
+
+// A post is what somebody asks to publish. All of it was checked where it
+// entered: data is one line of JSON as json.Marshal writes it.
+type post struct {
+	room, kind, from, key string
+	ttl                   time.Duration // 0 for a message
+	data                  []byte
+}
+
+// publish appends p to its room and wakes the room's readers. It returns the
+// event's id, and whether it is new: a key that the room's history holds
+// already gives the first id. A refused post changes nothing.
+func (r *relay) publish(p post) (id int64, fresh bool, err error) {
+	r.mu.Lock()
+	rm, id, err := r.append(p)
+	r.mu.Unlock()
+	if rm == nil {
+		return id, false, err
+	}
+	rm.wake()
+	return id, true, nil
+}
+
+// append gives p an id, adds it to its room's log and moves the mark, all
+// under r.mu: readers of several rooms must never pass an id that is still to
+// come. It returns the room to wake, or nil if there is nothing new in it.
+func (r *relay) append(p post) (*room, int64, error) {
+	if r.stopped {
+		return nil, 0, errStopping
+	}
+	rm := r.rooms[p.room]
+	if rm != nil && p.key != "" {
+		if id, known := rm.keys[p.key]; known {
+			return nil, id, nil
+		}
+	}
+	if rm == nil || rm.place == nil {
+		if r.idlest.Len() >= r.limits.rooms {
+			return nil, 0, errTooManyRooms
+		}
+		rm = r.open(p.room)
+		rm.place = r.idlest.PushFront(rm)
+	}
+
+	now := time.Now()
+	e := &event{
+		id:   r.mark.Load() + 1,
+		kind: "message",
+		key:  p.key,
+	}
+	if p.kind != "message" {
+		e.kind = strings.Clone(p.kind) // not to keep the request it is part of
+	}
+	if p.ttl > 0 {
+		e.expires = now.Add(p.ttl).UnixMilli()
+	}
+	e.json = encode(e, rm.name, p.from, now.UnixMilli(), p.data)
+
+	rm.used = now
+	r.idlest.MoveToFront(rm.place)
+	r.keep(rm, e)
+	r.mark.Store(e.id)
+	return rm, e.id, nil
+}
+
+// encode is the event as every transport sends it.
+func encode(e *event, room, from string, ms int64, data []byte) []byte {
+	b := make([]byte, 0, 96+len(room)+len(e.kind)+len(from)+len(data))
+	b = strconv.AppendInt(append(b, `{"id":`...), e.id, 10)
+	b = append(append(b, `,"room":"`...), room...)
+	b = append(append(b, `","type":"`...), e.kind...)
+	b = append(b, '"')
+	if from != "" {
+		quoted, _ := json.Marshal(from)
+		b = append(append(b, `,"from":`...), quoted...)
+	}
+	b = strconv.AppendInt(append(b, `,"time":`...), ms, 10)
+	b = append(append(b, `,"data":`...), data...)
+	return append(b, '}')
+}
+
+// keep adds e to the room's log and drops what is beyond the bounds.
+func (r *relay) keep(rm *room, e *event) {
+	v := *rm.view.Load()
+	if e.key != "" {
+		if rm.keys == nil {
+			rm.keys = map[string]int64{}
+		}
+		rm.keys[e.key] = e.id
+	}
+	r.bytes += e.size()
+	if e.expires == 0 {
+		v.messages = push(v.messages, e)
+		rm.messageBytes += e.size()
+		for len(v.messages) > r.events || rm.messageBytes > r.roomBytes && len(v.messages) > 1 {
+			v.floor = v.messages[0].id
+			rm.messageBytes -= r.drop(rm, v.messages[0])
+			v.messages = v.messages[1:]
+		}
+	} else {
+		v.signals = push(v.signals, e)
+		rm.signalBytes += e.size()
+		now := time.Now().UnixMilli()
+		for len(v.signals) > r.events || rm.signalBytes > r.roomBytes && len(v.signals) > 1 || v.signals[0].expires <= now {
+			if v.signals[0].expires > now {
+				v.spilled = v.signals[0].id
+			}
+			rm.signalBytes -= r.drop(rm, v.signals[0])
+			v.signals = v.signals[1:]
+		}
+	}
+	rm.view.Store(&v)
+
+	for r.bytes > r.allBytes && r.idlest.Len() > 1 {
+		r.forget(r.idlest.Back().Value.(*room))
+	}
+}
+
+// push appends e to a log. Views share the array beneath, so what one of them
+// shows is never overwritten; a full array is left to them, and the log moves
+// to one a quarter larger, so that what was dropped is soon let go.
+func push(log []*event, e *event) []*event {
+	if len(log) == cap(log) {
+		log = append(make([]*event, 0, len(log)+len(log)/4+4), log...)
+	}
+	return append(log, e)
+}
+
+// drop takes an event off the books and returns its size.
+func (r *relay) drop(rm *room, e *event) int {
+	if e.key != "" {
+		delete(rm.keys, e.key)
+	}
+	r.bytes -= e.size()
+	return e.size()
+}
+
+// open returns the room of that name, made if need be. A room that nobody
+// published to lives as long as it has readers, and doesn't count.
+func (r *relay) open(name string) *room {
+	rm := r.rooms[name]
+	if rm == nil {
+		rm = &room{name: strings.Clone(name), readers: map[*reader]struct{}{}}
+		v := &view{floor: r.forgotten}
+		if floor, ok := r.floors[name]; ok {
+			v.floor = floor
+			delete(r.floors, name)
+		}
+		rm.view.Store(v)
+		r.rooms[rm.name] = rm
+	}
+	return rm
+}
+
+// forget drops a room's history, and the room itself when nobody reads it,
+// but not its floor.
+func (r *relay) forget(rm *room) {
+	v := rm.view.Load()
+	floor, spilled := v.floor, v.spilled
+	if n := len(v.messages); n > 0 {
+		floor = v.messages[n-1].id
+	}
+	if n := len(v.signals); n > 0 {
+		spilled = v.signals[n-1].id
+	}
+	r.bytes -= rm.messageBytes + rm.signalBytes
+	rm.messageBytes, rm.signalBytes, rm.keys = 0, 0, nil
+	rm.view.Store(&view{floor: floor, spilled: spilled})
+	r.idlest.Remove(rm.place)
+	rm.place = nil
+	r.close(rm)
+}
+
+// close removes a room without history, readers and users from the map, and
+// remembers its floor. As many floors are remembered as there may be rooms;
+// beyond that the newest of them stands for all, which can tell a reader of a
+// gap that was none, but never hide one.
+func (r *relay) close(rm *room) {
+	rm.mu.Lock()
+	readers := len(rm.readers)
+	rm.mu.Unlock()
+	if readers > 0 || rm.place != nil || len(rm.leases) > 0 {
+		return
+	}
+	delete(r.rooms, rm.name)
+	floor := rm.view.Load().floor
+	if floor <= r.forgotten {
+		return
+	}
+	if len(r.floors) >= r.limits.rooms {
+		for _, f := range r.floors {
+			r.forgotten = max(r.forgotten, f)
+		}
+		clear(r.floors)
+	}
+	r.floors[rm.name] = floor
+}
+
+// sweep forgets the rooms that were neither published to nor read for a while.
+func (r *relay) sweep(now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for el := r.idlest.Back(); el != nil; {
+		rm := el.Value.(*room)
+		el = el.Prev()
+		rm.mu.Lock()
+		idle := len(rm.readers) == 0 && now.Sub(rm.used) >= r.idle
+		rm.mu.Unlock()
+		if idle {
+			r.forget(rm)
+		}
+	}
+}
+
+// stop ends publishing and tells every reader. What was published before is
+// still read: the order is the same for all.
+func (r *relay) stop() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.stopped {
+		r.stopped = true
+		close(r.stopping)
+	}
+}
+
+// isStopping reports whether stop was called.
+func (r *relay) isStopping() bool {
+	select {
+	case <-r.stopping:
+		return true
+	default:
+		return false
+	}
+}
+
+// wake tells the room's readers that there is something to read. It is called
+// without r.mu: publishers must not wait for one another's readers.
+func (rm *room) wake() {
+	rm.mu.Lock()
+	defer rm.mu.Unlock()
+	for rd := range rm.readers {
+		select {
+		case rd.woken <- struct{}{}:
+		default: // it has a token already, and one is enough to read everything
+		}
+	}
+}
+
+// A reader is one client's place in the log.
+type reader struct {
+	relay     *relay
+	rooms     []*room
+	after     int64         // the cursor: the reader has everything up to here
+	woken     chan struct{} // holds one token while there may be something to read
+	user      string        // whose leases leave gives up
+	presence  bool          // sees presence events
+	rostered  int64         // presence events up to here are in the roster
+	rosterDue bool          // the roster is to be told, at first and when a presence event was missed
+	cut       bool          // the last batch was cut short
+	told      int64         // floors up to here are no loss: the reader gave no cursor
+	reason    string        // why the cursor given is not of this log; told with a gap by room
+	heads     [][]*event    // scratch of next
+}
+
+// A want is what a reader asks for. All of it was checked where it entered.
+type want struct {
+	rooms    []string
+	after    int64  // the cursor, or -1 for none
+	last     int    // without a cursor: begin with the newest so many messages
+	user     string // be seen as this user, unless empty
+	presence bool   // see presence
+	holds    bool   // the connection is held open, so the user is here while it lasts
+}
+
+// subscribe returns a reader. The caller calls leave when done with it.
+func (r *relay) subscribe(w want) (*reader, error) {
+	rd := &reader{relay: r, presence: w.presence, woken: make(chan struct{}, 1)}
+	r.mu.Lock()
+	if w.user != "" && r.users+len(w.rooms) > maxLeases {
+		r.mu.Unlock()
+		return nil, errTooManyUsers
+	}
+	told := false
+	for _, name := range w.rooms {
+		rm := r.open(name)
+		rm.mu.Lock()
+		rm.readers[rd] = struct{}{}
+		rm.mu.Unlock()
+		rd.rooms = append(rd.rooms, rm)
+		if w.user != "" {
+			told = r.enter(rm, w.user, w.holds) || told
+		}
+	}
+	if w.holds {
+		rd.user = w.user
+	}
+	rd.after = w.after
+	switch mark := r.mark.Load(); {
+	case w.after < 0:
+		rd.after, rd.told = rd.newest(w.last), mark
+	case w.after > mark:
+		rd.reason = "future"
+	case w.after < r.start:
+		rd.reason = "restart"
+	}
+	r.mu.Unlock()
+	if told {
+		rd.wake()
+	}
+	return rd, nil
+}
+
+// wake wakes the readers of all the reader's rooms.
+func (rd *reader) wake() {
+	for _, rm := range rd.rooms {
+		rm.wake()
+	}
+}
+
+// newest returns the cursor behind which lie the newest n messages.
+func (rd *reader) newest(n int) int64 {
+	var ids []int64
+	for _, rm := range rd.rooms {
+		m := rm.view.Load().messages
+		for _, e := range m[max(0, len(m)-n):] {
+			ids = append(ids, e.id)
+		}
+	}
+	if n == 0 || len(ids) == 0 {
+		return rd.relay.mark.Load()
+	}
+	slices.Sort(ids)
+	return ids[max(0, len(ids)-n)] - 1
+}
+
+// leave gives up the reader's place in its rooms.
+func (rd *reader) leave() {
+	r := rd.relay
+	told := false
+	r.mu.Lock()
+	now := time.Now()
+	for _, rm := range rd.rooms {
+		rm.mu.Lock()
+		delete(rm.readers, rd)
+		rm.mu.Unlock()
+		rm.used = now
+		if rd.user != "" {
+			told = r.exit(rm, rd.user) || told
+		}
+		r.close(rm)
+	}
+	r.mu.Unlock()
+	if told {
+		rd.wake()
+	}
+}
+
+// A batch is at most so many events, or the fewest that have so many bytes:
+// one write, and what a poll can be answered with at once.
+const (
+	batchEvents = 256
+	batchBytes  = 64 << 10
+)
+
+// next appends to batch the events behind the cursor, in the order they were
+// published, and moves the cursor: behind the last of them if the batch was cut
+// short, else to the mark. It takes no lock. The mark is loaded before the
+// views, so each view holds all that was published to its room up to the
+// mark, and nothing beyond the mark is taken.
+func (rd *reader) next(batch []*event) []*event {
+	mark := rd.relay.mark.Load()
+	if mark == rd.after && rd.reason == "" {
+		rd.cut = false
+		return batch
+	}
+	after := rd.after
+	if rd.reason != "" {
+		after = rd.relay.start
+	}
+	heads := rd.heads[:0]
+	for _, rm := range rd.rooms {
+		v := rm.view.Load()
+		if gap := rd.gap(rm, v.floor, mark); gap != nil {
+			heads = append(heads, []*event{gap})
+		}
+		heads = append(heads, between(v.messages, after, mark), between(v.signals, after, mark))
+		rd.rosterDue = rd.rosterDue || rd.presence && rd.rostered != 0 && v.spilled > max(after, rd.rostered)
+	}
+	rd.cut = false
+	heads = slices.DeleteFunc(heads, func(h []*event) bool { return len(h) == 0 })
+	rd.heads = heads[:0]
+	rd.reason = ""
+
+	now := int64(0) // asked only if there is a signal to judge
+	for bytes := 0; len(heads) > 0; {
+		if len(batch) == batchEvents || bytes >= batchBytes {
+			rd.after, rd.cut = batch[len(batch)-1].id, true
+			return batch
+		}
+		i := oldest(heads)
+		e := heads[i][0]
+		if heads[i] = heads[i][1:]; len(heads[i]) == 0 {
+			heads = slices.Delete(heads, i, i+1)
+		}
+		if e.expires != 0 {
+			if now == 0 {
+				now = time.Now().UnixMilli()
+			}
+			if e.expires <= now || e.kind == "presence" && (!rd.presence || e.id <= rd.rostered) {
+				continue
+			}
+		}
+		batch = append(batch, e)
+		bytes += len(e.json)
+	}
+	rd.after = mark
+	return batch
+}
+
+// gap returns the event that tells of what the reader may have lost in a
+// room, or nil. Its id is the cursor to go on from, so it has its place among
+// the events. A floor beyond the mark was raised while we read: the reader
+// then goes to the mark, and is told when it next reads.
+func (rd *reader) gap(rm *room, floor, mark int64) *event {
+	if floor > mark {
+		floor = 0
+	}
+	reason := rd.reason
+	if reason == "" {
+		if floor <= max(rd.after, rd.told) {
+			return nil
+		}
+		reason = "history"
+	}
+	return notice{Type: "gap", Room: rm.name, ID: max(floor, rd.relay.start), Data: map[string]string{"reason": reason}}.event()
+}
+
+// between returns the events of a log behind after, up to mark.
+func between(log []*event, after, mark int64) []*event {
+	byID := func(e *event, id int64) int { return cmp.Compare(e.id, id) }
+	from, _ := slices.BinarySearchFunc(log, after+1, byID)
+	to, _ := slices.BinarySearchFunc(log, mark+1, byID)
+	return log[from:to]
+}
+
+// oldest returns which of the logs begins with the smallest id.
+func oldest(heads [][]*event) int {
+	first := 0
+	for i := range heads {
+		if heads[i][0].id < heads[first][0].id {
+			first = i
+		}
+	}
+	return first
+}
+
+// wait blocks until there may be something to read, and reports whether there
+// may. It gives up when the clock ticks, the client is gone, or the relay stops.
+func (rd *reader) wait(ctx context.Context, clock <-chan time.Time) bool {
+	select {
+	case <-rd.woken:
+		return true
+	case <-clock:
+	case <-ctx.Done():
+	case <-rd.relay.stopping:
+	}
+	return false
+}
+
+// A notice is what the relay itself says to one client.
+type notice struct {
+	Type string `json:"type"`
+	Room string `json:"room,omitempty"`
+	Key  string `json:"key,omitempty"`
+	ID   int64  `json:"id,omitempty"`
+	Time int64  `json:"time,omitempty"`
+	Data any    `json:"data,omitempty"`
+}
+
+// event returns the notice as an event that is in no log.
+func (n notice) event() *event {
+	b, _ := json.Marshal(n) // of strings, numbers and maps of them: it can't fail
+	return &event{id: n.ID, kind: n.Type, json: b}
+}
