@@ -43,6 +43,7 @@ type server struct {
 	beat     time.Duration
 	instance string // names this process in hello
 	static   http.Handler
+	pump     pump
 	streams  atomic.Int64 // open now
 }
 
@@ -194,7 +195,11 @@ func (q *query) want(h hold) want {
 	if !q.presence {
 		user = "" // speaks under this name, but is not seen
 	}
-	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, presence: q.presence, holds: h != now}
+	batch := 256 << 10
+	if h == forever {
+		batch = 16 << 10 // a client whose socket is full is kept so much at most
+	}
+	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, presence: q.presence, holds: h != now, batch: batch}
 }
 
 // oneRoom is the room that is meant where none is named, or "".

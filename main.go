@@ -160,7 +160,7 @@ func serve(ctx context.Context, s *server, srv *http.Server, listener net.Listen
 	slog.Info("stopping", "streams", s.streams.Load())
 	// The listener is closed first, so that who is sent away doesn't come back
 	// to us; then the streams end, and with them their requests.
-	srv.RegisterOnShutdown(s.relay.stop)
+	srv.RegisterOnShutdown(s.stop)
 	within, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	err := srv.Shutdown(within)
@@ -173,4 +173,10 @@ func serve(ctx context.Context, s *server, srv *http.Server, listener net.Listen
 	}
 	slog.Info("stopped", "streams", s.streams.Load())
 	return err
+}
+
+// stop ends every stream.
+func (s *server) stop() {
+	s.relay.stop()
+	s.pump.wakeAll()
 }

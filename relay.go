@@ -358,6 +358,10 @@ func (rm *room) wake() {
 	rm.mu.Lock()
 	defer rm.mu.Unlock()
 	for rd := range rm.readers {
+		if rd.waker != nil {
+			rd.waker()
+			continue
+		}
 		select {
 		case rd.woken <- struct{}{}:
 		default: // it has a token already, and one is enough to read everything
@@ -372,6 +376,8 @@ type reader struct {
 	after     int64         // the cursor: the reader has everything up to here
 	woken     chan struct{} // holds one token while there may be something to read
 	user      string        // whose leases leave gives up
+	batch     int           // see want
+	waker     func()        // if set, wakes the reader in place of woken
 	presence  bool          // sees presence events
 	rostered  int64         // presence events up to here are in the roster
 	rosterDue bool          // the roster is to be told, at first and when a presence event was missed
@@ -389,11 +395,12 @@ type want struct {
 	user     string // be seen as this user, unless empty
 	presence bool   // see presence
 	holds    bool   // the connection is held open, so the user is here while it lasts
+	batch    int    // read the fewest events that have so many bytes at once
 }
 
 // subscribe returns a reader. The caller calls leave when done with it.
 func (r *relay) subscribe(w want) (*reader, error) {
-	rd := &reader{relay: r, presence: w.presence, woken: make(chan struct{}, 1)}
+	rd := &reader{relay: r, presence: w.presence, batch: w.batch, woken: make(chan struct{}, 1)}
 	r.mu.Lock()
 	if w.user != "" && r.users+len(w.rooms) > maxLeases {
 		r.mu.Unlock()
@@ -474,12 +481,9 @@ func (rd *reader) leave() {
 	}
 }
 
-// A batch is at most so many events, or the fewest that have so many bytes:
-// one write, and what a poll can be answered with at once.
-const (
-	batchEvents = 256
-	batchBytes  = 64 << 10
-)
+// batchEvents is how many events are read at once, if they are not too many
+// bytes before: those of one write, or one answer.
+const batchEvents = 256
 
 // next appends to batch the events behind the cursor, in the order they were
 // published, and moves the cursor: behind the last of them if the batch was cut
@@ -512,7 +516,7 @@ func (rd *reader) next(batch []*event) []*event {
 
 	now := int64(0) // asked only if there is a signal to judge
 	for bytes := 0; len(heads) > 0; {
-		if len(batch) == batchEvents || bytes >= batchBytes {
+		if len(batch) == batchEvents || bytes >= rd.batch {
 			rd.after, rd.cut = batch[len(batch)-1].id, true
 			return batch
 		}

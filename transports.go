@@ -8,16 +8,23 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"io"
 	mathrand "math/rand/v2"
+	"net"
 	"net/http"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -48,7 +55,7 @@ var techniques = []technique{
 	{"iframe", forever, iframe},
 	{"longpoll", once, poll},
 	{"jsonp", once, jsonp},
-	{"stream", forever, stream},
+	{"stream", forever, lines},
 	{"sse", forever, sse},
 	{"ws", forever, frames},
 }
@@ -119,11 +126,11 @@ func jsonp(q *query) framing {
 	}
 }
 
-// stream: an answer that never ends, one line an event, read with fetch or at
+// lines, the technique stream: an answer that never ends, one line an event, read with fetch or at
 // XMLHttpRequest's readyState 3 (about 2004). A heartbeat is an empty line.
 //
 //	{"id":1795351418000042,…}
-func stream(*query) framing {
+func lines(*query) framing {
 	return framing{
 		mime: "application/x-ndjson; charset=utf-8",
 		event: func(b []byte, e *event) []byte {
@@ -237,16 +244,46 @@ func iframe(q *query) framing {
 	}
 }
 
-// frames are what a WebSocket (RFC 6455, 2011) carries: an event a text frame,
-// or several with a newline between them when many are due. A page can't see
-// a ping, so a heartbeat is a frame as well.
+// frames are what a WebSocket carries (RFC 6455, 2011): a text frame an event,
+// or for several, when many are due, with a newline between them.
+//
+//	0x81 0x7e 0x00 0xc4 {"id":1795351418000042,…}
+//
+// They are written here and not by the library, which has a writer of its own
+// for each socket. A ping asks whether the client is there; a page can't see
+// it, so a heartbeat is a frame as well.
 func frames(*query) framing {
 	return framing{
-		event: func(b []byte, e *event) []byte {
-			return append(append(b, e.json...), '\n')
+		batch: func(b []byte, _ int64, events []*event) []byte {
+			size := len(events) - 1
+			for _, e := range events {
+				size += len(e.json)
+			}
+			b = textFrame(b, size)
+			for i, e := range events {
+				if i > 0 {
+					b = append(b, '\n')
+				}
+				b = append(b, e.json...)
+			}
+			return b
 		},
-		beat: `{"type":"beat"}` + "\n",
+		beat: "\x89\x00" + string(textFrame(nil, len(beat))) + beat,
 	}
+}
+
+const beat = `{"type":"beat"}`
+
+// textFrame appends the head of a whole text frame of so many bytes (5.2): its
+// length in one byte, or behind 126 in two, or behind 127 in eight.
+func textFrame(b []byte, size int) []byte {
+	switch b = append(b, 0x81); {
+	case size < 126:
+		return append(b, byte(size))
+	case size < 1<<16:
+		return binary.BigEndian.AppendUint16(append(b, 126), uint16(size))
+	}
+	return binary.BigEndian.AppendUint64(append(b, 127), uint64(size))
 }
 
 // Pages for people, without a script.
@@ -312,7 +349,7 @@ var scratches = sync.Pool{New: func() any { return new(scratch) }}
 func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *query) error {
 	f := t.framing(q)
 	if t.name == "ws" {
-		return s.serveWebSocket(w, r, q, &f)
+		return s.serveWebSocket(w, r, q, f)
 	}
 	h := w.Header()
 	h.Set("Content-Type", f.mime)
@@ -331,10 +368,15 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	if err != nil {
 		return err
 	}
-	defer rd.leave()
 	if t.hold == forever {
-		return s.follow(r.Context(), rd, &f, q, write)
+		if s.takeOver(w, r, q, rd, f) {
+			return nil
+		}
+		defer rd.leave()
+		st := &stream{s: s, q: q, rd: rd, f: f, send: write}
+		return st.follow(r.Context())
 	}
+	defer rd.leave()
 	events := rd.next(nil)
 	if t.hold == once {
 		clock := time.NewTimer(q.wait)
@@ -349,74 +391,111 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	return write(f.frame(nil, rd.after, events...))
 }
 
-// follow drives a stream: hello, what the cursor asks for, the roster, and then
-// whatever happens, with a heartbeat when nothing does. It returns when
-// the client is gone (write says so, or ctx) or the relay stops.
-func (s *server) follow(ctx context.Context, rd *reader, f *framing, q *query, write func([]byte) error) error {
-	s.streams.Add(1)
-	defer s.streams.Add(-1)
-	hello := notice{Type: "hello", ID: rd.after, Time: time.Now().UnixMilli(), Data: map[string]any{
-		"rooms": q.rooms, "beat": int(s.beat / time.Second), "instance": s.instance,
-	}}
-	if err := write(f.frame([]byte(f.head), rd.after, hello.event())); err != nil {
-		return err
-	}
-	rd.expectRoster()
-	clock := time.NewTimer(s.pause())
-	defer clock.Stop()
-	for {
-		stopping := s.relay.isStopping() // asked first: what was published before the stop is written before the bye
-		wrote, err := rd.catchUp(f, write)
-		if err != nil {
-			return err
-		}
-		if wrote {
-			clock.Reset(s.pause())
-		}
-		if stopping {
-			return write(f.frame(nil, rd.after, s.bye()))
-		}
-		switch {
-		case rd.wait(ctx, clock.C), s.relay.isStopping():
-		case ctx.Err() != nil:
-			return nil
-		default:
-			if err := write([]byte(f.beat)); err != nil {
-				return err
-			}
-			clock.Reset(s.pause())
-		}
-	}
+// A stream is one client that is told of events for ever.
+type stream struct {
+	s     *server
+	q     *query
+	rd    *reader
+	f     framing
+	send  func(b []byte) error
+	room  int          // free bytes that send wants in front
+	begun bool         // hello was said
+	ended bool         // bye was said
+	beat  atomic.Int64 // when a heartbeat is due, in Unix nanoseconds
 }
 
-// catchUp writes all that lies behind the reader's cursor, and reports whether
-// that was anything.
-func (rd *reader) catchUp(f *framing, write func([]byte) error) (wrote bool, err error) {
+// step says all that is due: hello, what the cursor asks for, the roster,
+// whatever happened since, or that nothing did. It returns io.EOF when
+// the relay stops and there is no more to say.
+func (st *stream) step() error {
 	sc := scratches.Get().(*scratch)
 	defer func() {
 		clear(sc.events[:cap(sc.events)]) // not to keep what the log drops
 		scratches.Put(sc)
 	}()
+	if st.ended {
+		return io.EOF
+	}
+	if !st.begun {
+		st.begun = true
+		st.rd.expectRoster()
+		head := st.f.head
+		st.f.head, st.f.header, st.q.values = "", nil, nil // said once, and not kept by ten thousand
+		if err := st.emit(sc, head, st.hello()); err != nil {
+			return err
+		}
+	}
+	stopping := st.s.relay.isStopping() // asked first: what was published before the stop comes before the bye
+	for first := true; first || st.rd.cut; first = false {
+		sc.events = st.rd.next(sc.events[:0])
+		if st.rd.rosterDue && !st.rd.cut {
+			sc.events = st.rd.rosters(sc.events)
+		}
+		if len(sc.events) > 0 {
+			if err := st.emit(sc, "", sc.events...); err != nil {
+				return err
+			}
+		}
+	}
+	if stopping {
+		st.ended = true
+		return cmp.Or(st.emit(sc, "", st.s.bye()), io.EOF)
+	}
+	if st.due(time.Now()) {
+		return st.emit(sc, st.f.beat)
+	}
+	return nil
+}
+
+// emit sends a head and events, framed.
+func (st *stream) emit(sc *scratch, head string, events ...*event) error {
+	b := append(sc.buf[:0], make([]byte, st.room)...)
+	b = append(b, head...)
+	if len(events) > 0 {
+		b = st.f.frame(b, st.rd.after, events...)
+	}
+	sc.buf = b
+	st.beat.Store(time.Now().Add(st.s.pause()).UnixNano())
+	return st.send(b)
+}
+
+// due reports whether the stream was silent for as long as it may be.
+func (st *stream) due(now time.Time) bool { return now.UnixNano() >= st.beat.Load() }
+
+func (st *stream) hello() *event {
+	return notice{Type: "hello", ID: st.rd.after, Time: time.Now().UnixMilli(), Data: struct {
+		Rooms    []string `json:"rooms"`
+		Beat     int      `json:"beat"`
+		Instance string   `json:"instance"`
+	}{st.q.rooms, int(st.s.beat / time.Second), st.s.instance}}.event()
+}
+
+// follow drives a stream the ordinary way, from its own request. It returns
+// when the client is gone or the relay stops.
+func (st *stream) follow(ctx context.Context) error {
+	st.s.streams.Add(1)
+	defer st.s.streams.Add(-1)
+	clock := time.NewTimer(0)
+	defer clock.Stop()
 	for {
-		sc.events = rd.next(sc.events[:0])
-		if rd.rosterDue && !rd.cut {
-			sc.events = rd.rosters(sc.events)
+		err := st.step()
+		if err == io.EOF {
+			return nil
 		}
-		if len(sc.events) == 0 {
-			return wrote, nil
+		if err != nil {
+			return err
 		}
-		sc.buf = f.frame(sc.buf[:0], rd.after, sc.events...)
-		if err := write(sc.buf); err != nil {
-			return wrote, err
+		clock.Reset(time.Until(time.Unix(0, st.beat.Load())))
+		if !st.rd.wait(ctx, clock.C) && ctx.Err() != nil {
+			return nil
 		}
-		wrote = true
 	}
 }
 
 // pause is how long a stream is silent before a heartbeat: a little less than
 // the beat it promises, and not the same for all.
 func (s *server) pause() time.Duration {
-	return s.beat - mathrand.N(s.beat/4)
+	return s.beat*14/15 - mathrand.N(s.beat/15)
 }
 
 // bye sends a client away until the retry it names, in milliseconds: a second
@@ -451,80 +530,121 @@ func writer(w http.ResponseWriter) func([]byte) error {
 
 // The WebSocket.
 
-// serveWebSocket speaks both ways: this goroutine writes what follow frames,
-// another reads what the client has to say.
-func (s *server) serveWebSocket(w http.ResponseWriter, r *http.Request, q *query, f *framing) error {
-	if r.Method == http.MethodHead || !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+// serveWebSocket speaks both ways: the writers send what is framed, and a
+// goroutine reads what the client has to say.
+func (s *server) serveWebSocket(w http.ResponseWriter, r *http.Request, q *query, f framing) error {
+	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		w.Header().Set("Connection", "Upgrade")
 		w.Header().Set("Upgrade", "websocket")
 		return fault{http.StatusUpgradeRequired, "this is a WebSocket; ask for it with Upgrade: websocket"}
+	}
+	if s.relay.isStopping() {
+		return errStopping
 	}
 	rd, err := s.relay.subscribe(q.want(forever))
 	if err != nil {
 		return err
 	}
-	defer rd.leave()
-	conn, err := websocket.Accept(w, r, s.origins.websocket())
+	t := &taken{
+		stream:  stream{s: s, q: q, rd: rd, f: f},
+		control: make(chan []byte, 2),
+		done:    make(chan struct{}),
+		// Close, 1001: going away.
+		ending: "\x88\x17\x03\xe9the relay is stopping",
+	}
+	t.send = t.sendFrames
+	options := s.origins.websocket()
+	options.OnPongReceived = func(context.Context, []byte) { t.silent.Store(0) }
+	conn, err := websocket.Accept(hijacker{w, t}, r, options)
 	if err != nil {
+		rd.leave()
 		return nil // Accept has answered
 	}
-	defer conn.CloseNow()
 	conn.SetReadLimit(maxBody)
-
-	// The request's context says nothing of a connection that was taken over:
-	// its reader is who notices that the client is gone.
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	write := func(b []byte) error {
-		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
-		defer cancel()
-		return conn.Write(ctx, websocket.MessageText, bytes.TrimSuffix(b, []byte("\n")))
-	}
-	read := make(chan struct{}) // closed when the client says no more
-	go func() {
-		defer close(read)
-		defer cancel()
-		for {
-			kind, frame, err := conn.Read(ctx)
-			if err != nil {
-				return
-			}
-			if reply := s.hear(q, kind, frame); reply != nil && write(reply.event().json) != nil {
-				return
-			}
-		}
-	}()
-	go s.ping(ctx, cancel, conn)
-
-	if err := s.follow(ctx, rd, f, q, write); err != nil || ctx.Err() != nil {
-		return nil
-	}
-	// The relay is stopping. Close waits for the client's goodbye, but not for long.
-	go conn.Close(websocket.StatusGoingAway, "the relay is stopping")
-	select {
-	case <-read:
-	case <-time.After(time.Second):
-	}
+	s.pump.add(t)
+	go t.listen(conn)
 	return nil
 }
 
-// ping asks whether the client is there, every beat, and cancels when it does
-// not answer: a machine that vanished closes nothing.
-func (s *server) ping(ctx context.Context, cancel func(), conn *websocket.Conn) {
-	defer cancel()
+// sendFrames writes frames, which need nothing around them. A client that has
+// answered none of the last pings is gone, and its network did not say so.
+func (t *taken) sendFrames(b []byte) error {
+	if b[0] == 0x89 && t.silent.Add(1) > 2 {
+		return os.ErrDeadlineExceeded
+	}
+	if t.ended {
+		b = append(b, t.ending...)
+	}
+	return t.write(b)
+}
+
+// listen takes what the client says, until it says no more.
+func (t *taken) listen(conn *websocket.Conn) {
+	defer conn.CloseNow()
 	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(s.pause()):
-		}
-		within, done := context.WithTimeout(ctx, writeTimeout)
-		err := conn.Ping(within)
-		done()
+		kind, frame, err := conn.Read(context.Background())
 		if err != nil {
 			return
 		}
+		if answer := t.s.hear(t.q, kind, frame); answer != nil {
+			b := answer.event().json
+			t.say(append(textFrame(nil, len(b)), b...))
+		}
 	}
+}
+
+// say hands frames to the writers. A client that does not read its answers is
+// not listened to.
+func (t *taken) say(frames []byte) {
+	select {
+	case t.control <- frames:
+		t.wake()
+	case <-t.done:
+	}
+}
+
+// A hijacker hands the library its connection with small buffers, for mostly
+// it waits; and in a guise that leaves the writing to the writers.
+type hijacker struct {
+	http.ResponseWriter
+	t *taken
+}
+
+func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // a client may speak before it has our answer
+	early = bytes.Clone(early)
+	h.t.conn = conn
+	in := bufio.NewReaderSize(io.MultiReader(bytes.NewReader(early), conn), 256)
+	in.Peek(len(early))
+	guise := guise{conn, h.t}
+	return guise, bufio.NewReadWriter(in, bufio.NewWriterSize(guise, 256)), nil
+}
+
+// A guise is a WebSocket's connection as its library sees it. What the library
+// writes, pongs and the goodbye, goes through the writers like all else, so
+// that no frame gets into the middle of another.
+type guise struct {
+	net.Conn
+	t *taken
+}
+
+func (g guise) Write(b []byte) (int, error) {
+	g.t.say(bytes.Clone(b))
+	return len(b), nil
+}
+
+// Close lets the writers send what is due first.
+func (g guise) Close() error {
+	g.t.gone.Store(true)
+	g.t.wake()
+	if g.t.turn.Load() == over {
+		return g.Conn.Close()
+	}
+	return nil
 }
 
 // hear takes what a client says through its socket, and returns the answer,

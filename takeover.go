@@ -1,0 +1,347 @@
+// Connections taken over. For every connection net/http keeps two buffers of 4 KB and a
+// goroutine with a stack of 8 KB, or two while a request is
+// served: 26 KB, which is right for requests and too much for ten thousand
+// clients that are told something now and then. So where a stream runs over a
+// connection of its own (HTTP/1.1), it takes that over with http.Hijacker and
+// keeps what a silent stream needs: the socket, a place in the log, and a
+// goroutine waiting to read, which is how one notices that a client left. HTTP/2 and all
+// that can't be hijacked go the ordinary way, in follow.
+//
+// Nor has such a stream a goroutine to write. To wake one for every reader of every
+// message costs more than the write; instead a few writers serve whoever is
+// behind. They never wait: a socket that is full is left to a goroutine of its
+// own until it has room again, or its time is up.
+//
+// What net/http did is done here: the head, chunks, deadlines, panics, stopping.
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// errFull says that a socket took only a part, and the rest is kept.
+var errFull = errors.New("the socket is full")
+
+// lingerFor is how long a stream that has ended waits for its client to close
+// first; closing on what it still says would take the end from it.
+const lingerFor = time.Second
+
+// A taken is a stream over a connection that was taken over.
+type taken struct {
+	stream
+	conn    net.Conn
+	raw     syscall.RawConn // for writes that don't wait; nil where there are none
+	try     *attempt        // of the writer that serves the stream now
+	opening []byte          // sent before everything, once
+	ending  string          // sent behind everything
+	rest    []byte          // what a full socket did not take
+	gone    atomic.Bool     // the client left
+	turn    atomic.Int32    // whose turn it is
+
+	// Of a WebSocket; nil otherwise.
+	control chan []byte   // what the library or hear has to say
+	done    chan struct{} // closed when the stream is over
+	silent  atomic.Int32  // pings since the last pong
+}
+
+// Whose turn it is. Only who serves a stream, the writer that took it from the
+// queue or the goroutine that waits for its socket, touches what is not atomic.
+const (
+	idle   = iota
+	queued // a writer will come
+	served // somebody serves it
+	again  // the same, and there is more to do
+	over
+)
+
+// A pump is the writers, and the streams they serve. Writers live while there
+// is something to write, so a pump needs neither start nor stop.
+type pump struct {
+	mu      sync.Mutex // guards what follows
+	queue   []*taken
+	writers int
+	streams map[*taken]struct{}
+}
+
+// takeOver serves a stream over the request's own connection, and reports
+// whether it can. If so the handler is done.
+func (s *server) takeOver(w http.ResponseWriter, r *http.Request, q *query, rd *reader, f framing) bool {
+	if !r.ProtoAtLeast(1, 1) || r.ProtoMajor != 1 {
+		return false
+	}
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return false
+	}
+	h := w.Header()
+	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
+	h.Set("Transfer-Encoding", "chunked")
+	h.Set("Connection", "close")
+	var head bytes.Buffer
+	head.WriteString("HTTP/1.1 200 OK\r\n")
+	h.Write(&head)
+	head.WriteString("\r\n")
+
+	t := &taken{
+		stream:  stream{s: s, q: q, rd: rd, f: f, room: chunkHead},
+		conn:    conn,
+		opening: head.Bytes(),
+		ending:  "0\r\n\r\n",
+	}
+	t.send = t.sendChunk
+	s.pump.add(t)
+	go t.watch()
+	return true
+}
+
+// watch waits for the client to leave. If it says something instead, which it
+// has no reason to, that stays unread, as with net/http.
+func (t *taken) watch() {
+	var b [1]byte
+	if n, _ := t.conn.Read(b[:]); n == 0 {
+		t.gone.Store(true)
+		t.conn.Close() // whoever waits for the socket then waits no more
+		t.wake()
+	}
+}
+
+// chunkHead is the size of a chunk in hexadecimal and a line end
+// (RFC 9112, 7.1); leading zeros are allowed, and let it be filled in last.
+const chunkHead = len("000000\r\n")
+
+// sendChunk writes b, whose first chunkHead bytes are free, as a chunk.
+func (t *taken) sendChunk(b []byte) error {
+	const hex = "0123456789abcdef"
+	for i, n := 5, len(b)-chunkHead; i >= 0; i, n = i-1, n>>4 {
+		b[i] = hex[n&15]
+	}
+	b[6], b[7] = '\r', '\n'
+	b = append(b, "\r\n"...)
+	if t.ended {
+		b = append(b, t.ending...)
+	}
+	if t.opening != nil {
+		b = append(t.opening, b...)
+		t.opening = nil
+	}
+	return t.write(b)
+}
+
+// write gives the socket what it takes, and keeps the rest.
+func (t *taken) write(b []byte) error {
+	n := 0
+	if t.raw != nil {
+		var err error
+		if n, err = t.try.write(t.raw, b); err != nil {
+			return err
+		}
+	}
+	if n < len(b) {
+		t.rest = append(t.rest, b[n:]...)
+		return errFull
+	}
+	return nil
+}
+
+// add begins to serve a stream.
+func (p *pump) add(t *taken) {
+	t.s.streams.Add(1)
+	if c, ok := t.conn.(syscall.Conn); ok && canTry {
+		t.raw, _ = c.SyscallConn()
+	}
+	t.rd.waker = t.wake
+	p.mu.Lock()
+	if p.streams == nil {
+		p.streams = map[*taken]struct{}{}
+	}
+	p.streams[t] = struct{}{}
+	if len(p.streams) == 1 {
+		p.tick(t.s)
+	}
+	p.mu.Unlock()
+	t.wake()
+}
+
+// tick has the streams served that are due a heartbeat, while there are any.
+// One walk now and then costs less than a timer for each.
+func (p *pump) tick(s *server) {
+	time.AfterFunc(s.beat/15, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		now := time.Now()
+		for t := range p.streams {
+			if t.due(now) && t.turn.CompareAndSwap(idle, queued) {
+				p.push(t)
+			}
+		}
+		if len(p.streams) > 0 {
+			p.tick(s)
+		}
+	})
+}
+
+// wakeAll has all streams served, to tell them that the relay stops.
+func (p *pump) wakeAll() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for t := range p.streams {
+		if !t.turn.CompareAndSwap(served, again) && t.turn.CompareAndSwap(idle, queued) {
+			p.push(t)
+		}
+	}
+}
+
+// wake has the stream served, now or once more.
+func (t *taken) wake() {
+	for {
+		switch t.turn.Load() {
+		case idle:
+			if t.turn.CompareAndSwap(idle, queued) {
+				p := &t.s.pump
+				p.mu.Lock()
+				p.push(t)
+				p.mu.Unlock()
+				return
+			}
+		case served:
+			if t.turn.CompareAndSwap(served, again) {
+				return
+			}
+		default:
+			return
+		}
+	}
+}
+
+// push puts a stream whose turn is queued in the queue. The caller holds p.mu.
+func (p *pump) push(t *taken) {
+	p.queue = append(p.queue, t)
+	if p.writers < runtime.GOMAXPROCS(0) {
+		p.writers++
+		go p.write()
+	}
+}
+
+// write is a writer: it serves what is in the queue until there is nothing.
+func (p *pump) write() {
+	var try attempt
+	var few [32]*taken // taken at once, so that writers don't wait for each other
+	for {
+		p.mu.Lock()
+		n := copy(few[:], p.queue)
+		clear(p.queue[:n])
+		p.queue = p.queue[n:]
+		if n == 0 {
+			p.queue = nil
+			p.writers--
+		}
+		p.mu.Unlock()
+		if n == 0 {
+			return
+		}
+		for _, t := range few[:n] {
+			t.turn.Store(served)
+			t.try = &try
+			t.yield(t.serve())
+		}
+		clear(few[:n])
+	}
+}
+
+// serve writes what is due.
+func (t *taken) serve() (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			slog.Error("a stream failed", "panic", p, "stack", string(debug.Stack()))
+			err = errors.New("panic")
+		}
+	}()
+	for {
+		select {
+		case b := <-t.control:
+			if t.ended {
+				continue // to a second goodbye Chromium says the connection failed
+			}
+			if err := t.write(b); err != nil {
+				return err
+			}
+			continue
+		default:
+		}
+		if t.gone.Load() {
+			return net.ErrClosed
+		}
+		return t.step()
+	}
+}
+
+// yield ends a turn.
+func (t *taken) yield(err error) {
+	switch {
+	case err == errFull:
+		go t.drain()
+	case err != nil:
+		t.finish(err == io.EOF)
+	case !t.turn.CompareAndSwap(served, idle):
+		t.requeue()
+	}
+}
+
+func (t *taken) requeue() {
+	p := &t.s.pump
+	t.turn.Store(queued)
+	p.mu.Lock()
+	p.push(t)
+	p.mu.Unlock()
+}
+
+// drain waits for a full socket to take the rest. Each time it takes something
+// it is given writeTimeout anew.
+func (t *taken) drain() {
+	for len(t.rest) > 0 {
+		t.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
+		n, err := t.conn.Write(t.rest)
+		if t.rest = t.rest[n:]; err != nil && (n == 0 || t.gone.Load()) {
+			t.finish(false)
+			return
+		}
+	}
+	t.rest = nil
+	t.conn.SetWriteDeadline(time.Time{})
+	t.requeue()
+}
+
+// finish gives up all that the stream held. A stream that has said goodbye
+// leaves it to the client to close.
+func (t *taken) finish(said bool) {
+	t.turn.Store(over)
+	p := &t.s.pump
+	p.mu.Lock()
+	delete(p.streams, t)
+	p.mu.Unlock()
+	t.rd.leave()
+	t.s.streams.Add(-1)
+	if t.done != nil {
+		close(t.done)
+	}
+	if !said {
+		t.conn.Close()
+		return
+	}
+	if c, ok := t.conn.(interface{ CloseWrite() error }); ok {
+		c.CloseWrite()
+	}
+	time.AfterFunc(lingerFor, func() { t.conn.Close() })
+}
