@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 	"unicode"
@@ -45,6 +46,10 @@ type server struct {
 	static   http.Handler
 	pump     pump
 	streams  atomic.Int64 // open now
+	stats    stats
+
+	drawingMu sync.Mutex // guards drawings
+	drawings  map[pictureOf]*drawing
 }
 
 // A fault is an error that is the client's business.
@@ -133,6 +138,9 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 				h := w.Header()
 				h.Set("Cache-Control", "no-store, no-transform")
 				h.Set("X-Accel-Buffering", "no") // nginx
+				c := s.stats.tallies[t.name]
+				c.requests.Add(1)
+				c.in.Add(requestSize(r))
 				return s.serve(w, r, t, q)
 			})
 		}
@@ -184,6 +192,7 @@ type query struct {
 	wait     time.Duration
 	callback string
 	as       string
+	picture  pictureOf
 	pull     bool   // a page that comes anew
 	bare     bool   // without its form
 	here     string // who is here, in words
@@ -198,6 +207,9 @@ func (q *query) want(h hold) want {
 	batch := 256 << 10
 	if h == forever {
 		batch = 16 << 10 // a client whose socket is full is kept so much at most
+	}
+	if q.as == "svg" {
+		return want{rooms: []string{q.picture.name()}, after: -1, last: 1, holds: true, batch: batch}
 	}
 	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, presence: q.presence, holds: h != now, batch: batch}
 }
@@ -267,8 +279,12 @@ func (q *query) parse(r *http.Request, t technique) (err error) {
 		case "html":
 			people = true
 		case "json", "text":
+		case "svg":
+			if err := q.parseSize(); err != nil {
+				return err
+			}
 		default:
-			return bad("as is one of json, text, html")
+			return bad("as is one of json, text, html, svg")
 		}
 	}
 	if people {
@@ -311,6 +327,23 @@ func (q *query) parse(r *http.Request, t technique) (err error) {
 			return bad("callback is the name of a function: a JavaScript name, or several with dots between, of at most %d characters", maxName)
 		}
 	}
+	return nil
+}
+
+// parseSize reads the size of a picture.
+func (q *query) parseSize() error {
+	w, err := q.number("w", minSide, maxSide, pictureWidth)
+	if err != nil {
+		return err
+	}
+	h, err := q.number("h", minSide, maxSide, pictureHeight)
+	if err != nil {
+		return err
+	}
+	if len(q.rooms) > 1 {
+		return bad("a picture is of one room")
+	}
+	q.picture = pictureOf{q.rooms[0], int(w), int(h)}
 	return nil
 }
 
@@ -409,7 +442,10 @@ func (s *server) post(room string, p post) (id int64, fresh bool, err error) {
 		return 0, false, err
 	}
 	p.room = room
-	return s.relay.publish(p)
+	if id, fresh, err = s.relay.publish(p); fresh {
+		s.stats.published.Add(1)
+	}
+	return id, fresh, err
 }
 
 // declare sets the state of a user in a room, none of it checked yet.
@@ -462,6 +498,7 @@ func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error
 	if len(q.rooms) > 1 {
 		return bad("publish to one room at a time")
 	}
+	s.stats.in.Add(requestSize(r) + max(0, r.ContentLength))
 	p, then, err := s.parsePost(w, r, q)
 	if err != nil {
 		return err

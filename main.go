@@ -133,12 +133,15 @@ func newServer(c settings) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &server{
+	s := &server{
 		relay:    newRelay(c.limits),
 		origins:  origins,
 		beat:     c.beat,
 		instance: rand.Text()[:8],
-	}, nil
+		drawings: map[pictureOf]*drawing{},
+	}
+	s.stats.started, s.stats.tallies = time.Now(), newTallies()
+	return s, nil
 }
 
 // serve answers on the listener until ctx is done.

@@ -64,12 +64,16 @@ func readFiles() map[string]file {
 // page answers everything outside of /rooms/.
 func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 	f, ok := files[r.URL.Path]
-	if !ok && r.URL.Path != "/healthz" {
+	if !ok && r.URL.Path != "/healthz" && r.URL.Path != "/metrics" {
 		return fault{http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}"}
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
 		return fault{http.StatusMethodNotAllowed, r.Method + " is not for this path; GET, HEAD are"}
+	}
+	if r.URL.Path == "/metrics" {
+		s.metrics(w)
+		return nil
 	}
 	if r.URL.Path == "/healthz" {
 		if s.relay.isStopping() {

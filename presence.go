@@ -209,6 +209,7 @@ func (r *relay) settle(rm *room, user string, l *lease, now time.Time) (told boo
 	}
 	if !next.IsZero() {
 		if l.timer == nil {
+			user := strings.Clone(user) // not to keep the request it is part of
 			l.timer = time.AfterFunc(next.Sub(now), func() {
 				r.later(rm, func(now time.Time) bool { return rm.leases[user] == l && r.settle(rm, user, l, now) })
 			})

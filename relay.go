@@ -44,6 +44,7 @@ const eventBytes = 256
 type event struct {
 	id      int64
 	kind    string // its type
+	at      int64  // when it was published, Unix milliseconds; 0 for a notice
 	expires int64  // Unix milliseconds; 0 is a message, anything else a signal
 	key     string
 	json    []byte
@@ -72,6 +73,7 @@ type room struct {
 	messageBytes, signalBytes int
 	place                     *list.Element     // in relay.idlest; nil while nothing was published here
 	used                      time.Time         // when it was last published to, or left by a reader
+	left                      time.Time         // when it was last left by a reader
 	leases                    map[string]*lease // by user, see presence.go
 	here                      int               // users who are not offline
 	crowd                     crowd
@@ -86,6 +88,7 @@ type relay struct {
 	start    int64         // the process's start in Unix microseconds: ids begin behind it
 	mark     atomic.Int64  // readers may read up to here
 	stopping chan struct{} // closed by stop
+	gaps     atomic.Int64  // told to readers
 
 	mu        sync.Mutex // guards what follows, and with it the order of ids
 	stopped   bool
@@ -124,6 +127,7 @@ type post struct {
 	room, kind, from, key string
 	ttl                   time.Duration // 0 for a message
 	data                  []byte
+	picture               []byte // instead of data, see picture.go
 }
 
 // publish appends p to its room and wakes the room's readers. It returns the
@@ -164,16 +168,22 @@ func (r *relay) append(p post) (*room, int64, error) {
 	now := time.Now()
 	e := &event{
 		id:   r.mark.Load() + 1,
+		at:   now.UnixMilli(),
 		kind: "message",
-		key:  p.key,
+		key:  strings.Clone(p.key), // not to keep the request it is part of
 	}
-	if p.kind != "message" {
-		e.kind = strings.Clone(p.kind) // not to keep the request it is part of
+	if p.picture != nil {
+		e.kind = "picture"
+	} else if p.kind != "message" {
+		e.kind = strings.Clone(p.kind)
 	}
 	if p.ttl > 0 {
 		e.expires = now.Add(p.ttl).UnixMilli()
 	}
-	e.json = encode(e, rm.name, p.from, now.UnixMilli(), p.data)
+	e.json = p.picture
+	if p.picture == nil {
+		e.json = encode(e, rm.name, p.from, p.data)
+	}
 
 	rm.used = now
 	r.idlest.MoveToFront(rm.place)
@@ -183,7 +193,7 @@ func (r *relay) append(p post) (*room, int64, error) {
 }
 
 // encode is the event as every transport sends it.
-func encode(e *event, room, from string, ms int64, data []byte) []byte {
+func encode(e *event, room, from string, data []byte) []byte {
 	b := make([]byte, 0, 96+len(room)+len(e.kind)+len(from)+len(data))
 	b = strconv.AppendInt(append(b, `{"id":`...), e.id, 10)
 	b = append(append(b, `,"room":"`...), room...)
@@ -193,7 +203,7 @@ func encode(e *event, room, from string, ms int64, data []byte) []byte {
 		quoted, _ := json.Marshal(from)
 		b = append(append(b, `,"from":`...), quoted...)
 	}
-	b = strconv.AppendInt(append(b, `,"time":`...), ms, 10)
+	b = strconv.AppendInt(append(b, `,"time":`...), e.at, 10)
 	b = append(append(b, `,"data":`...), data...)
 	return append(b, '}')
 }
@@ -201,6 +211,10 @@ func encode(e *event, room, from string, ms int64, data []byte) []byte {
 // keep adds e to the room's log and drops what is beyond the bounds.
 func (r *relay) keep(rm *room, e *event) {
 	v := *rm.view.Load()
+	most := r.events
+	if e.kind == "picture" && rm.name[0] == ' ' { // of which only the newest is of use
+		most = 1
+	}
 	if e.key != "" {
 		if rm.keys == nil {
 			rm.keys = map[string]int64{}
@@ -211,7 +225,7 @@ func (r *relay) keep(rm *room, e *event) {
 	if e.expires == 0 {
 		v.messages = push(v.messages, e)
 		rm.messageBytes += e.size()
-		for len(v.messages) > r.events || rm.messageBytes > r.roomBytes && len(v.messages) > 1 {
+		for len(v.messages) > most || rm.messageBytes > r.roomBytes && len(v.messages) > 1 {
 			v.floor = v.messages[0].id
 			rm.messageBytes -= r.drop(rm, v.messages[0])
 			v.messages = v.messages[1:]
@@ -220,7 +234,7 @@ func (r *relay) keep(rm *room, e *event) {
 		v.signals = push(v.signals, e)
 		rm.signalBytes += e.size()
 		now := time.Now().UnixMilli()
-		for len(v.signals) > r.events || rm.signalBytes > r.roomBytes && len(v.signals) > 1 || v.signals[0].expires <= now {
+		for len(v.signals) > r.events || len(v.signals) > 1 && (rm.signalBytes > r.roomBytes || v.signals[0].expires <= now) {
 			if v.signals[0].expires > now {
 				v.spilled = v.signals[0].id
 			}
@@ -358,8 +372,8 @@ func (rm *room) wake() {
 	rm.mu.Lock()
 	defer rm.mu.Unlock()
 	for rd := range rm.readers {
-		if rd.waker != nil {
-			rd.waker()
+		if wake := rd.waker.Load(); wake != nil {
+			(*wake)()
 			continue
 		}
 		select {
@@ -373,18 +387,18 @@ func (rm *room) wake() {
 type reader struct {
 	relay     *relay
 	rooms     []*room
-	after     int64         // the cursor: the reader has everything up to here
-	woken     chan struct{} // holds one token while there may be something to read
-	user      string        // whose leases leave gives up
-	batch     int           // see want
-	waker     func()        // if set, wakes the reader in place of woken
-	presence  bool          // sees presence events
-	rostered  int64         // presence events up to here are in the roster
-	rosterDue bool          // the roster is to be told, at first and when a presence event was missed
-	cut       bool          // the last batch was cut short
-	told      int64         // floors up to here are no loss: the reader gave no cursor
-	reason    string        // why the cursor given is not of this log; told with a gap by room
-	heads     [][]*event    // scratch of next
+	after     int64                  // the cursor: the reader has everything up to here
+	woken     chan struct{}          // holds one token while there may be something to read
+	user      string                 // whose leases leave gives up
+	batch     int                    // see want
+	waker     atomic.Pointer[func()] // if set, wakes the reader in place of woken
+	presence  bool                   // sees presence events
+	rostered  int64                  // presence events up to here are in the roster
+	rosterDue bool                   // the roster is to be told, at first and when a presence event was missed
+	cut       bool                   // the last batch was cut short
+	told      int64                  // floors up to here are no loss: the reader gave no cursor
+	reason    string                 // why the cursor given is not of this log; told with a gap by room
+	heads     [][]*event             // scratch of next
 }
 
 // A want is what a reader asks for. All of it was checked where it entered.
@@ -469,7 +483,7 @@ func (rd *reader) leave() {
 		rm.mu.Lock()
 		delete(rm.readers, rd)
 		rm.mu.Unlock()
-		rm.used = now
+		rm.used, rm.left = now, now
 		if rd.user != "" {
 			told = r.exit(rm, rd.user) || told
 		}
@@ -518,6 +532,7 @@ func (rd *reader) next(batch []*event) []*event {
 	for bytes := 0; len(heads) > 0; {
 		if len(batch) == batchEvents || bytes >= rd.batch {
 			rd.after, rd.cut = batch[len(batch)-1].id, true
+			clear(heads) // not to keep what the log drops
 			return batch
 		}
 		i := oldest(heads)
@@ -555,6 +570,7 @@ func (rd *reader) gap(rm *room, floor, mark int64) *event {
 		}
 		reason = "history"
 	}
+	rd.relay.gaps.Add(1)
 	return notice{Type: "gap", Room: rm.name, ID: max(floor, rd.relay.start), Data: map[string]string{"reason": reason}}.event()
 }
 

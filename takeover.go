@@ -75,10 +75,10 @@ type pump struct {
 	streams map[*taken]struct{}
 }
 
-// takeOver serves a stream over the request's own connection, and reports
+// takeOver serves the stream over the request's own connection, and reports
 // whether it can. If so the handler is done.
-func (s *server) takeOver(w http.ResponseWriter, r *http.Request, q *query, rd *reader, f framing) bool {
-	if !r.ProtoAtLeast(1, 1) || r.ProtoMajor != 1 {
+func (t *taken) takeOver(w http.ResponseWriter, r *http.Request) bool {
+	if r.ProtoMajor != 1 || r.ProtoMinor != 1 {
 		return false
 	}
 	conn, _, err := http.NewResponseController(w).Hijack()
@@ -94,14 +94,12 @@ func (s *server) takeOver(w http.ResponseWriter, r *http.Request, q *query, rd *
 	h.Write(&head)
 	head.WriteString("\r\n")
 
-	t := &taken{
-		stream:  stream{s: s, q: q, rd: rd, f: f, room: chunkHead},
-		conn:    conn,
-		opening: head.Bytes(),
-		ending:  "0\r\n\r\n",
-	}
+	t.conn = conn
+	t.opening = head.Bytes()
+	t.ending = "0\r\n\r\n"
+	t.room = chunkHead
 	t.send = t.sendChunk
-	s.pump.add(t)
+	t.s.pump.add(t)
 	go t.watch()
 	return true
 }
@@ -133,6 +131,7 @@ func (t *taken) sendChunk(b []byte) error {
 		b = append(b, t.ending...)
 	}
 	if t.opening != nil {
+		t.tally.out.Add(int64(len(t.opening)))
 		b = append(t.opening, b...)
 		t.opening = nil
 	}
@@ -157,11 +156,11 @@ func (t *taken) write(b []byte) error {
 
 // add begins to serve a stream.
 func (p *pump) add(t *taken) {
-	t.s.streams.Add(1)
 	if c, ok := t.conn.(syscall.Conn); ok && canTry {
 		t.raw, _ = c.SyscallConn()
 	}
-	t.rd.waker = t.wake
+	wake := t.wake
+	t.rd.waker.Store(&wake)
 	p.mu.Lock()
 	if p.streams == nil {
 		p.streams = map[*taken]struct{}{}
@@ -314,6 +313,9 @@ func (t *taken) drain() {
 		t.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 		n, err := t.conn.Write(t.rest)
 		if t.rest = t.rest[n:]; err != nil && (n == 0 || t.gone.Load()) {
+			if !t.gone.Load() {
+				t.s.stats.dropped.Add(1)
+			}
 			t.finish(false)
 			return
 		}
@@ -331,8 +333,7 @@ func (t *taken) finish(said bool) {
 	p.mu.Lock()
 	delete(p.streams, t)
 	p.mu.Unlock()
-	t.rd.leave()
-	t.s.streams.Add(-1)
+	t.close()
 	if t.done != nil {
 		close(t.done)
 	}

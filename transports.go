@@ -21,6 +21,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -191,6 +192,7 @@ func multipart(q *query) framing {
 		"json": "application/json; charset=utf-8",
 		"text": "text/plain; charset=utf-8",
 		"html": "text/html; charset=utf-8",
+		"svg":  "image/svg+xml",
 	}[q.as]
 	boundary := rand.Text()
 	open := "\r\n--" + boundary + "\r\nContent-Type: " + mime + "\r\n\r\n"
@@ -204,6 +206,13 @@ func multipart(q *query) framing {
 		f.event = func(b []byte, e *event) []byte { return append(append(b, e.json...), open...) }
 	case "text":
 		f.event = func(b []byte, e *event) []byte { return append(append(b, e.text()...), open...) }
+	case "svg":
+		f.event = func(b []byte, e *event) []byte {
+			if e.kind != "picture" {
+				return b
+			}
+			return append(append(b, e.json...), open...)
+		}
 	case "html":
 		var shown []*event
 		f.batch = func(b []byte, _ int64, events []*event) []byte {
@@ -347,36 +356,25 @@ var scratches = sync.Pool{New: func() any { return new(scratch) }}
 // serve answers a request for events by a technique, until there is no more to
 // say or the client is gone.
 func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *query) error {
-	f := t.framing(q)
-	if t.name == "ws" {
-		return s.serveWebSocket(w, r, q, f)
-	}
-	h := w.Header()
-	h.Set("Content-Type", f.mime)
-	for k, v := range f.header {
-		h.Set(k, v)
-	}
 	if r.Method == http.MethodHead {
+		f := t.framing(q)
+		f.setHeader(w)
 		return nil
 	}
-	write := writer(w)
-	if t.name == "sse" && s.relay.isStopping() {
-		// An EventSource gives up for ever on any status but 200.
-		return write(f.frame([]byte(f.head), 0, s.bye()))
+	if slices.Contains(q.rooms, statsRoom) {
+		s.startStats()
+	}
+	if t.hold == forever {
+		return s.serveStream(w, r, t, q)
 	}
 	rd, err := s.relay.subscribe(q.want(t.hold))
 	if err != nil {
 		return err
 	}
-	if t.hold == forever {
-		if s.takeOver(w, r, q, rd, f) {
-			return nil
-		}
-		defer rd.leave()
-		st := &stream{s: s, q: q, rd: rd, f: f, send: write}
-		return st.follow(r.Context())
-	}
 	defer rd.leave()
+	c := s.stats.tallies[t.name]
+	c.connections.Add(1)
+	defer c.connections.Add(-1)
 	events := rd.next(nil)
 	if t.hold == once {
 		clock := time.NewTimer(q.wait)
@@ -385,10 +383,48 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 			events = rd.next(events)
 		}
 		if len(events) == 0 {
-			events = rd.next(events) // what came in the last moment, before the relay stopped say
+			events = rd.next(events) // the relay may have stopped right behind an event
 		}
 	}
-	return write(f.frame(nil, rd.after, events...))
+	f := t.framing(q)
+	f.setHeader(w)
+	b := f.frame(nil, rd.after, events...)
+	c.delivered(events, time.Now())
+	c.out.Add(headSize("HTTP/1.1 200 OK", w.Header()) + int64(len(b)))
+	return writer(w)(b)
+}
+
+func (f *framing) setHeader(w http.ResponseWriter) {
+	h := w.Header()
+	h.Set("Content-Type", f.mime)
+	for k, v := range f.header {
+		h.Set(k, v)
+	}
+}
+
+// serveStream begins a stream, over the request's connection if that may be
+// taken over, else from the request itself.
+func (s *server) serveStream(w http.ResponseWriter, r *http.Request, t technique, q *query) error {
+	c := &taken{stream: stream{s: s, q: q, f: t.framing(q), tally: s.stats.tallies[t.name]}}
+	st := &c.stream
+	switch {
+	case t.name == "ws":
+		return c.serveWebSocket(w, r)
+	case t.name == "sse" && s.relay.isStopping():
+		// An EventSource gives up for ever on any status but 200.
+		st.f.setHeader(w)
+		return writer(w)(st.f.frame([]byte(st.f.head), 0, s.bye()))
+	}
+	if err := st.open(); err != nil {
+		return err
+	}
+	st.f.setHeader(w)
+	if c.takeOver(w, r) {
+		return nil
+	}
+	defer st.close()
+	st.send = writer(w)
+	return st.follow(r.Context())
 }
 
 // A stream is one client that is told of events for ever.
@@ -397,11 +433,40 @@ type stream struct {
 	q     *query
 	rd    *reader
 	f     framing
+	tally *tally
+	away  func() // of a picture: called when nobody looks any more
 	send  func(b []byte) error
 	room  int          // free bytes that send wants in front
 	begun bool         // hello was said
 	ended bool         // bye was said
 	beat  atomic.Int64 // when a heartbeat is due, in Unix nanoseconds
+}
+
+// open takes the stream's place in the log; close gives up all it holds.
+func (st *stream) open() (err error) {
+	if st.q.as == "svg" {
+		if st.away, err = st.s.look(st.q.picture); err != nil {
+			return err
+		}
+	}
+	if st.rd, err = st.s.relay.subscribe(st.q.want(forever)); err != nil {
+		if st.away != nil {
+			st.away()
+		}
+		return err
+	}
+	st.s.streams.Add(1)
+	st.tally.connections.Add(1)
+	return nil
+}
+
+func (st *stream) close() {
+	st.rd.leave()
+	st.s.streams.Add(-1)
+	st.tally.connections.Add(-1)
+	if st.away != nil {
+		st.away()
+	}
 }
 
 // step says all that is due: hello, what the cursor asks for, the roster,
@@ -455,7 +520,10 @@ func (st *stream) emit(sc *scratch, head string, events ...*event) error {
 		b = st.f.frame(b, st.rd.after, events...)
 	}
 	sc.buf = b
-	st.beat.Store(time.Now().Add(st.s.pause()).UnixNano())
+	now := time.Now()
+	st.beat.Store(now.Add(st.s.pause()).UnixNano())
+	st.tally.delivered(events, now)
+	st.tally.out.Add(int64(len(b)))
 	return st.send(b)
 }
 
@@ -473,8 +541,6 @@ func (st *stream) hello() *event {
 // follow drives a stream the ordinary way, from its own request. It returns
 // when the client is gone or the relay stops.
 func (st *stream) follow(ctx context.Context) error {
-	st.s.streams.Add(1)
-	defer st.s.streams.Add(-1)
 	clock := time.NewTimer(0)
 	defer clock.Stop()
 	for {
@@ -530,38 +596,33 @@ func writer(w http.ResponseWriter) func([]byte) error {
 
 // The WebSocket.
 
-// serveWebSocket speaks both ways: the writers send what is framed, and a
+// serveWebSocket begins a stream that speaks both ways: the writers send what is framed, and a
 // goroutine reads what the client has to say.
-func (s *server) serveWebSocket(w http.ResponseWriter, r *http.Request, q *query, f framing) error {
+func (t *taken) serveWebSocket(w http.ResponseWriter, r *http.Request) error {
 	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		w.Header().Set("Connection", "Upgrade")
 		w.Header().Set("Upgrade", "websocket")
 		return fault{http.StatusUpgradeRequired, "this is a WebSocket; ask for it with Upgrade: websocket"}
 	}
-	if s.relay.isStopping() {
+	if t.s.relay.isStopping() {
 		return errStopping
 	}
-	rd, err := s.relay.subscribe(q.want(forever))
-	if err != nil {
+	if err := t.open(); err != nil {
 		return err
 	}
-	t := &taken{
-		stream:  stream{s: s, q: q, rd: rd, f: f},
-		control: make(chan []byte, 2),
-		done:    make(chan struct{}),
-		// Close, 1001: going away.
-		ending: "\x88\x17\x03\xe9the relay is stopping",
-	}
 	t.send = t.sendFrames
-	options := s.origins.websocket()
+	t.ending = "\x88\x17\x03\xe9the relay is stopping" // close, 1001: going away
+	t.control = make(chan []byte, 2)
+	t.done = make(chan struct{})
+	options := t.s.origins.websocket()
 	options.OnPongReceived = func(context.Context, []byte) { t.silent.Store(0) }
 	conn, err := websocket.Accept(hijacker{w, t}, r, options)
 	if err != nil {
-		rd.leave()
+		t.close()
 		return nil // Accept has answered
 	}
 	conn.SetReadLimit(maxBody)
-	s.pump.add(t)
+	t.s.pump.add(t)
 	go t.listen(conn)
 	return nil
 }
@@ -586,6 +647,7 @@ func (t *taken) listen(conn *websocket.Conn) {
 		if err != nil {
 			return
 		}
+		t.tally.in.Add(int64(len(frame)) + 6) // a head and a mask, of the shortest
 		if answer := t.s.hear(t.q, kind, frame); answer != nil {
 			b := answer.event().json
 			t.say(append(textFrame(nil, len(b)), b...))

@@ -1,0 +1,124 @@
+// What publishing, reading and framing cost; and two of their costs that must
+// not grow.
+
+package main
+
+import (
+	"fmt"
+	"testing"
+	"time"
+)
+
+// typical is a chat message.
+var typical = post{room: "lobby", kind: "message", from: "ada", data: []byte(`"A comet's hair is long, and so is this connection."`)}
+
+// benchRelay has the default limits, and a room whose history is full.
+func benchRelay(tb testing.TB) *relay {
+	r := newRelay(limits{events: 256, roomBytes: 1 << 20, allBytes: 32 << 20, rooms: 10_000, idle: time.Hour, present: time.Minute})
+	for range 2 * r.events {
+		publishTypical(tb, r)
+	}
+	return r
+}
+
+func publishTypical(tb testing.TB, r *relay) {
+	if _, _, err := r.publish(typical); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// BenchmarkPublish measures a publish to a full room and the waking of its
+// readers. Each reader has taken its last token; that it takes this one too is
+// part of what is measured. Neither reading nor the scheduler is: there are no
+// goroutines.
+func BenchmarkPublish(b *testing.B) {
+	for _, n := range []int{0, 100, 10_000} {
+		b.Run(fmt.Sprintf("readers=%d", n), func(b *testing.B) {
+			r := benchRelay(b)
+			readers := make([]*reader, n)
+			for i := range readers {
+				readers[i] = openReader(b, r, "lobby", -1, want{})
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				publishTypical(b, r)
+				for _, rd := range readers {
+					<-rd.woken
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkRead measures a reader taking what lies behind its cursor.
+func BenchmarkRead(b *testing.B) {
+	for _, rooms := range []string{"lobby", "lobby,hall,attic,cellar"} {
+		for _, n := range []int{1, 100} {
+			b.Run(fmt.Sprintf("rooms=%s/events=%d", rooms, n), func(b *testing.B) {
+				r := benchRelay(b)
+				rd := openReader(b, r, rooms, -1, want{})
+				batch := make([]*event, 0, batchEvents)
+				b.ReportAllocs()
+				for b.Loop() {
+					rd.after = r.mark.Load() - int64(n)
+					if got := rd.next(batch); len(got) != n {
+						b.Fatalf("read %d events, want %d", len(got), n)
+					}
+				}
+			})
+		}
+	}
+}
+
+// benchFraming is a technique's framing for a usual query.
+func benchFraming(t technique) framing {
+	return t.framing(&query{rooms: []string{"lobby"}, user: "ada", as: "json", callback: "comet.told", wait: 10 * time.Second})
+}
+
+// BenchmarkFrame measures the framing of one event into a buffer that has room.
+func BenchmarkFrame(b *testing.B) {
+	r := benchRelay(b)
+	events := openReader(b, r, "lobby", r.mark.Load()-r.start-1, want{}).next(nil)
+	for _, t := range techniques {
+		b.Run(t.name, func(b *testing.B) {
+			f := benchFraming(t)
+			buf := make([]byte, 0, 64<<10)
+			b.ReportAllocs()
+			for b.Loop() {
+				if len(f.frame(buf, 1, events...)) == 0 {
+					b.Fatal("nothing was framed")
+				}
+			}
+		})
+	}
+}
+
+func TestPublishingAllocatesLittle(t *testing.T) {
+	r := benchRelay(t)
+	if n := testing.AllocsPerRun(1000, func() { publishTypical(t, r) }); n > 5 {
+		t.Errorf("a publish to a room without readers is %v allocations, want at most 5", n)
+	} else {
+		t.Logf("a publish to a room without readers is %v allocations", n)
+	}
+}
+
+func TestFramingAllocatesNothing(t *testing.T) {
+	r := benchRelay(t)
+	publishPost(t, r, post{room: "lobby", kind: "typing", from: "ada", ttl: time.Minute})
+	events := openReader(t, r, "lobby", r.mark.Load()-r.start-2, want{}).next(nil)
+	if len(events) != 2 {
+		t.Fatalf("read %d events, want a message and a signal", len(events))
+	}
+	buf := make([]byte, 0, 64<<10)
+	for _, technique := range techniques {
+		if technique.hold != forever {
+			continue
+		}
+		f := benchFraming(technique)
+		for _, due := range [][]*event{events[:1], events[1:], events} {
+			if n := testing.AllocsPerRun(100, func() { f.frame(buf, 1, due...) }); n > 0 {
+				t.Errorf("framing %d events as %s is %v allocations, want none", len(due), technique.name, n)
+			}
+		}
+	}
+}

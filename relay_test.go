@@ -1,0 +1,1138 @@
+// The log's tests. Time is virtual, so it stands still unless a test sleeps; an
+// event's id is the relay's start and its number, and the tests speak of the
+// number alone.
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unsafe"
+	"weak"
+)
+
+// testRelay makes a relay with room enough for everything but what l limits.
+func testRelay(l limits) *relay {
+	set := func(v *int, absent int) {
+		if *v == 0 {
+			*v = absent
+		}
+	}
+	set(&l.events, 1<<20)
+	set(&l.roomBytes, 1<<30)
+	set(&l.allBytes, 1<<40)
+	set(&l.rooms, 1000)
+	if l.idle == 0 {
+		l.idle = 10 * time.Minute
+	}
+	if l.present == 0 {
+		l.present = time.Minute
+	}
+	return newRelay(l)
+}
+
+// publishText publishes a message, and returns its number.
+func publishText(t testing.TB, r *relay, room, text string) int64 {
+	t.Helper()
+	return publishPost(t, r, post{room: room, kind: "message", data: []byte(text)})
+}
+
+// publishPost publishes p, its data as a string.
+func publishPost(t testing.TB, r *relay, p post) int64 {
+	t.Helper()
+	p.data, _ = json.Marshal(string(p.data))
+	id, _, err := r.publish(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id - r.start
+}
+
+// publishScript publishes messages named as testWords names them: a:hi b:ho.
+func publishScript(t *testing.T, r *relay, script string) {
+	t.Helper()
+	for word := range strings.FieldsSeq(script) {
+		room, text, _ := strings.Cut(word, ":")
+		publishText(t, r, room, text)
+	}
+}
+
+// openReader subscribes; after is a number, or -1.
+func openReader(t testing.TB, r *relay, rooms string, after int64, w want) *reader {
+	t.Helper()
+	w.rooms, w.after = strings.Split(rooms, ","), after
+	if after >= 0 {
+		w.after += r.start
+	}
+	rd, err := tryReader(r, w)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rd
+}
+
+// tryReader subscribes with a batch of 64 KiB, unless w says otherwise.
+func tryReader(r *relay, w want) (*reader, error) {
+	if w.batch == 0 {
+		w.batch = 64 << 10
+	}
+	return r.subscribe(w)
+}
+
+// readAll reads as a stream does, with the rosters that are due.
+func readAll(rd *reader) (all []*event) {
+	for {
+		events := rd.next(nil)
+		if rd.rosterDue && !rd.cut {
+			events = rd.rosters(events)
+		}
+		if len(events) == 0 {
+			return all
+		}
+		all = append(all, events...)
+	}
+}
+
+// testWords is events in short: 3:a:hi is the third, said in room a; gaps are
+// 3:a:gap(history). Presence has no number: ada:online, or {ada:online bob:away},
+// or {150} for a crowd.
+func testWords(r *relay, events []*event) string {
+	var words []string
+	for _, e := range events {
+		var c struct {
+			ID               int64
+			Room, Type, From string
+			Data             json.RawMessage
+		}
+		if err := json.Unmarshal(e.json, &c); err != nil {
+			panic(fmt.Sprintf("%s: %v", e.json, err))
+		}
+		if c.ID != e.id || c.Type != e.kind {
+			panic(fmt.Sprintf("%s is not the event %d %s", e.json, e.id, e.kind))
+		}
+		var text string
+		switch {
+		case c.Type == "gap":
+			var data struct{ Reason string }
+			json.Unmarshal(c.Data, &data)
+			text = fmt.Sprintf("%d:%s:gap(%s)", c.ID-r.start, c.Room, data.Reason)
+		case c.Type == "presence" && c.From == "":
+			var ros roster
+			json.Unmarshal(c.Data, &ros)
+			text = fmt.Sprintf("{%d}", ros.Count)
+			if ros.Users != nil {
+				text = "{" + testNames(ros.Users) + "}"
+			}
+		default:
+			json.Unmarshal(c.Data, &text)
+			if c.Type == "presence" {
+				text = c.From + ":" + text
+			} else {
+				text = fmt.Sprintf("%d:%s:%s", c.ID-r.start, c.Room, text)
+			}
+		}
+		words = append(words, text)
+	}
+	return strings.Join(words, " ")
+}
+
+// testNames is a roster in short: ada:online bob:away.
+func testNames(users map[string]string) string {
+	return strings.TrimSuffix(strings.TrimPrefix(fmt.Sprint(users), "map["), "]")
+}
+
+// wantRead checks what lies behind a reader's cursor.
+func wantRead(t *testing.T, rd *reader, want string) {
+	t.Helper()
+	if got := testWords(rd.relay, readAll(rd)); got != want {
+		t.Errorf("read %q, want %q", got, want)
+	}
+	if mark := rd.relay.mark.Load(); rd.after != mark {
+		t.Errorf("the cursor is %d after everything was read, want %d", rd.after-rd.relay.start, mark-rd.relay.start)
+	}
+}
+
+// checkBooks walks the relay and compares what it finds with what the relay
+// has counted, and with its bounds.
+func checkBooks(t *testing.T, r *relay) {
+	t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	bytes, users, placed := 0, 0, 0
+	for name, rm := range r.rooms {
+		v := rm.view.Load()
+		keys := map[string]int64{}
+		sum := func(log []*event) (n int) {
+			for i, e := range log {
+				n += e.size()
+				if e.key != "" {
+					keys[e.key] = e.id
+				}
+				if i > 0 && log[i-1].id >= e.id || e.id > r.mark.Load() || e.expires == 0 && e.id <= v.floor {
+					t.Errorf("%s: event %d is out of order", name, e.id-r.start)
+				}
+			}
+			return n
+		}
+		messages, signals := sum(v.messages), sum(v.signals)
+		bytes += messages + signals
+		if messages != rm.messageBytes || signals != rm.signalBytes {
+			t.Errorf("%s has %d and %d bytes, and counted %d and %d", name, messages, signals, rm.messageBytes, rm.signalBytes)
+		}
+		if len(v.messages) > r.events || len(v.signals) > r.events {
+			t.Errorf("%s has %d messages and %d signals, the bound is %d", name, len(v.messages), len(v.signals), r.events)
+		}
+		if messages > r.roomBytes && len(v.messages) > 1 || signals > r.roomBytes && len(v.signals) > 1 {
+			t.Errorf("%s has %d and %d bytes, the bound is %d", name, messages, signals, r.roomBytes)
+		}
+		if len(keys)+len(rm.keys) > 0 && !reflect.DeepEqual(keys, rm.keys) {
+			t.Errorf("%s has the keys %v, and remembers %v", name, keys, rm.keys)
+		}
+		here := 0
+		for _, l := range rm.leases {
+			if l.here {
+				here++
+			}
+		}
+		if here != rm.here {
+			t.Errorf("%s has %d users here, and counted %d", name, here, rm.here)
+		}
+		users += len(rm.leases)
+		if rm.place != nil {
+			placed++
+		} else if len(v.messages)+len(v.signals) > 0 {
+			t.Errorf("%s has a history and no place", name)
+		} else if len(rm.readers)+len(rm.leases) == 0 {
+			t.Errorf("%s is kept for nobody", name)
+		}
+	}
+	if bytes != r.bytes || users != r.users || placed != r.idlest.Len() {
+		t.Errorf("%d bytes, %d users and %d rooms were counted, there are %d, %d and %d", r.bytes, r.users, r.idlest.Len(), bytes, users, placed)
+	}
+	if bytes > r.allBytes && placed > 1 {
+		t.Errorf("%d bytes are kept, the bound is %d", bytes, r.allBytes)
+	}
+	if placed > r.limits.rooms || len(r.floors) > r.limits.rooms {
+		t.Errorf("%d rooms and %d floors are kept, the bound is %d", placed, len(r.floors), r.limits.rooms)
+	}
+}
+
+func TestIDsBeginAtTheStartInMicroseconds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		// The bubble's clock begins with the year 2000.
+		const start = 946684800_000000
+		r := testRelay(limits{})
+		for i := range 5 {
+			id, fresh, err := r.publish(post{room: fmt.Sprint("room", i%2), kind: "message", data: []byte("1")})
+			if want := int64(start + 1 + i); id != want || !fresh || err != nil {
+				t.Errorf("event %d of all rooms: %d, %v, %v, want the id %d", i, id, fresh, err, want)
+			}
+		}
+		time.Sleep(time.Millisecond)
+		if again := testRelay(limits{}); again.start != start+1000 {
+			t.Errorf("a restart 1 ms later begins at %d, want %d", again.start, start+1000)
+		}
+	})
+}
+
+func TestAnEventsJSON(t *testing.T) {
+	for _, tc := range []struct {
+		post post
+		want string
+	}{
+		{post{room: "lobby", kind: "message", from: "ada", data: []byte(`"hi"`)},
+			`{"id":946684800000001,"room":"lobby","type":"message","from":"ada","time":946684800123,"data":"hi"}`},
+		{post{room: "a.b:c_d-e", kind: "x.y", data: []byte(`{"n":[1,null]}`)},
+			`{"id":946684800000001,"room":"a.b:c_d-e","type":"x.y","time":946684800123,"data":{"n":[1,null]}}`},
+		{post{room: "lobby", kind: "typing", from: "</script>\u2028\"\n", ttl: time.Second, data: []byte(`true`)},
+			`{"id":946684800000001,"room":"lobby","type":"typing","from":"\u003c/script\u003e\u2028\"\n","time":946684800123,"data":true}`},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := testRelay(limits{})
+			rd := openReader(t, r, tc.post.room, -1, want{})
+			time.Sleep(123 * time.Millisecond)
+			if _, _, err := r.publish(tc.post); err != nil {
+				t.Fatal(err)
+			}
+			if got := string(rd.next(nil)[0].json); got != tc.want {
+				t.Errorf("got  %s\nwant %s", got, tc.want)
+			}
+		})
+	}
+}
+
+func TestReading(t *testing.T) {
+	for _, tc := range []struct {
+		rooms string
+		after int64
+		last  int
+		want  string
+	}{
+		{"a", 0, 0, "1:a:one 3:a:three"},
+		{"a", 1, 0, "3:a:three"},
+		{"a", 2, 0, "3:a:three"},
+		{"a", 3, 0, ""},
+		{"a", 6, 0, ""},
+		{"b", 0, 0, "2:b:two 5:b:five 6:b:six"},
+		{"a,b", 0, 0, "1:a:one 2:b:two 3:a:three 5:b:five 6:b:six"},
+		{"b,a", 2, 0, "3:a:three 5:b:five 6:b:six"},
+		{"a,b,c", 3, 0, "4:c:four 5:b:five 6:b:six"},
+		{"a,nobody", 0, 0, "1:a:one 3:a:three"},
+		{"nobody", 0, 0, ""},
+		{"a,b,c", -1, 0, ""},
+		{"a,b,c", -1, 1, "6:b:six"},
+		{"a,b,c", -1, 3, "4:c:four 5:b:five 6:b:six"},
+		{"a,c", -1, 2, "3:a:three 4:c:four"},
+		{"a,b,c", -1, 1000, "1:a:one 2:b:two 3:a:three 4:c:four 5:b:five 6:b:six"},
+		{"nobody", -1, 10, ""},
+		{"a", 4, 10, ""}, // with a cursor, last says nothing
+	} {
+		t.Run(fmt.Sprintf("%s after %d last %d", tc.rooms, tc.after, tc.last), func(t *testing.T) {
+			r := testRelay(limits{})
+			publishScript(t, r, "a:one b:two a:three c:four b:five b:six")
+			rd := openReader(t, r, tc.rooms, tc.after, want{last: tc.last})
+			defer rd.leave()
+			wantRead(t, rd, tc.want)
+			first, _, _ := strings.Cut(tc.rooms, ",")
+			publishScript(t, r, "z:seven "+first+":eight")
+			wantRead(t, rd, "8:"+first+":eight")
+		})
+	}
+}
+
+func TestGaps(t *testing.T) {
+	// Rooms keep two messages: a has 3 and 5, having lost 1; b has 2 and 4; c has
+	// 8 and 9, having lost 6 and 7.
+	const script = "a:x b:x a:x b:x a:x c:x c:x c:x c:x"
+	for _, tc := range []struct {
+		what, rooms string
+		after       int64 // a number; absolute if it is below
+		want        string
+	}{
+		{"nothing lost", "a", 1, "3:a:x 5:a:x"},
+		{"lost in the room", "a", 0, "1:a:gap(history) 3:a:x 5:a:x"},
+		{"lost in another room", "b", 0, "2:b:x 4:b:x"},
+		{"lost in one of two rooms", "b,a", 0, "1:a:gap(history) 2:b:x 3:a:x 4:b:x 5:a:x"},
+		{"lost in two of three rooms", "c,b,a", 0, "1:a:gap(history) 2:b:x 3:a:x 4:b:x 5:a:x 7:c:gap(history) 8:c:x 9:c:x"},
+		{"lost in one, behind the cursor in the other", "a,c", 4, "5:a:x 7:c:gap(history) 8:c:x 9:c:x"},
+		{"everything read", "a,b,c", 9, ""},
+		{"beyond the mark", "a", 10, "1:a:gap(future) 3:a:x 5:a:x"},
+		{"beyond the mark, in a room that lost nothing", "b", 10, "0:b:gap(future) 2:b:x 4:b:x"},
+		{"beyond the mark, two rooms", "a,c", 10, "1:a:gap(future) 3:a:x 5:a:x 7:c:gap(future) 8:c:x 9:c:x"},
+		{"beyond the mark, an empty room", "nobody", 10, "0:nobody:gap(future)"},
+		{"the largest integer", "b", math.MaxInt64, "0:b:gap(future) 2:b:x 4:b:x"},
+		{"before the start", "b", -2, "0:b:gap(restart) 2:b:x 4:b:x"},
+		{"before the start, two rooms", "b,c", -2, "0:b:gap(restart) 2:b:x 4:b:x 7:c:gap(restart) 8:c:x 9:c:x"},
+		{"zero", "a", math.MinInt64, "1:a:gap(restart) 3:a:x 5:a:x"},
+	} {
+		t.Run(tc.what, func(t *testing.T) {
+			r := testRelay(limits{events: 2})
+			publishScript(t, r, script)
+			after := r.start + tc.after
+			switch tc.after {
+			case math.MaxInt64:
+				after = math.MaxInt64
+			case math.MinInt64:
+				after = 0
+			}
+			rd, err := tryReader(r, want{rooms: strings.Split(tc.rooms, ","), after: after})
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantRead(t, rd, tc.want)
+			wantRead(t, rd, "") // a gap is told once
+			first, _, _ := strings.Cut(tc.rooms, ",")
+			publishText(t, r, first, "x")
+			rd.next(nil)
+			publishText(t, r, first, "x")
+			wantRead(t, rd, "11:"+first+":x")
+		})
+	}
+}
+
+func TestAGapIsToldWhileReading(t *testing.T) {
+	r := testRelay(limits{events: 2})
+	rd := openReader(t, r, "a,b", -1, want{})
+	publishScript(t, r, "a:x a:x a:x b:x")
+	wantRead(t, rd, "1:a:gap(history) 2:a:x 3:a:x 4:b:x")
+	publishScript(t, r, "a:x b:x")
+	wantRead(t, rd, "5:a:x 6:b:x")
+	publishScript(t, r, "b:x b:x b:x a:x")
+	wantRead(t, rd, "7:b:gap(history) 8:b:x 9:b:x 10:a:x")
+}
+
+// What was lost before the reader came is no gap to who has no cursor.
+func TestWhoHasNoCursorIsToldOfNoGap(t *testing.T) {
+	for _, last := range []int{0, 1, 3, 1000} {
+		r := testRelay(limits{events: 2})
+		publishScript(t, r, "b:x a:x a:x a:x a:x")
+		rd := openReader(t, r, "a,b", -1, want{last: last})
+		if got := testWords(r, readAll(rd)); strings.Contains(got, "gap") {
+			t.Errorf("last %d: %s", last, got)
+		}
+		publishScript(t, r, "a:x a:x a:x")
+		wantRead(t, rd, "6:a:gap(history) 7:a:x 8:a:x")
+	}
+}
+
+// A publisher may drop what lies behind the mark while a reader is between
+// loading the mark and the views. Here the mark stands for one loaded early.
+func TestAGapBeyondTheMarkIsToldOnTheNextRead(t *testing.T) {
+	r := testRelay(limits{events: 2})
+	rd := openReader(t, r, "a", 0, want{})
+	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
+	r.mark.Store(r.start + 3)
+	wantRead(t, rd, "")
+	r.mark.Store(r.start + 6)
+	wantRead(t, rd, "4:a:gap(history) 5:a:x 6:a:x")
+}
+
+func TestABatchCutShortMovesTheCursorToItsEnd(t *testing.T) {
+	r := testRelay(limits{})
+	rd := openReader(t, r, "a,b", 0, want{})
+	const n = 2*batchEvents + 10
+	for i := range n {
+		publishText(t, r, "ab"[i%2:][:1], "x")
+	}
+	for _, step := range []struct{ first, last int64 }{{1, 256}, {257, 512}, {513, n}} {
+		batch := rd.next(nil)
+		if first, last := batch[0].id-r.start, batch[len(batch)-1].id-r.start; first != step.first || last != step.last {
+			t.Errorf("read %d to %d, want %d to %d", first, last, step.first, step.last)
+		}
+		if rd.after != r.start+step.last || rd.cut != (step.last < n) {
+			t.Errorf("after %d the cursor is %d, cut short %v", step.last, rd.after-r.start, rd.cut)
+		}
+	}
+
+	big := strings.Repeat("x", rd.batch/2)
+	publishText(t, r, "a", big)
+	publishText(t, r, "b", big)
+	publishText(t, r, "a", "small")
+	if batch := rd.next(nil); len(batch) != 2 || !rd.cut || rd.after != r.start+n+2 {
+		t.Errorf("two events of half a batch: read %d, cut short %v", len(batch), rd.cut)
+	}
+	// Whoever goes on elsewhere from a cut batch has the rest.
+	wantRead(t, openReader(t, r, "a,b", rd.after-r.start, want{}), fmt.Sprintf("%d:a:small", n+3))
+}
+
+func TestAFloorOutlivesItsRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := testRelay(limits{idle: time.Minute})
+		publishScript(t, r, "a:x a:x b:x")
+		time.Sleep(time.Minute - 1)
+		r.sweep(time.Now())
+		if len(r.rooms) != 2 {
+			t.Errorf("there are %d rooms before their time is over", len(r.rooms))
+		}
+		publishText(t, r, "b", "x")
+		time.Sleep(1)
+		r.sweep(time.Now())
+		if r.rooms["a"] != nil || r.rooms["b"] == nil {
+			t.Errorf("after a minute without a publish, a is %v, and b, which had one, is %v", r.rooms["a"], r.rooms["b"])
+		}
+		checkBooks(t, r)
+
+		for range 2 { // reading opens the room and closes it again
+			rd := openReader(t, r, "a", 1, want{})
+			wantRead(t, rd, "2:a:gap(history)")
+			rd.leave()
+			rd = openReader(t, r, "a", 2, want{})
+			wantRead(t, rd, "")
+			rd.leave()
+			if len(r.rooms) != 1 {
+				t.Error("reading made a room")
+			}
+		}
+		publishText(t, r, "a", "again")
+		wantRead(t, openReader(t, r, "a", 0, want{}), "2:a:gap(history) 5:a:again")
+		wantRead(t, openReader(t, r, "a", 2, want{}), "5:a:again")
+	})
+}
+
+func TestARoomThatIsReadIsNotIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := testRelay(limits{idle: time.Minute})
+		publishScript(t, r, "a:x b:x")
+		rd := openReader(t, r, "a", 0, want{})
+		time.Sleep(time.Hour)
+		r.sweep(time.Now())
+		wantRead(t, rd, "1:a:x")
+		rd.leave()
+		time.Sleep(time.Minute - 1)
+		r.sweep(time.Now())
+		if len(r.rooms) != 1 {
+			t.Errorf("there are %d rooms, want one, its reader left less than a minute ago", len(r.rooms))
+		}
+		time.Sleep(1)
+		r.sweep(time.Now())
+		if len(r.rooms) != 0 || r.bytes != 0 {
+			t.Errorf("%d rooms and %d bytes are kept of what nobody reads", len(r.rooms), r.bytes)
+		}
+	})
+}
+
+// More floors than there may be rooms become one, which may tell of a gap
+// too many, but hides none.
+func TestFloorsBeyondTheirBoundHideNoGap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := testRelay(limits{rooms: 3, idle: time.Minute})
+		for i := range 20 {
+			publishText(t, r, fmt.Sprint("room", i), "x")
+			time.Sleep(time.Minute)
+			r.sweep(time.Now())
+			checkBooks(t, r)
+		}
+		for i := range 20 {
+			name := fmt.Sprint("room", i)
+			rd := openReader(t, r, name, int64(i), want{})
+			if got := testWords(r, readAll(rd)); !strings.HasSuffix(got, name+":gap(history)") {
+				t.Errorf("%s lost event %d, and its reader was told %q", name, i+1, got)
+			}
+			rd.leave()
+			rd = openReader(t, r, name, 20, want{})
+			wantRead(t, rd, "")
+			rd.leave()
+		}
+	})
+}
+
+func TestReadingCreatesNoRoom(t *testing.T) {
+	r := testRelay(limits{rooms: 1})
+	var readers []*reader
+	for i := range 100 {
+		rd := openReader(t, r, fmt.Sprintf("room%d,room%d", i, i+1), int64(i%2)-1, want{presence: true})
+		rd.expectRoster()
+		readAll(rd)
+		readers = append(readers, rd)
+	}
+	r.whoIsIn("room")
+	if err := r.declare("room", "ada", "offline"); err != nil {
+		t.Error(err)
+	}
+	publishText(t, r, "one", "readers' rooms do not count")
+	checkBooks(t, r)
+	for _, rd := range readers {
+		rd.leave()
+	}
+	if len(r.rooms) != 1 || len(r.floors) != 0 || r.idlest.Len() != 1 {
+		t.Errorf("%d rooms and %d floors are left of reading", len(r.rooms)-1, len(r.floors))
+	}
+}
+
+func TestBounds(t *testing.T) {
+	measure := testRelay(limits{})
+	publishScript(t, measure, "a:x")
+	size := measure.bytes
+	for _, tc := range []struct {
+		what   string
+		limits limits
+		script string
+		rooms  string
+		want   string
+	}{
+		{"messages of a room", limits{events: 3}, "a:x a:x a:x b:x a:x", "a,b", "1:a:gap(history) 2:a:x 3:a:x 4:b:x 5:a:x"},
+		{"bytes of a room", limits{roomBytes: 3 * size}, "a:x a:x a:x b:x a:x", "a,b", "1:a:gap(history) 2:a:x 3:a:x 4:b:x 5:a:x"},
+		{"bytes of a room, one too few", limits{roomBytes: 3*size - 1}, "a:x a:x a:x", "a", "1:a:gap(history) 2:a:x 3:a:x"},
+		{"an event that alone is too much", limits{roomBytes: 1, allBytes: 1}, "a:x a:x", "a", "1:a:gap(history) 2:a:x"},
+		{"bytes of all rooms, just enough", limits{allBytes: 4 * size}, "a:x b:x b:x c:x", "a,b,c", "1:a:x 2:b:x 3:b:x 4:c:x"},
+		{"bytes of all rooms", limits{allBytes: 4*size - 1}, "a:x b:x b:x c:x", "a,b,c", "1:a:gap(history) 2:b:x 3:b:x 4:c:x"},
+		{"the room idle longest loses first", limits{allBytes: 4 * size}, "a:x b:x a:x c:x c:x", "a,b,c", "1:a:x 2:b:gap(history) 3:a:x 4:c:x 5:c:x"},
+		{"and then the next", limits{allBytes: 2 * size}, "a:x b:x a:x c:x c:x", "a,b,c", "2:b:gap(history) 3:a:gap(history) 4:c:x 5:c:x"},
+	} {
+		t.Run(tc.what, func(t *testing.T) {
+			r := testRelay(tc.limits)
+			reading := openReader(t, r, tc.rooms, 0, want{})
+			publishScript(t, r, tc.script)
+			checkBooks(t, r)
+			wantRead(t, reading, tc.want)
+			wantRead(t, openReader(t, r, tc.rooms, 0, want{}), tc.want)
+		})
+	}
+}
+
+func TestTooManyRooms(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := testRelay(limits{rooms: 2, idle: time.Minute})
+		publishScript(t, r, "a:x b:x")
+		rd := openReader(t, r, "c", 0, want{})
+		before := fmt.Sprint(len(r.rooms), r.bytes, r.mark.Load())
+		for _, room := range []string{"c", "d"} {
+			if id, fresh, err := r.publish(post{room: room, kind: "message", key: "k", data: []byte("1")}); err != errTooManyRooms || id != 0 || fresh {
+				t.Errorf("the third room: %d, %v, %v", id, fresh, err)
+			}
+		}
+		if after := fmt.Sprint(len(r.rooms), r.bytes, r.mark.Load()); after != before {
+			t.Errorf("a refused publish made %s of %s", after, before)
+		}
+		checkBooks(t, r)
+		publishScript(t, r, "a:x b:x") // those that exist go on
+		wantRead(t, rd, "")
+
+		time.Sleep(time.Minute)
+		r.sweep(time.Now())
+		publishScript(t, r, "c:x d:x")
+		wantRead(t, rd, "5:c:x")
+	})
+}
+
+// After every step of a random history the books are right.
+func TestBooksAreRight(t *testing.T) {
+	for seed := range uint64(4) {
+		synctest.Test(t, func(t *testing.T) {
+			rnd := rand.New(rand.NewPCG(seed, 1))
+			r := testRelay(limits{events: 1 + rnd.IntN(20), roomBytes: 5000, allBytes: 20_000, rooms: 8, idle: time.Minute})
+			name := func() string { return fmt.Sprint("room", rnd.IntN(12)) }
+			var readers []*reader
+			for range 1500 {
+				switch rnd.IntN(10) {
+				default:
+					p := post{room: name(), kind: "message", data: []byte(`"` + strings.Repeat("x", rnd.IntN(1000)) + `"`)}
+					if rnd.IntN(2) == 0 {
+						p.key = fmt.Sprint("key", rnd.IntN(30))
+					}
+					if rnd.IntN(3) == 0 {
+						p.ttl = time.Duration(rnd.Int64N(int64(time.Minute)))
+					}
+					if _, _, err := r.publish(p); err != nil && err != errTooManyRooms {
+						t.Fatal(err)
+					}
+				case 0:
+					w := want{rooms: []string{name()}, after: r.mark.Load() - rnd.Int64N(50), presence: true}
+					if other := name(); other != w.rooms[0] {
+						w.rooms = append(w.rooms, other)
+					}
+					if rnd.IntN(2) == 0 {
+						w.user, w.holds = fmt.Sprint("user", rnd.IntN(5)), rnd.IntN(2) == 0
+					}
+					rd, err := tryReader(r, w)
+					if err != nil {
+						t.Fatal(err)
+					}
+					readers = append(readers, rd)
+				case 1:
+					if len(readers) > 0 {
+						i := rnd.IntN(len(readers))
+						readAll(readers[i])
+						readers[i].leave()
+						readers = slices.Delete(readers, i, i+1)
+					}
+				case 2:
+					r.declare(name(), fmt.Sprint("user", rnd.IntN(5)), []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
+				case 3:
+					time.Sleep(time.Duration(rnd.Int64N(int64(30 * time.Second))))
+					synctest.Wait()
+					r.sweep(time.Now())
+				}
+				checkBooks(t, r)
+			}
+			for _, rd := range readers {
+				rd.leave()
+			}
+			for range 2 {
+				time.Sleep(time.Hour)
+				synctest.Wait()
+				r.sweep(time.Now())
+			}
+			checkBooks(t, r)
+			if r.bytes != 0 || len(r.rooms) != 0 || r.users != 0 {
+				t.Errorf("%d bytes, %d rooms and %d users are left", r.bytes, len(r.rooms), r.users)
+			}
+		})
+	}
+}
+
+func TestSignals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := testRelay(limits{events: 3})
+		publishText(t, r, "a", "x")
+		for range 100 {
+			publishPost(t, r, post{room: "a", kind: "typing", ttl: 5 * time.Second})
+		}
+		publishText(t, r, "a", "x")
+		checkBooks(t, r)
+		const all = "1:a:x 99:a: 100:a: 101:a: 102:a:x"
+		wantRead(t, openReader(t, r, "a", 0, want{}), all)
+		time.Sleep(5*time.Second - time.Millisecond)
+		wantRead(t, openReader(t, r, "a", 0, want{}), all)
+		time.Sleep(time.Millisecond)
+		wantRead(t, openReader(t, r, "a", 0, want{}), "1:a:x 102:a:x")
+		wantRead(t, openReader(t, r, "a", -1, want{last: 5}), "1:a:x 102:a:x")
+
+		// An expired signal is let go when the next comes.
+		publishPost(t, r, post{room: "a", kind: "typing", ttl: time.Second})
+		if v := r.rooms["a"].view.Load(); len(v.signals) != 1 || len(v.messages) != 2 {
+			t.Errorf("%d signals and %d messages are kept, want 1 and 2", len(v.signals), len(v.messages))
+		}
+		checkBooks(t, r)
+	})
+}
+
+// The clock may jump, or the machine be stopped, for longer than a signal lives
+// while it is being published.
+func TestASignalMayBeBornExpired(t *testing.T) {
+	r := testRelay(limits{})
+	publishPost(t, r, post{room: "a", kind: "typing", ttl: 1})
+	publishPost(t, r, post{room: "a", kind: "typing", ttl: 1})
+	publishText(t, r, "a", "x")
+	checkBooks(t, r)
+}
+
+func TestKeys(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := testRelay(limits{events: 2, idle: time.Minute})
+		put := func(room, key string, ttl time.Duration) string {
+			t.Helper()
+			id, fresh, err := r.publish(post{room: room, kind: "message", key: key, ttl: ttl, data: []byte("1")})
+			if err != nil {
+				t.Fatal(err)
+			}
+			checkBooks(t, r)
+			if fresh {
+				return fmt.Sprint("new ", id-r.start)
+			}
+			return fmt.Sprint("old ", id-r.start)
+		}
+		for i, step := range []struct {
+			room, key string
+			ttl       time.Duration
+			want      string
+		}{
+			{"a", "k", 0, "new 1"},
+			{"a", "k", 0, "old 1"},
+			{"b", "k", 0, "new 2"}, // another room, another key
+			{"a", "", 0, "new 3"},
+			{"a", "k", 0, "old 1"},
+			{"a", "", 0, "new 4"}, // pushes k out
+			{"a", "k", 0, "new 5"},
+			{"a", "k", 0, "old 5"},
+			{"a", "s", time.Second, "new 6"},
+			{"a", "s", time.Second, "old 6"},
+			{"a", "s", 0, "old 6"},
+		} {
+			if got := put(step.room, step.key, step.ttl); got != step.want {
+				t.Errorf("step %d: %s, want %s", i, got, step.want)
+			}
+		}
+		if mark := r.mark.Load() - r.start; mark != 6 {
+			t.Errorf("%d events were published, want 6", mark)
+		}
+		rd := openReader(t, r, "a", -1, want{})
+		put("a", "k", 0)
+		if len(rd.woken) != 0 {
+			t.Error("a retry woke a reader")
+		}
+		rd.leave()
+		time.Sleep(time.Minute)
+		r.sweep(time.Now())
+		if got := put("a", "k", 0); got != "new 7" {
+			t.Errorf("after the room was forgotten: %s, want new 7", got)
+		}
+	})
+}
+
+func TestOneKeyAtOnceIsOneEvent(t *testing.T) {
+	r := testRelay(limits{})
+	var fresh atomic.Int64
+	var ids sync.Map
+	var wg sync.WaitGroup
+	for range 64 {
+		wg.Go(func() {
+			id, isNew, err := r.publish(post{room: "a", kind: "message", key: "k", data: []byte("1")})
+			if err != nil {
+				t.Error(err)
+			}
+			if isNew {
+				fresh.Add(1)
+			}
+			ids.Store(id-r.start, true)
+		})
+	}
+	wg.Wait()
+	if _, one := ids.Load(int64(1)); !one || fresh.Load() != 1 || r.mark.Load() != r.start+1 {
+		t.Errorf("%d of 64 publishes with one key were new", fresh.Load())
+	}
+}
+
+func TestWaiting(t *testing.T) {
+	for _, tc := range []struct {
+		what   string
+		do     func(r *relay, rd *reader, cancel func())
+		may    bool
+		within time.Duration
+	}{
+		{"nothing happens", func(*relay, *reader, func()) {}, false, 25 * time.Second},
+		{"an event", func(r *relay, _ *reader, _ func()) { publishText(t, r, "a", "x") }, true, time.Second},
+		{"an event elsewhere", func(r *relay, _ *reader, _ func()) { publishText(t, r, "b", "x") }, false, 25 * time.Second},
+		{"the client leaves", func(_ *relay, _ *reader, cancel func()) { cancel() }, false, time.Second},
+		{"the relay stops", func(r *relay, _ *reader, _ func()) { r.stop(); r.stop() }, false, time.Second},
+	} {
+		t.Run(tc.what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := testRelay(limits{})
+				rd := openReader(t, r, "a", -1, want{})
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				start := time.Now()
+				time.AfterFunc(time.Second, func() { tc.do(r, rd, cancel) })
+				if may := rd.wait(ctx, time.After(25*time.Second)); may != tc.may || time.Since(start) != tc.within {
+					t.Errorf("wait says %v after %v, want %v after %v", may, time.Since(start), tc.may, tc.within)
+				}
+			})
+		})
+	}
+}
+
+// A burst is one wake-up, and who was woken reads all of it.
+func TestWakesCoalesce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := testRelay(limits{})
+		rd := openReader(t, r, "a,b", -1, want{})
+		for range 1000 {
+			publishScript(t, r, "a:x b:x")
+		}
+		if !rd.wait(t.Context(), nil) {
+			t.Fatal("the reader was not woken")
+		}
+		if n := len(readAll(rd)); n != 2000 {
+			t.Errorf("read %d events, want 2000", n)
+		}
+		if rd.wait(t.Context(), time.After(time.Hour)) {
+			t.Error("the reader was woken again, for nothing")
+		}
+		rd.leave()
+		publishText(t, r, "a", "x")
+		if len(rd.woken) != 0 {
+			t.Error("who has left was woken")
+		}
+	})
+}
+
+func TestStopping(t *testing.T) {
+	r := testRelay(limits{})
+	rd := openReader(t, r, "a", -1, want{})
+	var last atomic.Int64
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for {
+				id, _, err := r.publish(post{room: "a", kind: "message", data: []byte("1")})
+				if err == errStopping {
+					return
+				}
+				for old := last.Load(); old < id && !last.CompareAndSwap(old, id); old = last.Load() {
+				}
+			}
+		})
+	}
+	for read := 0; read < 1000; read += len(rd.next(nil)) {
+		runtime.Gosched()
+	}
+	r.stop()
+	stopped := r.mark.Load()
+	if err := r.declare("a", "ada", "online"); err != errStopping {
+		t.Errorf("presence while stopping: %v", err)
+	}
+	readAll(rd)
+	wg.Wait()
+	if !r.isStopping() || rd.after != stopped || last.Load() != stopped || r.mark.Load() != stopped {
+		t.Errorf("stopped at %d; the last publish was %d, and read is up to %d", stopped, last.Load(), rd.after)
+	}
+}
+
+// keptOf returns how many of the events are still in memory.
+func keptOf(events []weak.Pointer[event]) (n int) {
+	runtime.GC()
+	for _, e := range events {
+		if e.Value() != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// weakLog is the room's messages, not keeping them.
+func weakLog(r *relay, room string) (events []weak.Pointer[event]) {
+	for _, e := range r.rooms[room].view.Load().messages {
+		events = append(events, weak.Make(e))
+	}
+	return events
+}
+
+func TestASlowReaderKeepsNothing(t *testing.T) {
+	const n = 2 * batchEvents
+	for _, tc := range []struct {
+		what string
+		read func(*reader)
+	}{
+		{"that never read", func(*reader) {}},
+		{"that read everything", func(rd *reader) { readAll(rd) }},
+		{"that is stuck writing a batch cut short", func(rd *reader) {
+			rd.next(nil)
+			if !rd.cut {
+				t.Error("the batch was not cut short")
+			}
+		}},
+	} {
+		t.Run(tc.what, func(t *testing.T) {
+			r := testRelay(limits{events: n})
+			rd := openReader(t, r, "a", 0, want{})
+			for range n {
+				publishText(t, r, "a", "x")
+			}
+			events := weakLog(r, "a")
+			tc.read(rd)
+			for range 2 * n {
+				publishText(t, r, "a", "x")
+			}
+			if kept := keptOf(events); kept > 0 {
+				t.Errorf("a reader %s keeps %d events that the log dropped", tc.what, kept)
+			}
+			runtime.KeepAlive(rd)
+		})
+	}
+}
+
+// What the log drops is let go soon, though a log's array still has it.
+func TestTheLogKeepsLittleOfWhatItDropped(t *testing.T) {
+	const n = 256
+	r := testRelay(limits{events: n})
+	for range n {
+		publishText(t, r, "a", "x")
+	}
+	events := weakLog(r, "a")
+	for range n + n/4 + 8 {
+		publishText(t, r, "a", "x")
+	}
+	if kept := keptOf(events); kept > 0 {
+		t.Errorf("%d of %d dropped events are kept", kept, n)
+	}
+}
+
+// A short string may be a part of a long one, the request it came with; who
+// keeps it keeps all of that.
+func TestNoRequestIsKept(t *testing.T) {
+	for _, tc := range []struct {
+		what string
+		do   func(r *relay, s string)
+	}{
+		{"room", func(r *relay, s string) { publishText(t, r, s, "x") }},
+		{"room read", func(r *relay, s string) { openReader(t, r, s, -1, want{}).next(nil) }},
+		{"type", func(r *relay, s string) { publishPost(t, r, post{room: "a", kind: s}) }},
+		{"from", func(r *relay, s string) { publishPost(t, r, post{room: "a", kind: "message", from: s}) }},
+		{"key", func(r *relay, s string) { publishPost(t, r, post{room: "a", kind: "message", key: s}) }},
+		{"user who polls", func(r *relay, s string) { openReader(t, r, "a", -1, want{user: s}).leave() }},
+		{"user who posts presence", func(r *relay, s string) { r.declare("a", s, "typing") }},
+	} {
+		t.Run(tc.what, func(t *testing.T) {
+			r := testRelay(limits{})
+			kept := func() weak.Pointer[byte] {
+				request := strings.Repeat("x", 16<<10)
+				tc.do(r, request[100:105])
+				return weak.Make(unsafe.StringData(request))
+			}()
+			runtime.GC()
+			if kept.Value() != nil {
+				t.Errorf("a %s of 5 bytes keeps the 16 KB that it is part of", tc.what)
+			}
+			runtime.KeepAlive(r)
+		})
+	}
+}
+
+// A roomTrace is what a reader saw of a room.
+type roomTrace struct {
+	from, to []int64 // it read the room from each of these cursors to each of those
+	got      []int64
+	gaps     []int64
+}
+
+// Many publish, and many read, who change rooms and readers at random; what they
+// have and know is the cursor. Nothing is lost, nothing comes twice, and all in
+// order; where the history is short, all that is lost is told. A wake-up lost
+// would be a deadlock, which the bubble reports.
+func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
+	for _, tc := range []struct {
+		what   string
+		limits limits
+		lossy  bool
+	}{
+		{"the whole history", limits{}, false},
+		{"16 messages a room", limits{events: 16}, true},
+		{"64 messages in all", limits{allBytes: 64 * 350}, true},
+	} {
+		t.Run(tc.what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const rooms, publishers, readers, each = 6, 6, 8, 1000
+				r := testRelay(tc.limits)
+				name := func(i int) string { return string(rune('a' + i)) }
+
+				var mu sync.Mutex
+				published := map[string][]int64{}
+				publish := func(room string) {
+					p := post{room: room, kind: "message", data: []byte(`"x"`)}
+					if !tc.lossy && rand.IntN(3) == 0 {
+						p.ttl = time.Hour
+					}
+					id, _, err := r.publish(p)
+					if err != nil {
+						t.Error(err)
+					}
+					mu.Lock()
+					published[room] = append(published[room], id)
+					mu.Unlock()
+				}
+				var end atomic.Int64 // behind it, every room has one more event to wake its readers
+
+				read := func(seed uint64) map[string]*roomTrace {
+					rnd := rand.New(rand.NewPCG(seed, 2))
+					traces := map[string]*roomTrace{}
+					cursor := r.start
+					set := rnd.Perm(rooms)
+					for n := 1 + rnd.IntN(2); ; n++ {
+						// A loss is told on the next read of its room, so
+						// where there are losses, rooms are only added.
+						if !tc.lossy {
+							n = 1 + rnd.IntN(rooms)
+							set = rnd.Perm(rooms)
+						}
+						var names []string
+						for _, i := range set[:min(n, rooms)] {
+							names = append(names, name(i))
+						}
+						rd, err := tryReader(r, want{rooms: names, after: cursor, batch: 1 + rnd.IntN(4000)})
+						if err != nil {
+							t.Error(err)
+							return nil
+						}
+						last := cursor
+						for turn := rnd.IntN(20); turn >= 0; turn-- {
+							batch := rd.next(nil)
+							for _, e := range batch {
+								if e.id <= last {
+									t.Errorf("%d comes behind %d", e.id-r.start, last-r.start)
+								}
+								last = e.id
+								var c struct{ Room string }
+								json.Unmarshal(e.json, &c)
+								trace := traces[c.Room]
+								if trace == nil {
+									trace = &roomTrace{}
+									traces[c.Room] = trace
+								}
+								if e.kind == "gap" {
+									trace.gaps = append(trace.gaps, e.id)
+								} else {
+									trace.got = append(trace.got, e.id)
+								}
+							}
+							if end := end.Load(); rd.cut || turn == 0 || end > 0 && rd.after > end {
+								continue
+							}
+							rd.wait(t.Context(), nil)
+						}
+						for _, room := range names {
+							if traces[room] == nil {
+								traces[room] = &roomTrace{}
+							}
+							traces[room].from = append(traces[room].from, cursor)
+							traces[room].to = append(traces[room].to, rd.after)
+						}
+						cursor = rd.after
+						rd.leave()
+						if end := end.Load(); end > 0 && cursor > end && !rd.cut {
+							return traces
+						}
+					}
+				}
+
+				var publishing, reading sync.WaitGroup
+				all := make([]map[string]*roomTrace, readers)
+				for i := range readers {
+					reading.Go(func() { all[i] = read(uint64(i)) })
+				}
+				for i := range publishers {
+					publishing.Go(func() {
+						rnd := rand.New(rand.NewPCG(uint64(i), 3))
+						for range each {
+							publish(name(rnd.IntN(rooms)))
+							if rnd.IntN(8) == 0 {
+								runtime.Gosched()
+							}
+						}
+					})
+				}
+				publishing.Wait()
+				end.Store(r.mark.Load())
+				for i := range rooms {
+					publish(name(i))
+				}
+				reading.Wait()
+				checkBooks(t, r)
+
+				gaps := 0
+				for i, traces := range all {
+					for room, trace := range traces {
+						checkTrace(t, fmt.Sprintf("reader %d in room %s", i, room), published[room], trace, tc.lossy)
+						gaps += len(trace.gaps)
+					}
+				}
+				if gaps == 0 && tc.lossy {
+					t.Log("nothing was lost this time")
+				}
+			})
+		})
+	}
+}
+
+// checkTrace compares what a reader saw of a room with what was published there.
+func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, lossy bool) {
+	t.Helper()
+	got := map[int64]bool{}
+	for _, id := range trace.got {
+		if got[id] {
+			t.Errorf("%s read %d twice", who, id)
+		}
+		got[id] = true
+	}
+	told := int64(0) // losses up to here were told
+	for _, id := range trace.gaps {
+		if got[id] {
+			t.Errorf("%s was told that %d is lost, and has it", who, id)
+		}
+		told = max(told, id)
+	}
+	if !lossy && told > 0 {
+		t.Errorf("%s was told of a gap", who)
+	}
+	expected := 0
+	for _, id := range published {
+		asked := false
+		for i := range trace.from {
+			asked = asked || trace.from[i] < id && id <= trace.to[i]
+		}
+		if asked {
+			expected++
+		}
+		if asked && !got[id] && id > told {
+			t.Errorf("%s lost %d", who, id)
+		}
+		if !asked && got[id] {
+			t.Errorf("%s read %d, which it had not asked for", who, id)
+		}
+	}
+	if len(got) > expected {
+		t.Errorf("%s read %d events of %d", who, len(got), expected)
+	}
+}

@@ -1,0 +1,213 @@
+// Counting: what each technique costs, for /metrics, for the room _stats, and
+// for whoever wants to compare. Bytes are those of requests and answers with
+// their heads, as far as net/http lets one know them; of connections taken
+// over every byte is known.
+
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"runtime"
+	"runtime/metrics"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+)
+
+// A tally is what one technique did since the start.
+type tally struct {
+	requests    atomic.Int64
+	connections atomic.Int64 // open now
+	events      atomic.Int64 // delivered
+	in, out     atomic.Int64 // bytes
+	delays      [len(delayBounds) + 1]atomic.Int64
+	delaySum    atomic.Int64 // milliseconds
+}
+
+// delayBounds are the upper ends of the histogram of delivery delay, in
+// milliseconds from publishing to writing; an event waits that long at most
+// in its batch.
+var delayBounds = [...]int64{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000}
+
+// stats are all that is counted.
+type stats struct {
+	started   time.Time
+	published atomic.Int64
+	in        atomic.Int64 // bytes of publishes
+	dropped   atomic.Int64 // clients that took nothing for writeTimeout
+	skipped   atomic.Int64 // messages that a graph of numbers could not show
+	ticking   atomic.Bool  // the room _stats is published to
+	tallies   map[string]*tally
+}
+
+// newTallies makes one for each technique.
+func newTallies() map[string]*tally {
+	tallies := map[string]*tally{}
+	for _, t := range techniques {
+		tallies[t.name] = &tally{}
+	}
+	return tallies
+}
+
+// delivered counts events that were written at the time now.
+func (t *tally) delivered(events []*event, now time.Time) {
+	n := int64(0)
+	for _, e := range events {
+		if e.at == 0 {
+			continue // a notice
+		}
+		n++
+		delay := now.UnixMilli() - e.at
+		i, _ := slices.BinarySearch(delayBounds[:], delay)
+		t.delays[i].Add(1)
+		t.delaySum.Add(delay)
+	}
+	t.events.Add(n)
+}
+
+// headSize is how many bytes a head has on the wire, with its first line.
+func headSize(first string, h http.Header) int64 {
+	n := len(first) + len("\r\n\r\n")
+	for name, values := range h {
+		for _, v := range values {
+			n += len(name) + len(": \r\n") + len(v)
+		}
+	}
+	return int64(n)
+}
+
+// requestSize is how many bytes a request's head had on the wire.
+func requestSize(r *http.Request) int64 {
+	return headSize(r.Method+" "+r.RequestURI+" HTTP/1.1", r.Header) + int64(len("Host: \r\n")+len(r.Host))
+}
+
+// memory is how many bytes the Go runtime has from the system.
+func memory() uint64 {
+	s := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64() - s[1].Value.Uint64()
+}
+
+// size is how much the relay holds.
+func (r *relay) size() (rooms, users, bytes int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.idlest.Len(), r.users, r.bytes
+}
+
+// metrics is GET /metrics, in Prometheus' text format
+// (https://prometheus.io/docs/instrumenting/exposition_formats/).
+func (s *server) metrics(w http.ResponseWriter) {
+	var b strings.Builder
+	one := func(name, kind, help string, value any) {
+		fmt.Fprintf(&b, "# HELP cometes_%s %s\n# TYPE cometes_%[1]s %[3]s\ncometes_%[1]s %[4]v\n", name, help, kind, value)
+	}
+	each := func(name, kind, help string, value func(*tally) int64) {
+		fmt.Fprintf(&b, "# HELP cometes_%s %s\n# TYPE cometes_%[1]s %[3]s\n", name, help, kind)
+		for _, t := range techniques {
+			fmt.Fprintf(&b, "cometes_%s{technique=%q} %d\n", name, t.name, value(s.stats.tallies[t.name]))
+		}
+	}
+	rooms, users, bytes := s.relay.size()
+	one("start_time_seconds", "gauge", "When the relay started, Unix time.", s.stats.started.Unix())
+	one("published_total", "counter", "Events published.", s.stats.published.Load())
+	one("published_bytes_total", "counter", "Bytes of requests to publish, heads included.", s.stats.in.Load())
+	one("gaps_total", "counter", "Gaps told to readers.", s.relay.gaps.Load())
+	one("dropped_total", "counter", "Clients dropped because they took nothing for too long.", s.stats.dropped.Load())
+	one("skipped_total", "counter", "Messages that a graph of numbers could not show.", s.stats.skipped.Load())
+	one("rooms", "gauge", "Rooms with a history.", rooms)
+	one("users", "gauge", "Users present, counted by room.", users)
+	one("history_bytes", "gauge", "Bytes of events kept.", bytes)
+	one("memory_bytes", "gauge", "Memory the runtime has from the system.", memory())
+	one("goroutines", "gauge", "Goroutines.", runtime.NumGoroutine())
+	each("requests_total", "counter", "Requests.", func(t *tally) int64 { return t.requests.Load() })
+	each("connections", "gauge", "Requests and streams that are held open.", func(t *tally) int64 { return t.connections.Load() })
+	each("delivered_total", "counter", "Events written to clients.", func(t *tally) int64 { return t.events.Load() })
+	each("received_bytes_total", "counter", "Bytes of requests, heads included.", func(t *tally) int64 { return t.in.Load() })
+	each("sent_bytes_total", "counter", "Bytes of answers, heads included.", func(t *tally) int64 { return t.out.Load() })
+
+	const delay = "cometes_delivery_delay_seconds"
+	fmt.Fprintf(&b, "# HELP %s From publishing to writing.\n# TYPE %[1]s histogram\n", delay)
+	for _, technique := range techniques {
+		t := s.stats.tallies[technique.name]
+		n := int64(0)
+		for i, bound := range delayBounds {
+			n += t.delays[i].Load()
+			fmt.Fprintf(&b, "%s_bucket{technique=%q,le=\"%v\"} %d\n", delay, technique.name, float64(bound)/1000, n)
+		}
+		n += t.delays[len(delayBounds)].Load()
+		fmt.Fprintf(&b, "%s_bucket{technique=%q,le=\"+Inf\"} %d\n", delay, technique.name, n)
+		fmt.Fprintf(&b, "%s_sum{technique=%q} %v\n%[1]s_count{technique=%[2]q} %[4]d\n", delay, technique.name, float64(t.delaySum.Load())/1000, n)
+	}
+	h := w.Header()
+	h.Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	h.Set("Cache-Control", "no-store")
+	w.Write([]byte(b.String()))
+}
+
+// statsRoom is where the relay publishes what it counts, once a second, while
+// somebody reads it.
+const (
+	statsRoom  = "_stats"
+	statsEvery = time.Second
+)
+
+// startStats begins to publish to the room _stats, unless that goes on already.
+func (s *server) startStats() {
+	if s.stats.ticking.CompareAndSwap(false, true) {
+		time.AfterFunc(0, s.publishStats)
+	}
+}
+
+// publishStats publishes what was counted, and again after statsEvery, for as
+// long as the room is read.
+func (s *server) publishStats() {
+	rooms, users, bytes := s.relay.size()
+	type count struct {
+		Connections int64 `json:"connections"`
+		Requests    int64 `json:"requests"`
+		Delivered   int64 `json:"delivered"`
+		In          int64 `json:"in"`
+		Out         int64 `json:"out"`
+	}
+	techniques := map[string]count{}
+	for name, t := range s.stats.tallies {
+		techniques[name] = count{t.connections.Load(), t.requests.Load(), t.events.Load(), t.in.Load(), t.out.Load()}
+	}
+	data, _ := json.Marshal(map[string]any{
+		"techniques": techniques,
+		"published":  s.stats.published.Load(),
+		"in":         s.stats.in.Load(),
+		"gaps":       s.relay.gaps.Load(),
+		"dropped":    s.stats.dropped.Load(),
+		"skipped":    s.stats.skipped.Load(),
+		"rooms":      rooms,
+		"users":      users,
+		"history":    bytes,
+		"memory":     memory(),
+		"goroutines": runtime.NumGoroutine(),
+		"uptime":     int64(time.Since(s.stats.started).Seconds()),
+	})
+	_, _, err := s.relay.publish(post{room: statsRoom, kind: "stats", data: data})
+	if err == nil && s.relay.isRead(statsRoom, 5*statsEvery) {
+		time.AfterFunc(statsEvery, s.publishStats)
+		return
+	}
+	s.stats.ticking.Store(false)
+}
+
+// isRead reports whether the room has readers, or had one not long ago.
+func (r *relay) isRead(name string, lately time.Duration) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	rm := r.rooms[name]
+	if rm == nil {
+		return false
+	}
+	rm.mu.Lock()
+	defer rm.mu.Unlock()
+	return len(rm.readers) > 0 || time.Since(rm.left) < lately
+}
