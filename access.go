@@ -99,7 +99,7 @@ func (o *origins) allow(w http.ResponseWriter, r *http.Request) (string, error) 
 		asked.Header = http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}
 	}
 	if err := o.check.Check(&asked); err != nil {
-		return "", fault{http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins"}
+		return "", fault{http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0}
 	}
 	return foreign, nil
 }

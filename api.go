@@ -6,6 +6,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"log/slog"
 	"mime"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"slices"
@@ -26,7 +28,7 @@ import (
 )
 
 const (
-	maxBody  = 64 << 10  // bytes of a publish, and of a WebSocket frame
+	maxBody  = 64 << 10  // bytes of a publish, and of a WebSocket frame, unless -body says otherwise
 	maxName  = 64        // bytes of the name of a room or type, of a callback; characters of a user
 	maxKey   = 128       // bytes of a publish key
 	maxRooms = 32        // in one request
@@ -39,14 +41,19 @@ const (
 
 // A server is the relay as seen by HTTP.
 type server struct {
-	relay    *relay
-	origins  *origins
-	beat     time.Duration
-	instance string // names this process in hello
-	static   http.Handler
-	pump     pump
-	streams  atomic.Int64 // open now
-	stats    stats
+	relay     *relay
+	origins   *origins
+	beat      time.Duration
+	instance  string        // names this process in hello
+	secrets   [][]byte      // that tokens are signed with; none if all may read and publish
+	gate      gate          // by the address of the client
+	most      int64         // streams and requests held, in all
+	body      int64         // bytes of a publish
+	age       time.Duration // of a stream, when it is sent away; 0 for never
+	noMetrics bool          // they are on an address of their own
+	pump      pump
+	held      atomic.Int64 // streams, and requests that wait
+	stats     stats
 
 	drawingMu sync.Mutex // guards drawings
 	drawings  map[pictureOf]*drawing
@@ -56,18 +63,26 @@ type server struct {
 type fault struct {
 	status int
 	text   string
+	reason string // counted under, if it is a limit or a matter of access
+	retry  int    // seconds after which it may be otherwise
 }
 
 func (f fault) Error() string { return f.text }
 
+func refuse(status int, text string) fault { return fault{status: status, text: text} }
+
 func bad(format string, args ...any) error {
-	return fault{http.StatusBadRequest, fmt.Sprintf(format, args...)}
+	return refuse(http.StatusBadRequest, fmt.Sprintf(format, args...))
 }
 
 var (
-	errReserved = fault{http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another"}
-	errTooBig   = fault{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is too big; the limit is %d bytes", maxBody)}
-	errSlow     = fault{http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", bodyTimeout)}
+	errReserved = refuse(http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another")
+	errTooBig   = fault{http.StatusRequestEntityTooLarge, "the body is too big; -body of the relay is its limit", "body", 0}
+	errSlow     = fault{http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", bodyTimeout), "body", 0}
+	errTooFast  = fault{http.StatusTooManyRequests, "this address publishes too fast", "rate", 1}
+	errTooMany  = fault{http.StatusTooManyRequests, "this address holds too many connections", "address", 10}
+	errNotGood  = fault{http.StatusForbidden, "the token is not good for this room", "token", 0}
+	errFullUp   = fault{http.StatusServiceUnavailable, "the relay holds as many connections as it may; try again later", "streams", 10}
 	errState    = bad("the state is one of online, typing, away, offline")
 	errTTL      = bad("ttl is 1 to %d seconds", maxTTL)
 	errUTF8     = bad("this is not UTF-8")
@@ -82,17 +97,17 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err == nil || r.Context().Err() != nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		return // a client that left, or takes nothing, is no error
 	}
-	f := fault{http.StatusInternalServerError, "the relay failed; it has been logged"}
-	switch {
-	case errors.As(err, &f):
-	case errors.Is(err, errStopping):
-		f = fault{http.StatusServiceUnavailable, err.Error()}
-		h.Set("Retry-After", "2")
-	case errors.Is(err, errTooManyRooms), errors.Is(err, errTooManyUsers):
-		f = fault{http.StatusServiceUnavailable, err.Error()}
-		h.Set("Retry-After", "60")
-	default:
-		slog.Error("request failed", "method", r.Method, "path", r.URL.Path, "error", err)
+	var f fault
+	if !errors.As(err, &f) {
+		id := rand.Text()[:8]
+		f = refuse(http.StatusInternalServerError, "the relay failed; its log says more under "+id)
+		slog.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "error", err)
+	}
+	if f.reason != "" {
+		s.refused(f.reason)
+	}
+	if f.retry > 0 {
+		h.Set("Retry-After", strconv.Itoa(f.retry))
 	}
 	reply(w, f.status, map[string]string{"error": f.text})
 }
@@ -119,7 +134,7 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	q := &query{rooms: rooms}
+	q := &query{rooms: rooms, writes: verb == ""}
 	get := "GET, HEAD, OPTIONS"
 	switch verb {
 	case "":
@@ -135,6 +150,9 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 				if err := q.parse(r, t); err != nil {
 					return err
 				}
+				if (t.name == "html" || t.name == "refresh") && s.keepToken(w, r, q) {
+					return nil
+				}
 				h := w.Header()
 				h.Set("Cache-Control", "no-store, no-transform")
 				h.Set("X-Accel-Buffering", "no") // nginx
@@ -145,7 +163,7 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 			})
 		}
 	}
-	return fault{http.StatusNotFound, "there is no such technique; there are " + techniqueNames()}
+	return refuse(http.StatusNotFound, "there is no such technique; there are "+techniqueNames())
 }
 
 func techniqueNames() string {
@@ -161,7 +179,7 @@ func techniqueNames() string {
 func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, methods string, do func(http.ResponseWriter, *http.Request, *query) error) error {
 	if !slices.Contains(strings.Split(methods, ", "), r.Method) {
 		w.Header().Set("Allow", methods)
-		return fault{http.StatusMethodNotAllowed, r.Method + " is not for this path; " + methods + " are"}
+		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; "+methods+" are")
 	}
 	foreign, err := s.origins.allow(w, r)
 	if err != nil {
@@ -171,9 +189,12 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, method
 		s.origins.preflight(w, r, methods)
 		return nil
 	}
-	q.origin, q.ancestors = foreign, s.origins.ancestors()
+	q.origin, q.ancestors, q.addr = foreign, s.origins.ancestors(), s.gate.addr(r)
 	if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		return bad("the query is not well formed: %v", err)
+	}
+	if err := s.authorize(w, r, q); err != nil {
+		return err
 	}
 	return do(w, r, q)
 }
@@ -182,11 +203,15 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, method
 type query struct {
 	rooms     []string
 	values    url.Values
-	origin    string // the foreign origin that asks, or ""
-	ancestors string // whose pages may frame this one
+	origin    string     // the foreign origin that asks, or ""
+	addr      netip.Addr // the client's
+	ancestors string     // whose pages may frame this one
+	writes    bool       // asks to publish
+	claims    *claims    // of the token, if the relay asks for one
 
-	user     string
-	after    int64 // -1 for none
+	user     string // speaks as
+	seen     bool   // and is seen
+	after    int64  // -1 for none
 	last     int
 	presence bool
 	wait     time.Duration
@@ -200,9 +225,9 @@ type query struct {
 
 // want is the query as the relay takes it.
 func (q *query) want(h hold) want {
-	user := q.user
-	if !q.presence {
-		user = "" // speaks under this name, but is not seen
+	user := ""
+	if q.seen {
+		user = q.user
 	}
 	batch := 256 << 10
 	if h == forever {
@@ -319,6 +344,11 @@ func (q *query) parse(r *http.Request, t technique) (err error) {
 	default:
 		return bad("presence is 1, to see it, or 0")
 	}
+	q.seen = q.presence && q.user != ""
+	if q.user, err = q.claims.as(q.user); err != nil {
+		return err
+	}
+	q.wait = min(q.wait, time.Until(time.Unix(0, q.claims.until())))
 	if t.name == "jsonp" {
 		if q.callback, err = q.get("callback"); err != nil {
 			return err
@@ -499,6 +529,9 @@ func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error
 		return bad("publish to one room at a time")
 	}
 	s.stats.in.Add(requestSize(r) + max(0, r.ContentLength))
+	if !s.gate.publish(q.addr) {
+		return errTooFast
+	}
 	p, then, err := s.parsePost(w, r, q)
 	if err != nil {
 		return err
@@ -524,7 +557,7 @@ func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error
 // parsePost reads a publish from a request's query, headers and body. With a
 // form of ours comes the page to go to then.
 func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p post, then string, err error) {
-	b, form, err := readBody(w, r, "data")
+	b, form, err := s.readBody(w, r, "data")
 	if err != nil {
 		return p, "", err
 	}
@@ -543,6 +576,7 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 		return v
 	}
 	p.kind, p.from, p.key = either("type"), either("user"), either("key")
+	p.free = q.addr.IsLoopback()
 	if key := r.Header.Get("Idempotency-Key"); key != "" {
 		if p.key != "" && p.key != key {
 			return p, "", bad("key and Idempotency-Key differ")
@@ -554,6 +588,9 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 	}
 	if !validUser(p.from) {
 		return p, "", bad("user is 1 to %d characters of UTF-8, none of them a control character", maxName)
+	}
+	if p.from, err = q.claims.as(p.from); err != nil {
+		return p, "", err
 	}
 	if p.kind == "" {
 		p.kind = "message"
@@ -602,10 +639,10 @@ func isJSON(r *http.Request) bool {
 
 // readBody reads a bounded body, and the form in it if it is one with the
 // field. curl -d sends any text as a form; that is taken for the text it is.
-func readBody(w http.ResponseWriter, r *http.Request, field string) ([]byte, url.Values, error) {
+func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) ([]byte, url.Values, error) {
 	kind, params := mediaType(r)
 	unsupported := func(what string) error {
-		return fault{http.StatusUnsupportedMediaType, what + " is not taken; send UTF-8, not encoded"}
+		return refuse(http.StatusUnsupportedMediaType, what+" is not taken; send UTF-8, not encoded")
 	}
 	if e := r.Header.Get("Content-Encoding"); e != "" && e != "identity" {
 		return nil, nil, unsupported("Content-Encoding " + strconv.Quote(e))
@@ -616,7 +653,7 @@ func readBody(w http.ResponseWriter, r *http.Request, field string) ([]byte, url
 		return nil, nil, unsupported("charset " + strconv.Quote(c))
 	}
 	http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, s.body))
 	var tooBig *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooBig):
@@ -634,7 +671,7 @@ func readBody(w http.ResponseWriter, r *http.Request, field string) ([]byte, url
 		}
 	case "multipart/form-data":
 		r.Body = io.NopCloser(bytes.NewReader(b))
-		if err := r.ParseMultipartForm(maxBody); err != nil || !url.Values(r.MultipartForm.Value).Has(field) {
+		if err := r.ParseMultipartForm(s.body); err != nil || !url.Values(r.MultipartForm.Value).Has(field) {
 			return nil, nil, bad("this is no form with a field %s", field)
 		}
 		return b, r.MultipartForm.Value, nil
@@ -659,7 +696,10 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 	if err != nil {
 		return err
 	}
-	b, form, err := readBody(w, r, "state")
+	if !s.gate.publish(q.addr) {
+		return errTooFast
+	}
+	b, form, err := s.readBody(w, r, "state")
 	if err != nil {
 		return err
 	}
@@ -673,6 +713,9 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 			return err
 		}
 		state = said.State
+	}
+	if user, err = q.claims.as(user); err != nil {
+		return err
 	}
 	if err := s.declare(room, user, state); err != nil {
 		return err

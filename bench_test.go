@@ -5,6 +5,8 @@ package main
 
 import (
 	"fmt"
+	"math"
+	"slices"
 	"testing"
 	"time"
 )
@@ -14,7 +16,7 @@ var typical = post{room: "lobby", kind: "message", from: "ada", data: []byte(`"A
 
 // benchRelay has the default limits, and a room whose history is full.
 func benchRelay(tb testing.TB) *relay {
-	r := newRelay(limits{events: 256, roomBytes: 1 << 20, allBytes: 32 << 20, rooms: 10_000, idle: time.Hour, present: time.Minute})
+	r := newRelay(limits{events: 256, roomBytes: 1 << 20, allBytes: 32 << 20, rooms: 10_000, users: 20_000, roomRate: math.Inf(1), idle: time.Hour, present: time.Minute})
 	for range 2 * r.events {
 		publishTypical(tb, r)
 	}
@@ -93,12 +95,17 @@ func BenchmarkFrame(b *testing.B) {
 	}
 }
 
+// The middle of many is what a publish usually costs: now and then a log moves
+// to a larger array, and the race detector empties the pool in encoding/json.
 func TestPublishingAllocatesLittle(t *testing.T) {
 	r := benchRelay(t)
-	if n := testing.AllocsPerRun(1000, func() { publishTypical(t, r) }); n > 5 {
+	var counts []float64
+	for range 101 {
+		counts = append(counts, testing.AllocsPerRun(1, func() { publishTypical(t, r) }))
+	}
+	slices.Sort(counts)
+	if n := counts[50]; n > 5 {
 		t.Errorf("a publish to a room without readers is %v allocations, want at most 5", n)
-	} else {
-		t.Logf("a publish to a room without readers is %v allocations", n)
 	}
 }
 

@@ -14,10 +14,13 @@ import (
 	"flag"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime/debug"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -26,7 +29,13 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	err := run(ctx, os.Args[1:], os.Getenv)
+	slog.SetDefault(newLogger(os.Stderr))
+	var err error
+	if args := os.Args[1:]; len(args) > 0 && args[0] == "token" {
+		err = tokenCommand(args[1:], os.Getenv)
+	} else {
+		err = run(ctx, args, os.Getenv)
+	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 	case err != nil:
@@ -35,11 +44,40 @@ func main() {
 	}
 }
 
+// newLogger writes text for people at a terminal, and elsewhere JSON with the
+// names that Google Cloud looks for
+// (https://cloud.google.com/logging/docs/structured-logging).
+func newLogger(f *os.File) *slog.Logger {
+	if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+		return slog.New(slog.NewTextHandler(f, nil))
+	}
+	return slog.New(slog.NewJSONHandler(f, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+		switch a.Key {
+		case slog.LevelKey:
+			if a.Key = "severity"; a.Value.String() == "WARN" {
+				a.Value = slog.StringValue("WARNING")
+			}
+		case slog.MessageKey:
+			a.Key = "message"
+		}
+		return a
+	}}))
+}
+
 // settings are what somebody in production decides.
 type settings struct {
-	addr    string
-	origins string
-	beat    time.Duration
+	addr        string
+	metricsAddr string
+	origins     string
+	secret      string
+	trustProxy  bool
+	h2c         bool
+	healthcheck bool
+	beat, age   time.Duration
+	streams     int
+	perAddr     int
+	rate        float64
+	body        int64
 	limits
 }
 
@@ -52,6 +90,18 @@ func parse(args []string, getenv func(string) string) (settings, error) {
 	fs.StringVar(&c.addr, "addr", ":"+cmp.Or(getenv("PORT"), "8080"), "`address` to listen on; PORT, as the platforms set it, is another way to say the port")
 	fs.StringVar(&c.origins, "origins", "", "whose pages may read and publish, beside the relay's own: a `list` such as https://a.example,https://b.example, or * for all")
 	fs.DurationVar(&c.beat, "beat", 15*time.Second, "a silent stream is sent a heartbeat in this time; less than the proxies in between wait")
+	fs.DurationVar(&c.age, "age", 0, "a stream this old is sent away, to come back: for platforms that cut requests; 0 for never")
+	fs.StringVar(&c.secret, "secret", "", "what tokens are signed with, so that only who has one reads or publishes; several, comma separated, while it is changed")
+	fs.BoolVar(&c.trustProxy, "trust-proxy", false, "believe what the proxy in front says of the client's address, in Fly-Client-IP or X-Forwarded-For")
+	fs.BoolVar(&c.h2c, "h2c", false, "speak HTTP/2 without TLS too, to a proxy; WebSockets need HTTP/1.1")
+	fs.BoolVar(&c.healthcheck, "healthcheck", false, "ask the relay at -addr whether it is well, and exit")
+	fs.StringVar(&c.metricsAddr, "metrics-addr", "", "`address` to serve /metrics on, and no longer beside the rest")
+	fs.IntVar(&c.streams, "streams", 10_000, "streams and waiting polls there may be")
+	fs.IntVar(&c.perAddr, "per-addr", 256, "connections, and streams and waiting polls, that one client address may have")
+	fs.Float64Var(&c.rate, "rate", 50, "publishes a second of one client address")
+	fs.Float64Var(&c.roomRate, "room-rate", 1000, "publishes a second to one room")
+	fs.Int64Var(&c.body, "body", maxBody, "`bytes` of a publish")
+	fs.IntVar(&c.users, "users", 20_000, "users there may be present, counted by room")
 	fs.IntVar(&c.events, "events", 256, "messages that a room keeps")
 	fs.IntVar(&c.roomBytes, "room-bytes", 1<<20, "`bytes` of messages that a room keeps")
 	fs.IntVar(&c.allBytes, "all-bytes", 32<<20, "`bytes` of messages that all rooms keep together; the rooms idle longest lose theirs first")
@@ -78,19 +128,19 @@ func parse(args []string, getenv func(string) string) (settings, error) {
 	if fs.NArg() > 0 {
 		return c, fmt.Errorf("%q is not a flag; -help lists them", fs.Arg(0))
 	}
-	for name, ok := range map[string]bool{
-		"-beat is 1s or more":                    c.beat >= time.Second,
-		"-events is 1 or more":                   c.events >= 1,
-		"-room-bytes is 65536 or more":           c.roomBytes >= maxBody,
-		"-all-bytes is no less than -room-bytes": c.allBytes >= c.roomBytes,
-		"-rooms is 1 or more":                    c.rooms >= 1,
-		"-idle and -present are 1s or more":      c.idle >= time.Second && c.present >= time.Second,
-	} {
-		if !ok {
-			return c, errors.New(name)
-		}
+	switch {
+	case c.beat < time.Second || c.idle < time.Second || c.present < time.Second:
+		err = errors.New("-beat, -idle and -present are 1s or more")
+	case c.age < 0:
+		err = errors.New("-age is not less than nothing")
+	case c.events < 1 || c.rooms < 1 || c.users < 1 || c.streams < 1 || c.perAddr < 1 || c.body < 1:
+		err = errors.New("-events, -rooms, -users, -streams, -per-addr and -body are 1 or more")
+	case !(c.rate > 0) || !(c.roomRate > 0):
+		err = errors.New("-rate and -room-rate are more than nothing")
+	case c.roomBytes < 1 || c.allBytes < c.roomBytes:
+		err = errors.New("-room-bytes is 1 or more, and -all-bytes no less")
 	}
-	return c, nil
+	return c, err
 }
 
 const (
@@ -107,6 +157,10 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 	if err != nil {
 		return err
 	}
+	if c.healthcheck {
+		return healthcheck(c.addr)
+	}
+	limitMemory(getenv)
 	s, err := newServer(c)
 	if err != nil {
 		return err
@@ -122,9 +176,102 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 		WriteTimeout:      answerTimeout, // a stream sets a deadline for each write, and so lasts
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
+		Protocols:         new(http.Protocols),
 	}
-	slog.Info("listening", "addr", listener.Addr().String(), "instance", s.instance)
-	return serve(ctx, s, srv, listener)
+	srv.Protocols.SetHTTP1(true)
+	srv.Protocols.SetUnencryptedHTTP2(c.h2c)
+	if c.metricsAddr != "" {
+		stop, err := serveMetrics(s, c.metricsAddr)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
+	slog.Info("listening", "addr", listener.Addr().String(), "version", version(), "instance", s.instance,
+		"streams", c.streams, "all-bytes", c.allBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", s.secrets != nil)
+	if s.secrets == nil {
+		slog.Warn("the relay is open: anybody may read and publish; -secret closes it")
+	}
+	return serve(ctx, s, srv, s.doorman(listener))
+}
+
+// doorman guards the listener. Beside what is held there are requests that
+// come and go; a tenth is for them, and 100 at least.
+func (s *server) doorman(l net.Listener) net.Listener {
+	d := &doorman{Listener: l, most: s.most + max(s.most/10, 100), count: s.refused}
+	if d.gate.perAddr = s.gate.perAddr; s.gate.trustProxy {
+		d.gate.perAddr = math.MaxInt // all come from the proxy
+	}
+	d.spare, _ = os.Open(os.DevNull)
+	return d
+}
+
+// serveMetrics serves /metrics on an address of its own, for who may see it.
+func serveMetrics(s *server, addr string) (stop func() error, err error) {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	srv := &http.Server{
+		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.metrics(w) }),
+		ReadHeaderTimeout: headerTimeout,
+		WriteTimeout:      answerTimeout,
+	}
+	go srv.Serve(l)
+	return srv.Close, nil
+}
+
+// healthcheck asks the relay at addr, which may be one that listens on all addresses.
+func healthcheck(addr string) error {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return err
+	}
+	if host == "" || host == "0.0.0.0" || host == "::" {
+		host = "127.0.0.1"
+	}
+	c := http.Client{Timeout: 3 * time.Second}
+	resp, err := c.Get("http://" + net.JoinHostPort(host, port) + "/healthz")
+	if err != nil {
+		return err
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("the relay answers %s", resp.Status)
+	}
+	return nil
+}
+
+// limitMemory has the garbage collector keep the process below nine tenths of
+// what its container may use (cgroup v2, or v1), unless GOMEMLIMIT says what.
+func limitMemory(getenv func(string) string) {
+	if getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	for _, name := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			continue
+		}
+		if n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64); err == nil && n < 1<<40 { // v1 has a huge number for none
+			debug.SetMemoryLimit(n / 10 * 9)
+		}
+		return
+	}
+}
+
+// version is that of the module, or the commit it was built from.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && info.Main.Version == "(devel)" {
+			return s.Value[:min(12, len(s.Value))]
+		}
+	}
+	return info.Main.Version
 }
 
 // newServer makes a server that does not listen yet.
@@ -134,13 +281,19 @@ func newServer(c settings) (*server, error) {
 		return nil, err
 	}
 	s := &server{
-		relay:    newRelay(c.limits),
-		origins:  origins,
-		beat:     c.beat,
-		instance: rand.Text()[:8],
-		drawings: map[pictureOf]*drawing{},
+		relay:     newRelay(c.limits),
+		origins:   origins,
+		beat:      c.beat,
+		instance:  rand.Text()[:8],
+		secrets:   parseSecrets(c.secret),
+		age:       c.age,
+		most:      int64(c.streams),
+		body:      c.body,
+		noMetrics: c.metricsAddr != "",
+		drawings:  map[pictureOf]*drawing{},
 	}
-	s.stats.started, s.stats.tallies = time.Now(), newTallies()
+	s.gate.trustProxy, s.gate.perAddr, s.gate.rate = c.trustProxy, c.perAddr, c.rate
+	s.stats.start()
 	return s, nil
 }
 
@@ -160,7 +313,7 @@ func serve(ctx context.Context, s *server, srv *http.Server, listener net.Listen
 		}
 	}
 
-	slog.Info("stopping", "streams", s.streams.Load())
+	slog.Info("stopping", "held", s.held.Load())
 	// The listener is closed first, so that who is sent away doesn't come back
 	// to us; then the streams end, and with them their requests.
 	srv.RegisterOnShutdown(s.stop)
@@ -168,13 +321,13 @@ func serve(ctx context.Context, s *server, srv *http.Server, listener net.Listen
 	defer cancel()
 	err := srv.Shutdown(within)
 	// WebSockets are no requests any more; Shutdown does not wait for them.
-	for s.streams.Load() > 0 && within.Err() == nil {
+	for s.held.Load() > 0 && within.Err() == nil {
 		time.Sleep(10 * time.Millisecond)
 	}
 	if err != nil {
 		err = srv.Close()
 	}
-	slog.Info("stopped", "streams", s.streams.Load())
+	slog.Info("stopped", "held", s.held.Load(), "published", s.stats.published.Load())
 	return err
 }
 

@@ -64,14 +64,17 @@ func readFiles() map[string]file {
 // page answers everything outside of /rooms/.
 func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 	f, ok := files[r.URL.Path]
-	if !ok && r.URL.Path != "/healthz" && r.URL.Path != "/metrics" {
-		return fault{http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}"}
+	if r.URL.Path == "/metrics" && s.noMetrics || !ok && r.URL.Path != "/healthz" && r.URL.Path != "/metrics" {
+		return refuse(http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}")
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
-		return fault{http.StatusMethodNotAllowed, r.Method + " is not for this path; GET, HEAD are"}
+		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
 	}
 	if r.URL.Path == "/metrics" {
+		if err := s.authorize(w, r, &query{rooms: []string{statsRoom}}); err != nil {
+			return err
+		}
 		s.metrics(w)
 		return nil
 	}
@@ -264,6 +267,12 @@ func appendForm(b []byte, room, user, then string) []byte {
 func (s *server) form(w http.ResponseWriter, r *http.Request, q *query) error {
 	user, err := q.userName()
 	if err != nil {
+		return err
+	}
+	if s.keepToken(w, r, q) {
+		return nil
+	}
+	if user, err = q.claims.as(user); err != nil {
 		return err
 	}
 	live, err := q.get("live")

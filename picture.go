@@ -55,7 +55,7 @@ func (s *server) look(p pictureOf) (away func(), err error) {
 	d := s.drawings[p]
 	if d == nil {
 		if len(s.drawings) >= maxPictures {
-			return nil, fault{http.StatusServiceUnavailable, "too many pictures are looked at; try again later"}
+			return nil, fault{http.StatusServiceUnavailable, "too many pictures are looked at; try again later", "pictures", 10}
 		}
 		rd, err := s.relay.subscribe(want{rooms: []string{p.room}, after: -1, last: drawMessages, batch: 1 << 20})
 		if err != nil {

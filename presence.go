@@ -8,7 +8,6 @@ package main
 
 import (
 	"encoding/json"
-	"errors"
 	"math"
 	"strconv"
 	"strings"
@@ -20,14 +19,13 @@ const (
 	typingFor  = 5 * time.Second  // then typing falls back to online
 	tellEvery  = time.Second      // at most one event in this time by user, and one count by room
 	crowdAbove = 100              // users; above, comings and goings would grow with the square, so only counts are told
-	maxLeases  = 20_000           // users in all rooms together
 
 	// A presence event is kept so long for whoever polls. Readers of streams
 	// that missed one are sent the roster.
 	presenceFor = time.Minute
 )
 
-var errTooManyUsers = errors.New("there are too many users; try again when some have left")
+var errTooManyUsers = fault{503, "there are too many users; try again when some have left", "users", 60}
 
 // A lease is a user's stay in a room. It is guarded by relay.mu.
 type lease struct {
@@ -98,7 +96,6 @@ func (r *relay) exit(rm *room, user string) bool {
 	l.streams--
 	if l.leaving > 0 {
 		l.leaving--
-		l.until = now
 	} else if end := now.Add(grace); l.until.Before(end) {
 		l.until = end
 	}
@@ -119,7 +116,7 @@ func (r *relay) declare(name, user, state string) error {
 		r.mu.Unlock()
 		return nil
 	}
-	if !known && r.users >= maxLeases {
+	if !known && r.leases >= r.limits.users {
 		r.mu.Unlock()
 		return errTooManyUsers
 	}
@@ -159,7 +156,7 @@ func (r *relay) lease(rm *room, user string) *lease {
 		}
 		l = &lease{state: "offline", told: "offline"}
 		rm.leases[strings.Clone(user)] = l
-		r.users++
+		r.leases++
 	}
 	return l
 }
@@ -201,7 +198,7 @@ func (r *relay) settle(rm *room, user string, l *lease, now time.Time) (told boo
 				l.timer.Stop()
 			}
 			delete(rm.leases, user)
-			r.users--
+			r.leases--
 			r.close(rm)
 			return told
 		}

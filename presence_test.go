@@ -114,8 +114,8 @@ func (h *house) wantGone() {
 		h.sweep(time.Now())
 	}
 	checkBooks(h.T, h.relay)
-	if h.users != 0 || len(h.rooms) != 0 {
-		h.Errorf("%d leases and %d rooms are left of an empty house", h.users, len(h.rooms))
+	if h.leases != 0 || len(h.rooms) != 0 {
+		h.Errorf("%d leases and %d rooms are left of an empty house", h.leases, len(h.rooms))
 	}
 	mark := h.mark.Load()
 	time.Sleep(time.Hour)
@@ -307,6 +307,25 @@ func TestPresence(t *testing.T) {
 			h.says("ada", "offline")
 			two.leave()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
+		{"who said offline and polls is back, though their stream closes later", func(h *house) {
+			ada := h.stream("ada")
+			h.at("1m")
+			h.says("ada", "offline")
+			h.at("1m2s")
+			h.poll("ada")
+			ada.leave()
+		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m2s ada:offline"}},
+		{"a reload that says offline is a moment's", func(h *house) {
+			old := h.stream("ada")
+			h.at("1m")
+			h.says("ada", "offline")
+			h.at("1m2s")
+			ada := h.stream("ada")
+			h.at("1m3s")
+			old.leave()
+			h.at("2m")
+			ada.leave()
+		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m10s ada:offline"}},
 		{"who said offline and comes again is back", func(h *house) {
 			ada := h.stream("ada")
 			h.at("1m")
@@ -510,7 +529,7 @@ func TestAFloodOfTypingIsOneEventASecond(t *testing.T) {
 		{[]string{"typing", "online", "away"}, 1, "online"},
 		// Leaving is told at once, so it is not held to that.
 		{[]string{"typing", "offline"}, 2, "offline"},
-		{[]string{"online", "typing", "offline"}, 3, "typing"},
+		{[]string{"online", "typing", "offline"}, 3, "online"},
 	} {
 		t.Run(strings.Join(tc.states, " "), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -632,8 +651,8 @@ func TestTenThousandComeAndGo(t *testing.T) {
 			t.Errorf("%d left at once, which was %d events", n, told)
 		}
 		r.sweep(time.Now().Add(time.Hour))
-		if r.users != 0 || len(r.rooms) != 0 || r.bytes != 0 {
-			t.Errorf("%d leases, %d rooms and %d bytes are left", r.users, len(r.rooms), r.bytes)
+		if r.leases != 0 || len(r.rooms) != 0 || r.bytes != 0 {
+			t.Errorf("%d leases, %d rooms and %d bytes are left", r.leases, len(r.rooms), r.bytes)
 		}
 	})
 }
@@ -641,7 +660,7 @@ func TestTenThousandComeAndGo(t *testing.T) {
 func TestTooManyUsers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := testRelay(limits{})
-		for i := range maxLeases {
+		for i := range r.limits.users {
 			if err := r.declare("a", fmt.Sprint("user", i), "online"); err != nil {
 				t.Fatal(i, err)
 			}
@@ -666,8 +685,8 @@ func TestTooManyUsers(t *testing.T) {
 		if err := r.declare("b", "one more", "online"); err != nil {
 			t.Errorf("when the others are gone: %v", err)
 		}
-		if r.users != 1 {
-			t.Errorf("%d users are left, want 1", r.users)
+		if r.leases != 1 {
+			t.Errorf("%d users are left, want 1", r.leases)
 		}
 	})
 }

@@ -14,7 +14,6 @@ import (
 	"container/list"
 	"context"
 	"encoding/json"
-	"errors"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,6 +29,8 @@ type limits struct {
 	roomBytes int           // bytes of messages a room keeps, and of signals
 	allBytes  int           // bytes all rooms keep together; the room idle longest loses its history first
 	rooms     int           // rooms that were published to
+	users     int           // leases in all rooms
+	roomRate  float64       // publishes a second to a room
 	idle      time.Duration // a room without reader and publish for so long is forgotten
 	present   time.Duration // who polls is present for so long
 }
@@ -74,6 +75,7 @@ type room struct {
 	place                     *list.Element     // in relay.idlest; nil while nothing was published here
 	used                      time.Time         // when it was last published to, or left by a reader
 	left                      time.Time         // when it was last left by a reader
+	rate                      bucket            // of publishes
 	leases                    map[string]*lease // by user, see presence.go
 	here                      int               // users who are not offline
 	crowd                     crowd
@@ -95,14 +97,15 @@ type relay struct {
 	rooms     map[string]*room
 	idlest    *list.List       // rooms published to, the one published to last in front
 	bytes     int              // of all events kept
-	users     int              // leases in all rooms
+	leases    int              // in all rooms
 	floors    map[string]int64 // of rooms that are forgotten
 	forgotten int64            // the floor of rooms whose own was forgotten too
 }
 
 var (
-	errTooManyRooms = errors.New("there are too many rooms; publish to one that exists, or try again when one was forgotten")
-	errStopping     = errors.New("the relay is stopping; try again")
+	errTooManyRooms = fault{503, "there are too many rooms; publish to one that exists, or try again when one was forgotten", "rooms", 60}
+	errStopping     = fault{503, "the relay is stopping; try again", "", 2}
+	errRoomTooFast  = fault{429, "this room is published to too fast", "room", 1}
 )
 
 // newRelay makes a relay without rooms. Its ids begin at the clock's
@@ -128,6 +131,7 @@ type post struct {
 	ttl                   time.Duration // 0 for a message
 	data                  []byte
 	picture               []byte // instead of data, see picture.go
+	free                  bool   // not bound by the room's rate
 }
 
 // publish appends p to its room and wakes the room's readers. It returns the
@@ -166,6 +170,9 @@ func (r *relay) append(p post) (*room, int64, error) {
 	}
 
 	now := time.Now()
+	if !p.free && p.kind != "presence" && p.picture == nil && !rm.rate.take(r.roomRate, now) {
+		return nil, 0, errRoomTooFast
+	}
 	e := &event{
 		id:   r.mark.Load() + 1,
 		at:   now.UnixMilli(),
@@ -416,7 +423,7 @@ type want struct {
 func (r *relay) subscribe(w want) (*reader, error) {
 	rd := &reader{relay: r, presence: w.presence, batch: w.batch, woken: make(chan struct{}, 1)}
 	r.mu.Lock()
-	if w.user != "" && r.users+len(w.rooms) > maxLeases {
+	if w.user != "" && r.leases+len(w.rooms) > r.limits.users {
 		r.mu.Unlock()
 		return nil, errTooManyUsers
 	}

@@ -34,6 +34,10 @@ func testRelay(l limits) *relay {
 	set(&l.roomBytes, 1<<30)
 	set(&l.allBytes, 1<<40)
 	set(&l.rooms, 1000)
+	set(&l.users, 20_000)
+	if l.roomRate == 0 {
+		l.roomRate = math.Inf(1)
+	}
 	if l.idle == 0 {
 		l.idle = 10 * time.Minute
 	}
@@ -218,8 +222,8 @@ func checkBooks(t *testing.T, r *relay) {
 			t.Errorf("%s is kept for nobody", name)
 		}
 	}
-	if bytes != r.bytes || users != r.users || placed != r.idlest.Len() {
-		t.Errorf("%d bytes, %d users and %d rooms were counted, there are %d, %d and %d", r.bytes, r.users, r.idlest.Len(), bytes, users, placed)
+	if bytes != r.bytes || users != r.leases || placed != r.idlest.Len() {
+		t.Errorf("%d bytes, %d users and %d rooms were counted, there are %d, %d and %d", r.bytes, r.leases, r.idlest.Len(), bytes, users, placed)
 	}
 	if bytes > r.allBytes && placed > 1 {
 		t.Errorf("%d bytes are kept, the bound is %d", bytes, r.allBytes)
@@ -646,8 +650,8 @@ func TestBooksAreRight(t *testing.T) {
 				r.sweep(time.Now())
 			}
 			checkBooks(t, r)
-			if r.bytes != 0 || len(r.rooms) != 0 || r.users != 0 {
-				t.Errorf("%d bytes, %d rooms and %d users are left", r.bytes, len(r.rooms), r.users)
+			if r.bytes != 0 || len(r.rooms) != 0 || r.leases != 0 {
+				t.Errorf("%d bytes, %d rooms and %d users are left", r.bytes, len(r.rooms), r.leases)
 			}
 		})
 	}
@@ -817,6 +821,18 @@ func TestWakesCoalesce(t *testing.T) {
 			t.Error("who has left was woken")
 		}
 	})
+}
+
+func TestAWakerIsCalledInPlaceOfTheToken(t *testing.T) {
+	r := testRelay(limits{})
+	rd := openReader(t, r, "a", -1, want{})
+	woken := 0
+	wake := func() { woken++ }
+	rd.waker.Store(&wake)
+	publishScript(t, r, "a:x b:x a:x")
+	if woken != 2 || len(rd.woken) != 0 {
+		t.Errorf("the waker was called %d times, with %d tokens beside, want 2 and none", woken, len(rd.woken))
+	}
 }
 
 func TestStopping(t *testing.T) {

@@ -41,15 +41,26 @@ type stats struct {
 	skipped   atomic.Int64 // messages that a graph of numbers could not show
 	ticking   atomic.Bool  // the room _stats is published to
 	tallies   map[string]*tally
+	refused   map[string]*atomic.Int64 // by reason
 }
 
-// newTallies makes one for each technique.
-func newTallies() map[string]*tally {
-	tallies := map[string]*tally{}
+// reasons are what a request or connection is refused for.
+var reasons = []string{"address", "body", "connections", "descriptors", "origin", "pictures", "rate", "room", "rooms", "streams", "token", "users"}
+
+// refused counts a refusal.
+func (s *server) refused(reason string) { s.stats.refused[reason].Add(1) }
+
+// start sets all to nothing.
+func (st *stats) start() {
+	st.started = time.Now()
+	st.tallies = map[string]*tally{}
 	for _, t := range techniques {
-		tallies[t.name] = &tally{}
+		st.tallies[t.name] = &tally{}
 	}
-	return tallies
+	st.refused = map[string]*atomic.Int64{}
+	for _, reason := range reasons {
+		st.refused[reason] = &atomic.Int64{}
+	}
 }
 
 // delivered counts events that were written at the time now.
@@ -95,7 +106,7 @@ func memory() uint64 {
 func (r *relay) size() (rooms, users, bytes int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.idlest.Len(), r.users, r.bytes
+	return r.idlest.Len(), r.leases, r.bytes
 }
 
 // metrics is GET /metrics, in Prometheus' text format
@@ -123,6 +134,10 @@ func (s *server) metrics(w http.ResponseWriter) {
 	one("history_bytes", "gauge", "Bytes of events kept.", bytes)
 	one("memory_bytes", "gauge", "Memory the runtime has from the system.", memory())
 	one("goroutines", "gauge", "Goroutines.", runtime.NumGoroutine())
+	fmt.Fprintf(&b, "# HELP cometes_refused_total Requests and connections refused.\n# TYPE cometes_refused_total counter\n")
+	for _, reason := range reasons {
+		fmt.Fprintf(&b, "cometes_refused_total{reason=%q} %d\n", reason, s.stats.refused[reason].Load())
+	}
 	each("requests_total", "counter", "Requests.", func(t *tally) int64 { return t.requests.Load() })
 	each("connections", "gauge", "Requests and streams that are held open.", func(t *tally) int64 { return t.connections.Load() })
 	each("delivered_total", "counter", "Events written to clients.", func(t *tally) int64 { return t.events.Load() })

@@ -45,7 +45,6 @@ type taken struct {
 	raw     syscall.RawConn // for writes that don't wait; nil where there are none
 	try     *attempt        // of the writer that serves the stream now
 	opening []byte          // sent before everything, once
-	ending  string          // sent behind everything
 	rest    []byte          // what a full socket did not take
 	gone    atomic.Bool     // the client left
 	turn    atomic.Int32    // whose turn it is
@@ -96,7 +95,6 @@ func (t *taken) takeOver(w http.ResponseWriter, r *http.Request) bool {
 
 	t.conn = conn
 	t.opening = head.Bytes()
-	t.ending = "0\r\n\r\n"
 	t.room = chunkHead
 	t.send = t.sendChunk
 	t.s.pump.add(t)
@@ -128,7 +126,7 @@ func (t *taken) sendChunk(b []byte) error {
 	b[6], b[7] = '\r', '\n'
 	b = append(b, "\r\n"...)
 	if t.ended {
-		b = append(b, t.ending...)
+		b = append(b, "0\r\n\r\n"...)
 	}
 	if t.opening != nil {
 		t.tally.out.Add(int64(len(t.opening)))

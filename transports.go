@@ -295,6 +295,12 @@ func textFrame(b []byte, size int) []byte {
 	return binary.BigEndian.AppendUint64(append(b, 127), uint64(size))
 }
 
+// appendClose appends a frame that closes the socket (5.5.1).
+func appendClose(b []byte, code websocket.StatusCode, reason string) []byte {
+	b = append(b, 0x88, byte(2+len(reason)))
+	return append(binary.BigEndian.AppendUint16(b, uint16(code)), reason...)
+}
+
 // Pages for people, without a script.
 
 // endless is the page that never ends, about 1995: the browser shows what it
@@ -364,8 +370,23 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	if slices.Contains(q.rooms, statsRoom) {
 		s.startStats()
 	}
+	if t.hold != now {
+		if err := s.hold(q); err != nil {
+			if t.name != "sse" {
+				return err
+			}
+			// An EventSource gives up for ever on any status but 200.
+			s.refused(err.(fault).reason)
+			f := t.framing(q)
+			f.setHeader(w)
+			return writer(w)(f.frame([]byte(f.head), 0, s.bye()))
+		}
+	}
 	if t.hold == forever {
 		return s.serveStream(w, r, t, q)
+	}
+	if t.hold == once {
+		defer s.free(q)
 	}
 	rd, err := s.relay.subscribe(q.want(t.hold))
 	if err != nil {
@@ -394,6 +415,28 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	return writer(w)(b)
 }
 
+// hold takes a place for a request that is held, of all there are and of the
+// client's address; free gives it back.
+func (s *server) hold(q *query) error {
+	if s.relay.isStopping() {
+		return errStopping
+	}
+	if s.held.Add(1) > s.most {
+		s.held.Add(-1)
+		return errFullUp
+	}
+	if !s.gate.hold(q.addr) {
+		s.held.Add(-1)
+		return errTooMany
+	}
+	return nil
+}
+
+func (s *server) free(q *query) {
+	s.held.Add(-1)
+	s.gate.free(q.addr)
+}
+
 func (f *framing) setHeader(w http.ResponseWriter) {
 	h := w.Header()
 	h.Set("Content-Type", f.mime)
@@ -407,13 +450,8 @@ func (f *framing) setHeader(w http.ResponseWriter) {
 func (s *server) serveStream(w http.ResponseWriter, r *http.Request, t technique, q *query) error {
 	c := &taken{stream: stream{s: s, q: q, f: t.framing(q), tally: s.stats.tallies[t.name]}}
 	st := &c.stream
-	switch {
-	case t.name == "ws":
+	if t.name == "ws" {
 		return c.serveWebSocket(w, r)
-	case t.name == "sse" && s.relay.isStopping():
-		// An EventSource gives up for ever on any status but 200.
-		st.f.setHeader(w)
-		return writer(w)(st.f.frame([]byte(st.f.head), 0, s.bye()))
 	}
 	if err := st.open(); err != nil {
 		return err
@@ -439,11 +477,17 @@ type stream struct {
 	room  int          // free bytes that send wants in front
 	begun bool         // hello was said
 	ended bool         // bye was said
-	beat  atomic.Int64 // when a heartbeat is due, in Unix nanoseconds
+	until int64        // when its token or its age ends it, in Unix nanoseconds
+	beat  atomic.Int64 // when a heartbeat is due, in the same
 }
 
 // open takes the stream's place in the log; close gives up all it holds.
 func (st *stream) open() (err error) {
+	defer func() {
+		if err != nil {
+			st.s.free(st.q)
+		}
+	}()
 	if st.q.as == "svg" {
 		if st.away, err = st.s.look(st.q.picture); err != nil {
 			return err
@@ -455,18 +499,22 @@ func (st *stream) open() (err error) {
 		}
 		return err
 	}
-	st.s.streams.Add(1)
 	st.tally.connections.Add(1)
+	st.until = st.q.claims.until()
+	if age := st.s.age; age > 0 {
+		age -= mathrand.N(age/10 + 1) // not all at once
+		st.until = min(st.until, time.Now().Add(age).UnixNano())
+	}
 	return nil
 }
 
 func (st *stream) close() {
 	st.rd.leave()
-	st.s.streams.Add(-1)
 	st.tally.connections.Add(-1)
 	if st.away != nil {
 		st.away()
 	}
+	st.s.free(st.q)
 }
 
 // step says all that is due: hello, what the cursor asks for, the roster,
@@ -490,7 +538,7 @@ func (st *stream) step() error {
 			return err
 		}
 	}
-	stopping := st.s.relay.isStopping() // asked first: what was published before the stop comes before the bye
+	ending := st.s.relay.isStopping() || time.Now().UnixNano() >= st.until // asked first: what was published before the stop comes before the bye
 	for first := true; first || st.rd.cut; first = false {
 		sc.events = st.rd.next(sc.events[:0])
 		if st.rd.rosterDue && !st.rd.cut {
@@ -502,7 +550,7 @@ func (st *stream) step() error {
 			}
 		}
 	}
-	if stopping {
+	if ending {
 		st.ended = true
 		return cmp.Or(st.emit(sc, "", st.s.bye()), io.EOF)
 	}
@@ -527,8 +575,8 @@ func (st *stream) emit(sc *scratch, head string, events ...*event) error {
 	return st.send(b)
 }
 
-// due reports whether the stream was silent for as long as it may be.
-func (st *stream) due(now time.Time) bool { return now.UnixNano() >= st.beat.Load() }
+// due reports whether the stream was silent, or has lasted, as long as it may.
+func (st *stream) due(now time.Time) bool { return now.UnixNano() >= min(st.beat.Load(), st.until) }
 
 func (st *stream) hello() *event {
 	return notice{Type: "hello", ID: st.rd.after, Time: time.Now().UnixMilli(), Data: struct {
@@ -551,7 +599,7 @@ func (st *stream) follow(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		clock.Reset(time.Until(time.Unix(0, st.beat.Load())))
+		clock.Reset(time.Until(time.Unix(0, min(st.beat.Load(), st.until))))
 		if !st.rd.wait(ctx, clock.C) && ctx.Err() != nil {
 			return nil
 		}
@@ -567,7 +615,7 @@ func (s *server) pause() time.Duration {
 // bye sends a client away until the retry it names, in milliseconds: a second
 // at least, and in all a hundred clients a second, but within half a minute.
 func (s *server) bye() *event {
-	spread := min(max(s.streams.Load()*10, 2000), 30_000)
+	spread := min(max(s.held.Load()*10, 2000), 30_000)
 	retry := 1000 + mathrand.Int64N(spread)
 	return notice{Type: "bye", Data: map[string]int64{"retry": retry}}.event()
 }
@@ -602,16 +650,13 @@ func (t *taken) serveWebSocket(w http.ResponseWriter, r *http.Request) error {
 	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		w.Header().Set("Connection", "Upgrade")
 		w.Header().Set("Upgrade", "websocket")
-		return fault{http.StatusUpgradeRequired, "this is a WebSocket; ask for it with Upgrade: websocket"}
-	}
-	if t.s.relay.isStopping() {
-		return errStopping
+		t.s.free(t.q)
+		return refuse(http.StatusUpgradeRequired, "this is a WebSocket; ask for it with Upgrade: websocket")
 	}
 	if err := t.open(); err != nil {
 		return err
 	}
 	t.send = t.sendFrames
-	t.ending = "\x88\x17\x03\xe9the relay is stopping" // close, 1001: going away
 	t.control = make(chan []byte, 2)
 	t.done = make(chan struct{})
 	options := t.s.origins.websocket()
@@ -621,7 +666,7 @@ func (t *taken) serveWebSocket(w http.ResponseWriter, r *http.Request) error {
 		t.close()
 		return nil // Accept has answered
 	}
-	conn.SetReadLimit(maxBody)
+	conn.SetReadLimit(t.s.body)
 	t.s.pump.add(t)
 	go t.listen(conn)
 	return nil
@@ -633,11 +678,15 @@ func (t *taken) sendFrames(b []byte) error {
 	if b[0] == 0x89 && t.silent.Add(1) > 2 {
 		return os.ErrDeadlineExceeded
 	}
-	if t.ended {
-		b = append(b, t.ending...)
+	if t.ended && t.expired() {
+		b = appendClose(b, websocket.StatusPolicyViolation, "the token has expired")
+	} else if t.ended {
+		b = appendClose(b, websocket.StatusGoingAway, "come back in a moment")
 	}
 	return t.write(b)
 }
+
+func (t *taken) expired() bool { return time.Now().UnixNano() >= t.q.claims.until() }
 
 // listen takes what the client says, until it says no more.
 func (t *taken) listen(conn *websocket.Conn) {
@@ -715,10 +764,14 @@ func (s *server) hear(q *query, kind websocket.MessageType, frame []byte) *notic
 	if kind != websocket.MessageText || !utf8.Valid(frame) {
 		return &notice{Type: "error", Data: "frames are text, in UTF-8"}
 	}
-	p := post{kind: "message", from: q.user}
+	if !s.gate.publish(q.addr) {
+		s.refused(errTooFast.reason)
+		return &notice{Type: "error", Data: errTooFast.text}
+	}
+	p := post{kind: "message", from: q.user, free: q.addr.IsLoopback()}
 	if !bytes.HasPrefix(frame, []byte("{")) {
 		p.data, _ = json.Marshal(string(frame))
-		_, _, err := s.post(q.oneRoom(), p)
+		_, _, err := s.postAs(q, q.oneRoom(), p)
 		return refusal("", err)
 	}
 	var said struct {
@@ -740,7 +793,7 @@ func (s *server) hear(q *query, kind websocket.MessageType, frame []byte) *notic
 		if json.Unmarshal(said.Data, &state) != nil {
 			return refusal(said.Key, errState)
 		}
-		err := s.declare(room, q.user, state)
+		err := s.declareAs(q, room, state)
 		if err != nil || said.Key == "" {
 			return refusal(said.Key, err)
 		}
@@ -757,11 +810,27 @@ func (s *server) hear(q *query, kind websocket.MessageType, frame []byte) *notic
 	}
 	p.key = said.Key
 	p.data = said.Data
-	id, _, err := s.post(room, p)
+	id, _, err := s.postAs(q, room, p)
 	if err != nil || said.Key == "" {
 		return refusal(said.Key, err)
 	}
 	return &notice{Type: "ack", Key: said.Key, ID: id}
+}
+
+// postAs and declareAs are post and declare for a room that the request's token
+// was not asked about yet.
+func (s *server) postAs(q *query, room string, p post) (int64, bool, error) {
+	if room != "" && !q.claims.may(room, true) {
+		return 0, false, errNotGood
+	}
+	return s.post(room, p)
+}
+
+func (s *server) declareAs(q *query, room, state string) error {
+	if room != "" && !q.claims.may(room, false) {
+		return errNotGood
+	}
+	return s.declare(room, q.user, state)
 }
 
 // refusal is the answer to what could not be taken, or nil if it could.
