@@ -92,7 +92,7 @@ var (
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Referrer-Policy", "no-referrer")
+	h.Set("Referrer-Policy", "same-origin") // a URL may hold a token
 	err := s.route(w, r)
 	if err == nil || r.Context().Err() != nil || errors.Is(err, os.ErrDeadlineExceeded) {
 		return // a client that left, or takes nothing, is no error

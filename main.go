@@ -260,8 +260,14 @@ func limitMemory(getenv func(string) string) {
 	}
 }
 
-// version is that of the module, or the commit it was built from.
+// release is set by the linker, for builds that can't see the repository.
+var release string
+
+// version is the release, or that of the module, or the commit it was built from.
 func version() string {
+	if release != "" {
+		return release
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"

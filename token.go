@@ -241,7 +241,7 @@ func (s *server) keepToken(w http.ResponseWriter, r *http.Request, q *query) boo
 		return false
 	}
 	c := &http.Cookie{
-		Name: "token", Value: token, Path: "/", HttpOnly: true, SameSite: http.SameSiteStrictMode,
+		Name: "token", Value: token, Path: "/", HttpOnly: true, SameSite: http.SameSiteLaxMode,
 		Secure: r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https",
 	}
 	if q.claims.Exp != nil {

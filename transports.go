@@ -410,6 +410,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	f := t.framing(q)
 	f.setHeader(w)
 	b := f.frame(nil, rd.after, events...)
+	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	c.delivered(events, time.Now())
 	c.out.Add(headSize("HTTP/1.1 200 OK", w.Header()) + int64(len(b)))
 	return writer(w)(b)
