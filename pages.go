@@ -210,15 +210,18 @@ func pageHead(b []byte, q *query) []byte {
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>`+q.title()+` · Cometes</title>
 <link rel="stylesheet" href="/plain.css">
-<header>
-<h1>`+q.title()+`</h1>
 `...)
-	if q.pull {
-		b = append(b, `<p>This page comes anew every `+strconv.Itoa(int(q.wait/time.Second))+` seconds.
+	switch head := "<header>\n<h1>" + q.title() + "</h1>\n"; {
+	case q.bare:
+		b = append(b, `<body class="bare">
+<header>
+`...)
+	case q.pull:
+		b = append(b, head+`<p>This page comes anew every `+strconv.Itoa(int(q.wait/time.Second))+` seconds.
 <a href="/rooms/`+room+`/form?live=refresh&amp;`+user+`">Write at leisure</a></p>
 `...)
-	} else {
-		b = append(b, `<p>This page never ends: what is said appears on top.
+	default:
+		b = append(b, head+`<p>This page never ends: what is said appears on top.
 <a href="/rooms/`+room+`/refresh?`+user+`">A page that comes anew instead</a></p>
 `...)
 	}
@@ -291,6 +294,13 @@ func (s *server) form(w http.ResponseWriter, r *http.Request, q *query) error {
 <link rel="stylesheet" href="/plain.css">
 <body class="bare">
 `)
+	if live != "" {
+		b = append(b, `<header>
+<h1>`+q.title()+`</h1>
+<p>What is said comes anew every few seconds; what you write stays.</p>
+</header>
+`...)
+	}
 	b = appendForm(b, q.rooms[0], user, "form")
 	if live != "" {
 		b = append(b, `<iframe class="live" title="Messages" src="/rooms/`+q.rooms[0]+`/refresh?form=0&amp;`+url.Values{"user": {user}}.Encode()+`"></iframe>

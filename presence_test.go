@@ -450,6 +450,24 @@ func TestTheRosterComesBehindTheBacklog(t *testing.T) {
 	})
 }
 
+// Who comes between a stream's last read and its roster is in the roster, and
+// not told again; a message of that time is not lost.
+func TestNoneIsTwiceBetweenRosterAndEvents(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHouse(t, limits{})
+		rd := openReader(t, h.relay, "a", -1, wantPresence)
+		rd.expectRoster()
+		rd.next(nil)
+		h.stream("ada")
+		publishText(t, h.relay, "a", "hi")
+		if opening := testWords(h.relay, rd.rosters(nil)); opening != "{ada:online}" {
+			t.Errorf("the roster is %s", opening)
+		}
+		h.stream("bob")
+		wantRead(t, rd, "2:a:hi bob:online")
+	})
+}
+
 // Timers only announce what the clock has decided. Here they are stopped, as
 // Cloud Run does with a whole machine.
 func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
@@ -659,7 +677,7 @@ func TestTenThousandComeAndGo(t *testing.T) {
 
 func TestTooManyUsers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{})
+		r := testRelay(limits{users: 1000})
 		for i := range r.limits.users {
 			if err := r.declare("a", fmt.Sprint("user", i), "online"); err != nil {
 				t.Fatal(i, err)
@@ -709,6 +727,13 @@ func TestWhoMissedPresenceIsSentTheRoster(t *testing.T) {
 		wantRead(t, rd, "dan:online eve:online {ada:online bob:online cyd:online dan:online eve:online}")
 		h.stream("flo")
 		wantRead(t, rd, "flo:online")
+
+		// Or for the room's history was forgotten.
+		h.stream("gus")
+		h.relay.mu.Lock()
+		h.forget(h.rooms["a"])
+		h.relay.mu.Unlock()
+		wantRead(t, rd, "{ada:online bob:online cyd:online dan:online eve:online flo:online gus:online}")
 	})
 }
 

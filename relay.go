@@ -405,7 +405,6 @@ type reader struct {
 	cut       bool                   // the last batch was cut short
 	told      int64                  // floors up to here are no loss: the reader gave no cursor
 	reason    string                 // why the cursor given is not of this log; told with a gap by room
-	heads     [][]*event             // scratch of next
 }
 
 // A want is what a reader asks for. All of it was checked where it entered.
@@ -513,26 +512,29 @@ const batchEvents = 256
 // mark, and nothing beyond the mark is taken.
 func (rd *reader) next(batch []*event) []*event {
 	mark := rd.relay.mark.Load()
+	rd.cut = false
 	if mark == rd.after && rd.reason == "" {
-		rd.cut = false
 		return batch
 	}
 	after := rd.after
 	if rd.reason != "" {
 		after = rd.relay.start
 	}
-	heads := rd.heads[:0]
+	var few [4][]*event // mostly there is one
+	heads := few[:0]
 	for _, rm := range rd.rooms {
 		v := rm.view.Load()
 		if gap := rd.gap(rm, v.floor, mark); gap != nil {
 			heads = append(heads, []*event{gap})
 		}
-		heads = append(heads, between(v.messages, after, mark), between(v.signals, after, mark))
+		if m := between(v.messages, after, mark); len(m) > 0 {
+			heads = append(heads, m)
+		}
+		if m := between(v.signals, after, mark); len(m) > 0 {
+			heads = append(heads, m)
+		}
 		rd.rosterDue = rd.rosterDue || rd.presence && rd.rostered != 0 && v.spilled > max(after, rd.rostered)
 	}
-	rd.cut = false
-	heads = slices.DeleteFunc(heads, func(h []*event) bool { return len(h) == 0 })
-	rd.heads = heads[:0]
 	rd.reason = ""
 
 	now := int64(0) // asked only if there is a signal to judge
@@ -584,6 +586,9 @@ func (rd *reader) gap(rm *room, floor, mark int64) *event {
 // between returns the events of a log behind after, up to mark.
 func between(log []*event, after, mark int64) []*event {
 	byID := func(e *event, id int64) int { return cmp.Compare(e.id, id) }
+	if len(log) == 0 || log[len(log)-1].id <= after {
+		return nil
+	}
 	from, _ := slices.BinarySearchFunc(log, after+1, byID)
 	to, _ := slices.BinarySearchFunc(log, mark+1, byID)
 	return log[from:to]

@@ -403,6 +403,35 @@ func TestAGapBeyondTheMarkIsToldOnTheNextRead(t *testing.T) {
 	wantRead(t, rd, "4:a:gap(history) 5:a:x 6:a:x")
 }
 
+// Who then reads other rooms will not come to that next read.
+func TestAGapBeyondTheMarkIsToldToWhoChangesRooms(t *testing.T) {
+	t.Skip("BUG: next passes over what was lost up to the mark, and tells it only if the same room is read next; floor = min(floor, mark) in gap would tell it now")
+	r := testRelay(limits{events: 2})
+	rd := openReader(t, r, "a", 0, want{})
+	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
+	r.mark.Store(r.start + 3)
+	told := testWords(r, readAll(rd))
+	r.mark.Store(r.start + 6)
+	rd = openReader(t, r, "b", rd.after-r.start, want{})
+	told += testWords(r, readAll(rd))
+	rd = openReader(t, r, "a", rd.after-r.start, want{})
+	told += testWords(r, readAll(rd))
+	if !strings.Contains(told, "gap") {
+		t.Errorf("events 1 to 3 were asked for and lost, and the reader was told %q", told)
+	}
+}
+
+// The newest N of the history may go before they are read, as of a room in a
+// hurry while hello is written.
+func TestWhatIsLostOfTheNewestIsToldByAGap(t *testing.T) {
+	t.Skip("BUG: told is the mark at subscribe; the floors at that time would do")
+	r := testRelay(limits{events: 3})
+	publishScript(t, r, "a:x a:x a:x a:x")
+	rd := openReader(t, r, "a", -1, want{last: 3})
+	publishScript(t, r, "a:x a:x")
+	wantRead(t, rd, "3:a:gap(history) 4:a:x 5:a:x 6:a:x")
+}
+
 func TestABatchCutShortMovesTheCursorToItsEnd(t *testing.T) {
 	r := testRelay(limits{})
 	rd := openReader(t, r, "a,b", 0, want{})
@@ -748,25 +777,76 @@ func TestKeys(t *testing.T) {
 
 func TestOneKeyAtOnceIsOneEvent(t *testing.T) {
 	r := testRelay(limits{})
-	var fresh atomic.Int64
-	var ids sync.Map
-	var wg sync.WaitGroup
-	for range 64 {
-		wg.Go(func() {
-			id, isNew, err := r.publish(post{room: "a", kind: "message", key: "k", data: []byte("1")})
-			if err != nil {
-				t.Error(err)
-			}
-			if isNew {
-				fresh.Add(1)
-			}
-			ids.Store(id-r.start, true)
-		})
+	for round := range int64(100) {
+		var fresh atomic.Int64
+		var wg sync.WaitGroup
+		begin := make(chan struct{})
+		for range 16 {
+			wg.Go(func() {
+				<-begin
+				id, isNew, err := r.publish(post{room: "a", kind: "message", key: fmt.Sprint("k", round), data: []byte("1")})
+				if err != nil || id != r.start+round+1 {
+					t.Errorf("round %d: the id is %d, %v", round, id-r.start, err)
+				}
+				if isNew {
+					fresh.Add(1)
+				}
+			})
+		}
+		close(begin)
+		wg.Wait()
+		if fresh.Load() != 1 {
+			t.Fatalf("%d of 16 publishes with one key were new", fresh.Load())
+		}
 	}
-	wg.Wait()
-	if _, one := ids.Load(int64(1)); !one || fresh.Load() != 1 || r.mark.Load() != r.start+1 {
-		t.Errorf("%d of 64 publishes with one key were new", fresh.Load())
-	}
+}
+
+// A room takes so many publishes a second, and two seconds' worth at once.
+// Presence has its own bounds, and a retry is no publish.
+func TestARoomsRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := testRelay(limits{roomRate: 5})
+		put := func(room, key string) error {
+			_, _, err := r.publish(post{room: room, kind: "message", key: key, data: []byte("1")})
+			return err
+		}
+		for i := range 10 {
+			if err := put("a", fmt.Sprint("k", i)); err != nil {
+				t.Errorf("publish %d: %v", i, err)
+			}
+		}
+		for i := range 3 {
+			mark := r.mark.Load()
+			before := fmt.Sprint(mark, r.bytes)
+			if err := put("a", "k10"); err != errRoomTooFast {
+				t.Errorf("one too many: %v", err)
+			}
+			if after := fmt.Sprint(r.mark.Load(), r.bytes); after != before {
+				t.Errorf("a refused publish made %s of %s", after, before)
+			}
+			checkBooks(t, r)
+			if err := put("a", "k9"); err != nil {
+				t.Errorf("a retry: %v", err)
+			}
+			if err := r.declare("a", fmt.Sprint("user", i), "online"); err != nil || r.mark.Load() == mark {
+				t.Errorf("presence was not told: %v", err)
+			}
+			if err := put("b", ""); err != nil {
+				t.Errorf("another room: %v", err)
+			}
+			time.Sleep(200 * time.Millisecond)
+			if err := put("a", ""); err != nil {
+				t.Errorf("a fifth of a second later: %v", err)
+			}
+		}
+		time.Sleep(time.Hour)
+		for range 10 {
+			put("a", "")
+		}
+		if err := put("a", ""); err != errRoomTooFast {
+			t.Errorf("after an hour, the eleventh at once: %v", err)
+		}
+	})
 }
 
 func TestWaiting(t *testing.T) {
@@ -842,7 +922,7 @@ func TestStopping(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
-			for {
+			for range 1_000_000 {
 				id, _, err := r.publish(post{room: "a", kind: "message", data: []byte("1")})
 				if err == errStopping {
 					return
@@ -915,6 +995,7 @@ func TestASlowReaderKeepsNothing(t *testing.T) {
 			if kept := keptOf(events); kept > 0 {
 				t.Errorf("a reader %s keeps %d events that the log dropped", tc.what, kept)
 			}
+			runtime.KeepAlive(r)
 			runtime.KeepAlive(rd)
 		})
 	}
@@ -934,6 +1015,7 @@ func TestTheLogKeepsLittleOfWhatItDropped(t *testing.T) {
 	if kept := keptOf(events); kept > 0 {
 		t.Errorf("%d of %d dropped events are kept", kept, n)
 	}
+	runtime.KeepAlive(r)
 }
 
 // A short string may be a part of a long one, the request it came with; who
@@ -1110,6 +1192,39 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The mark never runs ahead of the log, nor the log of the mark: a reader who
+// looks all the time reads one event after the other.
+func TestTheMarkAndTheLogAreOne(t *testing.T) {
+	const n = 50_000
+	r := testRelay(limits{})
+	var reading sync.WaitGroup
+	for range 2 {
+		rd := openReader(t, r, "a,b", 0, want{})
+		reading.Go(func() {
+			defer rd.leave()
+			last := r.start
+			for batch := []*event(nil); last < r.start+n; {
+				batch = rd.next(batch[:0])
+				for _, e := range batch {
+					if e.id != last+1 {
+						t.Errorf("%d comes behind %d", e.id-r.start, last-r.start)
+						return
+					}
+					last = e.id
+				}
+				if last != rd.after {
+					t.Errorf("the cursor is %d behind %d", rd.after-r.start, last-r.start)
+					return
+				}
+			}
+		})
+	}
+	for i := range n {
+		publishText(t, r, "ab"[i%2:][:1], "x")
+	}
+	reading.Wait()
 }
 
 // checkTrace compares what a reader saw of a room with what was published there.

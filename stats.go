@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"runtime"
 	"runtime/metrics"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -63,20 +62,52 @@ func (st *stats) start() {
 	}
 }
 
-// delivered counts events that were written at the time now.
-func (t *tally) delivered(events []*event, now time.Time) {
-	n := int64(0)
+// A count is what a writer adds up before it tells the tally: two writers that
+// add to one number for each event wait for each other's cache.
+type count struct {
+	t           *tally
+	events, out int64
+	delays      [len(delayBounds) + 1]int64
+	delaySum    int64
+}
+
+// delivered counts events of a technique that were written at the time now,
+// in so many bytes.
+func (c *count) delivered(t *tally, events []*event, bytes int, now time.Time) {
+	if c.t != t {
+		c.flush()
+		c.t = t
+	}
+	c.out += int64(bytes)
 	for _, e := range events {
 		if e.at == 0 {
 			continue // a notice
 		}
-		n++
+		c.events++
 		delay := now.UnixMilli() - e.at
-		i, _ := slices.BinarySearch(delayBounds[:], delay)
-		t.delays[i].Add(1)
-		t.delaySum.Add(delay)
+		i := 0
+		for i < len(delayBounds) && delay > delayBounds[i] {
+			i++
+		}
+		c.delays[i]++
+		c.delaySum += delay
 	}
-	t.events.Add(n)
+}
+
+// flush tells the tally.
+func (c *count) flush() {
+	if c.t == nil {
+		return
+	}
+	c.t.events.Add(c.events)
+	c.t.out.Add(c.out)
+	c.t.delaySum.Add(c.delaySum)
+	for i, n := range c.delays {
+		if n > 0 {
+			c.t.delays[i].Add(n)
+		}
+	}
+	*c = count{}
 }
 
 // headSize is how many bytes a head has on the wire, with its first line.
@@ -181,16 +212,16 @@ func (s *server) startStats() {
 // long as the room is read.
 func (s *server) publishStats() {
 	rooms, users, bytes := s.relay.size()
-	type count struct {
+	type total struct {
 		Connections int64 `json:"connections"`
 		Requests    int64 `json:"requests"`
 		Delivered   int64 `json:"delivered"`
 		In          int64 `json:"in"`
 		Out         int64 `json:"out"`
 	}
-	techniques := map[string]count{}
+	techniques := map[string]total{}
 	for name, t := range s.stats.tallies {
-		techniques[name] = count{t.connections.Load(), t.requests.Load(), t.events.Load(), t.in.Load(), t.out.Load()}
+		techniques[name] = total{t.connections.Load(), t.requests.Load(), t.events.Load(), t.in.Load(), t.out.Load()}
 	}
 	data, _ := json.Marshal(map[string]any{
 		"techniques": techniques,

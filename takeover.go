@@ -53,6 +53,7 @@ type taken struct {
 	control chan []byte   // what the library or hear has to say
 	done    chan struct{} // closed when the stream is over
 	silent  atomic.Int32  // pings since the last pong
+	token   int64         // when it expires, in Unix nanoseconds
 }
 
 // Whose turn it is. Only who serves a stream, the writer that took it from the
@@ -129,7 +130,7 @@ func (t *taken) sendChunk(b []byte) error {
 		b = append(b, "0\r\n\r\n"...)
 	}
 	if t.opening != nil {
-		t.tally.out.Add(int64(len(t.opening)))
+		t.count.out += int64(len(t.opening))
 		b = append(t.opening, b...)
 		t.opening = nil
 	}
@@ -234,26 +235,28 @@ func (p *pump) push(t *taken) {
 // write is a writer: it serves what is in the queue until there is nothing.
 func (p *pump) write() {
 	var try attempt
+	var n count
 	var few [32]*taken // taken at once, so that writers don't wait for each other
 	for {
 		p.mu.Lock()
-		n := copy(few[:], p.queue)
-		clear(p.queue[:n])
-		p.queue = p.queue[n:]
-		if n == 0 {
+		batch := few[:copy(few[:], p.queue)]
+		clear(p.queue[:len(batch)])
+		p.queue = p.queue[len(batch):]
+		if len(batch) == 0 {
 			p.queue = nil
 			p.writers--
 		}
 		p.mu.Unlock()
-		if n == 0 {
+		if len(batch) == 0 {
 			return
 		}
-		for _, t := range few[:n] {
+		for _, t := range batch {
 			t.turn.Store(served)
-			t.try = &try
+			t.try, t.count = &try, &n
 			t.yield(t.serve())
 		}
-		clear(few[:n])
+		n.flush()
+		clear(batch)
 	}
 }
 

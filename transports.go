@@ -20,6 +20,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"slices"
 	"strconv"
@@ -386,7 +387,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 		return s.serveStream(w, r, t, q)
 	}
 	if t.hold == once {
-		defer s.free(q)
+		defer s.free(q.addr)
 	}
 	rd, err := s.relay.subscribe(q.want(t.hold))
 	if err != nil {
@@ -411,8 +412,9 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	f.setHeader(w)
 	b := f.frame(nil, rd.after, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	c.delivered(events, time.Now())
-	c.out.Add(headSize("HTTP/1.1 200 OK", w.Header()) + int64(len(b)))
+	var n count
+	n.delivered(c, events, int(headSize("HTTP/1.1 200 OK", w.Header()))+len(b), time.Now())
+	n.flush()
 	return writer(w)(b)
 }
 
@@ -433,9 +435,9 @@ func (s *server) hold(q *query) error {
 	return nil
 }
 
-func (s *server) free(q *query) {
+func (s *server) free(addr netip.Addr) {
 	s.held.Add(-1)
-	s.gate.free(q.addr)
+	s.gate.free(addr)
 }
 
 func (f *framing) setHeader(w http.ResponseWriter) {
@@ -449,12 +451,12 @@ func (f *framing) setHeader(w http.ResponseWriter) {
 // serveStream begins a stream, over the request's connection if that may be
 // taken over, else from the request itself.
 func (s *server) serveStream(w http.ResponseWriter, r *http.Request, t technique, q *query) error {
-	c := &taken{stream: stream{s: s, q: q, f: t.framing(q), tally: s.stats.tallies[t.name]}}
+	c := &taken{stream: stream{s: s, rooms: q.rooms, addr: q.addr, f: t.framing(q), tally: s.stats.tallies[t.name]}}
 	st := &c.stream
 	if t.name == "ws" {
-		return c.serveWebSocket(w, r)
+		return c.serveWebSocket(w, r, q)
 	}
-	if err := st.open(); err != nil {
+	if err := st.open(q); err != nil {
 		return err
 	}
 	st.f.setHeader(w)
@@ -469,10 +471,12 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request, t technique
 // A stream is one client that is told of events for ever.
 type stream struct {
 	s     *server
-	q     *query
 	rd    *reader
+	rooms []string   // as asked for
+	addr  netip.Addr // the client's
 	f     framing
 	tally *tally
+	count *count // of whoever drives the stream
 	away  func() // of a picture: called when nobody looks any more
 	send  func(b []byte) error
 	room  int          // free bytes that send wants in front
@@ -483,25 +487,25 @@ type stream struct {
 }
 
 // open takes the stream's place in the log; close gives up all it holds.
-func (st *stream) open() (err error) {
+func (st *stream) open(q *query) (err error) {
 	defer func() {
 		if err != nil {
-			st.s.free(st.q)
+			st.s.free(st.addr)
 		}
 	}()
-	if st.q.as == "svg" {
-		if st.away, err = st.s.look(st.q.picture); err != nil {
+	if q.as == "svg" {
+		if st.away, err = st.s.look(q.picture); err != nil {
 			return err
 		}
 	}
-	if st.rd, err = st.s.relay.subscribe(st.q.want(forever)); err != nil {
+	if st.rd, err = st.s.relay.subscribe(q.want(forever)); err != nil {
 		if st.away != nil {
 			st.away()
 		}
 		return err
 	}
 	st.tally.connections.Add(1)
-	st.until = st.q.claims.until()
+	st.until = q.claims.until()
 	if age := st.s.age; age > 0 {
 		age -= mathrand.N(age/10 + 1) // not all at once
 		st.until = min(st.until, time.Now().Add(age).UnixNano())
@@ -515,7 +519,7 @@ func (st *stream) close() {
 	if st.away != nil {
 		st.away()
 	}
-	st.s.free(st.q)
+	st.s.free(st.addr)
 }
 
 // step says all that is due: hello, what the cursor asks for, the roster,
@@ -523,19 +527,16 @@ func (st *stream) close() {
 // the relay stops and there is no more to say.
 func (st *stream) step() error {
 	sc := scratches.Get().(*scratch)
-	defer func() {
-		clear(sc.events[:cap(sc.events)]) // not to keep what the log drops
-		scratches.Put(sc)
-	}()
+	defer scratches.Put(sc)
 	if st.ended {
 		return io.EOF
 	}
 	if !st.begun {
 		st.begun = true
 		st.rd.expectRoster()
-		head := st.f.head
-		st.f.head, st.f.header, st.q.values = "", nil, nil // said once, and not kept by ten thousand
-		if err := st.emit(sc, head, st.hello()); err != nil {
+		head, hello := st.f.head, st.hello()
+		st.f.head, st.f.header, st.rooms = "", nil, nil // said once, and not kept by ten thousand
+		if err := st.emit(sc, head, hello); err != nil {
 			return err
 		}
 	}
@@ -546,7 +547,9 @@ func (st *stream) step() error {
 			sc.events = st.rd.rosters(sc.events)
 		}
 		if len(sc.events) > 0 {
-			if err := st.emit(sc, "", sc.events...); err != nil {
+			err := st.emit(sc, "", sc.events...)
+			clear(sc.events) // not to keep what the log drops
+			if err != nil {
 				return err
 			}
 		}
@@ -571,8 +574,7 @@ func (st *stream) emit(sc *scratch, head string, events ...*event) error {
 	sc.buf = b
 	now := time.Now()
 	st.beat.Store(now.Add(st.s.pause()).UnixNano())
-	st.tally.delivered(events, now)
-	st.tally.out.Add(int64(len(b)))
+	st.count.delivered(st.tally, events, len(b), now)
 	return st.send(b)
 }
 
@@ -584,16 +586,18 @@ func (st *stream) hello() *event {
 		Rooms    []string `json:"rooms"`
 		Beat     int      `json:"beat"`
 		Instance string   `json:"instance"`
-	}{st.q.rooms, int(st.s.beat / time.Second), st.s.instance}}.event()
+	}{st.rooms, int(st.s.beat / time.Second), st.s.instance}}.event()
 }
 
 // follow drives a stream the ordinary way, from its own request. It returns
 // when the client is gone or the relay stops.
 func (st *stream) follow(ctx context.Context) error {
+	st.count = new(count)
 	clock := time.NewTimer(0)
 	defer clock.Stop()
 	for {
 		err := st.step()
+		st.count.flush()
 		if err == io.EOF {
 			return nil
 		}
@@ -647,17 +651,18 @@ func writer(w http.ResponseWriter) func([]byte) error {
 
 // serveWebSocket begins a stream that speaks both ways: the writers send what is framed, and a
 // goroutine reads what the client has to say.
-func (t *taken) serveWebSocket(w http.ResponseWriter, r *http.Request) error {
+func (t *taken) serveWebSocket(w http.ResponseWriter, r *http.Request, q *query) error {
 	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		w.Header().Set("Connection", "Upgrade")
 		w.Header().Set("Upgrade", "websocket")
-		t.s.free(t.q)
+		t.s.free(t.addr)
 		return refuse(http.StatusUpgradeRequired, "this is a WebSocket; ask for it with Upgrade: websocket")
 	}
-	if err := t.open(); err != nil {
+	if err := t.open(q); err != nil {
 		return err
 	}
 	t.send = t.sendFrames
+	t.token = q.claims.until()
 	t.control = make(chan []byte, 2)
 	t.done = make(chan struct{})
 	options := t.s.origins.websocket()
@@ -669,7 +674,7 @@ func (t *taken) serveWebSocket(w http.ResponseWriter, r *http.Request) error {
 	}
 	conn.SetReadLimit(t.s.body)
 	t.s.pump.add(t)
-	go t.listen(conn)
+	go t.listen(conn, q)
 	return nil
 }
 
@@ -679,7 +684,7 @@ func (t *taken) sendFrames(b []byte) error {
 	if b[0] == 0x89 && t.silent.Add(1) > 2 {
 		return os.ErrDeadlineExceeded
 	}
-	if t.ended && t.expired() {
+	if t.ended && time.Now().UnixNano() >= t.token {
 		b = appendClose(b, websocket.StatusPolicyViolation, "the token has expired")
 	} else if t.ended {
 		b = appendClose(b, websocket.StatusGoingAway, "come back in a moment")
@@ -687,10 +692,8 @@ func (t *taken) sendFrames(b []byte) error {
 	return t.write(b)
 }
 
-func (t *taken) expired() bool { return time.Now().UnixNano() >= t.q.claims.until() }
-
 // listen takes what the client says, until it says no more.
-func (t *taken) listen(conn *websocket.Conn) {
+func (t *taken) listen(conn *websocket.Conn, q *query) {
 	defer conn.CloseNow()
 	for {
 		kind, frame, err := conn.Read(context.Background())
@@ -698,7 +701,7 @@ func (t *taken) listen(conn *websocket.Conn) {
 			return
 		}
 		t.tally.in.Add(int64(len(frame)) + 6) // a head and a mask, of the shortest
-		if answer := t.s.hear(t.q, kind, frame); answer != nil {
+		if answer := t.s.hear(q, kind, frame); answer != nil {
 			b := answer.event().json
 			t.say(append(textFrame(nil, len(b)), b...))
 		}
