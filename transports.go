@@ -363,32 +363,41 @@ var scratches = sync.Pool{New: func() any { return new(scratch) }}
 // serve answers a request for events by a technique, until there is no more to
 // say or the client is gone.
 func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *query) error {
-	if r.Method == http.MethodHead {
-		f := t.framing(q)
-		f.setHeader(w)
-		return nil
+	f := t.framing(q)
+	h := w.Header()
+	if f.mime != "" {
+		h.Set("Content-Type", f.mime)
+	}
+	for k, v := range f.header {
+		h.Set(k, v)
 	}
 	if slices.Contains(q.rooms, statsRoom) {
 		s.startStats()
 	}
-	if t.hold != now {
-		if err := s.hold(q); err != nil {
-			if t.name != "sse" {
-				return err
-			}
-			// An EventSource gives up for ever on any status but 200.
-			s.refused(err.(fault).reason)
-			f := t.framing(q)
-			f.setHeader(w)
-			return writer(w)(f.frame([]byte(f.head), 0, s.bye()))
-		}
+	switch {
+	case r.Method == http.MethodHead && t.name != "ws":
+		return nil
+	case t.hold == now:
+		return s.answer(w, r, t, &f, q)
 	}
-	if t.hold == forever {
-		return s.serveStream(w, r, t, q)
+	if err := s.hold(q); err != nil {
+		if t.name != "sse" {
+			return err
+		}
+		// An EventSource gives up for ever on any status but 200.
+		s.refused(err.(fault).reason)
+		return writer(w)(f.frame([]byte(f.head), 0, s.bye()))
 	}
 	if t.hold == once {
 		defer s.free(q.addr)
+		return s.answer(w, r, t, &f, q)
 	}
+	return s.stream(w, r, t, f, q)
+}
+
+// answer reads once, after waiting for an event if the technique does, and
+// answers whole.
+func (s *server) answer(w http.ResponseWriter, r *http.Request, t technique, f *framing, q *query) error {
 	rd, err := s.relay.subscribe(q.want(t.hold))
 	if err != nil {
 		return err
@@ -408,8 +417,6 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 			events = rd.next(events) // the relay may have stopped right behind an event
 		}
 	}
-	f := t.framing(q)
-	f.setHeader(w)
 	b := f.frame(nil, rd.after, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	var n count
@@ -440,26 +447,17 @@ func (s *server) free(addr netip.Addr) {
 	s.gate.free(addr)
 }
 
-func (f *framing) setHeader(w http.ResponseWriter) {
-	h := w.Header()
-	h.Set("Content-Type", f.mime)
-	for k, v := range f.header {
-		h.Set(k, v)
-	}
-}
-
-// serveStream begins a stream, over the request's connection if that may be
-// taken over, else from the request itself.
-func (s *server) serveStream(w http.ResponseWriter, r *http.Request, t technique, q *query) error {
-	c := &taken{stream: stream{s: s, rooms: q.rooms, addr: q.addr, f: t.framing(q), tally: s.stats.tallies[t.name]}}
-	st := &c.stream
+// stream begins a stream, over the request's connection if that may be taken
+// over, else from the request itself.
+func (s *server) stream(w http.ResponseWriter, r *http.Request, t technique, f framing, q *query) error {
+	c := &taken{stream: stream{s: s, rooms: q.rooms, addr: q.addr, f: f, tally: s.stats.tallies[t.name]}}
 	if t.name == "ws" {
 		return c.serveWebSocket(w, r, q)
 	}
+	st := &c.stream
 	if err := st.open(q); err != nil {
 		return err
 	}
-	st.f.setHeader(w)
 	if c.takeOver(w, r) {
 		return nil
 	}
@@ -572,6 +570,9 @@ func (st *stream) emit(sc *scratch, head string, events ...*event) error {
 		b = st.f.frame(b, st.rd.after, events...)
 	}
 	sc.buf = b
+	if len(b) == st.room {
+		return nil // nothing that this technique shows; an empty chunk would be the end
+	}
 	now := time.Now()
 	st.beat.Store(now.Add(st.s.pause()).UnixNano())
 	st.count.delivered(st.tally, events, len(b), now)
