@@ -10,8 +10,6 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
-
-	"github.com/coder/websocket"
 )
 
 // origins is the list of those whose pages may read and publish.
@@ -120,11 +118,6 @@ func (o *origins) preflight(w http.ResponseWriter, r *http.Request, methods stri
 		h.Set("Access-Control-Max-Age", "7200")
 	}
 	w.WriteHeader(http.StatusNoContent)
-}
-
-// websocket is the same list as coder/websocket has it.
-func (o *origins) websocket() *websocket.AcceptOptions {
-	return &websocket.AcceptOptions{InsecureSkipVerify: o.all, OriginPatterns: o.list}
 }
 
 // ancestors is the list for Content-Security-Policy: frame-ancestors.

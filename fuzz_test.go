@@ -268,9 +268,9 @@ func FuzzFrame(f *testing.F) {
 	s := fuzzBed(f)
 	s.relay.present = 1 // ns, so that no timers are left
 	f.Fuzz(func(t *testing.T, text, two bool, frame []byte) {
-		q := &query{rooms: []string{"a"}, user: "ada"}
+		q := &speaker{room: "a", user: "ada"}
 		if two {
-			q.rooms = []string{"a", "b"}
+			q.room = ""
 		}
 		kind := websocket.MessageText
 		if !text {

@@ -379,8 +379,8 @@ func (rm *room) wake() {
 	rm.mu.Lock()
 	defer rm.mu.Unlock()
 	for rd := range rm.readers {
-		if wake := rd.waker.Load(); wake != nil {
-			(*wake)()
+		if rd.waker != nil {
+			rd.waker()
 			continue
 		}
 		select {
@@ -394,17 +394,17 @@ func (rm *room) wake() {
 type reader struct {
 	relay     *relay
 	rooms     []*room
-	after     int64                  // the cursor: the reader has everything up to here
-	woken     chan struct{}          // holds one token while there may be something to read
-	user      string                 // whose leases leave gives up
-	batch     int                    // see want
-	waker     atomic.Pointer[func()] // if set, wakes the reader in place of woken
-	presence  bool                   // sees presence events
-	rostered  int64                  // presence events up to here are in the roster
-	rosterDue bool                   // the roster is to be told, at first and when a presence event was missed
-	cut       bool                   // the last batch was cut short
-	told      int64                  // floors up to here are no loss: the reader gave no cursor
-	reason    string                 // why the cursor given is not of this log; told with a gap by room
+	after     int64         // the cursor: the reader has everything up to here
+	woken     chan struct{} // holds one token while there may be something to read
+	user      string        // whose leases leave gives up
+	batch     int           // see want
+	waker     func()        // wakes the reader in place of woken, if set
+	presence  bool          // sees presence events
+	rostered  int64         // presence events up to here are in the roster
+	rosterDue bool          // the roster is to be told, at first and when a presence event was missed
+	cut       bool          // the last batch was cut short
+	told      int64         // floors up to here are no loss: the reader gave no cursor
+	reason    string        // why the cursor given is not of this log; told with a gap by room
 }
 
 // A want is what a reader asks for. All of it was checked where it entered.
@@ -416,11 +416,15 @@ type want struct {
 	presence bool   // see presence
 	holds    bool   // the connection is held open, so the user is here while it lasts
 	batch    int    // read the fewest events that have so many bytes at once
+	waker    func() // called when there may be something to read; without it the reader can wait
 }
 
 // subscribe returns a reader. The caller calls leave when done with it.
 func (r *relay) subscribe(w want) (*reader, error) {
-	rd := &reader{relay: r, presence: w.presence, batch: w.batch, woken: make(chan struct{}, 1)}
+	rd := &reader{relay: r, presence: w.presence, batch: w.batch, waker: w.waker}
+	if w.waker == nil {
+		rd.woken = make(chan struct{}, 1)
+	}
 	r.mu.Lock()
 	if w.user != "" && r.leases+len(w.rooms) > r.limits.users {
 		r.mu.Unlock()

@@ -905,10 +905,8 @@ func TestWakesCoalesce(t *testing.T) {
 
 func TestAWakerIsCalledInPlaceOfTheToken(t *testing.T) {
 	r := testRelay(limits{})
-	rd := openReader(t, r, "a", -1, want{})
 	woken := 0
-	wake := func() { woken++ }
-	rd.waker.Store(&wake)
+	rd := openReader(t, r, "a", -1, want{waker: func() { woken++ }})
 	publishScript(t, r, "a:x b:x a:x")
 	if woken != 2 || len(rd.woken) != 0 {
 		t.Errorf("the waker was called %d times, with %d tokens beside, want 2 and none", woken, len(rd.woken))

@@ -49,17 +49,18 @@ type taken struct {
 	gone    atomic.Bool     // the client left
 	turn    atomic.Int32    // whose turn it is
 
-	// Of a WebSocket; nil otherwise.
-	control chan []byte   // what the library or hear has to say
-	done    chan struct{} // closed when the stream is over
-	silent  atomic.Int32  // pings since the last pong
-	token   int64         // when it expires, in Unix nanoseconds
+	// Of a WebSocket.
+	token   int64        // when its token expires, in Unix nanoseconds
+	silent  atomic.Int32 // pings since the last pong
+	mu      sync.Mutex   // guards answers
+	answers []byte       // frames that the library, or hear, has to send
 }
 
 // Whose turn it is. Only who serves a stream, the writer that took it from the
 // queue or the goroutine that waits for its socket, touches what is not atomic.
 const (
-	idle   = iota
+	unborn = iota // its connection is not taken over yet
+	idle
 	queued // a writer will come
 	served // somebody serves it
 	again  // the same, and there is more to do
@@ -75,15 +76,13 @@ type pump struct {
 	streams map[*taken]struct{}
 }
 
-// takeOver serves the stream over the request's own connection, and reports
-// whether it can. If so the handler is done.
-func (t *taken) takeOver(w http.ResponseWriter, r *http.Request) bool {
-	if r.ProtoMajor != 1 || r.ProtoMinor != 1 {
-		return false
-	}
+// takeOver serves the stream over the request's own connection. The handler is
+// done then.
+func (t *taken) takeOver(w http.ResponseWriter) error {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		return false
+		t.close()
+		return err
 	}
 	h := w.Header()
 	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
@@ -100,7 +99,7 @@ func (t *taken) takeOver(w http.ResponseWriter, r *http.Request) bool {
 	t.send = t.sendChunk
 	t.s.pump.add(t)
 	go t.watch()
-	return true
+	return nil
 }
 
 // watch waits for the client to leave. If it says something instead, which it
@@ -158,8 +157,6 @@ func (p *pump) add(t *taken) {
 	if c, ok := t.conn.(syscall.Conn); ok && canTry {
 		t.raw, _ = c.SyscallConn()
 	}
-	wake := t.wake
-	t.rd.waker.Store(&wake)
 	p.mu.Lock()
 	if p.streams == nil {
 		p.streams = map[*taken]struct{}{}
@@ -168,8 +165,9 @@ func (p *pump) add(t *taken) {
 	if len(p.streams) == 1 {
 		p.tick(t.s)
 	}
+	t.turn.Store(queued)
+	p.push(t)
 	p.mu.Unlock()
-	t.wake()
 }
 
 // tick has the streams served that are due a heartbeat, while there are any.
@@ -268,23 +266,19 @@ func (t *taken) serve() (err error) {
 			err = errors.New("panic")
 		}
 	}()
-	for {
-		select {
-		case b := <-t.control:
-			if t.ended {
-				continue // to a second goodbye Chromium says the connection failed
-			}
-			if err := t.write(b); err != nil {
-				return err
-			}
-			continue
-		default:
+	t.mu.Lock()
+	answers := t.answers
+	t.answers = nil
+	t.mu.Unlock()
+	if len(answers) > 0 && !t.ended { // to a second goodbye Chromium says the connection failed
+		if err := t.write(answers); err != nil {
+			return err
 		}
-		if t.gone.Load() {
-			return net.ErrClosed
-		}
-		return t.step()
 	}
+	if t.gone.Load() {
+		return net.ErrClosed
+	}
+	return t.step()
 }
 
 // yield ends a turn.
@@ -335,9 +329,6 @@ func (t *taken) finish(said bool) {
 	delete(p.streams, t)
 	p.mu.Unlock()
 	t.close()
-	if t.done != nil {
-		close(t.done)
-	}
 	if !said {
 		t.conn.Close()
 		return

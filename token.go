@@ -6,6 +6,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
@@ -188,7 +189,7 @@ func (c *claims) as(user string) (string, error) {
 // tokenCommand is cometes token: it prints one.
 func tokenCommand(args []string, getenv func(string) string) error {
 	fs := flag.NewFlagSet("cometes token", flag.ContinueOnError)
-	secret := fs.String("secret", getenv("COMETES_SECRET"), "the relay's secret; of several the first (COMETES_SECRET)")
+	secret := fs.String("secret", "", "the relay's secret; of several the first (COMETES_SECRET)")
 	sub := fs.String("sub", "", "the user")
 	read := fs.String("read", "", "rooms to read: a `list`, such as lobby,team-*")
 	write := fs.String("write", "", "rooms to publish to")
@@ -196,7 +197,7 @@ func tokenCommand(args []string, getenv func(string) string) error {
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	secrets := parseSecrets(*secret)
+	secrets := parseSecrets(cmp.Or(*secret, getenv("COMETES_SECRET"))) // a default would be shown in the help
 	switch {
 	case secrets == nil:
 		return errors.New("a token needs the relay's secret, in -secret or COMETES_SECRET")

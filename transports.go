@@ -454,15 +454,21 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request, t technique, f f
 	if t.name == "ws" {
 		return c.serveWebSocket(w, r, q)
 	}
+	if r.ProtoMajor == 1 && r.ProtoMinor == 1 {
+		if err := c.open(q, c.wake); err != nil {
+			return err
+		}
+		return c.takeOver(w)
+	}
 	st := &c.stream
-	if err := st.open(q); err != nil {
+	if err := st.open(q, nil); err != nil {
 		return err
 	}
-	if c.takeOver(w, r) {
-		return nil
-	}
 	defer st.close()
-	st.send = writer(w)
+	write, rc := writer(w), http.NewResponseController(w)
+	st.send = func(b []byte) error {
+		return cmp.Or(write(b), rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline ends a stream that is silent, too
+	}
 	return st.follow(r.Context())
 }
 
@@ -484,8 +490,9 @@ type stream struct {
 	beat  atomic.Int64 // when a heartbeat is due, in the same
 }
 
-// open takes the stream's place in the log; close gives up all it holds.
-func (st *stream) open(q *query) (err error) {
+// open takes the stream's place in the log, and has it woken by the function
+// given, or by itself in follow; close gives up all it holds.
+func (st *stream) open(q *query, waker func()) (err error) {
 	defer func() {
 		if err != nil {
 			st.s.free(st.addr)
@@ -496,7 +503,9 @@ func (st *stream) open(q *query) (err error) {
 			return err
 		}
 	}
-	if st.rd, err = st.s.relay.subscribe(q.want(forever)); err != nil {
+	w := q.want(forever)
+	w.waker = waker
+	if st.rd, err = st.s.relay.subscribe(w); err != nil {
 		if st.away != nil {
 			st.away()
 		}
@@ -659,23 +668,24 @@ func (t *taken) serveWebSocket(w http.ResponseWriter, r *http.Request, q *query)
 		t.s.free(t.addr)
 		return refuse(http.StatusUpgradeRequired, "this is a WebSocket; ask for it with Upgrade: websocket")
 	}
-	if err := t.open(q); err != nil {
+	if err := t.open(q, t.wake); err != nil {
 		return err
 	}
 	t.send = t.sendFrames
 	t.token = q.claims.until()
-	t.control = make(chan []byte, 2)
-	t.done = make(chan struct{})
-	options := t.s.origins.websocket()
-	options.OnPongReceived = func(context.Context, []byte) { t.silent.Store(0) }
-	conn, err := websocket.Accept(hijacker{w, t}, r, options)
+	conn, err := websocket.Accept(hijacker{w, t}, r, &websocket.AcceptOptions{
+		// The origin was judged by allow, as for everything else. The library
+		// compares it with Host alone, which a proxy may set to something else.
+		InsecureSkipVerify: true,
+		OnPongReceived:     func(context.Context, []byte) { t.silent.Store(0) },
+	})
 	if err != nil {
 		t.close()
 		return nil // Accept has answered
 	}
 	conn.SetReadLimit(t.s.body)
 	t.s.pump.add(t)
-	go t.listen(conn, q)
+	go t.listen(conn, &speaker{user: q.user, room: q.oneRoom(), claims: q.claims, addr: q.addr})
 	return nil
 }
 
@@ -693,8 +703,16 @@ func (t *taken) sendFrames(b []byte) error {
 	return t.write(b)
 }
 
+// A speaker is who speaks through a WebSocket, and all that is kept of its
+// request for as long as it lasts.
+type speaker struct {
+	user, room string // room is the only one read, or ""
+	claims     *claims
+	addr       netip.Addr
+}
+
 // listen takes what the client says, until it says no more.
-func (t *taken) listen(conn *websocket.Conn, q *query) {
+func (t *taken) listen(conn *websocket.Conn, sp *speaker) {
 	defer conn.CloseNow()
 	for {
 		kind, frame, err := conn.Read(context.Background())
@@ -702,22 +720,35 @@ func (t *taken) listen(conn *websocket.Conn, q *query) {
 			return
 		}
 		t.tally.in.Add(int64(len(frame)) + 6) // a head and a mask, of the shortest
-		if answer := t.s.hear(q, kind, frame); answer != nil {
+		if answer := t.s.hear(sp, kind, frame); answer != nil {
 			b := answer.event().json
 			t.say(append(textFrame(nil, len(b)), b...))
 		}
 	}
 }
 
-// say hands frames to the writers. A client that does not read its answers is
-// not listened to.
+// maxAnswers is how many bytes of answers a client may leave unread, beside
+// what its socket holds, before it is given up.
+const maxAnswers = 16 << 10
+
+// say hands frames to the writers.
 func (t *taken) say(frames []byte) {
-	select {
-	case t.control <- frames:
-		t.wake()
-	case <-t.done:
+	t.mu.Lock()
+	full := len(t.answers)+len(frames) > maxAnswers
+	if !full {
+		t.answers = append(t.answers, frames...)
 	}
+	t.mu.Unlock()
+	if full {
+		t.gone.Store(true)
+		t.conn.Close()
+	}
+	t.wake()
 }
+
+// maxControl is the size of a frame that pings, pongs or closes (5.5), which
+// must come to the writers whole.
+const maxControl = 2 + 4 + 125
 
 // A hijacker hands the library its connection with small buffers, for mostly
 // it waits; and in a guise that leaves the writing to the writers.
@@ -731,13 +762,12 @@ func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // a client may speak before it has our answer
-	early = bytes.Clone(early)
 	h.t.conn = conn
-	in := bufio.NewReaderSize(io.MultiReader(bytes.NewReader(early), conn), 256)
-	in.Peek(len(early))
 	guise := guise{conn, h.t}
-	return guise, bufio.NewReadWriter(in, bufio.NewWriterSize(guise, 256)), nil
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // a client may speak before it has our answer
+	in := bufio.NewReaderSize(bytes.NewReader(bytes.Clone(early)), max(128, len(early)))
+	in.Peek(len(early))
+	return guise, bufio.NewReadWriter(in, bufio.NewWriterSize(guise, maxControl)), nil
 }
 
 // A guise is a WebSocket's connection as its library sees it. What the library
@@ -749,7 +779,7 @@ type guise struct {
 }
 
 func (g guise) Write(b []byte) (int, error) {
-	g.t.say(bytes.Clone(b))
+	g.t.say(b)
 	return len(b), nil
 }
 
@@ -765,18 +795,18 @@ func (g guise) Close() error {
 
 // hear takes what a client says through its socket, and returns the answer,
 // if it is owed one. What can't be taken is said so, and the socket lives on.
-func (s *server) hear(q *query, kind websocket.MessageType, frame []byte) *notice {
+func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *notice {
 	if kind != websocket.MessageText || !utf8.Valid(frame) {
 		return &notice{Type: "error", Data: "frames are text, in UTF-8"}
 	}
-	if !s.gate.publish(q.addr) {
+	if !s.gate.publish(sp.addr) {
 		s.refused(errTooFast.reason)
 		return &notice{Type: "error", Data: errTooFast.text}
 	}
-	p := post{kind: "message", from: q.user, free: q.addr.IsLoopback()}
+	p := post{kind: "message", from: sp.user, free: sp.addr.IsLoopback()}
 	if !bytes.HasPrefix(frame, []byte("{")) {
 		p.data, _ = json.Marshal(string(frame))
-		_, _, err := s.postAs(q, q.oneRoom(), p)
+		_, _, err := s.postAs(sp, sp.room, p)
 		return refusal("", err)
 	}
 	var said struct {
@@ -789,7 +819,7 @@ func (s *server) hear(q *query, kind websocket.MessageType, frame []byte) *notic
 	if err := parseJSON(frame, &said); err != nil {
 		return refusal("", err)
 	}
-	room := q.oneRoom()
+	room := sp.room
 	if said.Room != nil {
 		room = *said.Room
 	}
@@ -798,7 +828,7 @@ func (s *server) hear(q *query, kind websocket.MessageType, frame []byte) *notic
 		if json.Unmarshal(said.Data, &state) != nil {
 			return refusal(said.Key, errState)
 		}
-		err := s.declareAs(q, room, state)
+		err := s.declareAs(sp, room, state)
 		if err != nil || said.Key == "" {
 			return refusal(said.Key, err)
 		}
@@ -815,7 +845,7 @@ func (s *server) hear(q *query, kind websocket.MessageType, frame []byte) *notic
 	}
 	p.key = said.Key
 	p.data = said.Data
-	id, _, err := s.postAs(q, room, p)
+	id, _, err := s.postAs(sp, room, p)
 	if err != nil || said.Key == "" {
 		return refusal(said.Key, err)
 	}
@@ -824,18 +854,18 @@ func (s *server) hear(q *query, kind websocket.MessageType, frame []byte) *notic
 
 // postAs and declareAs are post and declare for a room that the request's token
 // was not asked about yet.
-func (s *server) postAs(q *query, room string, p post) (int64, bool, error) {
-	if room != "" && !q.claims.may(room, true) {
+func (s *server) postAs(sp *speaker, room string, p post) (int64, bool, error) {
+	if room != "" && !sp.claims.may(room, true) {
 		return 0, false, errNotGood
 	}
 	return s.post(room, p)
 }
 
-func (s *server) declareAs(q *query, room, state string) error {
-	if room != "" && !q.claims.may(room, false) {
+func (s *server) declareAs(sp *speaker, room, state string) error {
+	if room != "" && !sp.claims.may(room, false) {
 		return errNotGood
 	}
-	return s.declare(room, q.user, state)
+	return s.declare(room, sp.user, state)
 }
 
 // refusal is the answer to what could not be taken, or nil if it could.
