@@ -65,7 +65,7 @@ function enter(name) {
   outbox.forEach(drop)
   room = $('room').value = name
   $('room').size = Math.max(5, name.length)
-  box.placeholder = 'Say something in #' + name
+  box.placeholder = 'Write to #' + name
   $('curl').textContent = `curl -d hi ${location.origin.replace('http://', '')}/rooms/${name}`
   log.replaceChildren()
   log.ariaBusy = true // nobody wants the history read out
@@ -89,7 +89,7 @@ function connect(after) {
   }
   const { value } = $('menu').elements.way
   if (value !== 'auto') comet.use(value)
-  named(me)
+  named(!!me)
   $('me').textContent = 'as ' + me
   $('outbox').querySelector('bdi').textContent = me
   $('outbox').style.setProperty('--hue', hue(me))
@@ -122,7 +122,11 @@ $('me').onclick = () => {
   $('name').value = me
   $('name').select()
 }
-$('name').onkeydown = e => e.key === 'Escape' && me && (named(true), box.focus())
+$('name').onkeydown = e => {
+  if (e.key !== 'Escape' || !me) return
+  named(true)
+  box.focus()
+}
 $('naming').onsubmit = e => {
   e.preventDefault()
   const name = $('name').value.replace(/\p{Cc}/gu, '').trim()
@@ -227,7 +231,6 @@ function message({ id, from, time, data }) {
   group.el.append(p)
   tally[comet.via] = (tally[comet.via] ?? 0) + 1
   if (!following && !mine) below++
-  if (people.get(from)?.dataset.state === 'typing') person(from, 'online')
 }
 
 const stamp = (at, minute) => Object.assign(make('time', '', minute), { dateTime: at.toISOString(), title: at.toLocaleString() })
@@ -287,7 +290,7 @@ function say(text) {
   $('outbox').hidden = false
   $('outbox').classList.toggle('more', group?.from === me)
   deliver(mine)
-  comet.presence('online') // not typing any more
+  comet.presence('online') // that is, not typing any more
   following = true
   follow()
 }

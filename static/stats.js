@@ -1,0 +1,239 @@
+// The relay's own numbers, and any others, as graphs. A Graph is an SVG of the last ten minutes and, for those who
+// don't see it, the same in words; two rooms feed them, each read with comet.js.
+
+import { Comet } from '/comet.js'
+
+const asked = new URLSearchParams(location.search)
+const room = asked.get('room') || 'temp'
+const token = asked.get('token') || undefined
+
+const spans = [60e3, 120e3, 300e3, 600e3] // milliseconds shown, as many as there are numbers for
+const most = 3000 // rows kept
+const left = 46 // pixels, for the scale
+const torn = 5e3 // rows farther apart are not joined: nobody counted meanwhile
+
+const $ = selector => document.querySelector(selector)
+const clock = time => new Date(time).toLocaleTimeString()
+const count = n => n.toLocaleString('en', { maximumFractionDigits: n < 10 ? 1 : 0 })
+const plain = n => n.toLocaleString('en', { maximumSignificantDigits: 6 })
+const bytes = n => {
+  const units = ['B', 'kB', 'MB', 'GB']
+  let i = 0
+  for (; n >= 1000 && i < 3; i++) n /= 1000
+  return `${count(n)} ${units[i]}`
+}
+
+function make(tag, attributes = {}, ...inside) {
+  const svg = ['svg', 'path', 'line', 'text', 'circle', 'g'].includes(tag)
+  const element = svg ? document.createElementNS('http://www.w3.org/2000/svg', tag) : document.createElement(tag)
+  for (const name in attributes) element.setAttribute(name, attributes[name])
+  element.append(...inside)
+  return element
+}
+
+/** The next of 1, 2, 5, 10 … */
+function nice(n) {
+  const ten = 10 ** Math.floor(Math.log10(n))
+  return ten * [1, 2, 5, 10].find(step => step * ten >= n * 0.9999)
+}
+
+let marked // the time whose values are shown; undefined is now
+let paused // the time at which the graphs stand still
+let ahead // the relay's clock before ours
+const graphs = []
+const edge = () => paused ?? Date.now() + (ahead ?? 0)
+
+class Graph {
+  /** @param series name → what it is called; @param rows [{ time, [name]: number }], oldest first */
+  constructor(parent, title, unit, rows, series, { format = count, stacked, wide, whole } = {}) {
+    Object.assign(this, { title, unit, rows, series, names: Object.keys(series), format, stacked, whole })
+    this.time = make('span', { class: 'unit time' })
+    this.values = this.names.map(() => make('b', {}, '–'))
+    const legend = make('ul', { class: 'legend' }, ...this.names.map((name, i) => make('li', { 'data-n': i }, series[name] + ' ', this.values[i])))
+    this.svg = make('svg', { tabindex: 0, role: 'slider', 'aria-label': `${title}, ${unit}`, 'aria-describedby': 'keys', 'aria-orientation': 'horizontal' })
+    this.figure = make('figure', { class: wide ? 'graph wide' : 'graph' },
+      make('figcaption', {}, make('strong', {}, title), make('span', { class: 'unit' }, unit), this.time, legend), this.svg)
+    parent.append(this.figure)
+    this.svg.onpointermove = this.svg.onpointerdown = e => mark(this.timeAt(e.clientX - this.svg.getBoundingClientRect().left))
+    this.svg.onpointerleave = e => e.pointerType === 'mouse' && mark(undefined)
+    this.svg.onkeydown = e => this.key(e)
+    this.svg.onfocus = () => this.say()
+    new ResizeObserver(() => this.draw()).observe(this.svg)
+    graphs.push(this)
+    this.say()
+  }
+
+  get span() {
+    const oldest = this.rows.find(row => row.time > edge() - spans.at(-1))
+    return spans.find(span => !oldest || oldest.time > edge() - span) || spans.at(-1)
+  }
+
+  get shown() { return this.rows.filter(row => row.time > edge() - this.span && row.time <= edge()) }
+
+  x(time) { return left + (this.svg.clientWidth - left - 6) * (1 - (edge() - time) / this.span) }
+  timeAt(x) { return edge() - this.span * (1 - (x - left) / (this.svg.clientWidth - left - 6)) }
+
+  /** The row at the time that is marked. */
+  at(shown) {
+    if (marked === undefined) return shown.at(-1)
+    return shown.reduce((best, row) => !best || Math.abs(row.time - marked) < Math.abs(best.time - marked) ? row : best, undefined)
+  }
+
+  key(e) {
+    const { shown } = this, now = shown.indexOf(this.at(shown))
+    const to = { ArrowLeft: now - 1, ArrowDown: now - 1, ArrowRight: now + 1, ArrowUp: now + 1, PageDown: now - 10, PageUp: now + 10, Home: 0, End: shown.length - 1 }[e.key]
+    if (e.key === 'Escape') mark(undefined)
+    else if (to === undefined || !shown.length) return
+    else mark(shown[Math.min(shown.length - 1, Math.max(0, to))].time)
+    e.preventDefault()
+    this.say()
+  }
+
+  /** Tells the values to who does not see them: on focus and on keys, not every second. */
+  say() {
+    const { shown } = this, row = this.at(shown)
+    const words = row ? `${clock(row.time)}: ${this.names.filter(name => row[name] !== undefined).map(name => `${this.series[name]} ${this.format(row[name])}`).join(', ')}` : 'nothing yet'
+    for (const [name, value] of Object.entries({ valuemin: 0, valuemax: Math.max(0, shown.length - 1), valuenow: Math.max(0, shown.indexOf(row)), valuetext: words })) this.svg.setAttribute('aria-' + name, value)
+  }
+
+  draw() {
+    const { svg, names, stacked, shown } = this, w = svg.clientWidth, h = svg.clientHeight, bottom = h - 16
+    if (!w) return
+    const row = this.at(shown)
+    names.forEach((name, i) => this.values[i].textContent = row?.[name] === undefined ? '–' : this.format(row[name]))
+    this.time.textContent = row ? (marked === undefined && !paused ? 'now' : clock(row.time)) : ''
+
+    const all = shown.flatMap(row => stacked ? names.reduce((sum, name) => sum + (row[name] || 0), 0) : names.map(name => row[name]).filter(n => n !== undefined))
+    let low = Math.min(0, ...all), high = Math.max(0, ...all)
+    if (this.whole && all.length) [low, high] = [Math.min(...all), Math.max(...all)] // any numbers: not all begin at 0
+    const step = nice((high - low) / 3 || Math.abs(high) || 1)
+    low = Math.floor(low / step) * step
+    high = Math.max(Math.ceil(high / step) * step, low + step)
+    const end = edge(), x = time => this.x(time), y = n => bottom - (n - low) / (high - low) * (bottom - 8)
+    const marks = []
+    for (let n = low; n < high + step / 2; n += step) {
+      marks.push(make('line', { class: 'grid', x1: left, x2: w, y1: y(n), y2: y(n) }), make('text', { x: left - 6, y: y(n) + 4, 'text-anchor': 'end' }, this.format(Math.abs(n) < step / 1e3 ? 0 : n)))
+    }
+    const minutes = this.span / 60e3, parts = w < 420 ? 2 : minutes % 5 ? 4 : 5
+    for (let i = 0; i <= parts; i++) {
+      const back = minutes * (parts - i) / parts
+      const words = back >= 1 ? `−${count(back)} min` : back ? `−${count(back * 60)} s` : paused ? clock(paused) : 'now'
+      marks.push(make('text', { x: x(end - back * 60e3), y: h - 1, 'text-anchor': i ? back ? 'middle' : 'end' : 'start' }, words))
+    }
+    const floor = shown.map(() => 0)
+    names.forEach((name, i) => {
+      let path = '', under = []
+      const close = () => { if (stacked && under.length) path += under.reverse().join('') + 'Z'; under = [] }
+      shown.forEach((row, j) => {
+        if (row[name] === undefined) return
+        const to = `${x(row.time).toFixed(1)} ${y(row[name] + floor[j]).toFixed(1)}`
+        const joined = under.length && row.time - shown[j - 1].time < (this.whole ? Infinity : torn)
+        if (!joined) close()
+        path += (joined ? 'L' : 'M') + to
+        under.push(`L${x(row.time).toFixed(1)} ${y(floor[j]).toFixed(1)}`)
+        if (stacked) floor[j] += row[name]
+      })
+      close()
+      if (path) marks.push(make('path', { class: stacked ? 'area' : 'curve', d: path, 'data-n': i }))
+    })
+    if (row && (marked !== undefined || !stacked)) {
+      if (marked !== undefined) marks.push(make('line', { class: 'cursor', x1: x(row.time), x2: x(row.time), y1: 4, y2: bottom }))
+      if (!stacked) names.forEach((name, i) => row[name] !== undefined && marks.push(make('circle', { class: 'spot', cx: x(row.time), cy: y(row[name]), r: 3.5, 'data-n': i })))
+    }
+    svg.setAttribute('viewBox', `0 0 ${w} ${h}`)
+    svg.replaceChildren(...marks)
+  }
+}
+
+function mark(time) {
+  marked = time
+  drawAll()
+}
+
+const drawAll = () => graphs.forEach(graph => graph.draw())
+
+function keep(rows, row) {
+  rows.push(row)
+  if (rows.length > most) rows.shift()
+}
+
+// The relay. It counts from its start; what is shown is the difference, over the time that it took.
+
+const techniques = { ws: 'ws', sse: 'sse', stream: 'stream', longpoll: 'longpoll', jsonp: 'jsonp', iframe: 'iframe', html: 'html', multipart: 'multipart', poll: 'poll', refresh: 'refresh' }
+const relay = []
+let before
+
+function counted({ time, data }) {
+  const ways = Object.entries(data.techniques)
+  const sum = what => ways.reduce((sum, [, one]) => sum + one[what], 0)
+  const totals = { published: data.published, delivered: sum('delivered'), in: data.in + sum('in'), out: sum('out'), dropped: data.dropped, gaps: data.gaps }
+  const row = { time, rooms: data.rooms, users: data.users, memory: data.memory, kept: data.history, goroutines: data.goroutines }
+  for (const [name, one] of ways) row[name] = one.connections
+  const seconds = (time - before?.time) / 1e3
+  if (seconds > 0 && seconds < torn / 1e3 && data.uptime >= before.uptime) for (const name in totals) row[name + '/s'] = (totals[name] - before[name]) / seconds
+  before = { time, uptime: data.uptime, ...totals }
+  keep(relay, row)
+}
+
+const place = $('#relay')
+new Graph(place, 'Connections', 'held, by technique', relay, techniques, { stacked: true, wide: true })
+new Graph(place, 'Events', 'per second', relay, { 'published/s': 'published', 'delivered/s': 'delivered' })
+new Graph(place, 'Traffic', 'bytes per second, heads included', relay, { 'in/s': 'in', 'out/s': 'out' }, { format: bytes })
+new Graph(place, 'Rooms and users', 'how many', relay, { rooms: 'rooms', users: 'users' })
+new Graph(place, 'Memory', 'of the process, and of what rooms keep', relay, { memory: 'process', kept: 'kept events' }, { format: bytes })
+new Graph(place, 'Goroutines', 'how many', relay, { goroutines: 'goroutines' })
+new Graph(place, 'Readers in trouble', 'per second', relay, { 'dropped/s': 'dropped', 'gaps/s': 'told of a gap' })
+
+const stats = new Comet('/rooms/_stats', { token, last: spans.at(-1) / 1e3 })
+stats.addEventListener('stats', ({ detail }) => {
+  counted(detail)
+  ahead = Math.max(ahead ?? -Infinity, detail.time - Date.now()) // the history comes late
+})
+stats.addEventListener('status', ({ detail }) => {
+  document.body.dataset.status = detail.status
+  news()
+})
+
+function news() {
+  const words = { open: `live, by ${stats.via}`, closed: 'closed', connecting: 'connecting…' }[stats.status] || stats.status
+  $('#news').textContent = paused ? `stands still at ${clock(paused)}; the numbers are kept meanwhile` : words
+}
+
+$('#pause').onclick = e => {
+  paused = paused ? undefined : edge()
+  e.target.ariaPressed = !!paused
+  e.target.textContent = paused ? 'Go on' : 'Pause'
+  news()
+  drawAll()
+}
+
+// Any numbers.
+
+const numbers = []
+let skipped = 0
+
+/** What is meant as a number: 42, "42", and what `curl -d 42` says. */
+const asNumber = data => typeof data === 'number' ? data : typeof data === 'string' && data.trim() ? Number(data) : NaN
+
+$('#which').value = room
+$('#feed').textContent = `while sleep 1; do curl -s -d $((RANDOM % 100)) ${location.origin}/rooms/${room}; done`
+const picture = `/rooms/${encodeURIComponent(room)}/multipart?` + new URLSearchParams({ as: 'svg', w: 640, h: 200, ...token && { token } })
+if ($('#live').getAttribute('src') !== picture) $('#live').src = picture
+$('#live').alt = `The room ${room} as a live graph`
+$('#img').textContent = `<img src="${picture}">`
+new Graph($('#numbers'), room, 'as published', numbers, { n: 'value' }, { format: plain, whole: true, wide: true })
+
+try {
+  const any = new Comet('/rooms/' + encodeURIComponent(room), { token, last: most, presence: false })
+  any.addEventListener('message', ({ detail: { time, data } }) => {
+    const n = asNumber(data)
+    if (Number.isFinite(n)) keep(numbers, { time, n })
+    else skipped++
+    $('#skipped').textContent = skipped ? `${skipped} ${skipped === 1 ? 'message was no number, and is' : 'messages were no numbers, and are'} left out` : ''
+  })
+} catch (error) {
+  $('#skipped').textContent = error.message
+}
+
+addEventListener('pointerdown', e => e.target.closest('.graph svg') || mark(undefined))
+setInterval(() => paused || drawAll(), 1000)
