@@ -216,6 +216,7 @@ type query struct {
 	presence bool
 	wait     time.Duration
 	callback string
+	nameless bool // without the names of events
 	as       string
 	picture  pictureOf
 	pull     bool   // a page that comes anew
@@ -349,6 +350,11 @@ func (q *query) parse(r *http.Request, t technique) (err error) {
 		return err
 	}
 	q.wait = min(q.wait, time.Until(time.Unix(0, q.claims.until())))
+	names, err := q.number("names", 0, 1, 1)
+	if err != nil {
+		return err
+	}
+	q.nameless = names == 0
 	if t.name == "jsonp" {
 		if q.callback, err = q.get("callback"); err != nil {
 			return err

@@ -177,7 +177,7 @@ func (ros roster) sentence() string {
 		}
 		names = append(names, user)
 	}
-	if len(names) == 0 {
+	if len(names) == 0 || len(names) > crowdAbove {
 		return strconv.Itoa(ros.Count) + " here"
 	}
 	slices.Sort(names)

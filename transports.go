@@ -152,9 +152,11 @@ func lines(*query) framing {
 //	event: typing
 //	data: {"id":1795351418000042,…}
 //
-// A comment would do for a heartbeat, but a page can't see a comment. The
+// A comment would do for a heartbeat, but a page can't see a comment; nor an
+// event whose name it doesn't listen for, so names=0 leaves them out. The
 // retry differs by client, lest all of them return at once.
-func sse(*query) framing {
+func sse(q *query) framing {
+	nameless := q.nameless
 	return framing{
 		mime: "text/event-stream; charset=utf-8",
 		head: fmt.Sprintf("retry: %d\n\n", 2000+mathrand.IntN(2000)),
@@ -163,7 +165,7 @@ func sse(*query) framing {
 				b = strconv.AppendInt(append(b, "id: "...), e.id, 10)
 				b = append(b, '\n')
 			}
-			if e.kind != "message" {
+			if e.kind != "message" && !nameless {
 				b = append(append(b, "event: "...), e.kind...)
 				b = append(b, '\n')
 			}
@@ -416,6 +418,9 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, t technique, f *
 		if len(events) == 0 {
 			events = rd.next(events) // the relay may have stopped right behind an event
 		}
+	}
+	if q.pull && q.presence {
+		q.here = s.relay.whoIsIn(q.rooms[0]).sentence()
 	}
 	b := f.frame(nil, rd.after, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
