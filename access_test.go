@@ -1091,9 +1091,6 @@ func TestWhosePagesMayAsk(t *testing.T) {
 									}
 								}
 								n++
-								if strings.Contains(what, "/ws") && want == 200 && origin != "" && origin != listed && origin != own && origin != ownTLS {
-									continue // TestASocketIsJudgedAsAllElse
-								}
 								if strings.Contains(what, "/ws") {
 									if got := h.status("192.0.2.1", what, headers...); got != want {
 										t.Errorf("%s %q: %d, want %d", what, headers, got, want)
@@ -1132,7 +1129,6 @@ func TestWhosePagesMayAsk(t *testing.T) {
 
 func TestASocketIsJudgedAsAllElse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		t.Skip("BUG: websocket.Accept judges by Origin and Host once more, and refuses what allow let in by Sec-Fetch-Site")
 		h := openHall(t)
 		// A proxy that gives the relay another Host (nginx does, unless told); the browser says it is the same origin.
 		headers := []string{"Host: 10.0.0.1:8080", "Origin: https://" + hallHost, "Sec-Fetch-Site: same-origin"}

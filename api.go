@@ -81,6 +81,7 @@ var (
 	errSlow     = fault{http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", bodyTimeout), "body", 0}
 	errTooFast  = fault{http.StatusTooManyRequests, "this address publishes too fast", "rate", 1}
 	errTooMany  = fault{http.StatusTooManyRequests, "this address holds too many connections", "address", 10}
+	errExpired  = fault{http.StatusUnauthorized, "the token has expired", "token", 0}
 	errNotGood  = fault{http.StatusForbidden, "the token is not good for this room", "token", 0}
 	errFullUp   = fault{http.StatusServiceUnavailable, "the relay holds as many connections as it may; try again later", "streams", 10}
 	errState    = bad("the state is one of online, typing, away, offline")
@@ -93,12 +94,20 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Referrer-Policy", "same-origin") // a URL may hold a token
+
+	// A body that nobody reads is waited for by net/http, for ever.
+	if r.ContentLength != 0 {
+		http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+	}
 	err := s.route(w, r)
-	if err == nil || r.Context().Err() != nil || errors.Is(err, os.ErrDeadlineExceeded) {
-		return // a client that left, or takes nothing, is no error
+	if err == nil {
+		return
 	}
 	var f fault
 	if !errors.As(err, &f) {
+		if r.Context().Err() != nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			return // a client that left, or takes nothing, is no error
+		}
 		id := rand.Text()[:8]
 		f = refuse(http.StatusInternalServerError, "the relay failed; its log says more under "+id)
 		slog.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "error", err)
@@ -658,7 +667,6 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 	default:
 		return nil, nil, unsupported("charset " + strconv.Quote(c))
 	}
-	http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
 	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, s.body))
 	var tooBig *http.MaxBytesError
 	switch {

@@ -47,7 +47,11 @@ type stats struct {
 var reasons = []string{"address", "body", "connections", "descriptors", "origin", "pictures", "rate", "room", "rooms", "streams", "token", "users"}
 
 // refused counts a refusal.
-func (s *server) refused(reason string) { s.stats.refused[reason].Add(1) }
+func (s *server) refused(reason string) {
+	if n := s.stats.refused[reason]; n != nil { // there is none for stopping, which is no limit
+		n.Add(1)
+	}
+}
 
 // start sets all to nothing.
 func (st *stats) start() {

@@ -15,6 +15,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	mathrand "math/rand/v2"
@@ -805,14 +806,16 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 		return &notice{Type: "error", Data: "frames are text, in UTF-8"}
 	}
 	if !s.gate.publish(sp.addr) {
-		s.refused(errTooFast.reason)
-		return &notice{Type: "error", Data: errTooFast.text}
+		return s.refusal("", errTooFast)
+	}
+	if time.Now().UnixNano() >= sp.claims.until() { // a socket that is slow to read may not have been closed yet
+		return s.refusal("", errExpired)
 	}
 	p := post{kind: "message", from: sp.user, free: sp.addr.IsLoopback()}
 	if !bytes.HasPrefix(frame, []byte("{")) {
 		p.data, _ = json.Marshal(string(frame))
 		_, _, err := s.postAs(sp, sp.room, p)
-		return refusal("", err)
+		return s.refusal("", err)
 	}
 	var said struct {
 		Type string
@@ -822,7 +825,7 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 		Data json.RawMessage
 	}
 	if err := parseJSON(frame, &said); err != nil {
-		return refusal("", err)
+		return s.refusal("", err)
 	}
 	room := sp.room
 	if said.Room != nil {
@@ -831,11 +834,11 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 	if said.Type == "presence" {
 		var state string
 		if json.Unmarshal(said.Data, &state) != nil {
-			return refusal(said.Key, errState)
+			return s.refusal(said.Key, errState)
 		}
 		err := s.declareAs(sp, room, state)
 		if err != nil || said.Key == "" {
-			return refusal(said.Key, err)
+			return s.refusal(said.Key, err)
 		}
 		return &notice{Type: "ack", Key: said.Key}
 	}
@@ -845,14 +848,14 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 	if said.TTL != nil {
 		p.ttl = time.Duration(*said.TTL) * time.Second
 		if *said.TTL < 1 || *said.TTL > maxTTL {
-			return refusal(said.Key, errTTL)
+			return s.refusal(said.Key, errTTL)
 		}
 	}
 	p.key = said.Key
 	p.data = said.Data
 	id, _, err := s.postAs(sp, room, p)
 	if err != nil || said.Key == "" {
-		return refusal(said.Key, err)
+		return s.refusal(said.Key, err)
 	}
 	return &notice{Type: "ack", Key: said.Key, ID: id}
 }
@@ -874,9 +877,13 @@ func (s *server) declareAs(sp *speaker, room, state string) error {
 }
 
 // refusal is the answer to what could not be taken, or nil if it could.
-func refusal(key string, err error) *notice {
+func (s *server) refusal(key string, err error) *notice {
 	if err == nil {
 		return nil
+	}
+	var f fault
+	if errors.As(err, &f) {
+		s.refused(f.reason)
 	}
 	if len(key) > maxKey {
 		key = ""

@@ -84,7 +84,7 @@ func (b *bench) run(ctx context.Context, check bool, shapes []string) (err error
 		return err
 	}
 	defer os.RemoveAll(b.tmp)
-	if _, err := raiseFiles(); err != nil {
+	if err := raiseFiles(); err != nil {
 		return err
 	}
 	list := []struct {
@@ -100,7 +100,7 @@ func (b *bench) run(ctx context.Context, check bool, shapes []string) (err error
 		{"longpoll", b.longpoll},
 		{"presence", b.presence},
 		{"stalled", b.stalled},
-		{"techniques", b.table4},
+		{"techniques", b.costs},
 	}
 	var names []string
 	for _, s := range list {
@@ -254,8 +254,8 @@ func (b *bench) longpoll(ctx context.Context) (err error) {
 // more than a socket's buffers hold is said to each, so that the kernel's buffers of those who stopped are full.
 func (b *bench) stalled(ctx context.Context) error {
 	n := or(b.n, 2000) / 2
-	sp := spec{server: "relay", rooms: 1, pubs: 1, rate: 10, messages: 10 * int(b.duration.Seconds()), fill: 40, settle: 2 * time.Second}
-	fmt.Printf("\nOne room; %d messages of 32 KB to fill the buffers of those who stopped reading, then 10 messages of %d bytes a second for %v.\n\n", sp.fill, payload, b.duration)
+	sp := spec{server: "relay", rooms: 1, pubs: 1, rate: 10, messages: 10 * int(b.duration.Seconds()), fill: 100, settle: 2 * time.Second}
+	fmt.Printf("\nOne room; %d messages of 8 KB to fill the buffers of those who stopped reading, then 10 messages of %d bytes a second for %v.\n\n", sp.fill, payload, b.duration)
 	for _, sp.technique = range pick(b.techniques, "sse", "ws") {
 		var rows []result
 		for _, size := range [][2]int{{n, 0}, {2 * n, 0}, {2 * n, n}} {
@@ -394,7 +394,7 @@ func (b *bench) startup(ctx context.Context) error {
 		resp.Body.Close()
 	}
 	slices.Sort(times)
-	fmt.Printf("\nStripped binary %.1f MB; from start to first answer %.1f ms (median of %d).\n", float64(info.Size())/1e6, ms(times[len(times)/2]), len(times))
+	fmt.Printf("\nBinary of %.1f MB (stripped, unless -bin gave another); from start to first answer %.1f ms (median of %d).\n", float64(info.Size())/1e6, times[len(times)/2].Seconds()*1000, len(times))
 	return nil
 }
 
@@ -441,14 +441,14 @@ func (b *bench) presence(ctx context.Context) error {
 	return nil
 }
 
-// table4 is the techniques' table: what an event costs each of them, when events are many and when
+// costs is the table of the techniques: what an event costs each of them, when events are many and when
 // they are few. Requests and bytes are those of a browser. A stream's one opening request is not
 // counted, since it lasts; connections stand when the window begins. The window of "one a minute"
 // is the minute after one event, whole: heartbeats, repeated long-polls and polls in vain are in
 // it, nothing is scaled. "nobody" is a relay without clients that is told the same events, divided
 // by as many: what of the CPU is the process's own. All techniques run at the same time, each on a relay process of its own,
-// so that this takes two minutes and CPU is still told apart; together they load the machine little.
-func (b *bench) table4(ctx context.Context) error {
+// so that this takes three minutes and CPU is still told apart; together they load the machine little.
+func (b *bench) costs(ctx context.Context) error {
 	list := pick(b.techniques, "poll", "longpoll", "jsonp", "stream", "multipart", "iframe", "html", "refresh", "sse", "ws", "nobody")
 	n := or(b.n, 100)
 	fmt.Printf("\n%d clients of each technique; poll asks once a second, refresh as often as the page says. Bytes are of HTTP: heads, framing and bodies.\n", n)
@@ -516,7 +516,7 @@ func (b *bench) table4(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// A column shows one figure of a row; the second row is the floor's.
+// A column shows one figure of a row; show's second argument is the floor's row.
 type column struct {
 	name string
 	show func(r, floor result) string
@@ -548,8 +548,6 @@ var (
 
 func perEvent(r result) float64 { return r.cpu.Seconds() * 1e6 / float64(r.delivered) }
 
-func ms(d time.Duration) float64 { return d.Seconds() * 1000 }
-
 // num shows a figure, or a dash for what could not be measured.
 func num(f float64, digits int) string {
 	if math.IsNaN(f) || math.IsInf(f, 0) {
@@ -560,7 +558,7 @@ func num(f float64, digits int) string {
 
 // show prints the rows and, below them, what is no figure.
 func show(rows []result, columns ...column) {
-	floor := result{p99: math.NaN(), counts: counts{delivered: 0}}
+	floor := result{p99: math.NaN()}
 	lines := [][]string{nil}
 	for _, c := range columns {
 		lines[0] = append(lines[0], c.name)

@@ -163,11 +163,11 @@ func tether(cmd *exec.Cmd) {
 }
 
 // raiseFiles raises the limit of open files as far as it goes, for the children too.
-func raiseFiles() (uint64, error) {
+func raiseFiles() error {
 	var r syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil {
-		return 0, err
+		return err
 	}
 	r.Cur = r.Max
-	return r.Cur, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &r)
+	return syscall.Setrlimit(syscall.RLIMIT_NOFILE, &r)
 }

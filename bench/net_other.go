@@ -11,15 +11,15 @@ import (
 
 // Elsewhere a goroutine reads each client: good enough to count, too dear to time by.
 type engine struct {
-	open_ sync.Mutex
+	held  sync.Mutex // guards conns
 	conns []net.Conn
 }
 
 func (s *swarm) start() error { return nil }
 
 func (s *swarm) stop() {
-	s.open_.Lock()
-	defer s.open_.Unlock()
+	s.held.Lock()
+	defer s.held.Unlock()
 	for _, conn := range s.conns {
 		conn.Close()
 	}
@@ -34,9 +34,9 @@ func (s *swarm) open(c *client) error {
 	if c.stall {
 		conn.(*net.TCPConn).SetReadBuffer(4096)
 	}
-	s.open_.Lock()
+	s.held.Lock()
 	s.conns = append(s.conns, conn)
-	s.open_.Unlock()
+	s.held.Unlock()
 	if _, err := conn.Write(c.request()); err != nil {
 		return err
 	}
@@ -68,4 +68,4 @@ func (s *swarm) open(c *client) error {
 
 func tether(*exec.Cmd) {}
 
-func raiseFiles() (uint64, error) { return 0, nil } // Go's runtime has done it
+func raiseFiles() error { return nil } // Go's runtime has done it

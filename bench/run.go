@@ -23,7 +23,7 @@ type spec struct {
 	users, browser    bool
 	settle            time.Duration // between connecting and measuring memory
 	keep              int           // messages that a room of the relay keeps; 0: its own default
-	fill              int           // messages of 32 KB before the window
+	fill              int           // messages of 8 KB before the window
 	pubs, messages    int           // publishers, and messages for all rooms together
 	rate              float64       // messages a second; 0: as fast as they are answered
 	idle              time.Duration // a window in which nothing is said
@@ -195,7 +195,7 @@ func (b *bench) row(ctx context.Context, sp spec) (result, error) {
 		return result{}, err
 	}
 	if sp.fill > 0 {
-		if err := x.publish(ctx, sp.fill, 10, 1, 32<<10); err != nil {
+		if err := x.publish(ctx, sp.fill, 20, 1, 8<<10); err != nil {
 			return result{}, err
 		}
 		if _, err := x.drain(ctx); err != nil {

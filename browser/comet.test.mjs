@@ -5,7 +5,7 @@ import assert from 'node:assert/strict'
 import { readFileSync } from 'node:fs'
 import { afterEach, beforeEach, mock, test } from 'node:test'
 import { gzipSync } from 'node:zlib'
-import { Comet, CometError, backoff, lines } from '../static/comet.js'
+import { Comet, CometError, backoff, lines, techniques } from '../static/comet.js'
 
 const text = new TextEncoder()
 const soon = fn => setImmediate(fn)
@@ -75,6 +75,7 @@ class Net {
   held = new Set
   open = new Set
   asked = [] // 'GET ws ?after=…'
+  sockets = 0 // WebSockets and EventSources that nobody closed
   answers = [] // of the next POSTs: { status, error, headers }, or 'lose': it was published, but nobody says so
 
   state(via) { return this.down || this.blocked.has(via) ? 'refused' : this.held.has(via) ? 'held' : 'ok' }
@@ -91,6 +92,7 @@ class FakeWebSocket {
   constructor(url) {
     assert.match(url, /^ws:/)
     net.asked.push('GET ws ' + new URL(url).search)
+    net.sockets++
     const c = this.c = { via: 'ws', said: [], cut: () => this.end(), say: e => c.silent || this.over || this.onmessage({ data: JSON.stringify(e) }) }
     soon(() => {
       if (this.over) return
@@ -115,6 +117,7 @@ class FakeWebSocket {
     this.onclose({ code: 1006, reason: '' })
   }
   close() {
+    if (!this.over) net.sockets--
     this.over = true
     net.open.delete(this.c)
     this.c.leave?.()
@@ -125,6 +128,7 @@ class FakeEventSource extends EventTarget {
   constructor(url) {
     super()
     net.asked.push('GET sse ' + new URL(url).search)
+    net.sockets++
     const tell = (type, data) => this.dispatchEvent(Object.assign(new Event(type), { data }))
     const c = this.c = { via: 'sse', cut: () => { this.close(); this.onerror() }, say: e => c.silent || this.over || tell('message', JSON.stringify(e)) }
     soon(() => {
@@ -137,6 +141,7 @@ class FakeEventSource extends EventTarget {
     })
   }
   close() {
+    if (!this.over) net.sockets--
     this.over = true
     net.open.delete(this.c)
     this.c.leave?.()
@@ -301,7 +306,7 @@ beforeEach(() => {
 afterEach(async () => {
   for (const tab of tabs) tab.comet.close()
   await settle()
-  assert.equal(net.open.size, 0, 'a closed Comet leaves a connection')
+  assert.equal(net.open.size + net.sockets, 0, 'a closed Comet leaves a connection')
   assert.equal(channels.size, 0, 'a closed Comet leaves a channel')
   assert.equal(locks.held.size + locks.waiting.length, 0, 'a closed Comet leaves a lock')
   mock.timers.reset()
@@ -511,6 +516,28 @@ test('a page in place of a stream, from a hotel say, is no stream', async () => 
   assert.equal(comet.via, 'poll')
 })
 
+test('a technique may be added; when it is closed it is not heard any more', async () => {
+  let link
+  techniques.own = l => { link = l; return () => { link.closed = true } }
+  const { comet, got, statuses } = alone({ via: ['own'] })
+  await settle()
+  link.on({ type: 'hello', id: 1, data: { beat: 15 } })
+  link.on({ type: 'message', id: 2, data: 'a' })
+  link.at(7)
+  assert.equal(comet.cursor, 7)
+  comet.close()
+  assert(link.closed)
+  link.on({ type: 'message', id: 8, data: 'b' })
+  link.line('{"type":"message","id":9,"data":"c"}')
+  link.at(10)
+  link.done(new Error('late'))
+  assert.deepEqual(got, ['a'])
+  assert.equal(comet.cursor, 7)
+  assert.equal(statuses.at(-1).status, 'closed')
+  assert.equal(statuses.length, 3)
+  delete techniques.own
+})
+
 // Falling through, and up again.
 
 test('the next technique is tried when one is refused, and when one is held back', async () => {
@@ -646,11 +673,10 @@ test('a relay that says hello and goes is not asked without end', async () => {
 
 test('on a slow network patience grows', async () => {
   net.held.add('ws').add('poll')
-  const { statuses } = alone({ via: ['ws', 'poll'] })
+  mock.method(Math, 'random', () => 0)
+  alone({ via: ['ws', 'poll'] })
   await pass(120e3, 500)
-  assert(statuses.length > 4)
-  const soonest = net.asked.length
-  assert(soonest < 20, `${soonest} attempts`)
+  assert(net.asked.length > 6 && net.asked.length < 12, `${net.asked.length} attempts`)
 })
 
 test('after bye it comes back when told to, by the same technique', async () => {
@@ -754,8 +780,12 @@ test('close() while connecting, while reconnecting and in a listener leaves noth
     assert.equal(statuses.filter(s => s.status === 'closed').length, 1)
     assert.equal(net.open.size, 0, when)
     net.asked = []
+    await pass(10e3)
+    const timers = mock.method(globalThis, 'setTimeout')
     await pass(60e3, 5e3)
+    assert.equal(timers.mock.callCount(), 0, when)
     assert.equal(net.asked.length, 0, when)
+    timers.mock.restore()
     comet.close()
     comet.use('poll')
     await assert.rejects(comet.send('x'), /closed/)
@@ -811,6 +841,15 @@ test('a gap is told and is where to go on; when the ids of the relay went back, 
   assert.equal(events.at(-2).data.reason, 'future')
   assert.deepEqual(got, ['before', 'after'])
   assert.equal(comet.cursor, 1001)
+})
+
+test('a gap that we are past is none', async () => {
+  const { comet, events } = alone({ after: 900 })
+  relay.publish(1)
+  await settle()
+  net.only.say({ type: 'gap', room: 'lobby', id: 950, data: { reason: 'history' } })
+  assert.equal(comet.cursor, 1001)
+  assert.equal(events.length, 1)
 })
 
 test('nobody can speak for us: status, undelivered and event are published as event only', async () => {
@@ -1002,6 +1041,33 @@ test('close() gives back what was not sent', async () => {
   assert.deepEqual(undelivered.map(u => u.data), ['a', 'b'])
 })
 
+test('what was in flight when it was closed is given back once', async () => {
+  const { comet, undelivered } = alone({ via: ['sse'] })
+  await settle()
+  net.answers.push({ status: 400, error: 'no' })
+  const sent = comet.send('a')
+  comet.close()
+  await assert.rejects(sent, /closed/)
+  await settle()
+  assert.equal(undelivered.length, 1)
+})
+
+test('a message that waited goes as soon as the connection is back', async () => {
+  const { comet, got } = alone({ via: ['sse'], after: relay.mark })
+  await settle()
+  net.down = true
+  net.cut()
+  mock.method(Math, 'random', () => 0.999)
+  await pass(40e3, 1e3)
+  comet.send('hi')
+  await pass(40e3, 1e3)
+  net.down = false
+  while (comet.status !== 'open') await pass(100, 100)
+  await settle()
+  assert.deepEqual(got, ['hi'])
+  Math.random.mock.restore()
+})
+
 test('a message in flight by a WebSocket that is replaced is not lost and not doubled', async () => {
   const { comet, got } = alone()
   await settle()
@@ -1103,10 +1169,17 @@ test('it wakes at once: the network is back, the page is seen, the machine slept
   hear('visibilitychange')
   await settle()
   assert.equal(comet.status, 'open')
-  await asleep()
-  mock.timers.setTime(Date.now() + 3600e3)
+  const luck = mock.method(Math, 'random', () => 0.999) // it has just begun to wait for half a minute
+  net.down = true
+  net.cut()
+  while (!(statuses.at(-1).retryIn > 29e3)) await pass(100, 100)
+  net.down = false
+  const { now } = Date
+  const clock = mock.method(Date, 'now', () => now() + 3600e3)
   await pass(5e3)
   assert.equal(comet.status, 'open')
+  clock.mock.restore()
+  luck.mock.restore()
   navigator.onLine = false
   net.down = true
   net.cut()
@@ -1145,6 +1218,30 @@ test('the page goes: connection closed, goodbye said; from the back/forward cach
   assert.deepEqual(got, [1, 2, 3])
 })
 
+test('who polls asks at once when seen', async () => {
+  const { got, hear } = alone({ via: ['poll'] })
+  await settle()
+  document.hidden = true
+  await pass(6e3)
+  relay.publish('hi')
+  await pass(10e3)
+  assert.deepEqual(got, [])
+  document.hidden = false
+  hear('visibilitychange')
+  await settle()
+  assert.deepEqual(got, ['hi'])
+})
+
+test('waking while a technique is tried tries it once; a page that is shown first starts nothing', async () => {
+  net.held.add('ws')
+  const { hear } = alone({ via: ['ws', 'sse'] })
+  await settle()
+  for (const type of ['online', 'visibilitychange', 'pageshow', 'online']) hear(type)
+  await settle()
+  assert.equal(net.sockets, 1)
+  assert.equal(net.asked.length, 1)
+})
+
 test('who has no name says no goodbye', async () => {
   const { hear } = alone()
   await settle()
@@ -1180,6 +1277,22 @@ test('ten tabs that open at once are one connection', async () => {
   assert(tabs.every(t => t.comet.status === 'open'))
 })
 
+test('a tab may be closed at any moment', async () => {
+  await opened({ user: 'ada' })
+  for (let turns = 0; turns < 25; turns++) {
+    const { comet } = open({ user: 'ada', last: 5 })
+    await settle(turns)
+    comet.close()
+  }
+  tabs[0].comet.close()
+  for (let turns = 0; turns < 25; turns++) {
+    const { comet } = open({ user: 'ada', last: 5 })
+    await settle(turns)
+    comet.close()
+    await settle(turns % 3)
+  }
+})
+
 test('another user, another room, another token: another connection', async () => {
   await opened({ user: 'ada' })
   await opened({ user: 'bob' })
@@ -1201,6 +1314,49 @@ test('a tab that comes late gets the history it asked for, and who is here, and 
   assert.deepEqual(cursor.got, upTo(40, 6))
   assert.equal(late.events.filter(e => e.type === 'presence' && e.data.users.ada).length, 1)
   assert.equal(net.open.size, 1)
+})
+
+test('a tab that comes late hears the leader only when it has caught up', async () => {
+  for (const i of upTo(30)) relay.publish(i)
+  await opened({ user: 'ada' })
+  net.blocked.add('poll')
+  const late = open({ user: 'ada', last: 10 })
+  await settle()
+  for (const i of upTo(35, 31)) relay.publish(i)
+  await settle()
+  assert.deepEqual(late.got, [])
+  net.blocked.clear()
+  await pass(10e3)
+  assert.deepEqual(late.got, upTo(35, 26))
+  const asked = net.asked.filter(a => a.startsWith('GET poll'))
+  assert(asked.every(a => !/user=/.test(a) && /presence=1/.test(a)), 'it looks, but is not seen')
+})
+
+test('what happens between the answer and its arrival is not lost; in a busy room it is not asked without end', async () => {
+  await opened()
+  const real = globalThis.fetch
+  let n = 0
+  globalThis.fetch = async (...args) => {
+    const answer = await real(...args)
+    if (n < 50) for (const _ of upTo(3)) relay.publish(++n)
+    await settle()
+    return answer
+  }
+  for (const _ of upTo(3)) relay.publish(++n)
+  const late = open({ after: 1000 })
+  await settle(400)
+  assert.deepEqual(late.got, upTo(n))
+  assert(net.count('GET poll') <= 2, `${net.count('GET poll')} questions`)
+})
+
+test('a follower that is closed by what it hears hears no more', async () => {
+  for (const i of upTo(9)) relay.publish(i)
+  await opened({ user: 'ada' })
+  const late = open({ user: 'ada', last: 9 })
+  late.comet.addEventListener('message', () => late.comet.close())
+  await settle(100)
+  assert.deepEqual(late.got, [1])
+  assert.equal(late.events.length, 1)
 })
 
 test('when the leader closes another leads from its own cursor: nothing lost, nothing twice', async () => {
@@ -1243,6 +1399,16 @@ test('goodbye is said by the last tab only', async () => {
   assert(tabs[1].comet.leader)
   tabs[1].hear('pagehide')
   assert.deepEqual(beacons, ['/rooms/lobby/presence offline'])
+})
+
+test('a new leader knows who else is here', async () => {
+  for (const _ of upTo(3)) await opened({ user: 'ada' })
+  for (const t of tabs) {
+    assert.deepEqual(beacons, [])
+    t.hear('pagehide')
+    await settle(100)
+  }
+  assert.equal(beacons.length, 1)
 })
 
 test('a leader in the back/forward cache does not lead; it returns as a follower that missed nothing', async () => {

@@ -307,12 +307,11 @@ export class Comet extends EventTarget {
         try { text = JSON.parse(text) } catch (error) { return link.done(error) }
         link.on(text)
       },
-      on: event => over || this.#on(link, event),
-      at: cursor => over || this.#open(link) && this.#take({ id: cursor }),
+      on: event => this.#on(link, event),
+      at: cursor => this.#open(link) && this.#take({ id: cursor }),
       seen: () => { if (link === this.#link) this.#due = Date.now() + link.beat * 2e3 + 5e3 },
       close: () => {
         over = true
-        clearTimeout(link.patience)
         link.cut?.()
         close?.()
       },
@@ -325,7 +324,6 @@ export class Comet extends EventTarget {
     // What does not work by then is held back by something; if nothing works, the network may be slow.
     link.patience = setTimeout(() => link.done(new CometError(`no hello by ${via}`)), 3e3 * 2 ** Math.min(this.#fails, 3))
     try { close = techniques[via](link) } catch (error) { link.done(error) }
-    if (over) close?.() // it was over before we knew how to close it
     return link
   }
 
@@ -386,9 +384,10 @@ export class Comet extends EventTarget {
   #take(event) {
     const { id, type, data } = event
     const prev = this.cursor ?? -1
+    if (this.#closed) return
     if (id !== undefined) { // a roster has none
       // A gap's id is where to go on. When the relay's ids went back, so do we.
-      if (this.#closed || (type === 'gap' ? id < prev && data?.reason !== 'future' : id <= prev)) return
+      if (type === 'gap' ? id < prev && data?.reason !== 'future' : id <= prev) return
       this.cursor = id
     }
     if (this.leader) this.#post({ prev, event })
@@ -472,7 +471,7 @@ export class Comet extends EventTarget {
     const lead = () => signal.aborted || this.#lead() || end
     locks.request(name, how, lock => {
       locks.request(this.#id, () => end) // as long as we have it we are here
-      if (lock || signal.aborted) return lead()
+      if (lock) return lead()
       this.#due = this.#ticked + 10e3
       this.#post({ here: true })
       this.#catchUp()
@@ -486,20 +485,18 @@ export class Comet extends EventTarget {
 
   #stop() {
     this.#session?.abort()
-    clearTimeout(this.#timer)
     clearTimeout(this.#pulse)
     this.#trial?.close()
     this.#link?.close()
     this.#channel?.close()
     this.#trial = this.#link = this.#channel = undefined
     this.leader = false
+    this.#missed = []
     this.#stir()
   }
 
   #lead() {
     this.leader = true
-    this.#missed = []
-    this.#post({ roll: true })
     this.#seek()
   }
 
@@ -508,7 +505,7 @@ export class Comet extends EventTarget {
   }
 
   #heard(news) {
-    const { from, use, roll, here, detail, prev, event } = news
+    const { from, use, here, detail, prev, event } = news
     if (!this.#others.has(from)) navigator.locks.request(from, { signal: this.#session.signal }, () => this.#others.delete(from)).catch(() => { })
     this.#others.add(from)
     if (use) this.#choose(use)
@@ -516,7 +513,6 @@ export class Comet extends EventTarget {
     if (use || here || this.leader) return
     this.#due = Date.now() + 35e3
     this.#asked = false
-    if (roll) this.#post({ here: true })
     if (detail && (detail.status !== 'open' || detail.via !== this.via || detail.error)) this.#say({ ...detail, leader: false }, detail.status)
     if (!event) return
     if (this.#behind === this.#session || prev > this.cursor) {

@@ -28,6 +28,7 @@ class Line {
   }
 
   get lost() { return this.high - this.base - this.delivered }
+  get toCome() { return published - this.base - this.delivered - this.lost }
   get needsPlace() { return !this.short && !this.socket && (this.cookies || this.way === 'xhr' || cookies.mode !== 'omit') }
 
   // What a person does.
@@ -230,7 +231,7 @@ class Line {
     const wrong = [[this.lost, 'lost'], [this.doubled, 'doubled'], [this.disorder, 'out of order']]
     card.dataset.wrong = row.dataset.wrong = wrong.some(([n]) => n)
     Object.assign(card.dataset, { delivered, lost: this.lost, doubled: this.doubled, disorder: this.disorder })
-    put($('.check', card), `${published - this.base} published, ${delivered} delivered, ${wrong.map(w => w.join(' ')).join(', ')}${this.gaps ? `, ${this.gaps} gaps told` : ''}`)
+    put($('.check', card), `${published - this.base} published, ${delivered} delivered, ${wrong.map(w => w.join(' ')).join(', ')}${this.toCome > 0 ? `, ${this.toCome} still to come` : ''}${this.gaps ? `, ${this.gaps} gaps told` : ''}`)
 
     const delays = this.delays.toSorted((a, b) => a - b)
     const at = share => delays.length ? span(delays[Math.ceil(share * delays.length) - 1]) : '–'
@@ -245,7 +246,7 @@ class Line {
 
     const found = wrong.filter(([n]) => n).map(w => w.join(' ')).join(', ')
     const bytes = (relay ? each(relay.in + relay.out) : `≥ ${each(this.up + this.down)}`) + (this.picture ? ' *' : '')
-    const cells = [String(delivered), found || (delivered ? 'all, once, in order' : '–'), costs.requests[relay ? 1 : 0], bytes, at(0.5), at(0.95)]
+    const cells = [String(delivered), found || (this.toCome > 0 ? `${this.toCome} to come` : delivered ? 'all, once, in order' : '–'), costs.requests[relay ? 1 : 0], bytes, at(0.5), at(0.95)]
     cells.forEach((text, i) => put(row.cells[i + 2], text))
 
     if (this.noted) $('.events', card).replaceChildren(...this.log.map(([text, more]) => {
@@ -586,7 +587,7 @@ setInterval(show, 250)
 setInterval(allot, 1000)
 drawAll()
 show()
-await Promise.all(all10.map(async line => {
+await Promise.all(all10.filter(line => line.cookies).map(async line => { // whose answers no page sees the heads of
   line.head = headOf(await ask(address(line.name, { callback: 'x' }), { method: 'HEAD', credentials: 'same-origin' }))
 }))
 await findPlaces()

@@ -78,7 +78,7 @@ export const techniques = [
       frame.onload = () => line.ends(new Error('the page ended'))
       const watch = new MutationObserver(() => {
         for (let p; (p = frame.contentDocument?.querySelector('main > .message:not([data-read])'));) {
-          const said = $('span', p)
+          const said = p.querySelector('span')
           if (!p.nextElementSibling && !pattern.test(said?.textContent)) return // not all of it is there
           p.dataset.read = ''
           line.gets(p.outerHTML + '\n')

@@ -1,0 +1,124 @@
+// What the browser tests share: the relay on a free port, a network in between that can be cut or held back, and the
+// two browsers.
+
+import { execFileSync, spawn } from 'node:child_process'
+import { mkdtempSync, rmSync } from 'node:fs'
+import http from 'node:http'
+import http2 from 'node:http2'
+import net from 'node:net'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import puppeteer from 'puppeteer-core'
+
+export const sleep = ms => new Promise(done => setTimeout(done, ms))
+const listen = server => new Promise(done => server.listen(0, '127.0.0.1', () => done(server.address().port)))
+
+/** Waits until what `ask` gives is true, and gives it. */
+export async function until(what, ask, ms = 30e3) {
+  const end = Date.now() + ms
+  for (let got; ;) {
+    if (got = await ask()) return got
+    if (Date.now() > end) throw new Error(`${what}: not within ${ms / 1e3} s`)
+    await sleep(100)
+  }
+}
+
+async function freePort() {
+  const server = net.createServer()
+  const port = await listen(server)
+  await new Promise(done => server.close(done))
+  return port
+}
+
+let binary = process.env.COMETES // a relay that is built already
+
+/** Starts a relay, built from the repository around this folder. */
+export async function start(...args) {
+  const folder = mkdtempSync(join(tmpdir(), 'cometes-'))
+  process.once('exit', () => rmSync(folder, { recursive: true, force: true }))
+  if (!binary) {
+    execFileSync('go', ['build', '-o', join(folder, 'cometes'), '.'], { cwd: fileURLToPath(new URL('..', import.meta.url)), stdio: 'inherit' })
+    binary = join(folder, 'cometes')
+  }
+  const port = await freePort(), url = `http://127.0.0.1:${port}`
+  const child = spawn(binary, ['-addr', `127.0.0.1:${port}`, ...args], { stdio: ['ignore', 'ignore', process.env.COMETES_LOG ? 'inherit' : 'ignore'] })
+  await until('the relay answers', () => fetch(url + '/healthz').then(answer => answer.ok, () => false))
+  return { url, port, stop: () => new Promise(done => { child.once('exit', done); child.kill() }) }
+}
+
+/** A network in between: cut() breaks every connection; held back, what the relay says comes on in clumps. */
+export async function wire(to, { clumps } = {}) {
+  const sockets = new Set
+  const server = net.createServer(client => {
+    const relay = net.connect(to, '127.0.0.1')
+    for (const socket of [client, relay]) {
+      sockets.add(socket)
+      socket.setNoDelay(true)
+      socket.on('error', () => { })
+      socket.on('close', () => { sockets.delete(socket); client.destroy(); relay.destroy() })
+    }
+    client.pipe(relay)
+    if (!clumps) return relay.pipe(client)
+    let kept = []
+    relay.on('data', part => kept.push(part))
+    const timer = setInterval(() => { client.write(Buffer.concat(kept)); kept = [] }, clumps)
+    client.on('close', () => clearInterval(timer))
+  })
+  const port = await listen(server)
+  const cut = () => sockets.forEach(socket => socket.resetAndDestroy())
+  return { url: `http://127.0.0.1:${port}`, cut, stop: () => { cut(); server.close() } }
+}
+
+/** A proxy that speaks HTTP/2 (and HTTP/1.1, for WebSockets) with a certificate of its own making. */
+export async function secure(to) {
+  const folder = mkdtempSync(join(tmpdir(), 'cometes-'))
+  execFileSync('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2', '-subj', '/CN=127.0.0.1', '-addext', 'subjectAltName=IP:127.0.0.1', '-keyout', 'key', '-out', 'cert'], { cwd: folder, stdio: 'ignore' })
+  const read = name => execFileSync('cat', [join(folder, name)])
+  const server = http2.createSecureServer({ allowHTTP1: true, key: read('key'), cert: read('cert') }, (request, response) => {
+    const headers = Object.fromEntries(Object.entries(request.headers).filter(([name]) => name[0] !== ':' && name !== 'connection'))
+    headers.host ??= request.authority
+    const ask = http.request({ port: to, host: '127.0.0.1', method: request.method, path: request.url, headers, agent: false }, answer => {
+      for (const name of ['connection', 'keep-alive', 'transfer-encoding']) delete answer.headers[name]
+      response.writeHead(answer.statusCode, answer.headers)
+      answer.pipe(response)
+    })
+    ask.on('error', () => response.destroy?.())
+    response.on('close', () => ask.destroy())
+    request.pipe(ask)
+  })
+  server.on('upgrade', (request, client) => {
+    const relay = net.connect(to, '127.0.0.1', () => {
+      relay.write(`GET ${request.url} HTTP/1.1\r\n` + request.rawHeaders.map((h, i) => i % 2 ? h + '\r\n' : h + ': ').join('') + '\r\n')
+      client.pipe(relay).pipe(client)
+    })
+    for (const socket of [client, relay]) socket.on('error', () => { client.destroy(); relay.destroy() })
+  })
+  const sockets = new Set
+  server.on('connection', socket => { sockets.add(socket); socket.on('close', () => sockets.delete(socket)) })
+  server.on('sessionError', () => { })
+  rmSync(folder, { recursive: true, force: true })
+  return { url: `https://127.0.0.1:${await listen(server)}`, stop: () => { server.close(); sockets.forEach(socket => socket.destroy()) } }
+}
+
+export const browsers = ['chromium', 'firefox']
+
+/** Starts a browser. */
+export const browse = (name, options) => puppeteer.launch(name === 'firefox' ? {
+  browser: 'firefox', executablePath: '/usr/bin/firefox-esr', headless: true, acceptInsecureCerts: true, ...options,
+} : {
+  executablePath: '/usr/bin/chromium', headless: true, acceptInsecureCerts: true, ...options,
+  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+})
+
+/** Opens a page. Its console's errors are collected in page.errors. */
+export async function open(browser, url, { width = 1280, height = 1000 } = {}) {
+  const page = await browser.newPage()
+  page.errors = []
+  page.on('console', message => message.type() === 'error' && page.errors.push(`${message.text()} ${message.location()?.url ?? ''}`))
+  page.on('pageerror', error => page.errors.push(error.stack ?? String(error)))
+  await page.setViewport({ width, height })
+  page.goto(url).catch(() => { }) // a page with an endless frame is never loaded
+  await until('the page is there', () => page.evaluate(url => location.href === url && document.readyState !== 'loading', new URL(url).href).catch(() => false))
+  return page
+}
