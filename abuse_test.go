@@ -7,6 +7,8 @@ package main
 
 import (
 	"bufio"
+	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -15,13 +17,17 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"regexp"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/coder/websocket"
 )
 
 // The relay as a process. The test's own binary is one, if the environment says so.
@@ -225,5 +231,556 @@ func TestOutOfDescriptorsItRefusesWithAnAnswerAndDoesNotSpin(t *testing.T) {
 	eventually(t, 3*time.Second, "the descriptors are given back", func() bool { return c.descriptors() <= before+3 })
 	if err := c.stop(); err != nil {
 		t.Errorf("it ended with %v:\n%s", err, c.log)
+	}
+}
+
+// Honest clients: one who publishes fifty times a second, and readers who must
+// have all of it, in order, once.
+
+type honest struct {
+	c         *child
+	stop      chan struct{}
+	publisher sync.WaitGroup
+	readers   sync.WaitGroup
+	end       context.CancelFunc
+
+	mu        sync.Mutex // guards what follows
+	published []int64
+	at        map[int64]time.Time
+	read      map[string][]int64 // by technique
+	slowest   time.Duration      // from the answer to a publish to its arrival
+	failed    []string
+}
+
+var honestEvent = regexp.MustCompile(`\{"id":(\d+),"room":"honest","type":"message"`)
+
+// honestClients begins with n readers of each kind, and then publishes. All of
+// them come from addresses of their own.
+func honestClients(c *child, kinds ...string) *honest {
+	ctx, end := context.WithCancel(context.Background())
+	h := &honest{c: c, stop: make(chan struct{}), end: end, at: map[int64]time.Time{}, read: map[string][]int64{}}
+	var ready sync.WaitGroup
+	for i, kind := range kinds {
+		ready.Add(1)
+		begun := sync.OnceFunc(ready.Done)
+		h.readers.Go(func() {
+			defer begun()
+			if err := h.reader(ctx, kind, fmt.Sprintf("198.51.100.%d", i+1), begun); err != nil && ctx.Err() == nil {
+				h.fail("%s: %v", kind, err)
+			}
+		})
+	}
+	ready.Wait()
+	h.publisher.Go(func() {
+		client := &http.Client{Transport: &http.Transport{}, Timeout: 5 * time.Second}
+		for n := 0; ; n++ {
+			select {
+			case <-h.stop:
+				client.CloseIdleConnections()
+				return
+			case <-time.After(20 * time.Millisecond):
+			}
+			r, _ := http.NewRequest("POST", "http://"+c.addr+"/rooms/honest", strings.NewReader(strconv.Itoa(n)))
+			r.Header.Set("X-Forwarded-For", "198.51.100.100")
+			resp, err := client.Do(r)
+			if err != nil {
+				h.fail("publishing: %v", err)
+				return
+			}
+			b, _ := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			var said struct{ ID int64 }
+			if json.Unmarshal(b, &said); resp.StatusCode != 201 {
+				h.fail("publishing: %s %s", resp.Status, b)
+				continue
+			}
+			h.mu.Lock()
+			h.published = append(h.published, said.ID)
+			if _, early := h.at[said.ID]; !early {
+				h.at[said.ID] = time.Now()
+			}
+			h.mu.Unlock()
+		}
+	})
+	return h
+}
+
+func (h *honest) fail(format string, args ...any) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.failed) < 5 {
+		h.failed = append(h.failed, fmt.Sprintf(format, args...))
+	}
+}
+
+// got notes what events are in a text.
+func (h *honest) got(kind string, text []byte) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range honestEvent.FindAllSubmatch(text, -1) {
+		id, _ := strconv.ParseInt(string(m[1]), 10, 64)
+		h.read[kind] = append(h.read[kind], id)
+		if at, ok := h.at[id]; ok {
+			h.slowest = max(h.slowest, time.Since(at))
+		} else {
+			h.at[id] = time.Now()
+		}
+	}
+}
+
+// reader reads by one technique until ctx is done.
+func (h *honest) reader(ctx context.Context, kind, from string, begun func()) error {
+	client := &http.Client{Transport: &http.Transport{}}
+	defer client.CloseIdleConnections()
+	url := "http://" + h.c.addr + "/rooms/honest/" + kind
+	if kind == "ws" {
+		conn, _, err := websocket.Dial(ctx, url, &websocket.DialOptions{HTTPClient: client, HTTPHeader: http.Header{"X-Forwarded-For": {from}}})
+		if err != nil {
+			return err
+		}
+		defer conn.CloseNow()
+		for {
+			_, b, err := conn.Read(ctx)
+			if err != nil {
+				return err
+			}
+			begun()
+			h.got(kind, b)
+		}
+	}
+	ask := func(query string) (*http.Response, error) {
+		r, _ := http.NewRequestWithContext(ctx, "GET", url+query, nil)
+		r.Header.Set("X-Forwarded-For", from)
+		resp, err := client.Do(r)
+		if err == nil && resp.StatusCode != 200 {
+			resp.Body.Close()
+			err = fmt.Errorf("answered %s", resp.Status)
+		}
+		return resp, err
+	}
+	if kind == "poll" || kind == "longpoll" {
+		query := "?wait=0"
+		for {
+			resp, err := ask(query)
+			if err != nil {
+				return err
+			}
+			b, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if err != nil {
+				return err
+			}
+			begun()
+			h.got(kind, b)
+			var said struct{ Cursor int64 }
+			if err := json.Unmarshal(b, &said); err != nil {
+				return err
+			}
+			query = fmt.Sprintf("?wait=5&after=%d", said.Cursor)
+			if kind == "poll" {
+				time.Sleep(100 * time.Millisecond)
+			}
+		}
+	}
+	resp, err := ask("")
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	for lines := bufio.NewReader(resp.Body); ; begun() {
+		b, err := lines.ReadSlice('\n')
+		if err != nil {
+			return err
+		}
+		h.got(kind, b)
+	}
+}
+
+// finish stops publishing, and checks that everybody has everything.
+func (h *honest) finish(t *testing.T) {
+	t.Helper()
+	close(h.stop)
+	h.publisher.Wait()
+	all := func() bool {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		for _, ids := range h.read {
+			if !slices.Equal(ids, h.published) {
+				return false
+			}
+		}
+		return true
+	}
+	for end := time.Now().Add(3 * time.Second); !all() && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	h.end()
+	h.readers.Wait()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, wrong := range h.failed {
+		t.Errorf("an honest client: %s", wrong)
+	}
+	for kind, ids := range h.read {
+		if !slices.Equal(ids, h.published) {
+			t.Errorf("of %d messages the honest reader by %s has %d; or in another order", len(h.published), kind, len(ids))
+		}
+	}
+	if h.slowest > 2*time.Second {
+		t.Errorf("an honest client waited for a message for %v", h.slowest)
+	}
+	t.Logf("honest clients: %d messages, the slowest after %v", len(h.published), h.slowest.Round(time.Millisecond))
+}
+
+// Floods.
+
+type flood struct {
+	t    *testing.T
+	c    *child
+	over chan struct{} // closed when it has lasted long enough
+	wg   sync.WaitGroup
+
+	mu    sync.Mutex // guards what follows
+	conns []net.Conn
+	said  map[string]int // first lines of answers
+}
+
+// floodFrom is the address of the attacker's i-th machine.
+func floodFrom(i int) string { return fmt.Sprintf("10.%d.%d.%d", i>>16&255, i>>8&255, i&255) }
+
+// each runs do for 0 to n-1 at the same time.
+func (f *flood) each(n int, do func(i int)) {
+	for i := range n {
+		f.wg.Go(func() { do(i) })
+	}
+}
+
+func (f *flood) isOver() bool {
+	select {
+	case <-f.over:
+		return true
+	default:
+		return false
+	}
+}
+
+// dial connects, with small buffers, so that what is not read stays with the relay.
+func (f *flood) dial() net.Conn {
+	d := net.Dialer{Timeout: 5 * time.Second, Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
+	}}
+	conn, err := d.Dial("tcp", f.c.addr)
+	if err != nil {
+		f.note(fmt.Sprintf("%.30v", err))
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.conns = append(f.conns, conn)
+	return conn
+}
+
+func (f *flood) note(what string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.said[what]++
+}
+
+// ask writes a request from an address and notes the answer's first line.
+func (f *flood) ask(from, request, headers, body string) net.Conn {
+	conn := f.dial()
+	if conn == nil {
+		return nil
+	}
+	fmt.Fprintf(conn, "%s HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: %s\r\n%s\r\n%s", request, from, headers, body)
+	return conn
+}
+
+// first reads and notes the first line of an answer.
+func (f *flood) first(conn net.Conn) string {
+	conn.SetReadDeadline(time.Now().Add(3 * time.Second))
+	b := make([]byte, 32)
+	n, err := io.ReadFull(conn, b)
+	line, _, _ := strings.Cut(string(b[:n]), "\r\n")
+	if n == 0 {
+		line = fmt.Sprintf("%.60v", err)
+	}
+	if _, status, ok := strings.Cut(line, " "); ok && strings.HasPrefix(line, "HTTP/1.1 ") {
+		line = status
+	}
+	f.note(line)
+	return line
+}
+
+// posts publishes from many addresses, on a connection each, as fast as it goes.
+func (f *flood) posts(workers int, request func(worker, n int) (path, body string)) {
+	f.each(workers, func(worker int) {
+		client := &http.Client{Transport: &http.Transport{}, Timeout: 5 * time.Second}
+		defer client.CloseIdleConnections()
+		for n := 0; !f.isOver(); n++ {
+			path, body := request(worker, n)
+			r, _ := http.NewRequest("POST", "http://"+f.c.addr+path, strings.NewReader(body))
+			r.Header.Set("X-Forwarded-For", floodFrom(worker*1000+n%1000))
+			resp, err := client.Do(r)
+			if err != nil {
+				f.note(fmt.Sprintf("%.60v", err))
+				return
+			}
+			io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+			f.note(resp.Status)
+		}
+	})
+}
+
+const (
+	floodFor     = 2 * time.Second
+	floodStreams = 600 // -streams of the relay, whose doorman lets in 100 more
+)
+
+var floods = []struct {
+	name    string
+	run     func(f *flood)
+	refused string // is counted under this
+	full    bool   // nobody new is let in while it lasts
+	kept    int    // MB that the relay may need for it beside what it needs anyway
+}{
+	{"connections that say nothing", func(f *flood) {
+		f.each(1500, func(int) { f.dial() })
+	}, "connections", true, 60},
+
+	{"slow heads", func(f *flood) {
+		f.each(1500, func(i int) {
+			conn := f.ask(floodFrom(i), "GET /rooms/a/sse", "X-Slow: ", "")
+			for conn != nil && !f.isOver() {
+				time.Sleep(100 * time.Millisecond)
+				if _, err := conn.Write([]byte("x")); err != nil {
+					return
+				}
+			}
+		})
+	}, "connections", true, 60},
+
+	{"slow bodies", func(f *flood) {
+		f.each(400, func(i int) {
+			conn := f.ask(floodFrom(i), "POST /rooms/a", "Content-Length: 60000\r\n", "x")
+			for conn != nil && !f.isOver() {
+				time.Sleep(50 * time.Millisecond)
+				if _, err := conn.Write(make([]byte, 100)); err != nil {
+					return
+				}
+			}
+		})
+	}, "", false, 60},
+
+	{"streams that close their half", func(f *flood) {
+		f.each(4, func(worker int) {
+			for i := 0; !f.isOver(); i++ {
+				if conn := f.ask(floodFrom(worker<<16+i), "GET /rooms/a/stream", "", ""); conn != nil {
+					conn.(*net.TCPConn).CloseWrite()
+					f.first(conn)
+					conn.Close()
+				}
+			}
+		})
+	}, "", false, 60},
+
+	{"slow readers", func(f *flood) {
+		f.each(400, func(i int) {
+			if conn := f.ask(floodFrom(i), "GET /rooms/big/"+[]string{"sse", "stream", "html", "iframe"}[i%4], "", ""); conn != nil {
+				f.first(conn)
+			}
+		})
+		time.Sleep(floodFor / 4)
+		f.posts(2, func(int, int) (string, string) { return "/rooms/big", strings.Repeat("x", maxBody) })
+	}, "", false, 100},
+
+	{"streams in all", func(f *flood) {
+		f.each(1200, func(i int) {
+			if conn := f.ask(floodFrom(i), "GET /rooms/a/stream", "", ""); conn != nil {
+				f.first(conn)
+			}
+		})
+	}, "streams", false, 60},
+
+	{"streams of one address", func(f *flood) {
+		f.each(300, func(i int) {
+			if conn := f.ask("192.0.2.1", "GET /rooms/a/sse", "", ""); conn != nil {
+				f.first(conn)
+			}
+		})
+	}, "address", false, 60},
+
+	{"rooms", func(f *flood) {
+		f.posts(8, func(worker, n int) (string, string) { return fmt.Sprintf("/rooms/r%d-%d", worker, n), "hi" })
+	}, "rooms", false, 60},
+
+	{"rooms that are only read", func(f *flood) {
+		f.each(400, func(i int) {
+			var rooms []string
+			for n := range maxRooms {
+				rooms = append(rooms, fmt.Sprintf("%060d-%d", i, n))
+			}
+			if conn := f.ask(floodFrom(i), "GET /rooms/"+strings.Join(rooms, ",")+"/stream", "", ""); conn != nil {
+				f.first(conn)
+			}
+		})
+	}, "", false, 60},
+
+	{"users", func(f *flood) {
+		f.posts(8, func(worker, n int) (string, string) {
+			return fmt.Sprintf("/rooms/a/presence?user=%064d", worker<<24+n), "online"
+		})
+	}, "users", false, 60},
+
+	{"keys", func(f *flood) {
+		f.posts(8, func(worker, n int) (string, string) {
+			return fmt.Sprintf("/rooms/k%d?key=%0128d", n%100, worker<<24+n), "hi"
+		})
+	}, "", false, 60},
+
+	{"publishes of one address", func(f *flood) {
+		f.each(8, func(int) {
+			client := &http.Client{Transport: &http.Transport{}, Timeout: 5 * time.Second}
+			defer client.CloseIdleConnections()
+			for !f.isOver() {
+				r, _ := http.NewRequest("POST", "http://"+f.c.addr+"/rooms/a", strings.NewReader(strings.Repeat("x", 10000)))
+				r.Header.Set("X-Forwarded-For", "192.0.2.1")
+				if resp, err := client.Do(r); err == nil {
+					resp.Body.Close()
+					f.note(resp.Status)
+				}
+			}
+		})
+	}, "rate", false, 60},
+
+	{"WebSockets that do nothing", func(f *flood) {
+		f.each(1200, func(i int) {
+			if conn := f.ask(floodFrom(i), "GET /rooms/a/ws", webSocketHead, ""); conn != nil {
+				f.first(conn)
+			}
+		})
+	}, "streams", false, 60},
+
+	{"pings, and pongs that nobody reads", func(f *flood) {
+		f.each(50, func(i int) {
+			for !f.isOver() {
+				conn := f.ask(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
+				if conn == nil {
+					return
+				}
+				pings := bytes.Repeat(maskedFrame(9, strings.Repeat("p", 125)), 100)
+				conn.SetWriteDeadline(time.Now().Add(floodFor))
+				for !f.isOver() {
+					if _, err := conn.Write(pings); err != nil {
+						f.note("cut off")
+						break
+					}
+				}
+				conn.Close()
+			}
+		})
+	}, "", false, 60},
+
+	{"frames too many and too long", func(f *flood) {
+		f.each(20, func(i int) {
+			for n := 0; !f.isOver(); n++ {
+				conn := f.ask(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
+				if conn == nil {
+					return
+				}
+				go io.Copy(io.Discard, conn)
+				conn.SetWriteDeadline(time.Now().Add(floodFor))
+				frame := maskedFrame(1, strings.Repeat("x", 1000))
+				if n%2 == 1 { // begins a message that never ends
+					frame[0] &^= 0x80
+				}
+				for !f.isOver() {
+					if _, err := conn.Write(frame); err != nil {
+						f.note("cut off")
+						break
+					}
+					frame[0] &^= byte(n % 2) // goes on
+				}
+				conn.Close()
+			}
+		})
+	}, "rate", false, 60},
+}
+
+const webSocketHead = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+
+func TestHonestClientsNoticeNoneOfTheFloodsAndAllIsGivenBackAfterwards(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 40 s")
+	}
+	c := startRelay(t, nil, "-trust-proxy", "-streams", strconv.Itoa(floodStreams), "-per-addr", "100", "-rate", "100",
+		"-rooms", "1000", "-users", "1000", "-idle", "1s", "-present", "1s", "-all-bytes", strconv.Itoa(8<<20), "-beat", "1s")
+	memory := func() float64 {
+		c.cmd.Process.Signal(syscall.SIGUSR1) // collect
+		time.Sleep(50 * time.Millisecond)
+		return c.metric("memory_bytes") / 1e6
+	}
+	warm := honestClients(c, "sse", "ws", "longpoll")
+	time.Sleep(200 * time.Millisecond)
+	warm.finish(t)
+	start, descriptors := memory(), c.descriptors()
+	for _, fl := range floods {
+		t.Run(fl.name, func(t *testing.T) {
+			h := honestClients(c, "sse", "stream", "multipart", "ws", "longpoll", "poll")
+			before := 0
+			if fl.refused != "" {
+				before = c.refusals(fl.refused)
+			}
+			f := &flood{t: t, c: c, over: make(chan struct{}), said: map[string]int{}}
+			began := time.Now()
+			go func() { time.Sleep(floodFor); close(f.over) }()
+			fl.run(f)
+			peak, most := 0.0, 0
+			for !f.isOver() {
+				time.Sleep(floodFor / 10)
+				peak, most = max(peak, c.metric("memory_bytes")/1e6), max(most, c.descriptors())
+				if fl.full {
+					continue
+				}
+				// Somebody new comes, on a connection of their own.
+				client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 2 * time.Second}
+				r, _ := http.NewRequest("GET", "http://"+c.addr+"/rooms/honest/poll", nil)
+				r.Header.Set("X-Forwarded-For", "198.51.100.200")
+				resp, err := client.Do(r)
+				if err != nil {
+					t.Errorf("somebody new: %v", err)
+					continue
+				}
+				resp.Body.Close()
+				if resp.StatusCode != 200 {
+					t.Errorf("somebody new: %s", resp.Status)
+				}
+			}
+			f.wg.Wait()
+			for _, conn := range f.conns {
+				conn.Close()
+			}
+			if fl.refused != "" && c.refusals(fl.refused) == before {
+				t.Errorf("no refusal is counted under %s; this was no flood: %v", fl.refused, f.said)
+			}
+			if limit := floodStreams + 100 + 20; most > limit {
+				t.Errorf("it had %d descriptors open; its limits make %d", most, limit)
+			}
+			if peak > start+float64(fl.kept) {
+				t.Errorf("it needed %.0f MB, and before %.0f", peak, start)
+			}
+			h.finish(t)
+			eventually(t, 3*time.Second, "its descriptors are given back", func() bool { return c.descriptors() <= descriptors+5 })
+			after := 0.0
+			eventually(t, 3*time.Second, "its memory is given back", func() bool { after = memory(); return after < start+12 }) // of -all-bytes it may keep 8
+			t.Logf("%.1f s, %v, %.0f MB at most, %.0f before it, %.0f after, %d descriptors at most", time.Since(began).Seconds(), f.said, peak, start, after, most)
+		})
+	}
+	if err := c.stop(); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+	if log := c.log.String(); strings.Contains(log, "ERROR") || strings.Contains(log, "panic") || len(log) > 4000 {
+		t.Errorf("floods fill its log:\n%.4000s", log)
 	}
 }

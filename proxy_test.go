@@ -376,7 +376,7 @@ func (g *goer) follows() {
 	}
 	g.gauge(1, atOnce)
 	leave()
-	g.gauge(0, 2*proxyBeat+time.Second)
+	g.gauge(0, atOnce)
 }
 
 func (g *goer) waits() {
@@ -396,7 +396,7 @@ func (g *goer) waits() {
 	_, _, leave = g.open(query + "25")
 	g.gauge(1, atOnce)
 	leave()
-	g.gauge(0, 2*proxyBeat+time.Second)
+	g.gauge(0, atOnce)
 }
 
 func (g *goer) asks() {

@@ -380,7 +380,7 @@ func (rm *room) wake() {
 	defer rm.mu.Unlock()
 	for rd := range rm.readers {
 		if rd.waker != nil {
-			rd.waker()
+			rd.waker.wake()
 			continue
 		}
 		select {
@@ -390,15 +390,19 @@ func (rm *room) wake() {
 	}
 }
 
+// A waker is what wakes a reader that does not wait by itself.
+type waker interface{ wake() }
+
 // A reader is one client's place in the log.
 type reader struct {
 	relay     *relay
 	rooms     []*room
+	one       [1]*room      // mostly there is one
 	after     int64         // the cursor: the reader has everything up to here
 	woken     chan struct{} // holds one token while there may be something to read
 	user      string        // whose leases leave gives up
 	batch     int           // see want
-	waker     func()        // wakes the reader in place of woken, if set
+	waker     waker         // wakes the reader in place of woken, if set
 	presence  bool          // sees presence events
 	rostered  int64         // presence events up to here are in the roster
 	rosterDue bool          // the roster is to be told, at first and when a presence event was missed
@@ -416,12 +420,13 @@ type want struct {
 	presence bool   // see presence
 	holds    bool   // the connection is held open, so the user is here while it lasts
 	batch    int    // read the fewest events that have so many bytes at once
-	waker    func() // called when there may be something to read; without it the reader can wait
+	waker    waker  // called when there may be something to read; without it the reader can wait
 }
 
 // subscribe returns a reader. The caller calls leave when done with it.
 func (r *relay) subscribe(w want) (*reader, error) {
 	rd := &reader{relay: r, presence: w.presence, batch: w.batch, waker: w.waker}
+	rd.rooms = rd.one[:0]
 	if w.waker == nil {
 		rd.woken = make(chan struct{}, 1)
 	}

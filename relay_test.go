@@ -903,10 +903,15 @@ func TestWakesCoalesce(t *testing.T) {
 	})
 }
 
+// A wakeCount counts how often it is woken.
+type wakeCount int
+
+func (n *wakeCount) wake() { *n++ }
+
 func TestAWakerIsCalledInPlaceOfTheToken(t *testing.T) {
 	r := testRelay(limits{})
-	woken := 0
-	rd := openReader(t, r, "a", -1, want{waker: func() { woken++ }})
+	var woken wakeCount
+	rd := openReader(t, r, "a", -1, want{waker: &woken})
 	publishScript(t, r, "a:x b:x a:x")
 	if woken != 2 || len(rd.woken) != 0 {
 		t.Errorf("the waker was called %d times, with %d tokens beside, want 2 and none", woken, len(rd.woken))

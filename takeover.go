@@ -38,18 +38,18 @@ var errFull = errors.New("the socket is full")
 // first; closing on what it still says would take the end from it.
 const lingerFor = time.Second
 
-// A taken is a stream over a connection that was taken over.
-type taken struct {
-	stream
+// A takeover is what a stream over a connection that was taken over has more
+// than one that is driven by its own request.
+type takeover struct {
 	conn    net.Conn
 	raw     syscall.RawConn // for writes that don't wait; nil where there are none
-	try     *attempt        // of the writer that serves the stream now
+	turn    atomic.Int32    // whose turn it is
+	gone    atomic.Bool     // the client left
 	opening []byte          // sent before everything, once
 	rest    []byte          // what a full socket did not take
-	gone    atomic.Bool     // the client left
-	turn    atomic.Int32    // whose turn it is
 
 	// Of a WebSocket.
+	ws      bool
 	token   int64        // when its token expires, in Unix nanoseconds
 	silent  atomic.Int32 // pings since the last pong
 	mu      sync.Mutex   // guards answers
@@ -71,17 +71,17 @@ const (
 // is something to write, so a pump needs neither start nor stop.
 type pump struct {
 	mu      sync.Mutex // guards what follows
-	queue   []*taken
+	queue   []*stream
 	writers int
-	streams map[*taken]struct{}
+	streams map[*stream]struct{}
 }
 
 // takeOver serves the stream over the request's own connection. The handler is
 // done then.
-func (t *taken) takeOver(w http.ResponseWriter) error {
+func (st *stream) takeOver(w http.ResponseWriter) error {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		t.close()
+		st.close()
 		return err
 	}
 	h := w.Header()
@@ -93,23 +93,23 @@ func (t *taken) takeOver(w http.ResponseWriter) error {
 	h.Write(&head)
 	head.WriteString("\r\n")
 
-	t.conn = conn
-	t.opening = head.Bytes()
-	t.room = chunkHead
-	t.send = t.sendChunk
-	t.s.pump.add(t)
-	go t.watch()
+	st.conn = conn
+	st.opening = head.Bytes()
+	st.room = chunkHead
+	st.send = (*stream).sendChunk
+	st.s.pump.add(st)
+	go st.watch()
 	return nil
 }
 
 // watch waits for the client to leave. If it says something instead, which it
 // has no reason to, that stays unread, as with net/http.
-func (t *taken) watch() {
+func (st *stream) watch() {
 	var b [1]byte
-	if n, _ := t.conn.Read(b[:]); n == 0 {
-		t.gone.Store(true)
-		t.conn.Close() // whoever waits for the socket then waits no more
-		t.wake()
+	if n, _ := st.conn.Read(b[:]); n == 0 {
+		st.gone.Store(true)
+		st.conn.Close() // whoever waits for the socket then waits no more
+		st.wake()
 	}
 }
 
@@ -118,55 +118,55 @@ func (t *taken) watch() {
 const chunkHead = len("000000\r\n")
 
 // sendChunk writes b, whose first chunkHead bytes are free, as a chunk.
-func (t *taken) sendChunk(b []byte) error {
+func (st *stream) sendChunk(d *desk, b []byte) error {
 	const hex = "0123456789abcdef"
 	for i, n := 5, len(b)-chunkHead; i >= 0; i, n = i-1, n>>4 {
 		b[i] = hex[n&15]
 	}
 	b[6], b[7] = '\r', '\n'
 	b = append(b, "\r\n"...)
-	if t.ended {
+	if st.ended {
 		b = append(b, "0\r\n\r\n"...)
 	}
-	if t.opening != nil {
-		t.count.out += int64(len(t.opening))
-		b = append(t.opening, b...)
-		t.opening = nil
+	if st.opening != nil {
+		d.count.out += int64(len(st.opening))
+		b = append(st.opening, b...)
+		st.opening = nil
 	}
-	return t.write(b)
+	return st.write(d, b)
 }
 
 // write gives the socket what it takes, and keeps the rest.
-func (t *taken) write(b []byte) error {
+func (st *stream) write(d *desk, b []byte) error {
 	n := 0
-	if t.raw != nil {
+	if st.raw != nil {
 		var err error
-		if n, err = t.try.write(t.raw, b); err != nil {
+		if n, err = d.try.write(st.raw, b); err != nil {
 			return err
 		}
 	}
 	if n < len(b) {
-		t.rest = append(t.rest, b[n:]...)
+		st.rest = append(st.rest, b[n:]...)
 		return errFull
 	}
 	return nil
 }
 
 // add begins to serve a stream.
-func (p *pump) add(t *taken) {
-	if c, ok := t.conn.(syscall.Conn); ok && canTry {
-		t.raw, _ = c.SyscallConn()
+func (p *pump) add(st *stream) {
+	if c, ok := st.conn.(syscall.Conn); ok && canTry {
+		st.raw, _ = c.SyscallConn()
 	}
 	p.mu.Lock()
 	if p.streams == nil {
-		p.streams = map[*taken]struct{}{}
+		p.streams = map[*stream]struct{}{}
 	}
-	p.streams[t] = struct{}{}
+	p.streams[st] = struct{}{}
 	if len(p.streams) == 1 {
-		p.tick(t.s)
+		p.tick(st.s)
 	}
-	t.turn.Store(queued)
-	p.push(t)
+	st.turn.Store(queued)
+	p.push(st)
 	p.mu.Unlock()
 }
 
@@ -177,9 +177,9 @@ func (p *pump) tick(s *server) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		now := time.Now()
-		for t := range p.streams {
-			if t.due(now) && t.turn.CompareAndSwap(idle, queued) {
-				p.push(t)
+		for st := range p.streams {
+			if st.due(now) && st.turn.CompareAndSwap(idle, queued) {
+				p.push(st)
 			}
 		}
 		if len(p.streams) > 0 {
@@ -192,27 +192,27 @@ func (p *pump) tick(s *server) {
 func (p *pump) wakeAll() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for t := range p.streams {
-		if !t.turn.CompareAndSwap(served, again) && t.turn.CompareAndSwap(idle, queued) {
-			p.push(t)
+	for st := range p.streams {
+		if !st.turn.CompareAndSwap(served, again) && st.turn.CompareAndSwap(idle, queued) {
+			p.push(st)
 		}
 	}
 }
 
 // wake has the stream served, now or once more.
-func (t *taken) wake() {
+func (st *stream) wake() {
 	for {
-		switch t.turn.Load() {
+		switch st.turn.Load() {
 		case idle:
-			if t.turn.CompareAndSwap(idle, queued) {
-				p := &t.s.pump
+			if st.turn.CompareAndSwap(idle, queued) {
+				p := &st.s.pump
 				p.mu.Lock()
-				p.push(t)
+				p.push(st)
 				p.mu.Unlock()
 				return
 			}
 		case served:
-			if t.turn.CompareAndSwap(served, again) {
+			if st.turn.CompareAndSwap(served, again) {
 				return
 			}
 		default:
@@ -222,8 +222,8 @@ func (t *taken) wake() {
 }
 
 // push puts a stream whose turn is queued in the queue. The caller holds p.mu.
-func (p *pump) push(t *taken) {
-	p.queue = append(p.queue, t)
+func (p *pump) push(st *stream) {
+	p.queue = append(p.queue, st)
 	if p.writers < runtime.GOMAXPROCS(0) {
 		p.writers++
 		go p.write()
@@ -232,9 +232,9 @@ func (p *pump) push(t *taken) {
 
 // write is a writer: it serves what is in the queue until there is nothing.
 func (p *pump) write() {
-	var try attempt
-	var n count
-	var few [32]*taken // taken at once, so that writers don't wait for each other
+	d := desks.Get().(*desk)
+	defer desks.Put(d)
+	var few [32]*stream // taken at once, so that writers don't wait for each other
 	for {
 		p.mu.Lock()
 		batch := few[:copy(few[:], p.queue)]
@@ -248,93 +248,94 @@ func (p *pump) write() {
 		if len(batch) == 0 {
 			return
 		}
-		for _, t := range batch {
-			t.turn.Store(served)
-			t.try, t.count = &try, &n
-			t.yield(t.serve())
+		for _, st := range batch {
+			st.turn.Store(served)
+			st.yield(st.serve(d))
 		}
-		n.flush()
+		d.count.flush()
 		clear(batch)
 	}
 }
 
 // serve writes what is due.
-func (t *taken) serve() (err error) {
+func (st *stream) serve(d *desk) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			slog.Error("a stream failed", "panic", p, "stack", string(debug.Stack()))
 			err = errors.New("panic")
 		}
 	}()
-	t.mu.Lock()
-	answers := t.answers
-	t.answers = nil
-	t.mu.Unlock()
-	if len(answers) > 0 && !t.ended { // to a second goodbye Chromium says the connection failed
-		if err := t.write(answers); err != nil {
-			return err
+	if st.ws {
+		st.mu.Lock()
+		answers := st.answers
+		st.answers = nil
+		st.mu.Unlock()
+		if len(answers) > 0 && !st.ended { // to a second goodbye Chromium says the connection failed
+			if err := st.write(d, answers); err != nil {
+				return err
+			}
 		}
 	}
-	if t.gone.Load() {
+	if st.gone.Load() {
 		return net.ErrClosed
 	}
-	return t.step()
+	return st.step(d, time.Now())
 }
 
 // yield ends a turn.
-func (t *taken) yield(err error) {
+func (st *stream) yield(err error) {
 	switch {
 	case err == errFull:
-		go t.drain()
+		go st.drain()
 	case err != nil:
-		t.finish(err == io.EOF)
-	case !t.turn.CompareAndSwap(served, idle):
-		t.requeue()
+		st.finish(err == io.EOF)
+	case !st.turn.CompareAndSwap(served, idle):
+		st.requeue()
 	}
 }
 
-func (t *taken) requeue() {
-	p := &t.s.pump
-	t.turn.Store(queued)
+func (st *stream) requeue() {
+	p := &st.s.pump
+	st.turn.Store(queued)
 	p.mu.Lock()
-	p.push(t)
+	p.push(st)
 	p.mu.Unlock()
 }
 
 // drain waits for a full socket to take the rest. Each time it takes something
 // it is given writeTimeout anew.
-func (t *taken) drain() {
-	for len(t.rest) > 0 {
-		t.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
-		n, err := t.conn.Write(t.rest)
-		if t.rest = t.rest[n:]; err != nil && (n == 0 || t.gone.Load()) {
-			if !t.gone.Load() {
-				t.s.stats.dropped.Add(1)
+func (st *stream) drain() {
+	for len(st.rest) > 0 {
+		st.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
+		n, err := st.conn.Write(st.rest)
+		if st.rest = st.rest[n:]; err != nil && (n == 0 || st.gone.Load()) {
+			if !st.gone.Load() {
+				st.s.stats.dropped.Add(1)
 			}
-			t.finish(false)
+			st.finish(false)
 			return
 		}
 	}
-	t.rest = nil
-	t.conn.SetWriteDeadline(time.Time{})
-	t.requeue()
+	st.rest = nil
+	st.conn.SetWriteDeadline(time.Time{})
+	st.requeue()
 }
 
 // finish gives up all that the stream held. A stream that has said goodbye
 // leaves it to the client to close.
-func (t *taken) finish(said bool) {
-	t.turn.Store(over)
-	p := &t.s.pump
+func (st *stream) finish(said bool) {
+	st.turn.Store(over)
+	p := &st.s.pump
 	p.mu.Lock()
-	delete(p.streams, t)
+	delete(p.streams, st)
 	p.mu.Unlock()
-	t.close()
+	st.close()
 	if !said {
-		t.conn.Close()
+		st.conn.Close()
 		return
 	}
-	if c, ok := t.conn.(interface{ CloseWrite() error }); ok {
+	if c, ok := st.conn.(interface{ CloseWrite() error }); ok {
 		c.CloseWrite()
 	}
-	time.AfterFunc(lingerFor, func() { t.conn.Close() })
+	time.AfterFunc(lingerFor, func() { st.conn.Close() })
 }

@@ -354,14 +354,16 @@ const (
 	writePiece = 16 << 10
 )
 
-// A scratch is what a stream needs while it writes. One with nothing to say
-// holds none, so ten thousand idle streams share a few.
-type scratch struct {
+// A desk is what it takes to write, passed from stream to stream: one with
+// nothing to say needs none, so ten thousand idle streams share a few.
+type desk struct {
 	events []*event
 	buf    []byte
+	count  count
+	try    attempt
 }
 
-var scratches = sync.Pool{New: func() any { return new(scratch) }}
+var desks = sync.Pool{New: func() any { return new(desk) }}
 
 // serve answers a request for events by a technique, until there is no more to
 // say or the client is gone.
@@ -456,49 +458,44 @@ func (s *server) free(addr netip.Addr) {
 // stream begins a stream, over the request's connection if that may be taken
 // over, else from the request itself.
 func (s *server) stream(w http.ResponseWriter, r *http.Request, t technique, f framing, q *query) error {
-	c := &taken{stream: stream{s: s, rooms: q.rooms, addr: q.addr, f: f, tally: s.stats.tallies[t.name]}}
+	st := &stream{s: s, rooms: q.rooms, addr: q.addr, f: f, tally: s.stats.tallies[t.name]}
 	if t.name == "ws" {
-		return c.serveWebSocket(w, r, q)
+		return st.serveWebSocket(w, r, q)
 	}
 	if r.ProtoMajor == 1 && r.ProtoMinor == 1 {
-		if err := c.open(q, c.wake); err != nil {
+		if err := st.open(q, st); err != nil {
 			return err
 		}
-		return c.takeOver(w)
+		return st.takeOver(w)
 	}
-	st := &c.stream
 	if err := st.open(q, nil); err != nil {
 		return err
 	}
 	defer st.close()
-	write, rc := writer(w), http.NewResponseController(w)
-	st.send = func(b []byte) error {
-		return cmp.Or(write(b), rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline ends a stream that is silent, too
-	}
-	return st.follow(r.Context())
+	return st.follow(w, r)
 }
 
 // A stream is one client that is told of events for ever.
 type stream struct {
 	s     *server
 	rd    *reader
-	rooms []string   // as asked for
-	addr  netip.Addr // the client's
-	f     framing
 	tally *tally
-	count *count // of whoever drives the stream
-	away  func() // of a picture: called when nobody looks any more
-	send  func(b []byte) error
+	f     framing
+	send  func(*stream, *desk, []byte) error
+	until int64        // when its token or its age ends it, in Unix nanoseconds
+	beat  atomic.Int64 // when a heartbeat is due, in the same
 	room  int          // free bytes that send wants in front
 	begun bool         // hello was said
 	ended bool         // bye was said
-	until int64        // when its token or its age ends it, in Unix nanoseconds
-	beat  atomic.Int64 // when a heartbeat is due, in the same
+	takeover
+	rooms []string   // as asked for
+	addr  netip.Addr // the client's
+	away  func()     // of a picture: called when nobody looks any more
 }
 
-// open takes the stream's place in the log, and has it woken by the function
+// open takes the stream's place in the log, and has it woken by the waker
 // given, or by itself in follow; close gives up all it holds.
-func (st *stream) open(q *query, waker func()) (err error) {
+func (st *stream) open(q *query, waker waker) (err error) {
 	defer func() {
 		if err != nil {
 			st.s.free(st.addr)
@@ -535,12 +532,10 @@ func (st *stream) close() {
 	st.s.free(st.addr)
 }
 
-// step says all that is due: hello, what the cursor asks for, the roster,
-// whatever happened since, or that nothing did. It returns io.EOF when
-// the relay stops and there is no more to say.
-func (st *stream) step() error {
-	sc := scratches.Get().(*scratch)
-	defer scratches.Put(sc)
+// step says all that is due at the time now: hello, what the cursor asks for,
+// the roster, whatever happened since, or that nothing did. It returns io.EOF
+// when the stream is to end and there is no more to say.
+func (st *stream) step(d *desk, now time.Time) error {
 	if st.ended {
 		return io.EOF
 	}
@@ -549,19 +544,20 @@ func (st *stream) step() error {
 		st.rd.expectRoster()
 		head, hello := st.f.head, st.hello()
 		st.f.head, st.f.header, st.rooms = "", nil, nil // said once, and not kept by ten thousand
-		if err := st.emit(sc, head, hello); err != nil {
+		if err := st.emit(d, now, head, hello); err != nil {
 			return err
 		}
 	}
-	ending := st.s.relay.isStopping() || time.Now().UnixNano() >= st.until // asked first: what was published before the stop comes before the bye
+	// Asked before reading: what was published before the stop comes before the bye.
+	ending := st.s.relay.isStopping() || now.UnixNano() >= st.until
 	for first := true; first || st.rd.cut; first = false {
-		sc.events = st.rd.next(sc.events[:0])
+		d.events = st.rd.next(d.events[:0])
 		if st.rd.rosterDue && !st.rd.cut {
-			sc.events = st.rd.rosters(sc.events)
+			d.events = st.rd.rosters(d.events)
 		}
-		if len(sc.events) > 0 {
-			err := st.emit(sc, "", sc.events...)
-			clear(sc.events) // not to keep what the log drops
+		if len(d.events) > 0 {
+			err := st.emit(d, now, "", d.events...)
+			clear(d.events) // not to keep what the log drops
 			if err != nil {
 				return err
 			}
@@ -569,29 +565,28 @@ func (st *stream) step() error {
 	}
 	if ending {
 		st.ended = true
-		return cmp.Or(st.emit(sc, "", st.s.bye()), io.EOF)
+		return cmp.Or(st.emit(d, now, "", st.s.bye()), io.EOF)
 	}
-	if st.due(time.Now()) {
-		return st.emit(sc, st.f.beat)
+	if st.due(now) {
+		return st.emit(d, now, st.f.beat)
 	}
 	return nil
 }
 
 // emit sends a head and events, framed.
-func (st *stream) emit(sc *scratch, head string, events ...*event) error {
-	b := append(sc.buf[:0], make([]byte, st.room)...)
+func (st *stream) emit(d *desk, now time.Time, head string, events ...*event) error {
+	b := append(d.buf[:0], make([]byte, st.room)...)
 	b = append(b, head...)
 	if len(events) > 0 {
 		b = st.f.frame(b, st.rd.after, events...)
 	}
-	sc.buf = b
+	d.buf = b
 	if len(b) == st.room {
 		return nil // nothing that this technique shows; an empty chunk would be the end
 	}
-	now := time.Now()
 	st.beat.Store(now.Add(st.s.pause()).UnixNano())
-	st.count.delivered(st.tally, events, len(b), now)
-	return st.send(b)
+	d.count.delivered(st.tally, events, len(b), now)
+	return st.send(st, d, b)
 }
 
 // due reports whether the stream was silent, or has lasted, as long as it may.
@@ -606,14 +601,19 @@ func (st *stream) hello() *event {
 }
 
 // follow drives a stream the ordinary way, from its own request. It returns
-// when the client is gone or the relay stops.
-func (st *stream) follow(ctx context.Context) error {
-	st.count = new(count)
+// when the client is gone or the stream has ended.
+func (st *stream) follow(w http.ResponseWriter, r *http.Request) error {
+	write, rc := writer(w), http.NewResponseController(w)
+	st.send = func(_ *stream, _ *desk, b []byte) error {
+		return cmp.Or(write(b), rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline ends a stream that is silent, too
+	}
 	clock := time.NewTimer(0)
 	defer clock.Stop()
 	for {
-		err := st.step()
-		st.count.flush()
+		d := desks.Get().(*desk)
+		err := st.step(d, time.Now())
+		d.count.flush()
+		desks.Put(d)
 		if err == io.EOF {
 			return nil
 		}
@@ -621,7 +621,7 @@ func (st *stream) follow(ctx context.Context) error {
 			return err
 		}
 		clock.Reset(time.Until(time.Unix(0, min(st.beat.Load(), st.until))))
-		if !st.rd.wait(ctx, clock.C) && ctx.Err() != nil {
+		if !st.rd.wait(r.Context(), clock.C) && r.Context().Err() != nil {
 			return nil
 		}
 	}
@@ -667,46 +667,47 @@ func writer(w http.ResponseWriter) func([]byte) error {
 
 // serveWebSocket begins a stream that speaks both ways: the writers send what is framed, and a
 // goroutine reads what the client has to say.
-func (t *taken) serveWebSocket(w http.ResponseWriter, r *http.Request, q *query) error {
+func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *query) error {
 	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		w.Header().Set("Connection", "Upgrade")
 		w.Header().Set("Upgrade", "websocket")
-		t.s.free(t.addr)
+		st.s.free(st.addr)
 		return refuse(http.StatusUpgradeRequired, "this is a WebSocket; ask for it with Upgrade: websocket")
 	}
-	if err := t.open(q, t.wake); err != nil {
+	st.ws = true
+	if err := st.open(q, st); err != nil {
 		return err
 	}
-	t.send = t.sendFrames
-	t.token = q.claims.until()
-	conn, err := websocket.Accept(hijacker{w, t}, r, &websocket.AcceptOptions{
+	st.send = (*stream).sendFrames
+	st.token = q.claims.until()
+	conn, err := websocket.Accept(hijacker{w, st}, r, &websocket.AcceptOptions{
 		// The origin was judged by allow, as for everything else. The library
 		// compares it with Host alone, which a proxy may set to something else.
 		InsecureSkipVerify: true,
-		OnPongReceived:     func(context.Context, []byte) { t.silent.Store(0) },
+		OnPongReceived:     func(context.Context, []byte) { st.silent.Store(0) },
 	})
 	if err != nil {
-		t.close()
+		st.close()
 		return nil // Accept has answered
 	}
-	conn.SetReadLimit(t.s.body)
-	t.s.pump.add(t)
-	go t.listen(conn, &speaker{user: q.user, room: q.oneRoom(), claims: q.claims, addr: q.addr})
+	conn.SetReadLimit(st.s.body)
+	st.s.pump.add(st)
+	go st.listen(conn, &speaker{user: q.user, room: q.oneRoom(), claims: q.claims, addr: q.addr})
 	return nil
 }
 
 // sendFrames writes frames, which need nothing around them. A client that has
 // answered none of the last pings is gone, and its network did not say so.
-func (t *taken) sendFrames(b []byte) error {
-	if b[0] == 0x89 && t.silent.Add(1) > 2 {
+func (st *stream) sendFrames(d *desk, b []byte) error {
+	if b[0] == 0x89 && st.silent.Add(1) > 2 {
 		return os.ErrDeadlineExceeded
 	}
-	if t.ended && time.Now().UnixNano() >= t.token {
+	if st.ended && time.Now().UnixNano() >= st.token {
 		b = appendClose(b, websocket.StatusPolicyViolation, "the token has expired")
-	} else if t.ended {
+	} else if st.ended {
 		b = appendClose(b, websocket.StatusGoingAway, "come back in a moment")
 	}
-	return t.write(b)
+	return st.write(d, b)
 }
 
 // A speaker is who speaks through a WebSocket, and all that is kept of its
@@ -718,17 +719,17 @@ type speaker struct {
 }
 
 // listen takes what the client says, until it says no more.
-func (t *taken) listen(conn *websocket.Conn, sp *speaker) {
+func (st *stream) listen(conn *websocket.Conn, sp *speaker) {
 	defer conn.CloseNow()
 	for {
 		kind, frame, err := conn.Read(context.Background())
 		if err != nil {
 			return
 		}
-		t.tally.in.Add(int64(len(frame)) + 6) // a head and a mask, of the shortest
-		if answer := t.s.hear(sp, kind, frame); answer != nil {
+		st.tally.in.Add(int64(len(frame)) + 6) // a head and a mask, of the shortest
+		if answer := st.s.hear(sp, kind, frame); answer != nil {
 			b := answer.event().json
-			t.say(append(textFrame(nil, len(b)), b...))
+			st.say(append(textFrame(nil, len(b)), b...))
 		}
 	}
 }
@@ -738,18 +739,18 @@ func (t *taken) listen(conn *websocket.Conn, sp *speaker) {
 const maxAnswers = 16 << 10
 
 // say hands frames to the writers.
-func (t *taken) say(frames []byte) {
-	t.mu.Lock()
-	full := len(t.answers)+len(frames) > maxAnswers
+func (st *stream) say(frames []byte) {
+	st.mu.Lock()
+	full := len(st.answers)+len(frames) > maxAnswers
 	if !full {
-		t.answers = append(t.answers, frames...)
+		st.answers = append(st.answers, frames...)
 	}
-	t.mu.Unlock()
+	st.mu.Unlock()
 	if full {
-		t.gone.Store(true)
-		t.conn.Close()
+		st.gone.Store(true)
+		st.conn.Close()
 	}
-	t.wake()
+	st.wake()
 }
 
 // maxControl is the size of a frame that pings, pongs or closes (5.5), which
@@ -760,7 +761,7 @@ const maxControl = 2 + 4 + 125
 // it waits; and in a guise that leaves the writing to the writers.
 type hijacker struct {
 	http.ResponseWriter
-	t *taken
+	st *stream
 }
 
 func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
@@ -768,8 +769,8 @@ func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	h.t.conn = conn
-	guise := guise{conn, h.t}
+	h.st.conn = conn
+	guise := guise{conn, h.st}
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // a client may speak before it has our answer
 	in := bufio.NewReaderSize(bytes.NewReader(bytes.Clone(early)), max(128, len(early)))
 	in.Peek(len(early))
@@ -781,19 +782,19 @@ func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 // that no frame gets into the middle of another.
 type guise struct {
 	net.Conn
-	t *taken
+	st *stream
 }
 
 func (g guise) Write(b []byte) (int, error) {
-	g.t.say(b)
+	g.st.say(b)
 	return len(b), nil
 }
 
 // Close lets the writers send what is due first.
 func (g guise) Close() error {
-	g.t.gone.Store(true)
-	g.t.wake()
-	if g.t.turn.Load() == over {
+	g.st.gone.Store(true)
+	g.st.wake()
+	if g.st.turn.Load() == over {
 		return g.Conn.Close()
 	}
 	return nil

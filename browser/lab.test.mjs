@@ -33,7 +33,7 @@ async function all(page, count, names = ten) {
   await until(`${count} events by every technique`, async () => {
     last = await cards(page)
     return names.every(name => +last[name].delivered >= count)
-  }, 60e3).catch(error => { throw new Error(`${error.message}: ${JSON.stringify(last, null, 1)}`) })
+  }, 60e3).catch(error => { throw new Error(`${error.message}: ${names.map(name => `${name} ${last?.[name].delivered} (${last?.[name].state})`).join(', ')}`) })
   for (const name of names) {
     const { delivered, lost, doubled, disorder } = last[name]
     assert.deepEqual({ delivered, lost, doubled, disorder }, { delivered: String(count), lost: '0', doubled: '0', disorder: '0' }, name)
