@@ -50,25 +50,30 @@ func (o *origins) listed(origin string) bool {
 	return o.all
 }
 
-// allow says whether the page behind a request may make it, and writes the
-// CORS headers (https://fetch.spec.whatwg.org/#http-cors-protocol) that let
-// a page of a listed origin see the answer. For a read through <script>, <img> or
+// cors writes the headers (https://fetch.spec.whatwg.org/#http-cors-protocol)
+// that let a page of a listed origin see the answer, be it an error.
+func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
+	h := w.Header()
+	h.Add("Vary", "Origin, Sec-Fetch-Site")
+	origin := r.Header.Get("Origin")
+	if origin == "" || !o.listed(origin) {
+		return
+	}
+	h.Set("Access-Control-Allow-Origin", origin)
+	h.Set("Access-Control-Expose-Headers", "Retry-After")
+	if !o.all {
+		h.Set("Access-Control-Allow-Credentials", "true")
+	}
+}
+
+// allow says whether the page behind a request may make it. For a read through <script>, <img> or
 // <iframe>, which name no Origin, it goes by the Referer. It returns the
 // foreign origin, or "" if the page is the relay's own or there is none.
 //
 // A link from anywhere to a page of the relay may be followed: the site it is
 // on sees nothing of it.
-func (o *origins) allow(w http.ResponseWriter, r *http.Request) (string, error) {
-	h := w.Header()
-	h.Add("Vary", "Origin, Sec-Fetch-Site")
+func (o *origins) allow(r *http.Request) (string, error) {
 	origin := r.Header.Get("Origin")
-	if origin != "" && o.listed(origin) {
-		h.Set("Access-Control-Allow-Origin", origin)
-		h.Set("Access-Control-Expose-Headers", "Retry-After")
-		if !o.all {
-			h.Set("Access-Control-Allow-Credentials", "true")
-		}
-	}
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	site := r.Header.Get("Sec-Fetch-Site")
 	if origin == "" && reads && (site == "cross-site" || site == "same-site") {

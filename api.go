@@ -76,6 +76,7 @@ func bad(format string, args ...any) error {
 }
 
 var (
+	errGone     = errors.New("the client left, or takes nothing")
 	errReserved = refuse(http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another")
 	errTooBig   = fault{http.StatusRequestEntityTooLarge, "the body is too big; -body of the relay is its limit", "body", 0}
 	errSlow     = fault{http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", bodyTimeout), "body", 0}
@@ -105,8 +106,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	var f fault
 	if !errors.As(err, &f) {
-		if r.Context().Err() != nil || errors.Is(err, os.ErrDeadlineExceeded) {
-			return // a client that left, or takes nothing, is no error
+		if r.Context().Err() != nil || errors.Is(err, errGone) {
+			return // no error of ours
 		}
 		id := rand.Text()[:8]
 		f = refuse(http.StatusInternalServerError, "the relay failed; its log says more under "+id)
@@ -138,6 +139,7 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 	if !ok {
 		return s.page(w, r)
 	}
+	s.origins.cors(w, r)
 	name, verb, _ := strings.Cut(path, "/")
 	rooms, err := parseRooms(name)
 	if err != nil {
@@ -190,7 +192,7 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, method
 		w.Header().Set("Allow", methods)
 		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; "+methods+" are")
 	}
-	foreign, err := s.origins.allow(w, r)
+	foreign, err := s.origins.allow(r)
 	if err != nil {
 		return err
 	}

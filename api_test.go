@@ -486,7 +486,9 @@ func TestRefusals(t *testing.T) {
 // raw1 makes a request with a path that a client might not send as it is.
 func (b *testbed) raw1(method, path, body string, headers ...string) (*http.Response, string) {
 	b.t.Helper()
-	req, err := http.NewRequest(method, b.url, strings.NewReader(body))
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // if it should be a stream
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, b.url, strings.NewReader(body))
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -764,7 +766,6 @@ func TestPreflight(t *testing.T) {
 
 // A listed page sees what is wrong with its request, whatever that is.
 func TestErrorsAcrossOrigins(t *testing.T) {
-	t.Skip("BUG: a bad name, a wrong method and an unknown technique are refused before the CORS headers are set")
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t, pipe, func(c *settings) { c.origins = "https://friend.example" })
 		for _, test := range []struct {

@@ -46,6 +46,7 @@ func (b *bucket) take(rate float64, now time.Time) bool {
 // A gate counts what each client address has, and refuses more.
 type gate struct {
 	trustProxy bool
+	fly        bool    // that is Fly's
 	perAddr    int     // connections, and requests held, of one address
 	rate       float64 // publishes a second of one address
 
@@ -59,24 +60,24 @@ type gate struct {
 const maxAddrs = 1 << 16
 
 // addr is the client's address: that of the connection; or, behind a proxy that
-// is to be trusted, what the proxy says. Fly sets Fly-Client-IP
-// (https://fly.io/docs/networking/request-headers/); of X-Forwarded-For the last hop is the
-// proxy's own word, and all before it the client's. IPv6 counts by /64, which is
-// what one customer is given.
+// is to be trusted, what the proxy says. Of X-Forwarded-For the last hop is the
+// proxy's own word, and all before it the client's. Fly says it in a header of
+// its own (https://fly.io/docs/networking/request-headers/), which elsewhere a
+// client can send too. IPv6 counts by /64, which is what one customer is given.
 func (g *gate) addr(r *http.Request) netip.Addr {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
-	addr := from.Addr()
-	if g.trustProxy {
-		said := r.Header.Get("Fly-Client-IP")
-		if said == "" {
-			hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
-			said = strings.TrimSpace(hops[len(hops)-1])
-		}
-		if a, err := netip.ParseAddr(said); err == nil {
-			addr = a
-		}
+	if !g.trustProxy {
+		return network(from.Addr())
 	}
-	return network(addr)
+	hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
+	hop, fly := strings.TrimSpace(hops[len(hops)-1]), r.Header.Get("Fly-Client-IP")
+	if hop == "" || g.fly && fly != "" {
+		hop = fly
+	}
+	if a, err := netip.ParseAddr(hop); err == nil {
+		return network(a)
+	}
+	return network(from.Addr())
 }
 
 func network(a netip.Addr) netip.Addr {
@@ -189,23 +190,26 @@ func (d *doorman) refuse(conn net.Conn, reason string) {
 	conn.Write([]byte(refusal503))
 }
 
-// turnAway refuses a connection, and waits a second for the request, since to
-// close on one unread would take the answer from the client. In a flood it
-// doesn't wait.
+// turnAway refuses a connection the polite way: it waits a second for the request, since some
+// clients take no answer that comes before it, and another for the client to close, since to close
+// on what is unread would take the answer from it. In a flood it does not wait.
 func (d *doorman) turnAway(conn net.Conn, reason string) {
-	d.refuse(conn, reason)
 	if d.out.Add(1) > 100 {
 		d.out.Add(-1)
+		d.refuse(conn, reason)
 		conn.Close()
 		return
 	}
 	go func() {
 		defer d.out.Add(-1)
 		defer conn.Close()
+		var b [512]byte
+		conn.SetReadDeadline(time.Now().Add(time.Second))
+		conn.Read(b[:])
+		d.refuse(conn, reason)
 		if c, ok := conn.(*net.TCPConn); ok {
 			c.CloseWrite()
 		}
-		var b [512]byte
 		for n := 1; n > 0; {
 			n, _ = conn.Read(b[:])
 		}

@@ -92,7 +92,6 @@ func TestTheAddressOfAClient(t *testing.T) {
 }
 
 func TestNobodyBehindAProxyCanSayThatTheyAreTheMachineItself(t *testing.T) {
-	t.Skip("BUG: with -trust-proxy a client of any proxy but Fly's sends Fly-Client-IP: 127.0.0.1, or another for each request, and has no limits")
 	synctest.Test(t, func(t *testing.T) {
 		h := openHall(t, "-trust-proxy", "-rate", "1", "-room-rate", "5")
 		published := 0
@@ -673,7 +672,6 @@ func TestASocketThatReadsSlowlyIsNotListenedToWhenItsTokenHasExpired(t *testing.
 }
 
 func TestNothingIsToldThatWasPublishedAfterATokenExpired(t *testing.T) {
-	t.Skip("BUG: until the next tick, at most beat/15, step tells what came, and only then says bye")
 	synctest.Test(t, func(t *testing.T) {
 		h := openHall(t, "-secret", firstSecret)
 		write := "Authorization: Bearer " + signedToken(`{"write":["a"]}`)
@@ -712,16 +710,21 @@ func TestTheDoormanLetsInNoMoreThanItMay(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c.SetReadDeadline(time.Now().Add(time.Millisecond))
-			b := make([]byte, 64)
+			c.SetWriteDeadline(time.Now().Add(time.Millisecond))
+			go io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+			c.SetReadDeadline(time.Now().Add(5 * time.Second))
+			b := make([]byte, 1024)
 			n, _ := c.Read(b)
-			if strings.HasPrefix(string(b[:n]), "HTTP/1.1 503 ") {
+			switch {
+			case strings.HasPrefix(string(b[:n]), "HTTP/1.1 503 "):
 				out++
 				c.Close()
-				continue
+			case strings.HasPrefix(string(b[:n]), "HTTP/1.1 200 "):
+				in++
+				conns = append(conns, c)
+			default:
+				t.Fatalf("connection %d is answered %q", i, b[:n])
 			}
-			in++
-			conns = append(conns, c)
 		}
 		if in != most || out != 2000-most || h.refusals("connections") != out {
 			t.Errorf("%d came in, %d were refused and %d counted; want %d and %d", in, out, h.refusals("connections"), most, 2000-most)
@@ -733,7 +736,7 @@ func TestTheDoormanLetsInNoMoreThanItMay(t *testing.T) {
 		if got := h.status("192.0.2.1", "GET /healthz"); got != 200 {
 			t.Errorf("when some have gone: %d", got)
 		}
-		time.Sleep(headerTimeout)
+		time.Sleep(idleTimeout)
 		for range 3 { // and their places are given back, once each
 			for _, r := range streamsFrom(h, 20, "198.51.0.0", "GET /rooms/a/stream", nil) {
 				r.stop()

@@ -71,6 +71,7 @@ type settings struct {
 	origins     string
 	secret      string
 	trustProxy  bool
+	fly         bool // it runs on Fly.io
 	h2c         bool
 	healthcheck bool
 	beat, age   time.Duration
@@ -108,6 +109,8 @@ func parse(args []string, getenv func(string) string) (settings, error) {
 	fs.IntVar(&c.rooms, "rooms", 10_000, "rooms there may be")
 	fs.DurationVar(&c.idle, "idle", 10*time.Minute, "a room that nobody reads or publishes to for so long is forgotten")
 	fs.DurationVar(&c.present, "present", time.Minute, "who polls is present for so long after they asked")
+
+	c.fly = getenv("FLY_APP_NAME") != "" // https://fly.io/docs/machines/runtime-environment/
 
 	var err error
 	fs.VisitAll(func(f *flag.Flag) {
@@ -304,7 +307,7 @@ func newServer(c settings) (*server, error) {
 		noMetrics: c.metricsAddr != "",
 		drawings:  map[pictureOf]*drawing{},
 	}
-	s.gate.trustProxy, s.gate.perAddr, s.gate.rate = c.trustProxy, c.perAddr, c.rate
+	s.gate.trustProxy, s.gate.fly, s.gate.perAddr, s.gate.rate = c.trustProxy, c.fly, c.perAddr, c.rate
 	s.stats.start()
 	return s, nil
 }

@@ -247,7 +247,7 @@ func (r *relay) tellCount(rm *room, now time.Time) bool {
 // later is what a timer calls: do, under r.mu, and wake the room if it told anything.
 func (r *relay) later(rm *room, do func(now time.Time) bool) {
 	r.mu.Lock()
-	told := do(time.Now())
+	told := r.rooms[rm.name] == rm && do(time.Now()) // it may be forgotten
 	r.mu.Unlock()
 	if told {
 		rm.wake()
@@ -267,15 +267,24 @@ type roster struct {
 	Users map[string]string `json:"users,omitzero"`
 }
 
-// roster returns the room's roster at the time now. The caller holds relay.mu.
+// roster returns who is in the room at the time now. A join that is held back
+// for its rate is left out: it will be told, and not twice. The caller holds
+// relay.mu.
 func (rm *room) roster(now time.Time) roster {
 	if rm.crowd.counted {
 		return roster{Count: rm.here}
 	}
-	return rm.everyone(now)
+	ros := roster{Users: map[string]string{}}
+	for user, l := range rm.leases {
+		if state := l.now(now); state != "offline" && l.told != "offline" {
+			ros.Users[user] = state
+		}
+	}
+	ros.Count = len(ros.Users)
+	return ros
 }
 
-// everyone is the roster with all names, crowd or not.
+// everyone is who is here by the clock, crowd or not.
 func (rm *room) everyone(now time.Time) roster {
 	ros := roster{Users: map[string]string{}}
 	for user, l := range rm.leases {

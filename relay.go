@@ -61,7 +61,7 @@ type view struct {
 	floor    int64    // the newest message lost; what is at or below it can't be read any more
 	messages []*event // oldest first
 	signals  []*event // oldest first; kept apart, so that they never push a message out
-	spilled  int64    // the newest signal dropped before its time
+	spilled  int64    // the newest signal dropped before its time, or presence event dropped
 }
 
 // A room is one named log.
@@ -242,8 +242,8 @@ func (r *relay) keep(rm *room, e *event) {
 		rm.signalBytes += e.size()
 		now := time.Now().UnixMilli()
 		for len(v.signals) > r.events || len(v.signals) > 1 && (rm.signalBytes > r.roomBytes || v.signals[0].expires <= now) {
-			if v.signals[0].expires > now {
-				v.spilled = v.signals[0].id
+			if e := v.signals[0]; e.expires > now || e.kind == "presence" {
+				v.spilled = e.id
 			}
 			rm.signalBytes -= r.drop(rm, v.signals[0])
 			v.signals = v.signals[1:]
@@ -452,7 +452,10 @@ func (r *relay) subscribe(w want) (*reader, error) {
 	rd.after = w.after
 	switch mark := r.mark.Load(); {
 	case w.after < 0:
-		rd.after, rd.told = rd.newest(w.last), mark
+		rd.after = rd.newest(w.last)
+		for _, rm := range rd.rooms {
+			rd.told = max(rd.told, rm.view.Load().floor)
+		}
 	case w.after > mark:
 		rd.reason = "future"
 	case w.after < r.start:
@@ -562,7 +565,11 @@ func (rd *reader) next(batch []*event) []*event {
 			if now == 0 {
 				now = time.Now().UnixMilli()
 			}
-			if e.expires <= now || e.kind == "presence" && (!rd.presence || e.id <= rd.rostered) {
+			if e.kind == "presence" && (!rd.presence || e.id <= rd.rostered) {
+				continue
+			}
+			if e.expires <= now {
+				rd.rosterDue = rd.rosterDue || e.kind == "presence" && rd.rostered != 0
 				continue
 			}
 		}
@@ -575,12 +582,9 @@ func (rd *reader) next(batch []*event) []*event {
 
 // gap returns the event that tells of what the reader may have lost in a
 // room, or nil. Its id is the cursor to go on from, so it has its place among
-// the events. A floor beyond the mark was raised while we read: the reader
-// then goes to the mark, and is told when it next reads.
+// the events.
 func (rd *reader) gap(rm *room, floor, mark int64) *event {
-	if floor > mark {
-		floor = 0
-	}
+	floor = min(floor, mark) // one beyond was raised while we read, and is told when we read on
 	reason := rd.reason
 	if reason == "" {
 		if floor <= max(rd.after, rd.told) {
@@ -603,11 +607,13 @@ func between(log []*event, after, mark int64) []*event {
 	return log[from:to]
 }
 
-// oldest returns which of the logs begins with the smallest id.
+// oldest returns which of the logs begins with the smallest id. An event comes
+// before a gap of the same id: who takes that for a cursor must have the event.
 func oldest(heads [][]*event) int {
 	first := 0
 	for i := range heads {
-		if heads[i][0].id < heads[first][0].id {
+		a, b := heads[i][0], heads[first][0]
+		if a.id < b.id || a.id == b.id && b.kind == "gap" {
 			first = i
 		}
 	}

@@ -398,14 +398,13 @@ func TestAGapBeyondTheMarkIsToldOnTheNextRead(t *testing.T) {
 	rd := openReader(t, r, "a", 0, want{})
 	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
 	r.mark.Store(r.start + 3)
-	wantRead(t, rd, "")
+	wantRead(t, rd, "3:a:gap(history)")
 	r.mark.Store(r.start + 6)
 	wantRead(t, rd, "4:a:gap(history) 5:a:x 6:a:x")
 }
 
 // Who then reads other rooms will not come to that next read.
 func TestAGapBeyondTheMarkIsToldToWhoChangesRooms(t *testing.T) {
-	t.Skip("BUG: next passes over what was lost up to the mark, and tells it only if the same room is read next; floor = min(floor, mark) in gap would tell it now")
 	r := testRelay(limits{events: 2})
 	rd := openReader(t, r, "a", 0, want{})
 	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
@@ -424,7 +423,6 @@ func TestAGapBeyondTheMarkIsToldToWhoChangesRooms(t *testing.T) {
 // The newest N of the history may go before they are read, as of a room in a
 // hurry while hello is written.
 func TestWhatIsLostOfTheNewestIsToldByAGap(t *testing.T) {
-	t.Skip("BUG: told is the mark at subscribe; the floors at that time would do")
 	r := testRelay(limits{events: 3})
 	publishScript(t, r, "a:x a:x a:x a:x")
 	rd := openReader(t, r, "a", -1, want{last: 3})
@@ -1121,7 +1119,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 						for turn := rnd.IntN(20); turn >= 0; turn-- {
 							batch := rd.next(nil)
 							for _, e := range batch {
-								if e.id <= last {
+								if e.id < last || e.id == last && e.kind != "gap" { // a gap may stand at the event before it
 									t.Errorf("%d comes behind %d", e.id-r.start, last-r.start)
 								}
 								last = e.id

@@ -74,6 +74,7 @@ type pump struct {
 	queue   []*stream
 	writers int
 	streams map[*stream]struct{}
+	ticking bool // a tick is due
 }
 
 // takeOver serves the stream over the request's own connection. The handler is
@@ -162,7 +163,8 @@ func (p *pump) add(st *stream) {
 		p.streams = map[*stream]struct{}{}
 	}
 	p.streams[st] = struct{}{}
-	if len(p.streams) == 1 {
+	if !p.ticking {
+		p.ticking = true
 		p.tick(st.s)
 	}
 	st.turn.Store(queued)
@@ -182,7 +184,7 @@ func (p *pump) tick(s *server) {
 				p.push(st)
 			}
 		}
-		if len(p.streams) > 0 {
+		if p.ticking = len(p.streams) > 0; p.ticking {
 			p.tick(s)
 		}
 	})

@@ -548,9 +548,9 @@ func (st *stream) step(d *desk, now time.Time) error {
 			return err
 		}
 	}
-	// Asked before reading: what was published before the stop comes before the bye.
-	ending := st.s.relay.isStopping() || now.UnixNano() >= st.until
-	for first := true; first || st.rd.cut; first = false {
+	expired := now.UnixNano() >= st.until
+	stopping := st.s.relay.isStopping() // asked before reading: what was published before the stop comes before the bye
+	for more := !expired; more; more = st.rd.cut {
 		d.events = st.rd.next(d.events[:0])
 		if st.rd.rosterDue && !st.rd.cut {
 			d.events = st.rd.rosters(d.events)
@@ -563,7 +563,7 @@ func (st *stream) step(d *desk, now time.Time) error {
 			}
 		}
 	}
-	if ending {
+	if expired || stopping {
 		st.ended = true
 		return cmp.Or(st.emit(d, now, "", st.s.bye()), io.EOF)
 	}
@@ -630,7 +630,7 @@ func (st *stream) follow(w http.ResponseWriter, r *http.Request) error {
 // pause is how long a stream is silent before a heartbeat: a little less than
 // the beat it promises, and not the same for all.
 func (s *server) pause() time.Duration {
-	return s.beat*14/15 - mathrand.N(s.beat/15)
+	return s.beat*14/15 - mathrand.N(s.beat/6)
 }
 
 // bye sends a client away until the retry it names, in milliseconds: a second
@@ -649,14 +649,12 @@ func writer(w http.ResponseWriter) func([]byte) error {
 		for len(b) > 0 {
 			piece := b[:min(len(b), writePiece)]
 			b = b[len(piece):]
-			if err := rc.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
-				return err
-			}
+			rc.SetWriteDeadline(time.Now().Add(writeTimeout))
 			if _, err := w.Write(piece); err != nil {
-				return err
+				return errGone
 			}
 			if err := rc.Flush(); err != nil {
-				return err
+				return errGone
 			}
 		}
 		return nil

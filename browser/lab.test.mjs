@@ -9,7 +9,7 @@ const ten = ['refresh', 'multipart', 'html', 'poll', 'iframe', 'longpoll', 'stre
 const once = ten.filter(name => name !== 'refresh' && name !== 'multipart') // a page that comes anew says again what it said; server push has its picture beside it
 
 let relay
-before(async () => relay = await start())
+before(async () => relay = await start('-beat', '2s'))
 after(() => relay?.stop())
 
 const cards = page => page.evaluate(() => Object.fromEntries([...document.querySelectorAll('.card')].map(card => [card.id, { ...card.dataset }])))

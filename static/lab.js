@@ -10,9 +10,10 @@ const now = () => performance.timeOrigin + performance.now()
 
 // One technique at work.
 
+let beat = 15e3 // in which a stream says something
 const ids = new Map // of the events of this page, by number
 const memory = 5000 // events within which one that comes twice is known for that
-const calls = ['asks', 'opens', 'gets', 'hears', 'takes', 'reads', 'rests', 'breaks', 'ends']
+const calls = ['asks', 'opens', 'gets', 'hears', 'takes', 'reads', 'lives', 'rests', 'breaks', 'ends']
 
 class Line {
   constructor(technique, start) {
@@ -96,8 +97,10 @@ class Line {
     if (this.caught === undefined) this.note(`asks for what came after …${String(this.cursor).slice(-6)}`)
   }
 
+  lives() { this.sign = now() }
+
   opens(head = this.head) {
-    const at = now()
+    const at = this.sign = now()
     this.first ??= at - this.sent
     this.caught ??= at
     this.state = 'open'
@@ -107,6 +110,7 @@ class Line {
   }
 
   gets(body, bytes = size(body)) {
+    this.lives()
     this.lastly.body = body
     this.down += bytes
   }
@@ -117,6 +121,7 @@ class Line {
   }
 
   hears({ type, id, data }) {
+    if (type === 'hello') beat = data.beat * 1e3
     if (type === 'bye') return this.ends(Object.assign(new Error('the relay said bye'), { retry: data.retry }))
     if (id) this.cursor = id
     if (type === 'gap') {
@@ -147,6 +152,11 @@ class Line {
     this.stop('broken off')
     this.note(error.message)
     this.timer = setTimeout(() => this.seek(), error.retry || Math.min(8000, 500 * 2 ** this.fails++) * (0.5 + Math.random()))
+  }
+
+  /** Not all say that they broke off. What should hear a heartbeat and does not has. */
+  watch() {
+    if (this.state === 'open' && !this.short && now() - this.sign > Math.max(beat, this.waits || 0) * 1.2 + 2000) this.ends(new Error('nothing came for too long'))
   }
 
   /** Is this one new, the next, or one too many? */
@@ -584,7 +594,7 @@ $('#again').onclick = async e => {
 recolour()
 dark.addEventListener('change', recolour)
 setInterval(show, 250)
-setInterval(allot, 1000)
+setInterval(() => { allot(); all10.forEach(line => line.watch()) }, 1000)
 drawAll()
 show()
 await Promise.all(all10.filter(line => line.cookies).map(async line => { // whose answers no page sees the heads of

@@ -34,6 +34,7 @@ const refused = answer => Object.assign(new Error(`the relay answered ${answer.s
 //     line.gets(bytes)       some of its body came, as text
 //     line.hears(event)      and that was an event
 //     line.reads(texts)      the lines that a page shows now
+//     line.lives()           something came, if only a heartbeat
 //     line.rests()           the answer is whole
 //     line.ends(error)       it broke, or is over when it should not be
 
@@ -75,8 +76,8 @@ export const techniques = [
       const url = line.url({ last: 0, form: 0 })
       line.asks(url)
       const frame = line.frame(url)
-      frame.onload = () => line.ends(new Error('the page ended'))
       const watch = new MutationObserver(() => {
+        line.lives()
         for (let p; (p = frame.contentDocument?.querySelector('main > .message:not([data-read])'));) {
           const said = p.querySelector('span')
           if (!p.nextElementSibling && !pattern.test(said?.textContent)) return // not all of it is there
@@ -87,15 +88,12 @@ export const techniques = [
           if (old.length > 100) old[0].remove() // it never ends, but the memory does
         }
       })
-      const timer = setInterval(() => { // a frame does not say when its page begins
-        const page = frame.contentDocument?.querySelector('main')
-        if (!page) return
-        clearInterval(timer)
+      const leave = watchFrame(line, frame, page => {
         line.opens()
+        line.gets(page.documentElement.outerHTML)
         watch.observe(page, { childList: true, subtree: true, characterData: true })
-        line.gets(page.outerHTML)
-      }, 20)
-      return () => { clearInterval(timer); watch.disconnect(); frame.remove() }
+      })
+      return () => { watch.disconnect(); leave(); frame.remove() }
     },
   },
   {
@@ -112,6 +110,7 @@ export const techniques = [
       const url = line.url()
       line.asks(url)
       const frame = line.frame(url, true)
+      const leave = watchFrame(line, frame)
       const hear = e => {
         if (e.source !== frame.contentWindow) return
         if (e.data.type === 'hello') line.opens()
@@ -120,12 +119,11 @@ export const techniques = [
         frame.contentDocument?.querySelectorAll('script:not(:last-of-type)').forEach(old => old.remove())
       }
       addEventListener('message', hear)
-      frame.onload = () => line.ends(new Error('the frame ended'))
-      return () => { removeEventListener('message', hear); frame.remove() }
+      return () => { removeEventListener('message', hear); leave(); frame.remove() }
     },
   },
   {
-    name: 'longpoll', title: 'Long polling', year: 'about 2000',
+    name: 'longpoll', title: 'Long polling', year: 'about 2000', waits: 25e3,
     says: 'The same question with a patient answer: it is held until there is something to say.',
     how: 'As fetch tells it.',
     open: line => askAgain(line, { wait: 25 }),
@@ -154,7 +152,7 @@ export const techniques = [
     },
   },
   {
-    name: 'jsonp', title: 'JSONP', year: '2005', cookies: true,
+    name: 'jsonp', title: 'JSONP', year: '2005', cookies: true, waits: 25e3,
     says: 'A long poll through a script tag, which once was the only way to ask another site.',
     how: 'Put together from what the script handed over; its own bytes a script tag shows to nobody.',
     open(line) {
@@ -256,6 +254,20 @@ function askAgain(line, query, pause) {
   }
   go().catch(line.ends)
   return () => abort.abort()
+}
+
+/** A frame does not say when its page begins, nor that it breaks off; some browsers let one see it, else silence must tell. */
+function watchFrame(line, frame, begins) {
+  let begun
+  const timer = setInterval(() => {
+    const page = frame.contentDocument
+    if (!page || begun && page.readyState !== 'loading') return line.ends(new Error('the page broke off'))
+    if (begun || !page.querySelector('main, script')) return
+    begun = true
+    begins?.(page)
+  }, 50)
+  frame.onload = () => line.ends(new Error('the page ended'))
+  return () => clearInterval(timer)
 }
 
 /** Cuts text into lines, wherever the network cut it; those that begin with { are events. */
