@@ -491,6 +491,7 @@ func (s *server) post(room string, p post) (id int64, fresh bool, err error) {
 	p.room = room
 	if id, fresh, err = s.relay.publish(p); fresh {
 		s.stats.published.Add(1)
+		s.ease()
 	}
 	return id, fresh, err
 }

@@ -75,6 +75,9 @@ func TestTheAddressOfAClient(t *testing.T) {
 		{true, "10.0.0.1:99", "X-Forwarded-For: 203.0.113.9|X-Forwarded-For: 198.51.100.1", "198.51.100.1"},
 		{true, "10.0.0.1:99", "X-Forwarded-For: 2001:db8:1:2:3::9", "2001:db8:1:2::"},
 		{true, "10.0.0.1:99", "X-Forwarded-For: ::ffff:198.51.100.1", "198.51.100.1"},
+		{true, "10.0.0.1:99", "X-Forwarded-For: 198.51.100.1|Fly-Client-IP: 203.0.113.9", "198.51.100.1"},
+		{true, "10.0.0.1:99", "X-Forwarded-For: 198.51.100.1|Fly-Client-IP: 203.0.113.9|Fly: yes", "203.0.113.9"},
+		{false, "10.0.0.1:99", "Fly-Client-IP: 203.0.113.9|Fly: yes", "10.0.0.1"},
 		{true, "10.0.0.1:99", "X-Forwarded-For: unknown", "10.0.0.1"},
 		{true, "10.0.0.1:99", "X-Forwarded-For: 198.51.100.1,", "10.0.0.1"},
 	} {
@@ -85,7 +88,7 @@ func TestTheAddressOfAClient(t *testing.T) {
 				r.Header.Add(name, value)
 			}
 		}
-		if got := (&gate{trustProxy: tc.trust}).addr(r).String(); got != tc.want {
+		if got := (&gate{trustProxy: tc.trust, fly: strings.Contains(tc.headers, "Fly: yes")}).addr(r).String(); got != tc.want {
 			t.Errorf("from %s with %q, trusted: %v, it is %s, want %s", tc.conn, tc.headers, tc.trust, got, tc.want)
 		}
 	}

@@ -220,6 +220,7 @@ func TestFiles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t, pipe)
 		names, _ := os.ReadDir("static")
+		etags := map[string]string{}
 		for _, name := range append([]string{"/"}, func() (paths []string) {
 			for _, n := range names {
 				paths = append(paths, "/"+n.Name())
@@ -244,6 +245,10 @@ func TestFiles(t *testing.T) {
 				t.Errorf("%s: %v, want %s and nosniff", name, h, kind)
 			}
 			etag := h.Get("ETag")
+			if other, ok := etags[etag]; ok && other != string(want) {
+				t.Errorf("%s: the ETag %s is another file's", name, etag)
+			}
+			etags[etag] = string(want)
 			if !regexp.MustCompile(`^"[0-9a-f]{16,}"$`).MatchString(etag) || h.Get("Cache-Control") == "" || h.Get("Content-Security-Policy") == "" {
 				t.Errorf("%s: %v", name, h)
 			}

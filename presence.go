@@ -125,7 +125,7 @@ func (r *relay) declare(name, user, state string) error {
 	l := r.lease(rm, user)
 	switch {
 	case state == "offline" && l.streams > 1:
-		l.leaving = min(l.leaving+1, l.streams-1)
+		l.leaving = min(l.leaving+1, l.streams)
 	case state == "offline":
 		l.leaving = l.streams
 		l.state, l.typing, l.until = state, time.Time{}, now

@@ -161,18 +161,22 @@ func (r *relay) append(p post) (*room, int64, error) {
 			return nil, id, nil
 		}
 	}
+	now := time.Now()
+	limited := !p.free && p.kind != "presence" && p.picture == nil
+	if rm != nil && limited && !rm.rate.take(r.roomRate, now) {
+		return nil, 0, errRoomTooFast
+	}
 	if rm == nil || rm.place == nil {
 		if r.idlest.Len() >= r.limits.rooms {
 			return nil, 0, errTooManyRooms
 		}
-		rm = r.open(p.room)
+		if rm == nil {
+			rm = r.open(p.room)
+			rm.rate.take(r.roomRate, now) // a new room has some
+		}
 		rm.place = r.idlest.PushFront(rm)
 	}
 
-	now := time.Now()
-	if !p.free && p.kind != "presence" && p.picture == nil && !rm.rate.take(r.roomRate, now) {
-		return nil, 0, errRoomTooFast
-	}
 	e := &event{
 		id:   r.mark.Load() + 1,
 		at:   now.UnixMilli(),
@@ -431,9 +435,17 @@ func (r *relay) subscribe(w want) (*reader, error) {
 		rd.woken = make(chan struct{}, 1)
 	}
 	r.mu.Lock()
-	if w.user != "" && r.leases+len(w.rooms) > r.limits.users {
-		r.mu.Unlock()
-		return nil, errTooManyUsers
+	if w.user != "" {
+		leases := r.leases
+		for _, name := range w.rooms {
+			if rm := r.rooms[name]; rm == nil || rm.leases[w.user] == nil {
+				leases++
+			}
+		}
+		if leases > r.leases && leases > r.limits.users {
+			r.mu.Unlock()
+			return nil, errTooManyUsers
+		}
 	}
 	told := false
 	for _, name := range w.rooms {

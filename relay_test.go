@@ -393,7 +393,7 @@ func TestWhoHasNoCursorIsToldOfNoGap(t *testing.T) {
 
 // A publisher may drop what lies behind the mark while a reader is between
 // loading the mark and the views. Here the mark stands for one loaded early.
-func TestAGapBeyondTheMarkIsToldOnTheNextRead(t *testing.T) {
+func TestAGapBeyondTheMarkIsToldAtTheMark(t *testing.T) {
 	r := testRelay(limits{events: 2})
 	rd := openReader(t, r, "a", 0, want{})
 	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
@@ -401,6 +401,18 @@ func TestAGapBeyondTheMarkIsToldOnTheNextRead(t *testing.T) {
 	wantRead(t, rd, "3:a:gap(history)")
 	r.mark.Store(r.start + 6)
 	wantRead(t, rd, "4:a:gap(history) 5:a:x 6:a:x")
+}
+
+// Such a gap has the mark's id, which is also that of an event. The event comes
+// first: who is cut off between the two goes on from that id, and must have it.
+func TestAnEventComesBeforeAGapOfItsID(t *testing.T) {
+	for _, rooms := range []string{"a,b", "b,a"} {
+		r := testRelay(limits{events: 2})
+		rd := openReader(t, r, rooms, 0, want{})
+		publishScript(t, r, "b:x a:x b:x b:x b:x")
+		r.mark.Store(r.start + 2)
+		wantRead(t, rd, "2:a:x 2:b:gap(history)")
+	}
 }
 
 // Who then reads other rooms will not come to that next read.

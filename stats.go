@@ -247,6 +247,9 @@ func (s *server) publishStats() {
 		return
 	}
 	s.stats.ticking.Store(false)
+	if err == nil && s.relay.isRead(statsRoom, 0) { // who came in between
+		s.startStats()
+	}
 }
 
 // isRead reports whether the room has readers, or had one not long ago.

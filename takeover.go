@@ -232,6 +232,21 @@ func (p *pump) push(st *stream) {
 	}
 }
 
+// ease holds a publisher up, for a tenth of a second at most, while the stream
+// that waits longest is a quarter of a history behind. Without it a few that publish as
+// fast as they can would run away from a thousand who read.
+func (s *server) ease() {
+	for range 100 {
+		s.pump.mu.Lock()
+		ahead := len(s.pump.queue) > 0 && s.relay.mark.Load()-s.pump.queue[0].rd.after > int64(s.relay.events)/4
+		s.pump.mu.Unlock()
+		if !ahead {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // write is a writer: it serves what is in the queue until there is nothing.
 func (p *pump) write() {
 	d := desks.Get().(*desk)

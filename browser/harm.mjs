@@ -51,8 +51,12 @@ export async function mortal() {
     },
     /** The messages that the relay keeps: what every page must have, no more, no less, in this order. */
     async truth(room) {
-      const { events } = await (await fetch(`${url}/rooms/${room}/poll?last=4000`)).json()
-      return events.filter(({ type }) => type === 'message').map(({ id, data }) => `${id} ${data}`)
+      const all = []
+      for (let from = 'last=4000', answer; !answer || answer.events.length; from = 'after=' + answer.cursor) {
+        answer = await (await fetch(`${url}/rooms/${room}/poll?presence=0&${from}`)).json()
+        all.push(...answer.events)
+      }
+      return all.filter(({ type }) => type === 'message').map(({ id, data }) => `${id} ${data}`)
     },
     async presence(room) {
       return (await (await fetch(`${url}/rooms/${room}/presence`)).json()).users

@@ -2,7 +2,7 @@
 // is counted is what happened; graphs and pictures move; and no console says anything.
 
 import assert from 'node:assert/strict'
-import { after, before, describe, test } from 'node:test'
+import { after, afterEach, before, describe, test } from 'node:test'
 import { browse, browsers, open, secure, sleep, start, until, wire } from './relay.mjs'
 
 const ten = ['refresh', 'multipart', 'html', 'poll', 'iframe', 'longpoll', 'stream', 'jsonp', 'sse', 'ws']
@@ -54,6 +54,7 @@ async function burst(page, count) {
 for (const name of browsers) describe(name, () => {
   let browser
   before(async () => browser = await browse(name))
+  afterEach(async () => { for (const page of await browser.pages()) if (page.url() !== 'about:blank') await page.close() })
   after(() => browser?.close())
 
   test('the lab: 200 events by every technique, none lost, none twice, in order, through cuts', async () => {
@@ -89,7 +90,6 @@ for (const name of browsers) describe(name, () => {
       net.cut() // for real: nobody said goodbye
       await all(page, 80 + 30 * (i + 1))
     }
-    await page.close()
     net.stop()
   })
 
@@ -108,7 +108,6 @@ for (const name of browsers) describe(name, () => {
     await burst(page, 20)
     await all(page, 40)
     assert.deepEqual(page.errors, [])
-    await page.close()
   })
 
   test('the lab: six more wait, with all that is short, and go on', async () => {
@@ -122,7 +121,6 @@ for (const name of browsers) describe(name, () => {
     await press(page, '#more')
     await all(page, 20)
     assert.deepEqual(page.errors, [])
-    await page.close()
   })
 
   test('the lab: each can be cut, stopped and begun, and the bytes are shown', async () => {
@@ -139,7 +137,7 @@ for (const name of browsers) describe(name, () => {
     await press(page, '#ws .halt')
     await all(page, 10)
     await sleep(500)
-    const bytes = Object.fromEntries(await Promise.all(ten.map(async name => [name, await say(page, `#${name} .out`) + await say(page, `#${name} .in`)])))
+    const bytes = Object.fromEntries(await Promise.all(ten.map(async name => [name, await say(page, `#${name} .out`) + '\n' + await say(page, `#${name} .in`)])))
     for (const name of ten) {
       assert.match(bytes[name], new RegExp(`^GET /rooms/lab-\\w{4}/${name}\\?\\S+ HTTP/1.1\nHost: `), name)
       assert.match(bytes[name], /\nHTTP\/1.1 (200 OK|101 Switching Protocols)\n/, name)
@@ -150,14 +148,12 @@ for (const name of browsers) describe(name, () => {
     assert.match(bytes.multipart, /content-type: multipart\/x-mixed-replace; boundary=/)
     assert.match(await say(page, '#multipart .shownas'), name === 'firefox' ? /whole pages/ : /pictures so, but not pages/)
     assert.deepEqual(page.errors, [])
-    await page.close()
   })
 
   test('the lab: a proxy that holds back is found out', async () => {
     const net = await wire(relay.port, { clumps: 1100 })
     const page = await lab(browser, net.url)
     assert.match(await say(page, '#held'), /^Yes\..*Server-sent events/)
-    await page.close()
     net.stop()
   })
 
@@ -168,13 +164,12 @@ for (const name of browsers) describe(name, () => {
     await set(page, '#every', 1)
     await press(page, '#reset')
     await press(page, '#more')
-    await until('all six are open', async () => !/waits/.test(await say(page, '#extra')))
+    await until('all six are open', async () => !/waits, /.test(await say(page, '#extra')))
     await burst(page, 20)
     await all(page, 20)
     const states = Object.values(await cards(page)).map(card => card.state)
     assert.deepEqual(states, ten.map(() => 'open'))
     assert.deepEqual(page.errors, [])
-    await page.close()
     net.stop()
   })
 
@@ -207,7 +202,6 @@ for (const name of browsers) describe(name, () => {
     await until('it goes on', async () => await curve() !== still)
     assert.match(await say(page, '#relay .legend'), /ws [1-9]/)
     assert.deepEqual(page.errors, [])
-    await page.close()
   })
 
   test('the picture changes, without a script', async () => {
@@ -224,6 +218,5 @@ for (const name of browsers) describe(name, () => {
     await fetch(`${relay.url}/rooms/${room}`, { method: 'POST', body: '-3' })
     await until('it changed again', async () => await shot() !== two)
     assert.deepEqual(page.errors, [])
-    await page.close()
   })
 })

@@ -36,7 +36,7 @@ export const techniques = {
   // So we reconnect, and ask for events without names.
   sse({ url, line, done }) {
     const source = new EventSource(url({ names: 0 }))
-    for (const name of ['message', 'hello', 'presence', 'gap', 'beat', 'bye']) source.addEventListener(name, e => line(e.data))
+    for (const name of ['message', 'beat']) source.addEventListener(name, e => line(e.data))
     source.onerror = () => done(new CometError('the EventSource ended'))
     return () => source.close()
   },
@@ -180,7 +180,7 @@ export class Comet extends EventTarget {
     super()
     const base = this.#base = new URL(url, globalThis.location?.href)
     const path = base.pathname.replace(/\/$/, '').split('/')
-    this.rooms = path.pop().split(',')
+    this.rooms = decodeURIComponent(path.pop()).split(',')
     base.pathname = path.join('/')
     this.#options = { via, presence, shared, every, ...options }
     this.#list = known(via)

@@ -598,7 +598,7 @@ setInterval(() => { allot(); all10.forEach(line => line.watch()) }, 1000)
 drawAll()
 show()
 await Promise.all(all10.filter(line => line.cookies).map(async line => { // whose answers no page sees the heads of
-  line.head = headOf(await ask(address(line.name, { callback: 'x' }), { method: 'HEAD', credentials: 'same-origin' }))
+  line.head = headOf(await ask(address(line.name, { callback: 'x', wait: every() }), { method: 'HEAD', credentials: 'same-origin' }))
 }))
 await findPlaces()
 await choice()

@@ -42,7 +42,7 @@ export const techniques = [
   {
     name: 'refresh', title: 'Client pull', year: '1995', cookies: true, page: true, short: true,
     says: 'The page’s head tells the browser to fetch it anew, every few seconds, for ever.',
-    how: 'The page as the browser understood it: the bytes themselves it shows to nobody.',
+    how: 'The page as the browser understood it, for its bytes it shows to nobody; the head is that of a HEAD request.',
     open(line) {
       const url = line.url({ wait: every(), form: 0 })
       const frame = line.frame(url)
@@ -71,7 +71,7 @@ export const techniques = [
   {
     name: 'html', title: 'Endless page', year: 'about 1995', cookies: true, page: true,
     says: 'A page that never ends: the browser shows what has come of it, so the server just goes on.',
-    how: 'As the browser understood it: a page’s own bytes it shows to nobody.',
+    how: 'The newest line as the browser understood it, for its bytes it shows to nobody; the head is that of a HEAD request.',
     open(line) {
       const url = line.url({ last: 0, form: 0 })
       line.asks(url)
@@ -105,7 +105,7 @@ export const techniques = [
   {
     name: 'iframe', title: 'Forever frame', year: 'about 2000', cookies: true,
     says: 'A hidden page that never ends; each event in it is a script, which hands it to the page around.',
-    how: 'Put together from the event that the frame handed over.',
+    how: 'Put together from the event that the frame handed over; the head is that of a HEAD request.',
     open(line) {
       const url = line.url()
       line.asks(url)
@@ -154,7 +154,7 @@ export const techniques = [
   {
     name: 'jsonp', title: 'JSONP', year: '2005', cookies: true, waits: 25e3,
     says: 'A long poll through a script tag, which once was the only way to ask another site.',
-    how: 'Put together from what the script handed over; its own bytes a script tag shows to nobody.',
+    how: 'Put together from what the script handed over; the head is that of a HEAD request.',
     open(line) {
       const callback = 'lab_' + unique()
       let script, heard
@@ -180,7 +180,7 @@ export const techniques = [
   {
     name: 'sse', title: 'Server-sent events', year: '2006', cookies: true,
     says: 'The streamed answer as a standard: the browser reads it, reconnects by itself, and says where it was.',
-    how: 'Put together from the event that the EventSource handed over.',
+    how: 'Put together from the event that the EventSource handed over; the head is that of a HEAD request.',
     open(line) {
       const url = line.url(), source = new EventSource(url)
       const more = () => `Accept: text/event-stream\nCache-Control: no-cache\n${line.state === 'asks again' ? `Last-Event-ID: ${line.cursor}\n` : ''}`
