@@ -361,6 +361,7 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 			if err != nil || resp.StatusCode == 200 {
 				return resp, err
 			}
+			io.Copy(io.Discard, resp.Body) // and keeps the connection: another might not be let in
 			resp.Body.Close()
 			if kind != "longpoll" || resp.Header.Get("Retry-After") == "" {
 				return nil, fmt.Errorf("answered %s", resp.Status)
@@ -554,10 +555,12 @@ var floods = []struct {
 	refused string // is counted under this
 	full    bool   // nobody new is let in while it lasts
 	kept    int    // MB that the relay may need for it beside what it needs anyway
+	said    string // is answered to some
+	unsaid  string // and this to none
 }{
 	{"connections that say nothing", func(f *flood) {
 		f.each(1500, func(int) { f.dial() })
-	}, "connections", true, 60},
+	}, "connections", true, 60, "", ""},
 
 	{"slow heads", func(f *flood) {
 		f.each(1500, func(i int) {
@@ -569,7 +572,7 @@ var floods = []struct {
 				}
 			}
 		})
-	}, "connections", true, 60},
+	}, "connections", true, 60, "", ""},
 
 	{"slow bodies", func(f *flood) {
 		f.each(400, func(i int) {
@@ -581,7 +584,7 @@ var floods = []struct {
 				}
 			}
 		})
-	}, "", false, 60},
+	}, "", false, 60, "", ""},
 
 	{"streams that close their half", func(f *flood) {
 		f.each(4, func(worker int) {
@@ -593,7 +596,7 @@ var floods = []struct {
 				}
 			}
 		})
-	}, "", false, 60},
+	}, "", false, 60, "", "503 Service Unavailable"}, // who left has no place any more
 
 	{"slow readers", func(f *flood) {
 		f.each(400, func(i int) {
@@ -603,7 +606,7 @@ var floods = []struct {
 		})
 		time.Sleep(floodFor / 4)
 		f.posts(2, func(int, int) (string, string) { return "/rooms/big", strings.Repeat("x", maxBody) })
-	}, "", false, 60},
+	}, "", false, 60, "", ""},
 
 	{"streams in all", func(f *flood) {
 		f.each(1200, func(i int) {
@@ -611,7 +614,7 @@ var floods = []struct {
 				f.first(conn)
 			}
 		})
-	}, "streams", true, 60},
+	}, "streams", true, 60, "", ""},
 
 	{"streams of one address", func(f *flood) {
 		f.each(300, func(i int) {
@@ -619,11 +622,11 @@ var floods = []struct {
 				f.first(conn)
 			}
 		})
-	}, "address", false, 60},
+	}, "address", false, 60, "", ""},
 
 	{"rooms", func(f *flood) {
 		f.posts(8, func(worker, n int) (string, string) { return fmt.Sprintf("/rooms/r%d-%d", worker, n), "hi" })
-	}, "rooms", false, 60},
+	}, "rooms", false, 60, "", ""},
 
 	{"rooms that are only read", func(f *flood) {
 		f.each(400, func(i int) {
@@ -635,19 +638,19 @@ var floods = []struct {
 				f.first(conn)
 			}
 		})
-	}, "", false, 60},
+	}, "", false, 60, "", ""},
 
 	{"users", func(f *flood) {
 		f.posts(8, func(worker, n int) (string, string) {
 			return fmt.Sprintf("/rooms/a/presence?user=%064d", worker<<24+n), "online"
 		})
-	}, "users", false, 60},
+	}, "users", false, 60, "", ""},
 
 	{"keys", func(f *flood) {
 		f.posts(8, func(worker, n int) (string, string) {
 			return fmt.Sprintf("/rooms/k%d?key=%0128d", n%100, worker<<24+n), "hi"
 		})
-	}, "", false, 60},
+	}, "", false, 60, "", ""},
 
 	{"publishes of one address", func(f *flood) {
 		f.each(8, func(int) {
@@ -662,7 +665,7 @@ var floods = []struct {
 				}
 			}
 		})
-	}, "rate", false, 60},
+	}, "rate", false, 60, "", ""},
 
 	{"WebSockets that do nothing", func(f *flood) {
 		f.each(1200, func(i int) {
@@ -670,7 +673,7 @@ var floods = []struct {
 				f.first(conn)
 			}
 		})
-	}, "streams", true, 60},
+	}, "streams", true, 60, "", ""},
 
 	{"pings, and pongs that nobody reads", func(f *flood) {
 		f.each(50, func(i int) {
@@ -690,7 +693,7 @@ var floods = []struct {
 				conn.Close()
 			}
 		})
-	}, "", false, 60},
+	}, "", false, 60, "cut off", ""},
 
 	{"frames too many and too long", func(f *flood) {
 		f.each(20, func(i int) {
@@ -715,7 +718,7 @@ var floods = []struct {
 				conn.Close()
 			}
 		})
-	}, "rate", false, 60},
+	}, "rate", false, 60, "cut off", ""},
 }
 
 const webSocketHead = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
@@ -830,6 +833,9 @@ func TestHonestClientsNoticeNoneOfTheFloodsAndAllIsGivenBackAfterwards(t *testin
 			if fl.refused != "" && c.refusals(fl.refused) == before {
 				t.Errorf("no refusal is counted under %s; this was no flood: %v", fl.refused, f.said)
 			}
+			if fl.said != "" && f.said[fl.said] == 0 || f.said[fl.unsaid] > 0 {
+				t.Errorf("they were answered %v; want %q, and not %q", f.said, fl.said, fl.unsaid)
+			}
 			if limit := floodStreams + 100 + 100 + 20; most > limit {
 				t.Errorf("it had %d descriptors open; its limits make %d", most, limit)
 			}
@@ -838,6 +844,7 @@ func TestHonestClientsNoticeNoneOfTheFloodsAndAllIsGivenBackAfterwards(t *testin
 			}
 			h.finish(t)
 			eventually(t, 3*time.Second, "its descriptors are given back", func() bool { return c.descriptors() <= descriptors+5 })
+			eventually(t, 5*time.Second, "its rooms and users are forgotten", func() bool { return c.metric("rooms") <= 1 && c.metric("users") == 0 })
 			after := 0.0
 			eventually(t, 3*time.Second, "its memory is given back", func() bool { after = memory(); return after < start+12 })
 			t.Logf("%.1f s, %v, %.0f MB at most, %.0f before it, %.0f after, %d descriptors at most", time.Since(began).Seconds(), f.said, peak, start, after, most)

@@ -161,7 +161,7 @@ func TestEveryTechniqueComesThroughRealProxies(t *testing.T) {
 	defer all.Wait()
 	for _, p := range proxies {
 		all.run(t, p.name, func(t *testing.T) {
-			c := startRelay(t, nil, "-h2c", "-trust-proxy", "-rate", "1", "-beat", proxyBeat.String())
+			c := startRelay(t, []string{"FLY_APP_NAME=cometes"}, "-h2c", "-trust-proxy", "-rate", "1", "-beat", proxyBeat.String())
 			for i, addr := range startProxy(t, p.name, p.config, c.addr, len(p.ways), p.args) {
 				w := p.ways[i]
 				client := &http.Client{Transport: &http.Transport{}} // asks for gzip
@@ -388,7 +388,8 @@ func (g *goer) waits() {
 	if d := time.Since(start); err != io.EOF || !strings.Contains(said.String(), `"events":[]`) || d < 2*time.Second || d > 2*time.Second+atOnce {
 		g.t.Errorf("after %v %v %s; want an empty answer after 2 s", d, err, said)
 	}
-	said, over, leave = g.open(query + "2")
+	cursor := regexp.MustCompile(`"cursor":\d+`).FindString(said.String())
+	said, over, leave = g.open(query + "2&after=" + strings.TrimPrefix(cursor, `"cursor":`))
 	g.gauge(1, atOnce)
 	g.publish("one")
 	g.hears(said, over, `"data":"one"`)
@@ -442,7 +443,7 @@ func (g *goer) isLost() {
 	g.t.Logf("%s: %.100v", status, err)
 }
 
-func TestItIsTheHeartbeatsThatKeepAStreamAliveBehindAProxy(t *testing.T) {
+func TestWithoutHeartbeatsAProxyCutsAStreamButALeavingIsStillNoticed(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 5 s")
 	}
@@ -452,9 +453,20 @@ func TestItIsTheHeartbeatsThatKeepAStreamAliveBehindAProxy(t *testing.T) {
 		all.run(t, p.name, func(t *testing.T) {
 			c := startRelay(t, nil, "-h2c", "-beat", "1m")
 			ways := startProxy(t, p.name, p.config, c.addr, len(p.ways), p.args)
-			g := &goer{t: t, c: c, base: "http://" + ways[0], client: &http.Client{Transport: &http.Transport{}}, tech: techniques[slices.IndexFunc(techniques, func(t technique) bool { return t.name == "stream" })], room: "a"}
+			open := func(name, query string) (*goer, *syncedLog, chan error, func()) {
+				i := slices.IndexFunc(techniques, func(t technique) bool { return t.name == name })
+				g := &goer{t: t, c: c, base: "http://" + ways[0], client: &http.Client{Transport: &http.Transport{}}, tech: techniques[i], room: "a"}
+				said, over, leave := g.open(query)
+				return g, said, over, leave
+			}
+			for _, name := range []string{"ws", "sse", "multipart", "longpoll"} {
+				g, _, _, leave := open(name, "")
+				g.gauge(1, atOnce)
+				leave()
+				g.gauge(0, atOnce)
+			}
 			start := time.Now()
-			said, over, leave := g.open("")
+			g, said, over, leave := open("stream", "")
 			defer leave()
 			g.hears(said, over, "hello")
 			select {

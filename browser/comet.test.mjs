@@ -2,11 +2,13 @@
 // back and breaks, tabs with their locks and channels, and a clock that we turn. Run it with `npm test`.
 
 import assert from 'node:assert/strict'
+import { setMaxListeners } from 'node:events'
 import { readFileSync } from 'node:fs'
 import { afterEach, beforeEach, mock, test } from 'node:test'
 import { gzipSync } from 'node:zlib'
 import { Comet, CometError, backoff, lines, techniques } from '../static/comet.js'
 
+setMaxListeners(0) // many questions, one signal
 const text = new TextEncoder()
 const soon = fn => setImmediate(fn)
 const aborted = () => new DOMException('aborted', 'AbortError')
@@ -384,7 +386,7 @@ test('lines are the same wherever the network cuts them', () => {
 
 test('backoff doubles, is capped, and is spread over all of the time', () => {
   for (const [r, tries, ms] of [[1, 0, 1e3], [1, 1, 2e3], [1, 4, 16e3], [1, 5, 30e3], [1, 5000, 30e3], [0.5, 2, 2e3], [0, 9, 0]]) {
-    const { mock: { restore } } = mock.method(Math, 'random', () => r)
+    mock.method(Math, 'random', () => r)
     assert.equal(backoff(tries), ms)
     Math.random.mock.restore()
   }
@@ -1445,6 +1447,41 @@ test('a frozen leader is asked, and then its lock is taken; thawed, it follows',
   assert(!old.comet.leader)
   assert.deepEqual(old.got, [1, 2])
   assert.equal(net.open.size, 1)
+})
+
+test('a hidden leader does not look whether its connection is dead, so who is seen asks', async () => {
+  const leader = await opened()
+  const tab = await opened()
+  document.hidden = true
+  await pass(6e3)
+  document.hidden = false
+  tab.hear('visibilitychange') // the other tab stays hidden, and has no timer
+  net.only.silent = true
+  relay.publish(1)
+  await pass(80e3, 1e3)
+  assert.deepEqual(tab.got, [1])
+  assert(leader.comet.leader)
+  net.only.silent = true
+  relay.publish(2)
+  document.hidden = true
+  await pass(60e3, 1e3)
+  document.hidden = false
+  tab.hear('visibilitychange')
+  await pass(2e3)
+  assert.deepEqual(tab.got, [1, 2], 'at once when it is seen')
+})
+
+test('the network coming back wakes hidden pages too', async () => {
+  const { comet, hear } = alone()
+  await settle()
+  document.hidden = true
+  net.down = true
+  net.cut()
+  await pass(60e3, 1e3)
+  net.down = false
+  hear('online')
+  await settle()
+  assert.equal(comet.status, 'open')
 })
 
 test('a leader that is only quiet keeps its lock', async () => {

@@ -20,13 +20,13 @@ export const missing = (...files) => !process.env.CI && files.filter(file => !ex
 let binary
 function build() {
   if (binary) return binary
-  const folder = mkdtempSync(join(tmpdir(), 'cometes-'))
+  const folder = mkdtempSync(join(tmpdir(), 'chat-test-'))
   ended.add(() => rmSync(folder, { recursive: true, force: true }))
-  execFileSync('go', ['build', '-o', join(folder, 'cometes'), '.'], { cwd: fileURLToPath(new URL('..', import.meta.url)), stdio: 'inherit' })
-  return binary = join(folder, 'cometes')
+  execFileSync('go', ['build', '-o', join(folder, 'relay'), '.'], { cwd: fileURLToPath(new URL('..', import.meta.url)), stdio: 'inherit' })
+  return binary = join(folder, 'relay')
 }
 
-/** A relay with short heartbeats that lets us publish as fast as we like. */
+/** A relay with short heartbeats, that soon misses who polled, and lets us publish as fast as we like. */
 export async function mortal() {
   const free = net.createServer(), port = await listen(free), url = `http://127.0.0.1:${port}`
   await new Promise(done => free.close(done))
@@ -34,13 +34,16 @@ export async function mortal() {
   const relay = {
     url, port,
     async begin() {
-      child = spawn(process.env.COMETES || build(), ['-addr', `127.0.0.1:${port}`, '-beat', '1s', '-rate', '10000', '-events', '4000'],
+      child = spawn(process.env.COMETES || build(), ['-addr', `127.0.0.1:${port}`, '-beat', '1s', '-rate', '10000', '-events', '4000', '-present', '12s'],
         { stdio: ['ignore', 'ignore', process.env.COMETES_LOG ? 'inherit' : 'ignore'] })
+      const mine = child
+      mine.once('exit', (code, signal) => mine.meant || console.error(`the relay ended by itself: ${signal ?? code}`))
       await until('the relay answers', () => fetch(url + '/healthz').then(answer => answer.ok, () => false))
     },
     /** It says goodbye to nobody. */
     kill: () => new Promise(done => {
       if (child.exitCode !== null || child.signalCode) return done()
+      child.meant = true
       child.once('exit', done)
       child.kill('SIGKILL')
     }),

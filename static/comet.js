@@ -7,9 +7,7 @@
  *
  * The ways in which a server can speak first differ only in how an event travels: each is one short function of
  * the same shape, see `techniques`. The rest is what all of them need: a cursor, patience, and manners.
- *
- * Every event is dispatched under its type, and as `event`. Ours are `status` and `undelivered`; what is published
- * under one of these three names comes as `event` only. Types and options: comet.d.ts.
+ * Types, options and events: comet.d.ts.
  */
 
 /**
@@ -509,7 +507,10 @@ export class Comet extends EventTarget {
     if (!this.#others.has(from)) navigator.locks.request(from, { signal: this.#session.signal }, () => this.#others.delete(from)).catch(() => { })
     this.#others.add(from)
     if (use) this.#choose(use)
-    if (here && this.leader) this.#post({ detail: this.#detail, prev: this.cursor, event: { id: this.cursor } })
+    if (here && this.leader) {
+      this.#look() // hidden, we would not
+      this.#post({ detail: this.#detail, prev: this.cursor, event: { id: this.cursor } })
+    }
     if (use || here || this.leader) return
     this.#due = Date.now() + 35e3
     this.#asked = false
@@ -554,7 +555,7 @@ export class Comet extends EventTarget {
   #page = ({ type, persisted }) => {
     if (type === 'pagehide') this.#leave()
     else if (type === 'pageshow') persisted && this.#start()
-    else if (!hidden()) this.#wake(type === 'online')
+    else if (type === 'online' || !hidden()) this.#wake(type === 'online')
   }
 
   /** Goes, and says so if no other tab stays. */
@@ -570,24 +571,29 @@ export class Comet extends EventTarget {
     this.#fails = 0
     this.#tick()
     this.#stir()
+    if (!this.leader) this.#post({ here: true })
     if (this.status !== 'closed') this.#seek(+again)
   }
 
-  /** While the page is seen, looks whether the connection is dead or the clock jumped. */
+  /** Looks; and goes on looking while the page is seen, also whether the clock jumped. */
   #tick() {
     clearTimeout(this.#pulse)
+    this.#look()
     if (hidden()) return
-    const now = Date.now()
-    if (Math.abs(now - this.#ticked) > 15e3) return this.#wake(true)
-    this.#ticked = now
+    if (Math.abs(Date.now() - this.#ticked) > 15e3) return this.#wake(true)
+    this.#ticked = Date.now()
     this.#pulse = setTimeout(() => this.#tick(), 5e3)
-    if (now < this.#due) return
+  }
+
+  /** Is the connection dead? Or the leader? That is asked, and if it doesn't answer its lock is taken: it may be frozen. */
+  #look() {
+    if (Date.now() < this.#due) return
     if (this.#link) this.#link.done(new CometError('nothing came for too long'))
     else if (!this.#channel || this.leader) return
-    else if (this.#asked) this.#start({ steal: true }) // the leader may be frozen, so take its lock
+    else if (this.#asked) this.#start({ steal: true })
     else {
       this.#asked = true
-      this.#due = now + 4e3
+      this.#due = Date.now() + 4e3
       this.#post({ here: true })
     }
   }
