@@ -686,7 +686,9 @@ var floods = []struct {
 				conn.SetWriteDeadline(time.Now().Add(floodFor))
 				for !f.isOver() {
 					if _, err := conn.Write(pings); err != nil {
-						f.note("cut off")
+						if !f.isOver() {
+							f.note("cut off")
+						}
 						break
 					}
 				}
@@ -710,7 +712,9 @@ var floods = []struct {
 				}
 				for !f.isOver() {
 					if _, err := conn.Write(frame); err != nil {
-						f.note("cut off")
+						if !f.isOver() {
+							f.note("cut off")
+						}
 						break
 					}
 					frame[0] &^= byte(n % 2) // goes on

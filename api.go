@@ -53,6 +53,7 @@ type server struct {
 	noMetrics bool          // they are on an address of their own
 	pump      pump
 	held      atomic.Int64 // streams, and requests that wait
+	leaving   atomic.Int64 // of those, how many there were when the relay stopped
 	stats     stats
 
 	drawingMu sync.Mutex // guards drawings

@@ -348,6 +348,7 @@ func serve(ctx context.Context, s *server, srv *http.Server, listener net.Listen
 
 // stop ends every stream.
 func (s *server) stop() {
+	s.leaving.Store(s.held.Load())
 	s.relay.stop()
 	s.pump.wakeAll()
 }

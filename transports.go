@@ -636,7 +636,8 @@ func (s *server) pause() time.Duration {
 // bye sends a client away until the retry it names, in milliseconds: a second
 // at least, and in all a hundred clients a second, but within half a minute.
 func (s *server) bye() *event {
-	spread := min(max(s.held.Load()*10, 2000), 30_000)
+	spread := min(max(s.held.Load(), s.leaving.Load())*10, 30_000)
+	spread = max(spread, 2000)
 	retry := 1000 + mathrand.Int64N(spread)
 	return notice{Type: "bye", Data: map[string]int64{"retry": retry}}.event()
 }

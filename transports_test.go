@@ -1179,13 +1179,13 @@ func checkSignals(t *testing.T, b *testbed, k earKind) {
 	}
 	all := []string{"message m0", "typing s0", "message m1", "typing s1", "message m2", "typing s2", "message m3", "typing s3"}
 	live.expect(all...)
-	time.Sleep(5*time.Second - time.Millisecond)
+	time.Sleep(4900 * time.Millisecond) // TestPublishSignal has the moment
 	e := b.listen(k, "a", "after="+before)
 	if k.streams() {
 		e.begin()
 	}
 	e.expect(all...)
-	time.Sleep(time.Millisecond)
+	time.Sleep(200 * time.Millisecond)
 	e = b.listen(k, "a", "after="+before)
 	if k.streams() {
 		e.begin()

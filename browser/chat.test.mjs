@@ -379,6 +379,7 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     const shot = async (name, scheme, viewport) => {
       await page.setViewport(viewport)
       await page.emulateMediaFeatures([{ name: 'prefers-color-scheme', value: scheme }])
+      await until('ada is there', async () => await state(page) === 'open' && (await who(page)).ada === 'online') // to become a phone it loads anew
       await sleep(200)
       await page.screenshot({ path: join(shots, name + '.png') })
       assert.ok(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), name + ': nothing sticks out to the side')

@@ -208,6 +208,7 @@ for (const name of browsers) describe(name, () => {
     const room = 'look-' + name
     const page = await open(browser, `${relay.url}/stats.html?room=${room}`)
     const shot = async () => Buffer.from(await (await page.$('#live')).screenshot()).toString('base64')
+    await page.evaluate(() => document.querySelector('#live').scrollIntoView())
     await until('the picture is there', () => page.evaluate(() => document.querySelector('#live').naturalWidth === 640))
     await sleep(1000)
     const empty = await shot()

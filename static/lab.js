@@ -93,7 +93,7 @@ class Line {
     if (this.held.length > 100) this.held.shift()
     const head = `GET ${url} HTTP/1.1\nHost: ${location.host}\nUser-Agent: ${navigator.userAgent}\n${more}`
     this.up += size(head) + head.split('\n').length // a line ends in two bytes
-    this.lastly = { out: head, head: '', body: '' }
+    this.asking = head
     if (this.caught === undefined) this.note(`asks for what came after …${String(this.cursor).slice(-6)}`)
   }
 
@@ -105,7 +105,7 @@ class Line {
     this.caught ??= at
     this.state = 'open'
     this.fails = 0
-    this.lastly.head = head
+    this.lastly = { out: this.asking, head, body: '' }
     this.down += size(head) + head.split('\n').length
   }
 
@@ -266,7 +266,7 @@ class Line {
     }))
     this.noted = false
     if ($('details', card).open) {
-      put($('.out', card), `${this.lastly.out || ''}(and what the browser adds: Accept, cookies …)`)
+      put($('.out', card), `${this.lastly.out || this.asking || ''}(and what the browser adds: Accept, cookies …)`)
       put($('.in', card), `${this.lastly.head || ''}\n${(this.lastly.body || '').slice(0, 4000)}`)
     }
   }
@@ -383,13 +383,15 @@ const sent = [] // when
 async function publish(count) {
   due = Math.min(due + count, 5000)
   publishing ??= (async () => {
-    for (; due > 0; due--) await post(published + 1)
+    for (; due > 0; due--) await post()
     publishing = undefined
   })()
   return publishing
 }
 
-async function post(n) {
+async function post() {
+  await resetting // which takes a moment
+  const n = published + 1
   for (let tries = 0; ; tries++) {
     const at = now(), text = `${run} #${n} ${at.toFixed(1)} `
     const body = text.padEnd($('#bytes').valueAsNumber || 0, 'comet ')
@@ -438,10 +440,14 @@ function since(name) {
   return { connections: is.connections, requests: is.requests - was.requests, delivered: is.delivered - was.delivered, in: is.in - was.in, out: is.out - was.out }
 }
 
-async function reset() {
-  await measure()
-  base = relay
-  for (const line of all10) line.reset()
+let resetting
+
+function reset() {
+  resetting = measure().then(() => {
+    base = relay
+    for (const line of all10) line.reset()
+  })
+  return resetting
 }
 
 // The verdict: ticks, evenly sent, come evenly, unless something in between collects them.
@@ -589,6 +595,14 @@ $('#again').onclick = async e => {
   e.target.disabled = true
   await verdict()
   e.target.disabled = false
+}
+
+let away
+document.onvisibilitychange = () => { // connections are for all tabs together, so a page that nobody sees gives back its own
+  clearTimeout(away)
+  const rest = 'rests until it is seen'
+  if (document.hidden) away = setTimeout(() => all10.filter(line => line.wanted && (line.needsPlace || line.picture)).forEach(line => line.stop(rest)), 3000)
+  else all10.filter(line => line.state === rest).forEach(line => line.seek())
 }
 
 recolour()
