@@ -683,7 +683,7 @@ var floods = []struct {
 					return
 				}
 				pings := bytes.Repeat(maskedFrame(9, strings.Repeat("p", 125)), 100)
-				conn.SetWriteDeadline(time.Now().Add(floodFor))
+				conn.SetWriteDeadline(time.Now().Add(floodFor + time.Second/2))
 				for !f.isOver() {
 					if _, err := conn.Write(pings); err != nil {
 						if !f.isOver() {
@@ -705,7 +705,7 @@ var floods = []struct {
 					return
 				}
 				go io.Copy(io.Discard, conn)
-				conn.SetWriteDeadline(time.Now().Add(floodFor))
+				conn.SetWriteDeadline(time.Now().Add(floodFor + time.Second/2))
 				frame := maskedFrame(1, strings.Repeat("x", 1000))
 				if n%2 == 1 { // begins a message that never ends
 					frame[0] &^= 0x80

@@ -38,6 +38,7 @@ type lease struct {
 	here   bool      // counted in room.here
 	told   string    // what the room was last told
 	toldAt time.Time // and when
+	joined time.Time // when it was last told that they are here
 	timer  *time.Timer
 }
 
@@ -180,7 +181,10 @@ func (r *relay) settle(rm *room, user string, l *lease, now time.Time) (told boo
 	case rm.crowd.counted || rm.here > crowdAbove:
 		l.told = state
 		told = r.tellCount(rm, now)
-	case state == "offline" || !now.Before(rest):
+	case state == "offline" || !now.Before(rest) || l.told == "offline" && !now.Before(l.joined.Add(tellEvery)):
+		if l.told == "offline" {
+			l.joined = now
+		}
 		if l.told != "offline" || state == "offline" { // typing may follow on coming online at once
 			l.toldAt = now
 			rest = now.Add(tellEvery)
