@@ -752,9 +752,9 @@ func TestAReaderThatTakesNothingCostsLittle(t *testing.T) {
 		t.Skip("takes 2 s")
 	}
 	const readers = 200
-	for _, tc := range []struct{ name, body, bug string }{
-		{"of text", strings.Repeat("x", maxBody), "the kernel lets a connection's send buffer grow to 4 MB (tcp_wmem), so 60 slow readers fill a machine of 256 MB; the doorman could SetWriteBuffer"},
-		{"of what JSON makes six times as long", strings.Repeat("<", maxBody), "of an event of 64 KiB of < each slow reader is kept 390 KB, 100 MB for one address; the limit could be that of the event as it is kept"},
+	for _, tc := range []struct{ name, body string }{
+		{"of text", strings.Repeat("x", maxBody)},
+		{"of what JSON makes six times as long", strings.Repeat("<", maxBody)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := startRelay(t, nil)
@@ -777,7 +777,7 @@ func TestAReaderThatTakesNothingCostsLittle(t *testing.T) {
 			ours, kernels := (c.metric("memory_bytes")-before)/readers/1e3, float64(c.unsent())/readers/1e3
 			t.Logf("of each the relay keeps %.0f KB, and the kernel %.0f KB", ours, kernels)
 			if ours+kernels > 400 {
-				t.Skip("BUG: ", tc.bug)
+				t.Errorf("that is too much")
 			}
 		})
 	}

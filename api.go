@@ -54,6 +54,7 @@ type server struct {
 	pump      pump
 	held      atomic.Int64 // streams, and requests that wait
 	leaving   atomic.Int64 // of those, how many there were when the relay stopped
+	owed      atomic.Int64 // bytes that full sockets did not take; no more than the log may have
 	stats     stats
 
 	drawingMu sync.Mutex // guards drawings

@@ -232,10 +232,17 @@ func (v *visitor) Close() error {
 	return v.Conn.Close()
 }
 
-// CloseWrite and SyscallConn are those of the TCP connection within.
+// CloseWrite, SetWriteBuffer and SyscallConn are those of the TCP connection within.
 func (v *visitor) CloseWrite() error {
 	if c, ok := v.Conn.(*net.TCPConn); ok {
 		return c.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+func (v *visitor) SetWriteBuffer(bytes int) error {
+	if c, ok := v.Conn.(*net.TCPConn); ok {
+		return c.SetWriteBuffer(bytes)
 	}
 	return errors.ErrUnsupported
 }

@@ -81,7 +81,11 @@ func freePorts(t *testing.T, n int) (all []string) {
 // as a user without privileges, and returns the addresses of its ways.
 func startProxy(t *testing.T, program, file, relay string, n int, args func(dir, config string) []string) []string {
 	t.Helper()
-	if _, err := exec.LookPath(program); err != nil {
+	path, err := exec.LookPath(program)
+	if err != nil {
+		path, err = exec.LookPath("/usr/sbin/" + program) // of which not everybody's PATH knows
+	}
+	if err != nil {
 		if os.Getenv("CI") == "true" {
 			t.Fatalf("%s is not installed, and CI has to have it: apt-get install nginx haproxy caddy", program)
 		}
@@ -108,19 +112,19 @@ func startProxy(t *testing.T, program, file, relay string, n int, args func(dir,
 	if !strings.Contains(config, "60s") {
 		t.Fatalf("%s has no 60s to make %v of", file, proxyIdle)
 	}
-	path := filepath.Join(dir, file)
-	if err := os.WriteFile(path, []byte(strings.ReplaceAll(config, "60s", proxyIdle.String())), 0o644); err != nil {
+	file = filepath.Join(dir, file)
+	if err := os.WriteFile(file, []byte(strings.ReplaceAll(config, "60s", proxyIdle.String())), 0o644); err != nil {
 		t.Fatal(err)
 	}
 
-	cmd := exec.Command(program, args(dir, path)...)
+	cmd := exec.Command(path, args(dir, file)...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	if os.Getuid() == 0 {
 		const nobody = 65534
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
-		for _, name := range []string{dir, path} {
+		for _, name := range []string{dir, file} {
 			if err := os.Chown(name, nobody, nobody); err != nil {
 				t.Fatal(err)
 			}

@@ -435,17 +435,9 @@ func (r *relay) subscribe(w want) (*reader, error) {
 		rd.woken = make(chan struct{}, 1)
 	}
 	r.mu.Lock()
-	if w.user != "" {
-		leases := r.leases
-		for _, name := range w.rooms {
-			if rm := r.rooms[name]; rm == nil || rm.leases[w.user] == nil {
-				leases++
-			}
-		}
-		if leases > r.leases && leases > r.limits.users {
-			r.mu.Unlock()
-			return nil, errTooManyUsers
-		}
+	if err := r.admit(w); err != nil {
+		r.mu.Unlock()
+		return nil, err
 	}
 	told := false
 	for _, name := range w.rooms {
@@ -478,6 +470,30 @@ func (r *relay) subscribe(w want) (*reader, error) {
 		rd.wake()
 	}
 	return rd, nil
+}
+
+// onlyRead is how many rooms there may be that are read and were not published to.
+const onlyRead = 10_000
+
+// admit says whether there is room for who wants to read.
+func (r *relay) admit(w want) error {
+	rooms, leases := len(r.rooms), r.leases
+	for _, name := range w.rooms {
+		rm := r.rooms[name]
+		if rm == nil {
+			rooms++
+		}
+		if w.user != "" && (rm == nil || rm.leases[w.user] == nil) {
+			leases++
+		}
+	}
+	switch {
+	case rooms > len(r.rooms) && rooms > r.limits.rooms+onlyRead:
+		return errTooManyRooms
+	case leases > r.leases && leases > r.limits.users:
+		return errTooManyUsers
+	}
+	return nil
 }
 
 // wake wakes the readers of all the reader's rooms.

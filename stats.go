@@ -39,6 +39,7 @@ type stats struct {
 	dropped   atomic.Int64 // clients that took nothing for writeTimeout
 	skipped   atomic.Int64 // messages that a graph of numbers could not show
 	ticking   atomic.Bool  // the room _stats is published to
+	asked     atomic.Int64 // when it was last asked for, Unix nanoseconds
 	tallies   map[string]*tally
 	refused   map[string]*atomic.Int64 // by reason
 }
@@ -207,6 +208,7 @@ const (
 
 // startStats begins to publish to the room _stats, unless that goes on already.
 func (s *server) startStats() {
+	s.stats.asked.Store(time.Now().UnixNano())
 	if s.stats.ticking.CompareAndSwap(false, true) {
 		time.AfterFunc(0, s.publishStats)
 	}
@@ -242,14 +244,21 @@ func (s *server) publishStats() {
 		"uptime":     int64(time.Since(s.stats.started).Seconds()),
 	})
 	_, _, err := s.relay.publish(post{room: statsRoom, kind: "stats", data: data})
-	if err == nil && s.relay.isRead(statsRoom, 5*statsEvery) {
+	if err == nil && s.statsWanted() {
 		time.AfterFunc(statsEvery, s.publishStats)
 		return
 	}
 	s.stats.ticking.Store(false)
-	if err == nil && s.relay.isRead(statsRoom, 0) { // who came in between
+	if err == nil && s.statsWanted() { // by who came in between
 		s.startStats()
 	}
+}
+
+// statsWanted reports whether somebody reads the room _stats, or did lately, or
+// is about to: who asked for it may not have its place in the room yet.
+func (s *server) statsWanted() bool {
+	const lately = 5 * statsEvery
+	return s.relay.isRead(statsRoom, lately) || time.Since(time.Unix(0, s.stats.asked.Load())) < lately
 }
 
 // isRead reports whether the room has readers, or had one not long ago.

@@ -38,6 +38,10 @@ var errFull = errors.New("the socket is full")
 // first; closing on what it still says would take the end from it.
 const lingerFor = time.Second
 
+// sendBuffer is how many bytes the kernel may keep for a client that is slow to
+// take them. Left to itself, Linux would keep megabytes.
+const sendBuffer = 32 << 10
+
 // A takeover is what a stream over a connection that was taken over has more
 // than one that is driven by its own request.
 type takeover struct {
@@ -148,6 +152,10 @@ func (st *stream) write(d *desk, b []byte) error {
 	}
 	if n < len(b) {
 		st.rest = append(st.rest, b[n:]...)
+		if st.s.owed.Add(int64(len(st.rest))) > int64(st.s.relay.allBytes) {
+			st.s.stats.dropped.Add(1)
+			return errGone // there is no room to wait for all who are slow
+		}
 		return errFull
 	}
 	return nil
@@ -155,6 +163,9 @@ func (st *stream) write(d *desk, b []byte) error {
 
 // add begins to serve a stream.
 func (p *pump) add(st *stream) {
+	if c, ok := st.conn.(interface{ SetWriteBuffer(int) error }); ok {
+		c.SetWriteBuffer(sendBuffer)
+	}
 	if c, ok := st.conn.(syscall.Conn); ok && canTry {
 		st.raw, _ = c.SyscallConn()
 	}
@@ -325,6 +336,7 @@ func (st *stream) drain() {
 	for len(st.rest) > 0 {
 		st.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 		n, err := st.conn.Write(st.rest)
+		st.s.owed.Add(-int64(n))
 		if st.rest = st.rest[n:]; err != nil && (n == 0 || st.gone.Load()) {
 			if !st.gone.Load() {
 				st.s.stats.dropped.Add(1)
@@ -342,6 +354,7 @@ func (st *stream) drain() {
 // leaves it to the client to close.
 func (st *stream) finish(said bool) {
 	st.turn.Store(over)
+	st.s.owed.Add(-int64(len(st.rest)))
 	p := &st.s.pump
 	p.mu.Lock()
 	delete(p.streams, st)

@@ -336,7 +336,7 @@ func refresh(q *query) framing {
 	return framing{
 		mime: "text/html; charset=utf-8",
 		header: map[string]string{
-			"Refresh":                 strconv.Itoa(int(q.wait / time.Second)),
+			"Refresh":                 strconv.Itoa(max(1, int(q.wait/time.Second))),
 			"Content-Security-Policy": q.pagePolicy(),
 		},
 		batch: func(b []byte, _ int64, events []*event) []byte { return page(b, q, events) },

@@ -2,7 +2,7 @@
 // two browsers.
 
 import { execFileSync, spawn } from 'node:child_process'
-import { mkdtempSync, rmSync } from 'node:fs'
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import http from 'node:http'
 import http2 from 'node:http2'
 import net from 'node:net'
@@ -47,8 +47,8 @@ export async function start(...args) {
   return { url, port, stop: () => new Promise(done => { child.once('exit', done); child.kill() }) }
 }
 
-/** A network in between: cut() breaks every connection; held back, what the relay says comes on in clumps. */
-export async function wire(to, { clumps } = {}) {
+/** A network in between: cut() breaks every connection. */
+export async function wire(to) {
   const sockets = new Set
   const server = net.createServer(client => {
     const relay = net.connect(to, '127.0.0.1')
@@ -58,30 +58,28 @@ export async function wire(to, { clumps } = {}) {
       socket.on('error', () => { })
       socket.on('close', () => { sockets.delete(socket); client.destroy(); relay.destroy() })
     }
-    client.pipe(relay)
-    if (!clumps) return relay.pipe(client)
-    let kept = []
-    relay.on('data', part => kept.push(part))
-    const timer = setInterval(() => { client.write(Buffer.concat(kept)); kept = [] }, clumps)
-    client.on('close', () => clearInterval(timer))
+    client.pipe(relay).pipe(client)
   })
   const port = await listen(server)
   const cut = () => sockets.forEach(socket => socket.resetAndDestroy())
   return { url: `http://127.0.0.1:${port}`, cut, stop: () => { cut(); server.close() } }
 }
 
-/** A proxy that speaks HTTP/2 (and HTTP/1.1, for WebSockets) with a certificate of its own making. */
-export async function secure(to) {
-  const folder = mkdtempSync(join(tmpdir(), 'cometes-'))
-  execFileSync('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2', '-subj', '/CN=127.0.0.1', '-addext', 'subjectAltName=IP:127.0.0.1', '-keyout', 'key', '-out', 'cert'], { cwd: folder, stdio: 'ignore' })
-  const read = name => execFileSync('cat', [join(folder, name)])
-  const server = http2.createSecureServer({ allowHTTP1: true, key: read('key'), cert: read('cert') }, (request, response) => {
+/** Makes a server a proxy; of an answer that takes long it may pass on what it has only every so often. */
+async function proxy(server, to, clumps) {
+  server.on('request', (request, response) => {
     const headers = Object.fromEntries(Object.entries(request.headers).filter(([name]) => name[0] !== ':' && name !== 'connection'))
     headers.host ??= request.authority
     const ask = http.request({ port: to, host: '127.0.0.1', method: request.method, path: request.url, headers, agent: false }, answer => {
       for (const name of ['connection', 'keep-alive', 'transfer-encoding']) delete answer.headers[name]
       response.writeHead(answer.statusCode, answer.headers)
-      answer.pipe(response)
+      if (!clumps) return answer.pipe(response)
+      let kept = []
+      const pass = () => response.write(Buffer.concat(kept.splice(0)))
+      const timer = setInterval(pass, clumps)
+      answer.on('data', part => kept.push(part))
+      answer.on('end', () => { pass(); response.end() })
+      answer.on('close', () => clearInterval(timer))
     })
     ask.on('error', () => response.destroy?.())
     response.on('close', () => ask.destroy())
@@ -97,8 +95,24 @@ export async function secure(to) {
   const sockets = new Set
   server.on('connection', socket => { sockets.add(socket); socket.on('close', () => sockets.delete(socket)) })
   server.on('sessionError', () => { })
-  rmSync(folder, { recursive: true, force: true })
-  return { url: `https://127.0.0.1:${await listen(server)}`, stop: () => { server.close(); sockets.forEach(socket => socket.destroy()) } }
+  return { port: await listen(server), stop: () => { server.close(); sockets.forEach(socket => socket.destroy()) } }
+}
+
+/** A proxy that holds back: what streams comes on in clumps. */
+export async function clumsy(to, clumps) {
+  const { port, stop } = await proxy(http.createServer(), to, clumps)
+  return { url: `http://127.0.0.1:${port}`, stop }
+}
+
+/** A proxy that speaks HTTP/2 (and HTTP/1.1, for WebSockets) with a certificate of its own making. */
+export async function secure(to) {
+  const folder = mkdtempSync(join(tmpdir(), 'cometes-'))
+  execFileSync('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2', '-subj', '/CN=127.0.0.1', '-addext', 'subjectAltName=IP:127.0.0.1', '-keyout', 'key', '-out', 'cert'], { cwd: folder, stdio: 'ignore' })
+  const read = name => readFileSync(join(folder, name))
+  const options = { allowHTTP1: true, key: read('key'), cert: read('cert') }
+  rmSync(folder, { recursive: true })
+  const { port, stop } = await proxy(http2.createSecureServer(options), to)
+  return { url: `https://127.0.0.1:${port}`, stop }
 }
 
 export const browsers = ['chromium', 'firefox']

@@ -89,6 +89,7 @@ class Line {
   asks(url, more = '', at = now()) {
     this.requests++
     this.sent = at
+    this.rests()
     this.held.push({ from: this.sent })
     if (this.held.length > 100) this.held.shift()
     const head = `GET ${url} HTTP/1.1\nHost: ${location.host}\nUser-Agent: ${navigator.userAgent}\n${more}`
@@ -250,7 +251,8 @@ class Line {
       down: [`${/As (fetch|the script)/.test(this.how) ? '' : '≈ '}${each(this.down)}`, relay && each(relay.out)],
       up: [`≥ ${each(this.up)}`, relay && each(relay.in)],
       held: [String(holds), relay && String(relay.connections)],
-      delay: [`${at(0.5)} · ${at(0.95)}`, relay && '–'],
+      median: [at(0.5), ' '],
+      most: [at(0.95), ' '],
     }
     for (const cost in costs) costs[cost].forEach((text, i) => put($(`[data-cost=${cost}]`, card).cells[i + 1], text || '–'))
 
@@ -456,10 +458,10 @@ let arrived
 
 async function verdict() {
   const ticks = 10, apart = 200
-  const streams = all10.filter(line => ['multipart', 'html', 'iframe', 'stream', 'sse', 'ws'].includes(line.name) && line.wanted)
-  const late = streams.filter(line => line.state !== 'open')
-  const heard = new Map(streams.map(line => [line, []]))
-  const begun = published
+  const streams = all10.filter(line => line.wanted && ['multipart', 'html', 'iframe', 'stream', 'sse', 'ws'].includes(line.name))
+  const open = streams.filter(line => line.state === 'open')
+  const silent = streams.filter(line => line.state === 'asks')
+  const heard = new Map(open.map(line => [line, []])), begun = published
   arrived = (line, n, at) => n > begun && heard.get(line)?.push(at)
   for (let i = 0; i < ticks; i++) {
     await publish(1)
@@ -467,17 +469,17 @@ async function verdict() {
   }
   await sleep(1000)
   arrived = undefined
-  const clumped = streams.filter(line => {
-    const times = heard.get(line)
-    return times.length < ticks || times.filter((at, i) => i && at - times[i - 1] < apart / 4).length > ticks / 3
-  }).filter(line => !late.includes(line))
+  const gaps = line => heard.get(line).slice(1).map((at, i) => at - heard.get(line)[i])
+  const clumped = open.filter(line => heard.get(line).length < ticks || gaps(line).filter(gap => gap < apart / 4).length > ticks / 3)
+  const even = open.filter(line => !clumped.includes(line))
   const names = lines => lines.map(line => line.title).join(', ')
-  const longest = Math.max(...streams.filter(line => !late.includes(line)).flatMap(line => heard.get(line).map((at, i, all) => i ? at - all[i - 1] : 0)))
-  $('#held').dataset.held = clumped.length > 0
-  $('#held').textContent = clumped.length ? `Yes. ${ticks} ticks were sent ${apart} ms apart; by ${names(clumped)} they came in clumps, or not at all. Something collects what it should pass on.` :
-    late.length === streams.length ? 'Nothing that streams is open; start some, and test again.' :
-    `No. ${ticks} ticks were sent ${apart} ms apart, and came one by one, at most ${span(longest)} apart.`
-  if (late.length) $('#held').append(` Not open, and so not judged: ${names(late)}.`)
+  const said = []
+  if (clumped.length) said.push(`Yes: of ${ticks} ticks, sent ${apart} ms apart, some came in clumps or late by ${names(clumped)}. Something collects what it should pass on.`)
+  const who = clumped.length ? `Not by ${names(even)}:` : even.length === streams.length ? 'No. By all that streams,' : `No. By ${names(even)},`
+  if (even.length) said.push(`${who} ${ticks} ticks, sent ${apart} ms apart, came one by one, at most ${span(Math.max(...even.flatMap(gaps)))} apart.`)
+  if (silent.length) said.push(`Asked, but nothing came at all by ${names(silent)}: held back, or waiting for a connection.`)
+  $('#held').dataset.held = !!clumped.length
+  $('#held').textContent = said.join(' ') || 'Nothing that streams is open; start some, and test again.'
   $('#first').textContent = all10.filter(line => line.first >= 0).map(line => `${line.title} ${span(line.first)}`).join(' · ') || 'nothing has answered'
 }
 

@@ -122,14 +122,15 @@ class Graph {
     }
     const floor = shown.map(() => 0)
     names.forEach((name, i) => {
-      let path = '', under = []
+      let path = '', under = [], last
       const close = () => { if (stacked && under.length) path += under.reverse().join('') + 'Z'; under = [] }
       shown.forEach((row, j) => {
         if (row[name] === undefined) return
         const to = `${x(row.time).toFixed(1)} ${y(row[name] + floor[j]).toFixed(1)}`
-        const joined = under.length && row.time - shown[j - 1].time < (this.whole ? Infinity : torn)
+        const joined = row.time - last < (this.whole ? Infinity : torn)
         if (!joined) close()
         path += (joined ? 'L' : 'M') + to
+        last = row.time
         under.push(`L${x(row.time).toFixed(1)} ${y(floor[j]).toFixed(1)}`)
         if (stacked) floor[j] += row[name]
       })
@@ -180,7 +181,7 @@ new Graph(place, 'Connections', 'held, by technique', relay, techniques, { stack
 new Graph(place, 'Events', 'per second', relay, { 'published/s': 'published', 'delivered/s': 'delivered' })
 new Graph(place, 'Traffic', 'bytes per second, heads included', relay, { 'in/s': 'in', 'out/s': 'out' }, { format: bytes })
 new Graph(place, 'Rooms and users', 'how many', relay, { rooms: 'rooms', users: 'users' })
-new Graph(place, 'Memory', 'of the process, and of what rooms keep', relay, { memory: 'process', kept: 'kept events' }, { format: bytes })
+new Graph(place, 'Memory', 'in bytes', relay, { memory: 'process', kept: 'kept events' }, { format: bytes })
 new Graph(place, 'Goroutines', 'how many', relay, { goroutines: 'goroutines' })
 new Graph(place, 'Readers in trouble', 'per second', relay, { 'dropped/s': 'dropped', 'gaps/s': 'told of a gap' })
 

@@ -172,6 +172,7 @@ export const techniques = [
         line.opens()
         line.gets(`/**/${callback}(${JSON.stringify(answer)});\n`)
         line.takes(answer)
+        line.rests()
       }
       next()
       return () => { script.onload = script.onerror = null; script.remove(); window[callback] = () => delete window[callback] }
