@@ -358,7 +358,7 @@ func (q *query) parse(r *http.Request, t technique) (err error) {
 	default:
 		return bad("presence is 1, to see it, or 0")
 	}
-	q.seen = q.presence && q.user != ""
+	q.seen = see == "" && q.user != ""
 	if q.user, err = q.claims.as(q.user); err != nil {
 		return err
 	}
@@ -538,7 +538,7 @@ func parseJSON(b []byte, v any) error {
 		}
 	}
 	if err := json.Unmarshal(b, v); err != nil {
-		return bad("this JSON is not what was expected: %v", err)
+		return bad("a field of this JSON is of the wrong type")
 	}
 	return nil
 }
@@ -671,6 +671,9 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 	case "", "utf-8", "utf8", "us-ascii":
 	default:
 		return nil, nil, unsupported("charset " + strconv.Quote(c))
+	}
+	if r.ContentLength > s.body {
+		return nil, nil, errTooBig // before a client that expects 100 is told to go on
 	}
 	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, s.body))
 	var tooBig *http.MaxBytesError

@@ -215,8 +215,10 @@ func serveMetrics(s *server, addr string) (stop func() error, err error) {
 	if err != nil {
 		return nil, err
 	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { s.metrics(w) })
 	srv := &http.Server{
-		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.metrics(w) }),
+		Handler:           mux,
 		ReadHeaderTimeout: headerTimeout,
 		WriteTimeout:      answerTimeout,
 	}
@@ -349,6 +351,7 @@ func serve(ctx context.Context, s *server, srv *http.Server, listener net.Listen
 // stop ends every stream.
 func (s *server) stop() {
 	s.leaving.Store(s.held.Load())
+	s.drawAll()
 	s.relay.stop()
 	s.pump.wakeAll()
 }

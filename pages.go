@@ -72,7 +72,7 @@ func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
 	}
 	if r.URL.Path == "/metrics" {
-		if err := s.authorize(w, r, &query{rooms: []string{statsRoom}}); err != nil {
+		if err := s.authorize(w, r, &query{rooms: []string{statsRoom}, values: r.URL.Query()}); err != nil {
 			return err
 		}
 		s.metrics(w)

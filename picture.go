@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -44,6 +45,7 @@ func (p pictureOf) name() string { return fmt.Sprintf(" %s %d %d", p.room, p.w, 
 // A drawing is a picture that is looked at.
 type drawing struct {
 	viewers int
+	canvas  *canvas
 	stop    context.CancelFunc
 }
 
@@ -62,9 +64,9 @@ func (s *server) look(p pictureOf) (away func(), err error) {
 			return nil, err
 		}
 		ctx, cancel := context.WithCancel(context.Background())
-		d = &drawing{stop: cancel}
+		c := &canvas{pictureOf: p, s: s, rd: rd}
+		d = &drawing{canvas: c, stop: cancel}
 		s.drawings[p] = d
-		c := canvas{pictureOf: p, s: s, rd: rd}
 		c.draw() // the first is there before anybody looks
 		go c.run(ctx)
 	}
@@ -79,11 +81,22 @@ func (s *server) look(p pictureOf) (away func(), err error) {
 	}, nil
 }
 
+// drawAll has every picture drawn as things are, before the relay stops.
+func (s *server) drawAll() {
+	s.drawingMu.Lock()
+	defer s.drawingMu.Unlock()
+	for _, d := range s.drawings {
+		d.canvas.draw()
+	}
+}
+
 // A canvas draws one room.
 type canvas struct {
 	pictureOf
-	s      *server
-	rd     *reader
+	s  *server
+	rd *reader
+
+	mu     sync.Mutex // guards what follows, and rd
 	events []*event
 	said   []remark
 }
@@ -109,6 +122,8 @@ func (c *canvas) run(ctx context.Context) {
 
 // draw publishes a picture of the room as it is now.
 func (c *canvas) draw() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for more := true; more; more = c.rd.cut {
 		c.events = c.rd.next(c.events[:0])
 		for _, e := range c.events {

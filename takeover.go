@@ -129,7 +129,9 @@ func (st *stream) sendChunk(d *desk, b []byte) error {
 		b[i] = hex[n&15]
 	}
 	b[6], b[7] = '\r', '\n'
-	b = append(b, "\r\n"...)
+	if b = append(b, "\r\n"...); len(b) == chunkHead+len("\r\n") {
+		b = b[:0] // an empty chunk would be the end
+	}
 	if st.ended {
 		b = append(b, "0\r\n\r\n"...)
 	}

@@ -13,6 +13,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -162,7 +163,7 @@ func sse(q *query) framing {
 		mime: "text/event-stream; charset=utf-8",
 		head: fmt.Sprintf("retry: %d\n\n", 2000+mathrand.IntN(2000)),
 		event: func(b []byte, e *event) []byte {
-			if e.id != 0 {
+			if e.id != 0 || e.kind == "hello" {
 				b = strconv.AppendInt(append(b, "id: "...), e.id, 10)
 				b = append(b, '\n')
 			}
@@ -385,19 +386,21 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	case t.hold == now:
 		return s.answer(w, r, t, &f, q)
 	}
-	if err := s.hold(q); err != nil {
-		if t.name != "sse" {
-			return err
-		}
+	err := s.hold(q)
+	switch {
+	case err != nil:
+	case t.hold == once:
+		defer s.free(q.addr)
+		err = s.answer(w, r, t, &f, q)
+	default:
+		err = s.stream(w, r, t, f, q)
+	}
+	if limit, ok := err.(fault); ok && limit.retry > 0 && t.name == "sse" {
 		// An EventSource gives up for ever on any status but 200.
-		s.refused(err.(fault).reason)
+		s.refused(limit.reason)
 		return writer(w)(f.frame([]byte(f.head), 0, s.bye()))
 	}
-	if t.hold == once {
-		defer s.free(q.addr)
-		return s.answer(w, r, t, &f, q)
-	}
-	return s.stream(w, r, t, f, q)
+	return err
 }
 
 // answer reads once, after waiting for an event if the technique does, and
@@ -581,8 +584,8 @@ func (st *stream) emit(d *desk, now time.Time, head string, events ...*event) er
 		b = st.f.frame(b, st.rd.after, events...)
 	}
 	d.buf = b
-	if len(b) == st.room {
-		return nil // nothing that this technique shows; an empty chunk would be the end
+	if len(b) == st.room && !st.ended {
+		return nil // nothing that this technique shows
 	}
 	st.beat.Store(now.Add(st.s.pause()).UnixNano())
 	d.count.delivered(st.tally, events, len(b), now)
@@ -593,11 +596,13 @@ func (st *stream) emit(d *desk, now time.Time, head string, events ...*event) er
 func (st *stream) due(now time.Time) bool { return now.UnixNano() >= min(st.beat.Load(), st.until) }
 
 func (st *stream) hello() *event {
-	return notice{Type: "hello", ID: st.rd.after, Time: time.Now().UnixMilli(), Data: struct {
+	data, _ := json.Marshal(struct {
 		Rooms    []string `json:"rooms"`
 		Beat     int      `json:"beat"`
 		Instance string   `json:"instance"`
-	}{st.rooms, int(st.s.beat / time.Second), st.s.instance}}.event()
+	}{st.rooms, int(st.s.beat / time.Second), st.s.instance})
+	return &event{id: st.rd.after, kind: "hello", json: fmt.Appendf(nil,
+		`{"type":"hello","id":%d,"time":%d,"data":%s}`, st.rd.after, time.Now().UnixMilli(), data)}
 }
 
 // follow drives a stream the ordinary way, from its own request. It returns
@@ -672,6 +677,11 @@ func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *quer
 		w.Header().Set("Upgrade", "websocket")
 		st.s.free(st.addr)
 		return refuse(http.StatusUpgradeRequired, "this is a WebSocket; ask for it with Upgrade: websocket")
+	}
+	if key, err := base64.StdEncoding.DecodeString(r.Header.Get("Sec-WebSocket-Key")); err != nil || len(key) != 16 || r.Header.Get("Sec-WebSocket-Version") != "13" {
+		st.s.free(st.addr)
+		w.Header().Set("Sec-WebSocket-Version", "13")
+		return bad("a WebSocket is asked for with Sec-WebSocket-Version: 13, and 16 bytes in base64 as Sec-WebSocket-Key")
 	}
 	st.ws = true
 	if err := st.open(q, st); err != nil {
@@ -805,18 +815,6 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 	if kind != websocket.MessageText || !utf8.Valid(frame) {
 		return &notice{Type: "error", Data: "frames are text, in UTF-8"}
 	}
-	if !s.gate.publish(sp.addr) {
-		return s.refusal("", errTooFast)
-	}
-	if time.Now().UnixNano() >= sp.claims.until() { // a socket that is slow to read may not have been closed yet
-		return s.refusal("", errExpired)
-	}
-	p := post{kind: "message", from: sp.user, free: sp.addr.IsLoopback()}
-	if !bytes.HasPrefix(frame, []byte("{")) {
-		p.data, _ = json.Marshal(string(frame))
-		_, _, err := s.postAs(sp, sp.room, p)
-		return s.refusal("", err)
-	}
 	var said struct {
 		Type string
 		Room *string
@@ -824,7 +822,24 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 		TTL  *int64
 		Data json.RawMessage
 	}
-	if err := parseJSON(frame, &said); err != nil {
+	spoken := !bytes.HasPrefix(frame, []byte("{"))
+	if !spoken {
+		if err := parseJSON(frame, &said); err != nil {
+			var only struct{ Key string } // for the answer, if it can be found
+			json.Unmarshal(frame, &only)
+			return s.refusal(only.Key, err)
+		}
+	}
+	if !s.gate.publish(sp.addr) {
+		return s.refusal(said.Key, errTooFast)
+	}
+	if time.Now().UnixNano() >= sp.claims.until() { // a socket that is slow to read may not have been closed yet
+		return s.refusal(said.Key, errExpired)
+	}
+	p := post{kind: "message", from: sp.user, free: sp.addr.IsLoopback()}
+	if spoken {
+		p.data, _ = json.Marshal(string(frame))
+		_, _, err := s.postAs(sp, sp.room, p)
 		return s.refusal("", err)
 	}
 	room := sp.room

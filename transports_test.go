@@ -603,7 +603,7 @@ func (e *ear) hearSSE() error {
 	}
 	h := e.due[len(e.due)-1]
 	id := ""
-	if h.id != 0 {
+	if h.id != 0 || h.kind == "hello" {
 		id = fmt.Sprint(h.id)
 	}
 	if fields["id"] != id || fields["event"] != strings.TrimPrefix(h.kind, "message") {

@@ -250,9 +250,10 @@ export class Comet extends EventTarget {
   }
 
   /** Where to read. Equal URLs a browser asks one after the other, so none are. */
-  #source(via, query) {
+  #source(via, { unseen, ...query } = {}) {
     const { presence, last } = this.#options
-    return this.#url('/' + via, { after: this.cursor, last, presence: +presence, _: unique(), ...query })
+    const seen = presence && this.user && !unseen // and who is seen sees
+    return this.#url('/' + via, { after: this.cursor, last, presence: seen ? undefined : +presence, _: unique(), ...query })
   }
 
   // Connecting. A round tries one technique after the other. Each is a trial until it shows that it works; only then
@@ -532,7 +533,7 @@ export class Comet extends EventTarget {
     for (let tries = 0, more; ; more || await this.#nap(backoff(tries++))) {
       if (past()) return
       try {
-        const { cursor, events } = await json(this.#source('poll', { user: undefined }), { signal: patient() })
+        const { cursor, events } = await json(this.#source('poll', { user: undefined, unseen: 1 }), { signal: patient() })
         if (past()) return
         events.forEach(event => this.#take(event))
         this.#take({ id: cursor })
