@@ -114,8 +114,8 @@ func (s *swarm) loop() {
 		if err != nil && err != syscall.EINTR {
 			panic(err)
 		}
-		s.mu.Lock() // pairs with open, which the kernel's hand-over does not in Go's memory model
-		s.mu.Unlock()
+		s.mu.Lock()   // pairs with open, which the kernel's hand-over does not in Go's memory model
+		s.mu.Unlock() //lint:ignore SA2001 there is nothing to do in between
 		for _, e := range events[:max(n, 0)] {
 			c := &s.clients[e.Fd]
 			if err := s.read(c, buf); err != nil {
