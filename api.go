@@ -88,6 +88,7 @@ var (
 	errNotGood  = fault{http.StatusForbidden, "the token is not good for this room", "token", 0}
 	errFullUp   = fault{http.StatusServiceUnavailable, "the relay holds as many connections as it may; try again later", "streams", 10}
 	errState    = bad("the state is one of online, typing, away, offline")
+	errUser     = bad("user is 1 to %d characters of UTF-8, none of them a control character", maxName)
 	errTTL      = bad("ttl is 1 to %d seconds", maxTTL)
 	errUTF8     = bad("this is not UTF-8")
 )
@@ -396,11 +397,15 @@ func (q *query) parseSize() error {
 	return nil
 }
 
+func badRoom(name string) error {
+	return bad("%.80q is no name for a room: that is 1 to %d of A-Z a-z 0-9 _ . : -", name, maxName)
+}
+
 // userName is the parameter user, or "".
 func (q *query) userName() (string, error) {
 	user, err := q.get("user")
 	if err == nil && !validUser(user) {
-		err = bad("user is 1 to %d characters of UTF-8, none of them a control character", maxName)
+		err = errUser
 	}
 	return user, err
 }
@@ -416,7 +421,7 @@ func parseRooms(escaped string) ([]string, error) {
 	}
 	for i, room := range rooms {
 		if !validName(room) {
-			return nil, bad("%.80q is no name for a room: that is 1 to %d of A-Z a-z 0-9 _ . : -", room, maxName)
+			return nil, badRoom(room)
 		}
 		if slices.Contains(rooms[:i], room) {
 			return nil, bad("the room %q is named twice", room)
@@ -471,7 +476,7 @@ func (s *server) post(room string, p post) (id int64, fresh bool, err error) {
 	case room == "":
 		err = bad("this reads several rooms; name the one that is meant")
 	case !validName(room):
-		err = bad("%.80q is no name for a room: that is 1 to %d of A-Z a-z 0-9 _ . : -", room, maxName)
+		err = badRoom(room)
 	case room[0] == '_':
 		err = errReserved
 	case !validName(p.kind):
@@ -607,7 +612,7 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 		return p, "", err
 	}
 	if !validUser(p.from) {
-		return p, "", bad("user is 1 to %d characters of UTF-8, none of them a control character", maxName)
+		return p, "", errUser
 	}
 	if p.from, err = q.claims.as(p.from); err != nil {
 		return p, "", err

@@ -74,7 +74,6 @@ type room struct {
 	messageBytes, signalBytes int
 	place                     *list.Element     // in relay.idlest; nil while nothing was published here
 	used                      time.Time         // when it was last published to, or left by a reader
-	left                      time.Time         // when it was last left by a reader
 	rate                      bucket            // of publishes
 	leases                    map[string]*lease // by user, see presence.go
 	here                      int               // users who are not offline
@@ -529,7 +528,7 @@ func (rd *reader) leave() {
 		rm.mu.Lock()
 		delete(rm.readers, rd)
 		rm.mu.Unlock()
-		rm.used, rm.left = now, now
+		rm.used = now
 		if rd.user != "" {
 			told = r.exit(rm, rd.user) || told
 		}

@@ -254,15 +254,14 @@ func (s *server) publishStats() {
 	}
 }
 
-// statsWanted reports whether somebody reads the room _stats, or did lately, or
-// is about to: who asked for it may not have its place in the room yet.
+// statsWanted reports whether somebody reads the room _stats, or asked for it
+// lately: who polls, and who has not its place in the room yet.
 func (s *server) statsWanted() bool {
-	const lately = 5 * statsEvery
-	return s.relay.isRead(statsRoom, lately) || time.Since(time.Unix(0, s.stats.asked.Load())) < lately
+	return s.relay.isRead(statsRoom) || time.Since(time.Unix(0, s.stats.asked.Load())) < 5*statsEvery
 }
 
-// isRead reports whether the room has readers, or had one not long ago.
-func (r *relay) isRead(name string, lately time.Duration) bool {
+// isRead reports whether the room has readers.
+func (r *relay) isRead(name string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	rm := r.rooms[name]
@@ -271,5 +270,5 @@ func (r *relay) isRead(name string, lately time.Duration) bool {
 	}
 	rm.mu.Lock()
 	defer rm.mu.Unlock()
-	return len(rm.readers) > 0 || time.Since(rm.left) < lately
+	return len(rm.readers) > 0
 }

@@ -1,6 +1,6 @@
 // The techniques. Each is a way of writing the same events: what goes out
 // before the first of them, how one is framed, what a heartbeat looks like. One
-// loop, follow, drives all that stream; the rest read once and answer.
+// function, step, drives all that stream; the rest read once, in answer.
 //
 // The table below is in the order of their age. To learn comet, read it from
 // the top, and each technique's function beside what `curl -N` shows of it.
@@ -236,7 +236,7 @@ func multipart(q *query) framing {
 //	<script nonce="8b1f…">tell({"id":1795351418000042,…})</script>
 //
 // The nonce is all that may run here: an event can't bring a script of its
-// own. Only a page of an origin that may read is told: see (*server).reader.
+// own. Only a page of an origin that may read is told: see (*origins).allow.
 func iframe(q *query) framing {
 	nonce := rand.Text()
 	origin := "location.origin"
