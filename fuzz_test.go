@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"unicode"
 	"unicode/utf8"
 
@@ -265,58 +266,64 @@ func FuzzFrame(f *testing.F) {
 		f.Add(true, true, []byte(seed))
 		f.Add(false, false, []byte(seed))
 	}
-	s := fuzzBed(f)
-	s.relay.present = 1 // ns, so that no timers are left
 	f.Fuzz(func(t *testing.T, text, two bool, frame []byte) {
-		q := &speaker{room: "a", user: "ada"}
-		if two {
-			q.room = ""
-		}
-		kind := websocket.MessageText
-		if !text {
-			kind = websocket.MessageBinary
-		}
-		before := s.relay.mark.Load()
-		answer := s.hear(q, kind, frame)
-		published := s.relay.mark.Load() - before
-		if answer != nil {
-			safeEvent(t, string(answer.event().json))
-		}
-		switch {
-		case answer != nil && answer.Type == "error":
-			if published != 0 {
-				t.Errorf("%q: %s, and %d were published", frame, answer.event().json, published)
-			}
-			return
-		case answer != nil && answer.Type == "ack" && answer.ID != 0:
-			if published > 1 || answer.ID > before+1 || published == 1 && answer.ID != before+1 {
-				t.Errorf("%q: %s, and %d were published behind %d", frame, answer.event().json, published, before)
-			}
-		case answer != nil && answer.Type != "ack":
-			t.Errorf("%q: %s", frame, answer.event().json)
-		}
-		if !text || !utf8.Valid(frame) {
-			t.Errorf("%q was taken", frame)
-		}
-		if published == 0 {
-			return
-		}
-		w := newRecorder()
-		s.ServeHTTP(w, httptest.NewRequest("GET", fmt.Sprint("/rooms/a,b/poll?presence=1&after=", before), nil))
-		var all struct {
-			Events []json.RawMessage
-		}
-		json.Unmarshal(w.Body.Bytes(), &all)
-		for _, e := range all.Events {
-			safeEvent(t, string(e))
-			if !bytes.HasPrefix(frame, []byte("{")) {
-				var said struct{ Data string }
-				if json.Unmarshal(e, &said) != nil || said.Data != string(frame) {
-					t.Errorf("%q became %s", frame, e)
-				}
-			}
-		}
+		synctest.Test(t, func(t *testing.T) { // where no lease ends, and is told, between a count and the next
+			checkFrame(t, text, two, frame)
+		})
 	})
+}
+
+// checkFrame is one case of FuzzFrame.
+func checkFrame(t *testing.T, text, two bool, frame []byte) {
+	s := fuzzBed(t)
+	q := &speaker{room: "a", user: "ada"}
+	if two {
+		q.room = ""
+	}
+	kind := websocket.MessageText
+	if !text {
+		kind = websocket.MessageBinary
+	}
+	before := s.relay.mark.Load()
+	answer := s.hear(q, kind, frame)
+	published := s.relay.mark.Load() - before
+	if answer != nil {
+		safeEvent(t, string(answer.event().json))
+	}
+	switch {
+	case answer != nil && answer.Type == "error":
+		if published != 0 {
+			t.Errorf("%q: %s, and %d were published", frame, answer.event().json, published)
+		}
+		return
+	case answer != nil && answer.Type == "ack" && answer.ID != 0:
+		if published > 1 || answer.ID > before+1 || published == 1 && answer.ID != before+1 {
+			t.Errorf("%q: %s, and %d were published behind %d", frame, answer.event().json, published, before)
+		}
+	case answer != nil && answer.Type != "ack":
+		t.Errorf("%q: %s", frame, answer.event().json)
+	}
+	if !text || !utf8.Valid(frame) {
+		t.Errorf("%q was taken", frame)
+	}
+	if published == 0 {
+		return
+	}
+	w := newRecorder()
+	s.ServeHTTP(w, httptest.NewRequest("GET", fmt.Sprint("/rooms/a,b/poll?presence=1&after=", before), nil))
+	var all struct {
+		Events []json.RawMessage
+	}
+	json.Unmarshal(w.Body.Bytes(), &all)
+	for _, e := range all.Events {
+		safeEvent(t, string(e))
+		if !bytes.HasPrefix(frame, []byte("{")) {
+			var said struct{ Data string }
+			if json.Unmarshal(e, &said) != nil || said.Data != string(frame) {
+				t.Errorf("%q became %s", frame, e)
+			}
+		}
+	}
 }
 
 // A state is declared, or refused; the roster is JSON with states that there are.
