@@ -2,40 +2,40 @@
 
 package main
 
-import "syscall"
+import (
+	"net"
+	"syscall"
+)
 
-// canTry says that a write can be tried without waiting.
-const canTry = true
-
-// An attempt is one write that does not wait: net.Conn has none. It is kept
-// from write to write, for RawConn makes what it is called with escape.
-type attempt struct {
-	b    []byte
-	n    int
-	err  error
-	call func(fd uintptr) bool
+// socket returns the number of a connection's socket, or -1 if it has none.
+// It is the connection's until that is closed.
+func socket(conn net.Conn) int {
+	c, ok := conn.(syscall.Conn)
+	if !ok {
+		return -1
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return -1
+	}
+	n := -1
+	raw.Control(func(fd uintptr) { n = int(fd) })
+	return n
 }
 
-// write returns how much of b the socket took, 0 if it is full.
-func (a *attempt) write(raw syscall.RawConn, b []byte) (int, error) {
-	if a.call == nil {
-		a.call = func(fd uintptr) bool {
-			for {
-				a.n, a.err = syscall.Write(int(fd), a.b)
-				if a.err != syscall.EINTR {
-					return true // and don't wait for the socket
-				}
-			}
+// try writes what a socket takes of b without waiting, which net.Conn can't;
+// 0 bytes if it is full. Go's sockets are all set not to block.
+func try(fd int, b []byte) (int, error) {
+	for {
+		n, err := syscall.Write(fd, b)
+		switch err {
+		case nil:
+			return n, nil
+		case syscall.EAGAIN:
+			return 0, nil
+		case syscall.EINTR:
+		default:
+			return 0, err
 		}
 	}
-	a.b = b
-	err := raw.Write(a.call)
-	a.b = nil
-	switch {
-	case err != nil:
-		return 0, err
-	case a.err == syscall.EAGAIN:
-		return 0, nil
-	}
-	return max(a.n, 0), a.err
 }

@@ -59,12 +59,11 @@ func (s *server) look(p pictureOf) (away func(), err error) {
 		if len(s.drawings) >= maxPictures {
 			return nil, fault{http.StatusServiceUnavailable, "too many pictures are looked at; try again later", "pictures", 10}
 		}
-		rd, err := s.relay.subscribe(want{rooms: []string{p.room}, after: -1, last: drawMessages, batch: 1 << 20})
-		if err != nil {
+		c := &canvas{pictureOf: p, s: s}
+		if err := s.relay.subscribe(&c.rd, want{rooms: []string{p.room}, after: -1, last: drawMessages, batch: 1 << 20}); err != nil {
 			return nil, err
 		}
 		ctx, cancel := context.WithCancel(context.Background())
-		c := &canvas{pictureOf: p, s: s, rd: rd}
 		d = &drawing{canvas: c, stop: cancel}
 		s.drawings[p] = d
 		c.draw() // the first is there before anybody looks
@@ -94,7 +93,7 @@ func (s *server) drawAll() {
 type canvas struct {
 	pictureOf
 	s  *server
-	rd *reader
+	rd reader
 
 	mu     sync.Mutex // guards what follows, and rd
 	events []*event

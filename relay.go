@@ -398,20 +398,20 @@ type waker interface{ wake() }
 
 // A reader is one client's place in the log.
 type reader struct {
+	waker     waker // wakes the reader in place of woken, if set
 	relay     *relay
+	after     int64 // the cursor: the reader has everything up to here
+	told      int64 // floors up to here are no loss: the reader gave no cursor
 	rooms     []*room
 	one       [1]*room      // mostly there is one
-	after     int64         // the cursor: the reader has everything up to here
-	woken     chan struct{} // holds one token while there may be something to read
-	user      string        // whose leases leave gives up
-	batch     int           // see want
-	waker     waker         // wakes the reader in place of woken, if set
+	reason    string        // why the cursor given is not of this log; told with a gap by room
 	presence  bool          // sees presence events
-	rostered  int64         // presence events up to here are in the roster
 	rosterDue bool          // the roster is to be told, at first and when a presence event was missed
 	cut       bool          // the last batch was cut short
-	told      int64         // floors up to here are no loss: the reader gave no cursor
-	reason    string        // why the cursor given is not of this log; told with a gap by room
+	batch     int           // see want
+	rostered  int64         // presence events up to here are in the roster
+	woken     chan struct{} // holds one token while there may be something to read
+	user      string        // whose leases leave gives up
 }
 
 // A want is what a reader asks for. All of it was checked where it entered.
@@ -426,9 +426,9 @@ type want struct {
 	waker    waker  // called when there may be something to read; without it the reader can wait
 }
 
-// subscribe returns a reader. The caller calls leave when done with it.
-func (r *relay) subscribe(w want) (*reader, error) {
-	rd := &reader{relay: r, presence: w.presence, batch: w.batch, waker: w.waker}
+// subscribe makes rd a reader. The caller calls leave when done with it.
+func (r *relay) subscribe(rd *reader, w want) error {
+	*rd = reader{relay: r, presence: w.presence, batch: w.batch, waker: w.waker}
 	rd.rooms = rd.one[:0]
 	if w.waker == nil {
 		rd.woken = make(chan struct{}, 1)
@@ -436,7 +436,7 @@ func (r *relay) subscribe(w want) (*reader, error) {
 	r.mu.Lock()
 	if err := r.admit(w); err != nil {
 		r.mu.Unlock()
-		return nil, err
+		return err
 	}
 	told := false
 	for _, name := range w.rooms {
@@ -468,7 +468,7 @@ func (r *relay) subscribe(w want) (*reader, error) {
 	if told {
 		rd.wake()
 	}
-	return rd, nil
+	return nil
 }
 
 // onlyRead is how many rooms there may be that are read and were not published to.

@@ -92,7 +92,8 @@ func tryReader(r *relay, w want) (*reader, error) {
 	if w.batch == 0 {
 		w.batch = 64 << 10
 	}
-	return r.subscribe(w)
+	rd := new(reader)
+	return rd, r.subscribe(rd, w)
 }
 
 // readAll reads as a stream does, with the rosters that are due.

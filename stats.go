@@ -76,9 +76,9 @@ type count struct {
 	delaySum    int64
 }
 
-// delivered counts events of a technique that were written at the time now,
-// in so many bytes.
-func (c *count) delivered(t *tally, events []*event, bytes int, now time.Time) {
+// delivered counts events of a technique that were written at the time now, in
+// Unix milliseconds, in so many bytes.
+func (c *count) delivered(t *tally, events []*event, bytes int, now int64) {
 	if c.t != t {
 		c.flush()
 		c.t = t
@@ -89,7 +89,7 @@ func (c *count) delivered(t *tally, events []*event, bytes int, now time.Time) {
 			continue // a notice
 		}
 		c.events++
-		delay := now.UnixMilli() - e.at
+		delay := now - e.at
 		i := 0
 		for i < len(delayBounds) && delay > delayBounds[i] {
 			i++

@@ -27,7 +27,6 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -45,15 +44,11 @@ const sendBuffer = 32 << 10
 // A takeover is what a stream over a connection that was taken over has more
 // than one that is driven by its own request.
 type takeover struct {
+	opening []byte // sent before everything, once
+	rest    []byte // what a full socket did not take
 	conn    net.Conn
-	raw     syscall.RawConn // for writes that don't wait; nil where there are none
-	turn    atomic.Int32    // whose turn it is
-	gone    atomic.Bool     // the client left
-	opening []byte          // sent before everything, once
-	rest    []byte          // what a full socket did not take
 
 	// Of a WebSocket.
-	ws      bool
 	token   int64        // when its token expires, in Unix nanoseconds
 	silent  atomic.Int32 // pings since the last pong
 	mu      sync.Mutex   // guards answers
@@ -74,11 +69,11 @@ const (
 // A pump is the writers, and the streams they serve. Writers live while there
 // is something to write, so a pump needs neither start nor stop.
 type pump struct {
-	mu      sync.Mutex // guards what follows
-	queue   []*stream
-	writers int
-	streams map[*stream]struct{}
-	ticking bool // a tick is due
+	mu          sync.Mutex // guards what follows
+	first, last *stream    // of the queue
+	writers     int
+	streams     map[*stream]struct{}
+	ticking     bool // a tick is due
 }
 
 // takeOver serves the stream over the request's own connection. The handler is
@@ -112,10 +107,17 @@ func (st *stream) takeOver(w http.ResponseWriter) error {
 func (st *stream) watch() {
 	var b [1]byte
 	if n, _ := st.conn.Read(b[:]); n == 0 {
-		st.gone.Store(true)
-		st.conn.Close() // whoever waits for the socket then waits no more
-		st.wake()
+		st.giveUp()
 	}
+}
+
+// giveUp has the stream finished, and nobody wait for its socket any more. The
+// socket is closed by finish alone, in its turn: its number would be the next
+// connection's, and a write could go there.
+func (st *stream) giveUp() {
+	st.gone.Store(true)
+	st.conn.SetDeadline(time.Unix(1, 0))
+	st.wake()
 }
 
 // chunkHead is the size of a chunk in hexadecimal and a line end
@@ -146,9 +148,9 @@ func (st *stream) sendChunk(d *desk, b []byte) error {
 // write gives the socket what it takes, and keeps the rest.
 func (st *stream) write(d *desk, b []byte) error {
 	n := 0
-	if st.raw != nil {
+	if st.fd >= 0 {
 		var err error
-		if n, err = d.try.write(st.raw, b); err != nil {
+		if n, err = try(st.fd, b); err != nil {
 			return err
 		}
 	}
@@ -168,9 +170,7 @@ func (p *pump) add(st *stream) {
 	if c, ok := st.conn.(interface{ SetWriteBuffer(int) error }); ok {
 		c.SetWriteBuffer(sendBuffer)
 	}
-	if c, ok := st.conn.(syscall.Conn); ok && canTry {
-		st.raw, _ = c.SyscallConn()
-	}
+	st.fd = socket(st.conn)
 	p.mu.Lock()
 	if p.streams == nil {
 		p.streams = map[*stream]struct{}{}
@@ -191,7 +191,7 @@ func (p *pump) tick(s *server) {
 	time.AfterFunc(s.beat/15, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		now := time.Now()
+		now := time.Now().UnixNano()
 		for st := range p.streams {
 			if st.due(now) && st.turn.CompareAndSwap(idle, queued) {
 				p.push(st)
@@ -238,7 +238,12 @@ func (st *stream) wake() {
 
 // push puts a stream whose turn is queued in the queue. The caller holds p.mu.
 func (p *pump) push(st *stream) {
-	p.queue = append(p.queue, st)
+	if p.first == nil {
+		p.first = st
+	} else {
+		p.last.next = st
+	}
+	p.last = st
 	if p.writers < runtime.GOMAXPROCS(0) {
 		p.writers++
 		go p.write()
@@ -251,7 +256,8 @@ func (p *pump) push(st *stream) {
 func (s *server) ease() {
 	for range 100 {
 		s.pump.mu.Lock()
-		ahead := len(s.pump.queue) > 0 && s.relay.mark.Load()-s.pump.queue[0].rd.after > int64(s.relay.events)/4
+		first := s.pump.first
+		ahead := first != nil && s.relay.mark.Load()-first.rd.after > int64(s.relay.events)/4
 		s.pump.mu.Unlock()
 		if !ahead {
 			return
@@ -266,21 +272,25 @@ func (p *pump) write() {
 	defer desks.Put(d)
 	var few [32]*stream // taken at once, so that writers don't wait for each other
 	for {
+		batch := few[:0]
 		p.mu.Lock()
-		batch := few[:copy(few[:], p.queue)]
-		clear(p.queue[:len(batch)])
-		p.queue = p.queue[len(batch):]
+		for p.first != nil && len(batch) < len(few) {
+			st := p.first
+			p.first, st.next = st.next, nil
+			batch = append(batch, st)
+		}
 		if len(batch) == 0 {
-			p.queue = nil
+			p.last = nil
 			p.writers--
 		}
 		p.mu.Unlock()
 		if len(batch) == 0 {
 			return
 		}
+		now := time.Now().UnixNano()
 		for _, st := range batch {
 			st.turn.Store(served)
-			st.yield(st.serve(d))
+			st.yield(st.serve(d, now))
 		}
 		d.count.flush()
 		clear(batch)
@@ -288,7 +298,7 @@ func (p *pump) write() {
 }
 
 // serve writes what is due.
-func (st *stream) serve(d *desk) (err error) {
+func (st *stream) serve(d *desk, now int64) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			slog.Error("a stream failed", "panic", p, "stack", string(debug.Stack()))
@@ -309,7 +319,7 @@ func (st *stream) serve(d *desk) (err error) {
 	if st.gone.Load() {
 		return net.ErrClosed
 	}
-	return st.step(d, time.Now())
+	return st.step(d, now)
 }
 
 // yield ends a turn.

@@ -67,12 +67,12 @@ var techniques = []technique{
 // A framing is how a technique writes: with event, one after the other, or
 // with batch, all that are due at once.
 type framing struct {
-	mime   string
-	header map[string]string // further headers
-	head   string            // before everything
 	event  func(b []byte, e *event) []byte
 	batch  func(b []byte, cursor int64, events []*event) []byte
 	beat   string // a heartbeat
+	mime   string
+	header map[string]string // further headers
+	head   string            // before everything
 }
 
 // frame appends what is due to b.
@@ -361,7 +361,6 @@ type desk struct {
 	events []*event
 	buf    []byte
 	count  count
-	try    attempt
 }
 
 var desks = sync.Pool{New: func() any { return new(desk) }}
@@ -406,8 +405,8 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 // answer reads once, after waiting for an event if the technique does, and
 // answers whole.
 func (s *server) answer(w http.ResponseWriter, r *http.Request, t technique, f *framing, q *query) error {
-	rd, err := s.relay.subscribe(q.want(t.hold))
-	if err != nil {
+	var rd reader
+	if err := s.relay.subscribe(&rd, q.want(t.hold)); err != nil {
 		return err
 	}
 	defer rd.leave()
@@ -431,7 +430,7 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, t technique, f *
 	b := f.frame(nil, rd.after, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	var n count
-	n.delivered(c, events, int(headSize("HTTP/1.1 200 OK", w.Header()))+len(b), time.Now())
+	n.delivered(c, events, int(headSize("HTTP/1.1 200 OK", w.Header()))+len(b), time.Now().UnixMilli())
 	n.flush()
 	return writer(w)(b)
 }
@@ -479,17 +478,26 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request, t technique, f f
 }
 
 // A stream is one client that is told of events for ever.
+//
+// With ten thousand of them, what a turn costs beside the write is waiting for
+// memory; so what every turn needs comes first, and lies together.
 type stream struct {
-	s     *server
-	rd    *reader
-	tally *tally
-	f     framing
-	send  func(*stream, *desk, []byte) error
-	until int64        // when its token or its age ends it, in Unix nanoseconds
-	beat  atomic.Int64 // when a heartbeat is due, in the same
-	room  int          // free bytes that send wants in front
+	turn  atomic.Int32 // whose turn it is
 	begun bool         // hello was said
 	ended bool         // bye was said
+	ws    bool
+	gone  atomic.Bool // the client left
+	next  *stream     // in the queue
+	s     *server
+	fd    int          // the socket, for writes that don't wait; -1 where there are none
+	until int64        // when its token or its age ends it, in Unix nanoseconds
+	beat  atomic.Int64 // when a heartbeat is due, in the same
+	pause int64        // how long it is silent before, in nanoseconds
+	send  func(*stream, *desk, []byte) error
+	room  int // free bytes that send wants in front
+	tally *tally
+	rd    reader
+	f     framing
 	takeover
 	rooms []string   // as asked for
 	addr  netip.Addr // the client's
@@ -509,9 +517,10 @@ func (st *stream) open(q *query, waker waker) (err error) {
 			return err
 		}
 	}
+	st.pause = st.s.pause()
 	w := q.want(forever)
 	w.waker = waker
-	if st.rd, err = st.s.relay.subscribe(w); err != nil {
+	if err = st.s.relay.subscribe(&st.rd, w); err != nil {
 		if st.away != nil {
 			st.away()
 		}
@@ -535,10 +544,10 @@ func (st *stream) close() {
 	st.s.free(st.addr)
 }
 
-// step says all that is due at the time now: hello, what the cursor asks for,
+// step says all that is due at the time now, in Unix nanoseconds: hello, what the cursor asks for,
 // the roster, whatever happened since, or that nothing did. It returns io.EOF
 // when the stream is to end and there is no more to say.
-func (st *stream) step(d *desk, now time.Time) error {
+func (st *stream) step(d *desk, now int64) error {
 	if st.ended {
 		return io.EOF
 	}
@@ -551,7 +560,7 @@ func (st *stream) step(d *desk, now time.Time) error {
 			return err
 		}
 	}
-	expired := now.UnixNano() >= st.until
+	expired := now >= st.until
 	stopping := st.s.relay.isStopping() // asked before reading: what was published before the stop comes before the bye
 	for more := !expired; more; more = st.rd.cut {
 		d.events = st.rd.next(d.events[:0])
@@ -577,7 +586,7 @@ func (st *stream) step(d *desk, now time.Time) error {
 }
 
 // emit sends a head and events, framed.
-func (st *stream) emit(d *desk, now time.Time, head string, events ...*event) error {
+func (st *stream) emit(d *desk, now int64, head string, events ...*event) error {
 	b := append(d.buf[:0], make([]byte, st.room)...)
 	b = append(b, head...)
 	if len(events) > 0 {
@@ -587,13 +596,13 @@ func (st *stream) emit(d *desk, now time.Time, head string, events ...*event) er
 	if len(b) == st.room && !st.ended {
 		return nil // nothing that this technique shows
 	}
-	st.beat.Store(now.Add(st.s.pause()).UnixNano())
-	d.count.delivered(st.tally, events, len(b), now)
+	st.beat.Store(now + st.pause)
+	d.count.delivered(st.tally, events, len(b), now/1e6)
 	return st.send(st, d, b)
 }
 
 // due reports whether the stream was silent, or has lasted, as long as it may.
-func (st *stream) due(now time.Time) bool { return now.UnixNano() >= min(st.beat.Load(), st.until) }
+func (st *stream) due(now int64) bool { return now >= min(st.beat.Load(), st.until) }
 
 func (st *stream) hello() *event {
 	data, _ := json.Marshal(struct {
@@ -616,7 +625,7 @@ func (st *stream) follow(w http.ResponseWriter, r *http.Request) error {
 	defer clock.Stop()
 	for {
 		d := desks.Get().(*desk)
-		err := st.step(d, time.Now())
+		err := st.step(d, time.Now().UnixNano())
 		d.count.flush()
 		desks.Put(d)
 		if err == io.EOF {
@@ -634,8 +643,8 @@ func (st *stream) follow(w http.ResponseWriter, r *http.Request) error {
 
 // pause is how long a stream is silent before a heartbeat: a little less than
 // the beat it promises, and not the same for all.
-func (s *server) pause() time.Duration {
-	return s.beat*14/15 - mathrand.N(s.beat/6)
+func (s *server) pause() int64 {
+	return int64(s.beat*14/15 - mathrand.N(s.beat/6))
 }
 
 // bye sends a client away until the retry it names, in milliseconds: a second
@@ -756,8 +765,7 @@ func (st *stream) say(frames []byte) {
 	}
 	st.mu.Unlock()
 	if full {
-		st.gone.Store(true)
-		st.conn.Close()
+		st.giveUp()
 	}
 	st.wake()
 }
