@@ -327,8 +327,8 @@ func (rd *reader) rosters(batch []*event) []*event {
 	defer r.mu.Unlock()
 	rd.rostered, rd.rosterDue = r.mark.Load(), false
 	now := time.Now()
-	for _, rm := range rd.rooms {
-		batch = append(batch, notice{Type: "presence", Room: rm.name, Data: rm.roster(now)}.event())
+	for _, seat := range rd.seats {
+		batch = append(batch, notice{Type: "presence", Room: seat.room.name, Data: seat.room.roster(now)}.event())
 	}
 	return batch
 }

@@ -150,32 +150,41 @@ func lines(*query) framing {
 //
 //	retry: 2718
 //
-//	id: 1795351418000042
 //	event: typing
+//	id: 1795351418000042
 //	data: {"id":1795351418000042,…}
 //
 // A comment would do for a heartbeat, but a page can't see a comment; nor an
 // event whose name it doesn't listen for, so names=0 leaves them out. The
 // retry differs by client, lest all of them return at once.
 func sse(q *query) framing {
-	nameless := q.nameless
-	return framing{
-		mime: "text/event-stream; charset=utf-8",
-		head: fmt.Sprintf("retry: %d\n\n", 2000+mathrand.IntN(2000)),
-		event: func(b []byte, e *event) []byte {
-			if e.id != 0 || e.kind == "hello" {
-				b = strconv.AppendInt(append(b, "id: "...), e.id, 10)
-				b = append(b, '\n')
-			}
-			if e.kind != "message" && !nameless {
-				b = append(append(b, "event: "...), e.kind...)
-				b = append(b, '\n')
-			}
-			b = append(append(b, "data: "...), e.json...)
-			return append(b, "\n\n"...)
-		},
-		beat: "event: beat\ndata:\n\n",
+	f := framing{
+		mime:  "text/event-stream; charset=utf-8",
+		head:  fmt.Sprintf("retry: %d\n\n", 2000+mathrand.IntN(2000)),
+		event: namedEvent,
+		beat:  "event: beat\ndata:\n\n",
 	}
+	if q.nameless {
+		f.event = sseEvent
+	}
+	return f
+}
+
+func namedEvent(b []byte, e *event) []byte {
+	if e.kind != "message" {
+		b = append(append(b, "event: "...), e.kind...)
+		b = append(b, '\n')
+	}
+	return sseEvent(b, e)
+}
+
+func sseEvent(b []byte, e *event) []byte {
+	if e.id != 0 || e.kind == "hello" {
+		b = strconv.AppendInt(append(b, "id: "...), e.id, 10)
+		b = append(b, '\n')
+	}
+	b = append(append(b, "data: "...), e.json...)
+	return append(b, "\n\n"...)
 }
 
 // multipart, Netscape's server push of 1995: each part replaces the one before.
@@ -460,7 +469,7 @@ func (s *server) free(addr netip.Addr) {
 // stream begins a stream, over the request's connection if that may be taken
 // over, else from the request itself.
 func (s *server) stream(w http.ResponseWriter, r *http.Request, t technique, f framing, q *query) error {
-	st := &stream{s: s, rooms: q.rooms, addr: q.addr, f: f, tally: s.stats.tallies[t.name]}
+	st := &stream{s: s, addr: q.addr, f: f, tally: s.stats.tallies[t.name]}
 	if t.name == "ws" {
 		return st.serveWebSocket(w, r, q)
 	}
@@ -496,12 +505,11 @@ type stream struct {
 	send  func(*stream, *desk, []byte) error
 	room  int // free bytes that send wants in front
 	tally *tally
-	rd    reader
 	f     framing
+	rd    reader
 	takeover
-	rooms []string   // as asked for
-	addr  netip.Addr // the client's
-	away  func()     // of a picture: called when nobody looks any more
+	addr netip.Addr // the client's
+	away func()     // of a picture: called when nobody looks any more
 }
 
 // open takes the stream's place in the log, and has it woken by the waker
@@ -555,7 +563,7 @@ func (st *stream) step(d *desk, now int64) error {
 		st.begun = true
 		st.rd.expectRoster()
 		head, hello := st.f.head, st.hello()
-		st.f.head, st.f.header, st.rooms = "", nil, nil // said once, and not kept by ten thousand
+		st.f.head, st.f.header = "", nil // said once, and not kept by ten thousand
 		if err := st.emit(d, now, head, hello); err != nil {
 			return err
 		}
@@ -605,11 +613,15 @@ func (st *stream) emit(d *desk, now int64, head string, events ...*event) error 
 func (st *stream) due(now int64) bool { return now >= min(st.beat.Load(), st.until) }
 
 func (st *stream) hello() *event {
+	var rooms []string
+	for _, seat := range st.rd.seats {
+		rooms = append(rooms, seat.room.name)
+	}
 	data, _ := json.Marshal(struct {
 		Rooms    []string `json:"rooms"`
 		Beat     int      `json:"beat"`
 		Instance string   `json:"instance"`
-	}{st.rooms, int(st.s.beat / time.Second), st.s.instance})
+	}{rooms, int(st.s.beat / time.Second), st.s.instance})
 	return &event{id: st.rd.after, kind: "hello", json: fmt.Appendf(nil,
 		`{"type":"hello","id":%d,"time":%d,"data":%s}`, st.rd.after, time.Now().UnixMilli(), data)}
 }
