@@ -381,10 +381,15 @@ func (r *relay) isStopping() bool {
 func (rm *room) wake() {
 	rm.mu.Lock()
 	defer rm.mu.Unlock()
+	var h *hand
 	for _, seat := range rm.readers {
 		rd := seat.rd
 		if rd.waker != nil {
-			rd.waker.wake()
+			if h == nil {
+				h = new(hand)
+				defer h.empty()
+			}
+			rd.waker.wakeBy(h)
 			continue
 		}
 		select {
@@ -394,8 +399,9 @@ func (rm *room) wake() {
 	}
 }
 
-// A waker is what wakes a reader that does not wait by itself.
-type waker interface{ wake() }
+// A waker is what wakes a reader that does not wait by itself, at the latest
+// when the hand is emptied.
+type waker interface{ wakeBy(*hand) }
 
 // A reader is one client's place in the log.
 type reader struct {

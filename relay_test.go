@@ -917,7 +917,7 @@ func TestWakesCoalesce(t *testing.T) {
 // A wakeCount counts how often it is woken.
 type wakeCount int
 
-func (n *wakeCount) wake() { *n++ }
+func (n *wakeCount) wakeBy(*hand) { *n++ }
 
 func TestAWakerIsCalledInPlaceOfTheToken(t *testing.T) {
 	r := testRelay(limits{})

@@ -69,11 +69,12 @@ const (
 // A pump is the writers, and the streams they serve. Writers live while there
 // is something to write, so a pump needs neither start nor stop.
 type pump struct {
-	mu          sync.Mutex // guards what follows
-	first, last *stream    // of the queue
-	writers     int
-	streams     map[*stream]struct{}
-	ticking     bool // a tick is due
+	mu      sync.Mutex // guards what follows
+	queue   []*stream
+	taken   int // so many in front of the queue are being served
+	writers int
+	streams []*stream
+	ticking bool // a tick is due
 }
 
 // takeOver serves the stream over the request's own connection. The handler is
@@ -172,10 +173,8 @@ func (p *pump) add(st *stream) {
 	}
 	st.fd = socket(st.conn)
 	p.mu.Lock()
-	if p.streams == nil {
-		p.streams = map[*stream]struct{}{}
-	}
-	p.streams[st] = struct{}{}
+	st.at = len(p.streams)
+	p.streams = append(p.streams, st)
 	if !p.ticking {
 		p.ticking = true
 		p.tick(st.s)
@@ -192,7 +191,7 @@ func (p *pump) tick(s *server) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		now := time.Now().UnixNano()
-		for st := range p.streams {
+		for _, st := range p.streams {
 			if st.due(now) && st.turn.CompareAndSwap(idle, queued) {
 				p.push(st)
 			}
@@ -207,7 +206,7 @@ func (p *pump) tick(s *server) {
 func (p *pump) wakeAll() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for st := range p.streams {
+	for _, st := range p.streams {
 		if !st.turn.CompareAndSwap(served, again) && st.turn.CompareAndSwap(idle, queued) {
 			p.push(st)
 		}
@@ -216,14 +215,18 @@ func (p *pump) wakeAll() {
 
 // wake has the stream served, now or once more.
 func (st *stream) wake() {
+	var h hand
+	st.wakeBy(&h)
+	h.empty()
+}
+
+// wakeBy is wake when the hand is emptied.
+func (st *stream) wakeBy(h *hand) {
 	for {
 		switch st.turn.Load() {
 		case idle:
 			if st.turn.CompareAndSwap(idle, queued) {
-				p := &st.s.pump
-				p.mu.Lock()
-				p.push(st)
-				p.mu.Unlock()
+				h.take(st)
 				return
 			}
 		case served:
@@ -236,14 +239,38 @@ func (st *stream) wake() {
 	}
 }
 
-// push puts a stream whose turn is queued in the queue. The caller holds p.mu.
-func (p *pump) push(st *stream) {
-	if p.first == nil {
-		p.first = st
-	} else {
-		p.last.next = st
+// A hand carries a few streams to the queue at once, lest who wakes ten
+// thousand and who writes to them wait for each other at each.
+type hand struct {
+	streams [32]*stream
+	n       int
+}
+
+func (h *hand) take(st *stream) {
+	h.streams[h.n] = st
+	if h.n++; h.n == len(h.streams) {
+		h.empty()
 	}
-	p.last = st
+}
+
+func (h *hand) empty() {
+	if h.n > 0 {
+		p := &h.streams[0].s.pump
+		p.mu.Lock()
+		p.push(h.streams[:h.n]...)
+		p.mu.Unlock()
+		h.n = 0
+	}
+}
+
+// push puts streams whose turn is queued in the queue. The caller holds p.mu.
+func (p *pump) push(streams ...*stream) {
+	if p.taken > 0 && p.taken >= len(p.queue)/2 {
+		left := copy(p.queue, p.queue[p.taken:])
+		clear(p.queue[left:])
+		p.queue, p.taken = p.queue[:left], 0
+	}
+	p.queue = append(p.queue, streams...)
 	if p.writers < runtime.GOMAXPROCS(0) {
 		p.writers++
 		go p.write()
@@ -256,8 +283,8 @@ func (p *pump) push(st *stream) {
 func (s *server) ease() {
 	for range 100 {
 		s.pump.mu.Lock()
-		first := s.pump.first
-		ahead := first != nil && s.relay.mark.Load()-first.rd.after > int64(s.relay.events)/4
+		waiting := s.pump.queue[s.pump.taken:]
+		ahead := len(waiting) > 0 && s.relay.mark.Load()-waiting[0].rd.after > int64(s.relay.events)/4
 		s.pump.mu.Unlock()
 		if !ahead {
 			return
@@ -272,15 +299,12 @@ func (p *pump) write() {
 	defer desks.Put(d)
 	var few [32]*stream // taken at once, so that writers don't wait for each other
 	for {
-		batch := few[:0]
 		p.mu.Lock()
-		for p.first != nil && len(batch) < len(few) {
-			st := p.first
-			p.first, st.next = st.next, nil
-			batch = append(batch, st)
-		}
+		batch := few[:copy(few[:], p.queue[p.taken:])]
+		p.taken += len(batch)
 		if len(batch) == 0 {
-			p.last = nil
+			clear(p.queue)
+			p.queue, p.taken = p.queue[:0], 0
 			p.writers--
 		}
 		p.mu.Unlock()
@@ -369,7 +393,10 @@ func (st *stream) finish(said bool) {
 	st.s.owed.Add(-int64(len(st.rest)))
 	p := &st.s.pump
 	p.mu.Lock()
-	delete(p.streams, st)
+	last := p.streams[len(p.streams)-1]
+	p.streams[st.at], last.at = last, st.at
+	p.streams[len(p.streams)-1] = nil
+	p.streams = p.streams[:len(p.streams)-1]
 	p.mu.Unlock()
 	st.close()
 	if !said {

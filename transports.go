@@ -496,7 +496,7 @@ type stream struct {
 	ended bool         // bye was said
 	ws    bool
 	gone  atomic.Bool // the client left
-	next  *stream     // in the queue
+	at    int         // in pump.streams
 	s     *server
 	fd    int          // the socket, for writes that don't wait; -1 where there are none
 	until int64        // when its token or its age ends it, in Unix nanoseconds
