@@ -327,8 +327,8 @@ func (rd *reader) rosters(batch []*event) []*event {
 	defer r.mu.Unlock()
 	rd.rostered, rd.rosterDue = r.mark.Load(), false
 	now := time.Now()
-	for _, seat := range rd.seats {
-		batch = append(batch, notice{Type: "presence", Room: seat.room.name, Data: seat.room.roster(now)}.event())
+	for i := range rd.seats {
+		batch = append(batch, notice{Type: "presence", Room: rd.seats[i].room.name, Data: rd.seats[i].room.roster(now)}.event())
 	}
 	return batch
 }

@@ -490,8 +490,8 @@ func (r *relay) subscribe(rd *reader, w want) error {
 	switch mark := r.mark.Load(); {
 	case w.after < 0:
 		rd.after = rd.newest(w.last)
-		for _, seat := range rd.seats {
-			rd.told = max(rd.told, seat.room.view.Load().floor)
+		for i := range rd.seats {
+			rd.told = max(rd.told, rd.seats[i].room.view.Load().floor)
 		}
 	case w.after > mark, w.after < r.start:
 		rd.foreign = true
@@ -529,16 +529,16 @@ func (r *relay) admit(w want) error {
 
 // wake wakes the readers of all the reader's rooms.
 func (rd *reader) wake() {
-	for _, seat := range rd.seats {
-		seat.room.wake()
+	for i := range rd.seats {
+		rd.seats[i].room.wake()
 	}
 }
 
 // newest returns the cursor behind which lie the newest n messages.
 func (rd *reader) newest(n int) int64 {
 	var ids []int64
-	for _, seat := range rd.seats {
-		m := seat.room.view.Load().messages
+	for i := range rd.seats {
+		m := rd.seats[i].room.view.Load().messages
 		for _, e := range m[max(0, len(m)-n):] {
 			ids = append(ids, e.id)
 		}

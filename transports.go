@@ -150,8 +150,8 @@ func lines(*query) framing {
 //
 //	retry: 2718
 //
-//	event: typing
 //	id: 1795351418000042
+//	event: typing
 //	data: {"id":1795351418000042,…}
 //
 // A comment would do for a heartbeat, but a page can't see a comment; nor an
@@ -161,26 +161,22 @@ func sse(q *query) framing {
 	f := framing{
 		mime:  "text/event-stream; charset=utf-8",
 		head:  fmt.Sprintf("retry: %d\n\n", 2000+mathrand.IntN(2000)),
-		event: namedEvent,
+		event: func(b []byte, e *event) []byte { return sseEvent(b, e, e.kind != "message") },
 		beat:  "event: beat\ndata:\n\n",
 	}
 	if q.nameless {
-		f.event = sseEvent
+		f.event = func(b []byte, e *event) []byte { return sseEvent(b, e, false) }
 	}
 	return f
 }
 
-func namedEvent(b []byte, e *event) []byte {
-	if e.kind != "message" {
-		b = append(append(b, "event: "...), e.kind...)
-		b = append(b, '\n')
-	}
-	return sseEvent(b, e)
-}
-
-func sseEvent(b []byte, e *event) []byte {
+func sseEvent(b []byte, e *event, named bool) []byte {
 	if e.id != 0 || e.kind == "hello" {
 		b = strconv.AppendInt(append(b, "id: "...), e.id, 10)
+		b = append(b, '\n')
+	}
+	if named {
+		b = append(append(b, "event: "...), e.kind...)
 		b = append(b, '\n')
 	}
 	b = append(append(b, "data: "...), e.json...)
@@ -614,8 +610,8 @@ func (st *stream) due(now int64) bool { return now >= min(st.beat.Load(), st.unt
 
 func (st *stream) hello() *event {
 	var rooms []string
-	for _, seat := range st.rd.seats {
-		rooms = append(rooms, seat.room.name)
+	for i := range st.rd.seats {
+		rooms = append(rooms, st.rd.seats[i].room.name)
 	}
 	data, _ := json.Marshal(struct {
 		Rooms    []string `json:"rooms"`
