@@ -54,7 +54,7 @@ func (o *origins) listed(origin string) bool {
 // that let a page of a listed origin see the answer, be it an error.
 func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
-	h.Add("Vary", "Origin, Sec-Fetch-Site")
+	h["Vary"] = byOrigin
 	origin := r.Header.Get("Origin")
 	if origin == "" || !o.listed(origin) {
 		return
@@ -96,12 +96,11 @@ func (o *origins) allow(r *http.Request) (string, error) {
 	}
 	// CrossOriginProtection judges what changes something. What reads is
 	// judged by the same rule.
-	asked := *r
+	asked := r
 	if reads {
-		asked.Method = http.MethodPost
-		asked.Header = http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}
+		asked = &http.Request{Method: http.MethodPost, Host: r.Host, URL: r.URL, Header: http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}}
 	}
-	if err := o.check.Check(&asked); err != nil {
+	if err := o.check.Check(asked); err != nil {
 		return "", fault{http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0}
 	}
 	return foreign, nil

@@ -62,17 +62,7 @@ func openHall(t testing.TB, args ...string) *hall {
 		t.Fatal(err)
 	}
 	h := &hall{server: s, t: t, conns: make(chan net.Conn), shut: make(chan struct{}), clients: map[string]*http.Transport{}}
-	srv := &http.Server{
-		Handler:           s,
-		ReadHeaderTimeout: headerTimeout,
-		IdleTimeout:       idleTimeout,
-		WriteTimeout:      answerTimeout,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
-		Protocols:         new(http.Protocols),
-	}
-	srv.Protocols.SetHTTP1(true)
-	srv.Protocols.SetUnencryptedHTTP2(c.h2c)
+	srv := s.http(c.h2c)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() {

@@ -35,8 +35,6 @@ const (
 	maxDepth = 64        // of nested JSON: parsers of other languages give up soon after
 	maxTTL   = 24 * 3600 // seconds of a signal
 	maxWait  = 55        // seconds of a long-poll: many proxies cut at 60
-
-	bodyTimeout = 10 * time.Second // to send a body
 )
 
 // A server is the relay as seen by HTTP.
@@ -81,7 +79,7 @@ var (
 	errGone     = errors.New("the client left, or takes nothing")
 	errReserved = refuse(http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another")
 	errTooBig   = fault{http.StatusRequestEntityTooLarge, "the body is too big; -body of the relay is its limit", "body", 0}
-	errSlow     = fault{http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", bodyTimeout), "body", 0}
+	errSlow     = fault{http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", requestTimeout), "body", 0}
 	errTooFast  = fault{http.StatusTooManyRequests, "this address publishes too fast", "rate", 1}
 	errTooMany  = fault{http.StatusTooManyRequests, "this address holds too many connections", "address", 10}
 	errExpired  = fault{http.StatusUnauthorized, "the token has expired", "token", 0}
@@ -93,16 +91,20 @@ var (
 	errUTF8     = bad("this is not UTF-8")
 )
 
+// Values of headers that every answer has, made once.
+var (
+	nosniff    = []string{"nosniff"}
+	sameOrigin = []string{"same-origin"}
+	noStore    = []string{"no-store"}
+	jsonUTF8   = []string{"application/json; charset=utf-8"}
+	byOrigin   = []string{"Origin, Sec-Fetch-Site"}
+)
+
 // ServeHTTP answers a request, and says what is wrong when it can't.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Referrer-Policy", "same-origin") // a URL may hold a token
-
-	// A body that nobody reads is waited for by net/http, for ever.
-	if r.ContentLength != 0 {
-		http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
-	}
+	h["X-Content-Type-Options"] = nosniff
+	h["Referrer-Policy"] = sameOrigin // a URL may hold a token
 	err := s.route(w, r)
 	if err == nil {
 		return
@@ -129,11 +131,16 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func reply(w http.ResponseWriter, status int, v any) {
 	b, _ := json.Marshal(v)
 	h := w.Header()
-	h.Set("Content-Type", "application/json; charset=utf-8")
-	h.Set("Cache-Control", "no-store")
+	h["Content-Type"], h["Cache-Control"] = jsonUTF8, noStore
 	w.WriteHeader(status)
 	w.Write(append(b, '\n'))
 }
+
+var (
+	publishMethods  = []string{"POST", "OPTIONS"}
+	presenceMethods = []string{"GET", "HEAD", "POST", "OPTIONS"}
+	readMethods     = []string{"GET", "HEAD", "OPTIONS"}
+)
 
 // route finds what a path and method ask for. It goes by the escaped path, so
 // a slash within a name is seen for what it is, and nothing is redirected.
@@ -149,18 +156,17 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	q := &query{rooms: rooms, writes: verb == ""}
-	get := "GET, HEAD, OPTIONS"
 	switch verb {
 	case "":
-		return s.handle(w, r, q, "POST, OPTIONS", s.publish)
+		return s.handle(w, r, q, publishMethods, s.publish)
 	case "presence":
-		return s.handle(w, r, q, "GET, HEAD, POST, OPTIONS", s.presence)
+		return s.handle(w, r, q, presenceMethods, s.presence)
 	case "form":
-		return s.handle(w, r, q, get, s.form)
+		return s.handle(w, r, q, readMethods, s.form)
 	}
 	for _, t := range techniques {
 		if t.name == verb {
-			return s.handle(w, r, q, get, func(w http.ResponseWriter, r *http.Request, q *query) error {
+			return s.handle(w, r, q, readMethods, func(w http.ResponseWriter, r *http.Request, q *query) error {
 				if err := q.parse(r, t); err != nil {
 					return err
 				}
@@ -190,8 +196,9 @@ func techniqueNames() string {
 
 // handle lets do answer if the method is one of methods, and the page behind the request may
 // ask; and answers OPTIONS.
-func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, methods string, do func(http.ResponseWriter, *http.Request, *query) error) error {
-	if !slices.Contains(strings.Split(methods, ", "), r.Method) {
+func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, methods []string, do func(http.ResponseWriter, *http.Request, *query) error) error {
+	if !slices.Contains(methods, r.Method) {
+		methods := strings.Join(methods, ", ")
 		w.Header().Set("Allow", methods)
 		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; "+methods+" are")
 	}
@@ -200,12 +207,14 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, method
 		return err
 	}
 	if r.Method == http.MethodOptions {
-		s.origins.preflight(w, r, methods)
+		s.origins.preflight(w, r, strings.Join(methods, ", "))
 		return nil
 	}
 	q.origin, q.ancestors, q.addr = foreign, s.origins.ancestors(), s.gate.addr(r)
-	if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
-		return bad("the query is not well formed: %v", err)
+	if r.URL.RawQuery != "" {
+		if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
+			return bad("the query is not well formed: %v", err)
+		}
 	}
 	if err := s.authorize(w, r, q); err != nil {
 		return err
@@ -470,7 +479,7 @@ func validCallback(s string) bool {
 // ownTypes are those of the relay; nobody else publishes them.
 var ownTypes = []string{"hello", "presence", "gap", "beat", "ack", "error", "bye"}
 
-// post publishes what was not checked yet, but for its JSON's size and UTF-8.
+// post publishes what was not checked yet, but for its data.
 func (s *server) post(room string, p post) (id int64, fresh bool, err error) {
 	switch {
 	case room == "":
@@ -487,12 +496,6 @@ func (s *server) post(room string, p post) (id int64, fresh bool, err error) {
 		err = bad("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
 	}
 	if err != nil {
-		return 0, false, err
-	}
-	if p.data == nil {
-		p.data = []byte("null")
-	}
-	if p.data, err = json.Marshal(json.RawMessage(p.data)); err != nil { // one line, escaped
 		return 0, false, err
 	}
 	p.room = room
@@ -575,14 +578,16 @@ func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error
 	if fresh {
 		status = http.StatusCreated
 	}
-	reply(w, status, map[string]int64{"id": id})
+	reply(w, status, struct {
+		ID int64 `json:"id"`
+	}{id})
 	return nil
 }
 
 // parsePost reads a publish from a request's query, headers and body. With a
 // form of ours comes the page to go to then.
 func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p post, then string, err error) {
-	b, form, err := s.readBody(w, r, "data")
+	b, kind, form, err := s.readBody(w, r, "data")
 	if err != nil {
 		return p, "", err
 	}
@@ -639,8 +644,10 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 		if then = form.Get("then"); then != "form" && then != "refresh" {
 			then = ""
 		}
-	case isJSON(r):
-		err = parseJSON(b, (*json.RawMessage)(&p.data))
+	case kind == "application/json":
+		if err = parseJSON(b, (*json.RawMessage)(&p.data)); err == nil {
+			p.data = oneLine(p.data)
+		}
 	case !utf8.Valid(b):
 		err = bad("the body is not UTF-8; the relay carries text and JSON")
 	default:
@@ -649,61 +656,60 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 	return p, then, err
 }
 
-func mediaType(r *http.Request) (string, map[string]string) {
+// oneLine is valid JSON as json.Marshal writes it: on one line, and escaped.
+func oneLine(data []byte) []byte {
+	if data == nil {
+		return []byte("null")
+	}
+	b, _ := json.Marshal(json.RawMessage(data))
+	return b
+}
+
+// readBody reads a bounded body, its media type, and the form in it if it is one with the
+// field. curl -d sends any text as a form; that is taken for the text it is.
+func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) (b []byte, kind string, form url.Values, err error) {
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil {
-		return "", nil
+		kind, params = "", nil
 	}
-	return kind, params
-}
-
-func isJSON(r *http.Request) bool {
-	kind, _ := mediaType(r)
-	return kind == "application/json"
-}
-
-// readBody reads a bounded body, and the form in it if it is one with the
-// field. curl -d sends any text as a form; that is taken for the text it is.
-func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) ([]byte, url.Values, error) {
-	kind, params := mediaType(r)
 	unsupported := func(what string) error {
 		return refuse(http.StatusUnsupportedMediaType, what+" is not taken; send UTF-8, not encoded")
 	}
 	if e := r.Header.Get("Content-Encoding"); e != "" && e != "identity" {
-		return nil, nil, unsupported("Content-Encoding " + strconv.Quote(e))
+		return nil, "", nil, unsupported("Content-Encoding " + strconv.Quote(e))
 	}
 	switch c := params["charset"]; strings.ToLower(c) {
 	case "", "utf-8", "utf8", "us-ascii":
 	default:
-		return nil, nil, unsupported("charset " + strconv.Quote(c))
+		return nil, "", nil, unsupported("charset " + strconv.Quote(c))
 	}
 	if r.ContentLength > s.body {
-		return nil, nil, errTooBig // before a client that expects 100 is told to go on
+		return nil, "", nil, errTooBig // before a client that expects 100 is told to go on
 	}
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, s.body))
+	b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.body))
 	var tooBig *http.MaxBytesError
 	switch {
 	case errors.As(err, &tooBig):
-		return nil, nil, errTooBig
+		return nil, "", nil, errTooBig
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		w.Header().Set("Connection", "close")
-		return nil, nil, errSlow
+		return nil, "", nil, errSlow
 	case err != nil:
-		return nil, nil, bad("the body did not arrive whole")
+		return nil, "", nil, bad("the body did not arrive whole")
 	}
 	switch kind {
 	case "application/x-www-form-urlencoded":
 		if form, err := url.ParseQuery(string(b)); err == nil && form.Has(field) {
-			return b, form, nil
+			return b, kind, form, nil
 		}
 	case "multipart/form-data":
 		r.Body = io.NopCloser(bytes.NewReader(b))
 		if err := r.ParseMultipartForm(s.body); err != nil || !url.Values(r.MultipartForm.Value).Has(field) {
-			return nil, nil, bad("this is no form with a field %s", field)
+			return nil, "", nil, bad("this is no form with a field %s", field)
 		}
-		return b, r.MultipartForm.Value, nil
+		return b, kind, r.MultipartForm.Value, nil
 	}
-	return b, nil, nil
+	return b, kind, nil, nil
 }
 
 // presence is GET and POST /rooms/{room}/presence.
@@ -726,7 +732,7 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 	if !s.gate.publish(q.addr) {
 		return errTooFast
 	}
-	b, form, err := s.readBody(w, r, "state")
+	b, kind, form, err := s.readBody(w, r, "state")
 	if err != nil {
 		return err
 	}
@@ -734,7 +740,7 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 	if form != nil {
 		state = form.Get("state")
 		user = cmp.Or(user, form.Get("user"))
-	} else if isJSON(r) || strings.HasPrefix(state, "{") {
+	} else if kind == "application/json" || strings.HasPrefix(state, "{") {
 		var said struct{ State string }
 		if err := parseJSON(b, &said); err != nil {
 			return err

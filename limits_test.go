@@ -190,7 +190,7 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 					}
 				}
 			},
-			"198.51.100.1", "GET /healthz", "", nil, 503, "10", "", wait(headerTimeout)},
+			"198.51.100.1", "GET /healthz", "", nil, 503, "10", "", wait(requestTimeout)},
 		{"publishes of an address", "rate", []string{"-rate", "2"},
 			func(h *hall) { post(h, a, "a", "b", "c", "a") },
 			a, "POST /rooms/a", "hi", nil, 429, "1", b, wait(500 * time.Millisecond)},
@@ -511,13 +511,13 @@ func TestASlowHeadIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := openHall(t)
 		for _, first := range []string{"", "G", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\nX-A: "} {
-			if said, d := dribble(t, h, first, strings.Repeat("x", 1000), time.Second); d > headerTimeout+time.Second {
-				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headerTimeout, said)
+			if said, d := dribble(t, h, first, strings.Repeat("x", 1000), time.Second); d > requestTimeout+time.Second {
+				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, requestTimeout, said)
 			}
 		}
 		// Nor a second one, after an answer.
 		ok := "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-		if _, d := dribble(t, h, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headerTimeout+time.Second {
+		if _, d := dribble(t, h, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > requestTimeout+time.Second {
 			t.Errorf("a second head that never ends is given %v", d)
 		}
 		if _, d := dribble(t, h, ok, "", 0); d > idleTimeout+time.Second {
@@ -539,7 +539,7 @@ func TestASlowBodyIsNotWaitedFor(t *testing.T) {
 		} {
 			before := h.refusals("body")
 			said, d := dribble(t, h, first, strings.Repeat("x", 500), time.Second)
-			if !strings.HasPrefix(said, "HTTP/1.1 408 ") || !strings.Contains(said, "Connection: close") || d < bodyTimeout || d > bodyTimeout+2*time.Second {
+			if !strings.HasPrefix(said, "HTTP/1.1 408 ") || !strings.Contains(said, "Connection: close") || d < requestTimeout || d > requestTimeout+2*time.Second {
 				t.Errorf("%q and then a byte a second is answered after %v: %s", first, d, said)
 			}
 			if n := h.refusals("body"); n != before+1 {

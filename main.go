@@ -147,11 +147,11 @@ func parse(args []string, getenv func(string) string) (settings, error) {
 }
 
 const (
-	headerTimeout = 10 * time.Second // to send a request's head
-	idleTimeout   = 2 * time.Minute  // between two requests of a connection
-	answerTimeout = time.Minute      // for what sets no deadline of its own
-	maxHeader     = 16 << 10         // bytes; net/http adds 4 KiB
-	stopTimeout   = 4 * time.Second  // for everybody to be told and gone; platforms kill after 5 or 10
+	requestTimeout = 10 * time.Second // to send a request, head and body
+	idleTimeout    = 2 * time.Minute  // between two requests of a connection
+	answerTimeout  = time.Minute      // for what sets no deadline of its own
+	maxHeader      = 16 << 10         // bytes; net/http adds 4 KiB
+	stopTimeout    = 4 * time.Second  // for everybody to be told and gone; platforms kill after 5 or 10
 )
 
 // run serves until ctx is done, and then ends every stream with a bye before it returns.
@@ -172,17 +172,7 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 	if err != nil {
 		return err
 	}
-	srv := &http.Server{
-		Handler:           s,
-		ReadHeaderTimeout: headerTimeout,
-		IdleTimeout:       idleTimeout,
-		WriteTimeout:      answerTimeout, // a stream sets a deadline for each write, and so lasts
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
-		Protocols:         new(http.Protocols),
-	}
-	srv.Protocols.SetHTTP1(true)
-	srv.Protocols.SetUnencryptedHTTP2(c.h2c)
+	srv := s.http(c.h2c)
 	if c.metricsAddr != "" {
 		stop, err := serveMetrics(s, c.metricsAddr)
 		if err != nil {
@@ -196,6 +186,22 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 		slog.Warn("the relay is open: anybody may read and publish; -secret closes it")
 	}
 	return serve(ctx, s, srv, s.doorman(listener))
+}
+
+// http is the server as run makes it, with HTTP/2 without TLS or not.
+func (s *server) http(h2c bool) *http.Server {
+	srv := &http.Server{
+		Handler:        s,
+		ReadTimeout:    requestTimeout, // what is held sets none
+		IdleTimeout:    idleTimeout,
+		WriteTimeout:   answerTimeout, // a stream sets a deadline for each write, and so lasts
+		MaxHeaderBytes: maxHeader,
+		ErrorLog:       slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
+		Protocols:      new(http.Protocols),
+	}
+	srv.Protocols.SetHTTP1(true)
+	srv.Protocols.SetUnencryptedHTTP2(h2c)
+	return srv
 }
 
 // doorman guards the listener. Beside what is held there are requests that
@@ -218,9 +224,9 @@ func serveMetrics(s *server, addr string) (stop func() error, err error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { s.metrics(w) })
 	srv := &http.Server{
-		Handler:           mux,
-		ReadHeaderTimeout: headerTimeout,
-		WriteTimeout:      answerTimeout,
+		Handler:      mux,
+		ReadTimeout:  requestTimeout,
+		WriteTimeout: answerTimeout,
 	}
 	go srv.Serve(l)
 	return srv.Close, nil
@@ -247,15 +253,9 @@ func healthcheck(addr string) error {
 	return nil
 }
 
-// limitMemory trades time for memory, which a small container has less of. To
-// deliver an event allocates nothing, so collecting garbage more often
-// than usual costs little; and near nine tenths of what the container may use
-// (cgroup v2, or v1) it is collected as often as it takes. GOGC and
-// GOMEMLIMIT say otherwise.
+// limitMemory has garbage collected as often as it takes near nine tenths of
+// what the container may use (cgroup v2, or v1). GOMEMLIMIT says otherwise.
 func limitMemory(getenv func(string) string) {
-	if getenv("GOGC") == "" {
-		debug.SetGCPercent(25)
-	}
 	if getenv("GOMEMLIMIT") != "" {
 		return
 	}

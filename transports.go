@@ -390,6 +390,9 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	case t.hold == now:
 		return s.answer(w, r, t, &f, q)
 	}
+	if r.ContentLength == 0 {
+		http.NewResponseController(w).SetReadDeadline(time.Time{}) // it is held for longer than a request may take to come
+	}
 	err := s.hold(q)
 	switch {
 	case err != nil:
@@ -883,7 +886,7 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 		}
 	}
 	p.key = said.Key
-	p.data = said.Data
+	p.data = oneLine(said.Data)
 	id, _, err := s.postAs(sp, room, p)
 	if err != nil || said.Key == "" {
 		return s.refusal(said.Key, err)

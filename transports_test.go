@@ -107,7 +107,7 @@ func newBed(t testing.TB, network string, tune ...func(*settings)) *testbed {
 		b.mu.Unlock()
 		return conn, nil
 	}
-	srv := testServer(s)
+	srv := s.http(false)
 	if network == pipeH2 {
 		srv.Protocols = new(http.Protocols)
 		srv.Protocols.SetHTTP1(true)
@@ -129,18 +129,6 @@ func newBed(t testing.TB, network string, tune ...func(*settings)) *testbed {
 		slog.SetDefault(before)
 	})
 	return b
-}
-
-// testServer is the http.Server that run makes.
-func testServer(s *server) *http.Server {
-	return &http.Server{
-		Handler:           s,
-		ReadHeaderTimeout: headerTimeout,
-		IdleTimeout:       idleTimeout,
-		WriteTimeout:      answerTimeout,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
-	}
 }
 
 func (b *testbed) newClient(dial func(context.Context) (net.Conn, error), h2 bool) *http.Client {

@@ -73,7 +73,8 @@ func floor(addr string) error {
 	}
 }
 
-// handler is the least that net/http can do: a POST whose body is read and answered, and a
+// handler is the least that net/http can do, with the timeouts that a server on the internet
+// needs, and the relay has: a POST whose body is read and answered, and a
 // long-poll that waits on a channel for the next message. It remembers one message, so it can
 // lose when two come at once; at one a second it does not.
 func handler(addr string) error {
@@ -123,5 +124,6 @@ func handler(addr string) error {
 		w.Header().Set("Content-Type", "application/json")
 		w.Write(answer)
 	})
-	return http.ListenAndServe(addr, mux)
+	srv := &http.Server{Addr: addr, Handler: mux, ReadTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, WriteTimeout: time.Minute}
+	return srv.ListenAndServe()
 }
