@@ -4,7 +4,9 @@ package main
 
 import (
 	"net"
+	"runtime"
 	"syscall"
+	"time"
 )
 
 // socket returns the number of a connection's socket, or -1 if it has none.
@@ -21,6 +23,17 @@ func socket(conn net.Conn) int {
 	n := -1
 	raw.Control(func(fd uintptr) { n = int(fd) })
 	return n
+}
+
+// patience has the kernel end a connection whose client has acknowledged
+// nothing for so long: one whose network went without a word. Else Linux would
+// try again for a quarter of an hour (tcp(7), TCP_USER_TIMEOUT), and the user
+// would be online as long. Other systems are left to their own ways.
+func patience(fd int, d time.Duration) {
+	const userTimeout = 18
+	if runtime.GOOS == "linux" {
+		syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, userTimeout, int(d/time.Millisecond))
+	}
 }
 
 // try writes what a socket takes of b without waiting, which net.Conn can't;

@@ -50,10 +50,11 @@ type takeover struct {
 	conn    net.Conn
 
 	// Of a WebSocket.
-	token   int64        // when its token expires, in Unix nanoseconds
-	silent  atomic.Int32 // pings since the last pong
-	mu      sync.Mutex   // guards answers
-	answers []byte       // frames that the library, or hear, has to send
+	token   int64 // when its token expires, in Unix nanoseconds
+	beats   int
+	silent  atomic.Bool // it did not answer the last ping yet
+	mu      sync.Mutex  // guards answers
+	answers []byte      // frames that the library, or hear, has to send
 }
 
 // Whose turn it is. Only who serves a stream, the writer that took it from the
@@ -172,7 +173,9 @@ func (p *pump) add(st *stream) {
 	if c, ok := st.conn.(interface{ SetWriteBuffer(int) error }); ok {
 		c.SetWriteBuffer(sendBuffer)
 	}
-	st.fd = socket(st.conn)
+	if st.fd = socket(st.conn); st.fd >= 0 {
+		patience(st.fd, 2*st.s.beat)
+	}
 	p.mu.Lock()
 	st.at = len(p.streams)
 	if p.streams = append(p.streams, st); len(p.streams) == many {
