@@ -10,8 +10,8 @@ import (
 // silent or not: a stream's and a WebSocket's.
 func TestPatience(t *testing.T) {
 	b := newBed(t, tcp)
-	b.listen(kindOf("sse"), "a")
-	b.listen(kindOf("ws"), "a")
+	b.listen(kindOf("sse"), "a").begin()
+	b.listen(kindOf("ws"), "a").begin()
 	b.pump.mu.Lock()
 	defer b.pump.mu.Unlock()
 	if len(b.pump.streams) != 2 {

@@ -9,8 +9,8 @@
 //
 // Nor has such a stream a goroutine to write. To wake one for every reader of every
 // message costs more than the write; instead a few writers serve whoever is
-// behind. They never wait: a socket that is full is left to a goroutine of its
-// own until it has room again, or its time is up.
+// behind. They never wait: a socket that is full is left to the goroutine that
+// reads until it has room again, or its time is up.
 //
 // What net/http did is done here: the head, chunks, deadlines, panics, stopping.
 
@@ -58,13 +58,14 @@ type takeover struct {
 }
 
 // Whose turn it is. Only who serves a stream, the writer that took it from the
-// queue or the goroutine that waits for its socket, touches what is not atomic.
+// queue or the goroutine that waits for its full socket, touches what is not atomic.
 const (
 	unborn = iota // its connection is not taken over yet
 	idle
 	queued // a writer will come
 	served // somebody serves it
 	again  // the same, and there is more to do
+	full   // so is its socket
 	over
 )
 
@@ -105,22 +106,34 @@ func (st *stream) takeOver(w http.ResponseWriter) error {
 	return nil
 }
 
-// watch waits for the client to leave. If it says something instead, which it
-// has no reason to, that stays unread, as with net/http.
+// watch waits for the client to leave, or, roused by a deadline, for its socket
+// to take the rest. What the client says, which it has no reason to, is lost.
 func (st *stream) watch() {
-	var b [1]byte
-	if n, _ := st.conn.Read(b[:]); n == 0 {
-		st.giveUp()
+	var b [64]byte
+	for {
+		_, err := st.conn.Read(b[:])
+		if st.turn.Load() == full {
+			st.drain()
+		} else if err != nil {
+			st.giveUp()
+			st.abandon()
+			return
+		}
 	}
 }
+
+var past = time.Unix(1, 0)
 
 // giveUp has the stream finished, and nobody wait for its socket any more. The
 // socket is closed by finish alone, in its turn: its number would be the next
 // connection's, and a write could go there.
 func (st *stream) giveUp() {
 	st.gone.Store(true)
-	st.conn.SetDeadline(time.Unix(1, 0))
+	st.conn.SetDeadline(past)
 	st.wake()
+	if st.turn.Load() == over {
+		st.conn.Close()
+	}
 }
 
 // chunkHead is the size of a chunk in hexadecimal and a line end
@@ -367,8 +380,15 @@ func (st *stream) serve(d *desk, now int64) (err error) {
 // yield ends a turn.
 func (st *stream) yield(err error) {
 	switch {
-	case err == errFull:
+	case err == errFull && st.ws: // whose goroutine reads in the library
+		st.turn.Store(full)
 		go st.drain()
+	case err == errFull:
+		st.turn.Store(full)
+		st.conn.SetReadDeadline(past)
+		if st.gone.Load() {
+			st.abandon()
+		}
 	case err != nil:
 		st.finish(err == io.EOF)
 	case !st.turn.CompareAndSwap(served, idle):
@@ -382,6 +402,13 @@ func (st *stream) requeue() {
 	p.mu.Lock()
 	p.push(st)
 	p.mu.Unlock()
+}
+
+// abandon finishes a stream whose socket is full when nobody watches any more.
+func (st *stream) abandon() {
+	if st.turn.CompareAndSwap(full, served) {
+		st.finish(false)
+	}
 }
 
 // drain waits for a full socket to take the rest. Each time it takes something
@@ -400,7 +427,7 @@ func (st *stream) drain() {
 		}
 	}
 	st.rest = nil
-	st.conn.SetWriteDeadline(time.Time{})
+	st.conn.SetDeadline(time.Time{})
 	st.requeue()
 }
 
