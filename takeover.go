@@ -107,14 +107,16 @@ func (st *stream) takeOver(w http.ResponseWriter) error {
 }
 
 // watch waits for the client to leave, or, roused by a deadline, for its socket
-// to take the rest. What the client says, which it has no reason to, is lost.
+// to take the rest. What the client says, which it has no reason to, is lost;
+// who says more than a request's head is given up.
 func (st *stream) watch() {
 	var b [64]byte
-	for {
-		_, err := st.conn.Read(b[:])
+	for said := 0; ; {
+		n, err := st.conn.Read(b[:])
+		said += n
 		if st.turn.Load() == full {
 			st.drain()
-		} else if err != nil {
+		} else if err != nil || said > maxHeader {
 			st.giveUp()
 			st.abandon()
 			return

@@ -2023,6 +2023,44 @@ func TestStandstill(t *testing.T) {
 	}
 }
 
+// A client has nothing to say to a stream. If it does that is lost, and its
+// going is noticed as ever; if it says more than a request may, it is given up.
+func TestWhoSpeaksToAStream(t *testing.T) {
+	for _, network := range []string{pipe, tcp} {
+		onNetwork(t, network, func(t *testing.T) {
+			b := newBed(t, network)
+			for _, size := range []int{10, maxHeader + 100} {
+				conn, err := b.dial(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				io.WriteString(conn, "GET /rooms/a/stream HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
+				r := bufio.NewReader(conn)
+				res, err := http.ReadResponse(r, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				lines := bufio.NewScanner(res.Body)
+				if !lines.Scan() || !strings.Contains(lines.Text(), "hello") {
+					t.Fatalf("the stream begins with %q", lines.Text())
+				}
+				go io.WriteString(conn, strings.Repeat("x", size))
+				if size < maxHeader {
+					b.say("a", "hi")
+					if !lines.Scan() || !strings.Contains(lines.Text(), `"hi"`) {
+						t.Errorf("%d bytes were said, and then came %q", size, lines.Text())
+					}
+					conn.Close()
+				} else if lines.Scan() {
+					t.Errorf("%d bytes were said, and then came %q", size, lines.Text())
+				}
+				b.until(func() bool { return b.held.Load() == 0 })
+				conn.Close()
+			}
+		})
+	}
+}
+
 // The same over HTTP/2, where it is the window that is full, of one stream
 // beside others in the connection.
 func TestStandstillHTTP2(t *testing.T) {
