@@ -25,8 +25,8 @@ func socket(conn net.Conn) int {
 	return n
 }
 
-// patience has the kernel end a connection whose client has acknowledged
-// nothing for so long: one whose network went without a word. Else Linux would
+// patience has the kernel end a connection whose client has acknowledged, or
+// with a shut window taken, nothing for so long: one whose network went without a word. Else Linux would
 // try again for a quarter of an hour (tcp(7), TCP_USER_TIMEOUT), and the user
 // would be online as long. Other systems are left to their own ways.
 func patience(fd int, d time.Duration) {

@@ -190,7 +190,7 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 					}
 				}
 			},
-			"198.51.100.1", "GET /healthz", "", nil, 503, "10", "", wait(requestTimeout)},
+			"198.51.100.1", "GET /healthz", "", nil, 503, "10", "", wait(headTimeout)},
 		{"publishes of an address", "rate", []string{"-rate", "2"},
 			func(h *hall) { post(h, a, "a", "b", "c", "a") },
 			a, "POST /rooms/a", "hi", nil, 429, "1", b, wait(500 * time.Millisecond)},
@@ -511,13 +511,13 @@ func TestASlowHeadIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := openHall(t)
 		for _, first := range []string{"", "G", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\nX-A: "} {
-			if said, d := dribble(t, h, first, strings.Repeat("x", 1000), time.Second); d > requestTimeout+time.Second {
-				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, requestTimeout, said)
+			if said, d := dribble(t, h, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
+				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headTimeout, said)
 			}
 		}
 		// Nor a second one, after an answer.
 		ok := "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-		if _, d := dribble(t, h, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > requestTimeout+time.Second {
+		if _, d := dribble(t, h, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
 			t.Errorf("a second head that never ends is given %v", d)
 		}
 		if _, d := dribble(t, h, ok, "", 0); d > idleTimeout+time.Second {

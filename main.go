@@ -147,11 +147,12 @@ func parse(args []string, getenv func(string) string) (settings, error) {
 }
 
 const (
-	requestTimeout = 10 * time.Second // to send a request, head and body
+	headTimeout    = 10 * time.Second // to send a request's head
+	requestTimeout = 20 * time.Second // and all of it; the first of a connection counts from its start
 	idleTimeout    = 2 * time.Minute  // between two requests of a connection
 	answerTimeout  = time.Minute      // for what sets no deadline of its own
 	maxHeader      = 16 << 10         // bytes; net/http adds 4 KiB
-	stopTimeout    = 4 * time.Second  // for everybody to be told and gone; platforms kill after 5 or 10
+	stopTimeout    = 3 * time.Second  // for everybody to be told and gone; platforms kill after 5 or 10
 )
 
 // run serves until ctx is done, and then ends every stream with a bye before it returns.
@@ -191,13 +192,14 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 // http is the server as run makes it, with HTTP/2 without TLS or not.
 func (s *server) http(h2c bool) *http.Server {
 	srv := &http.Server{
-		Handler:        s,
-		ReadTimeout:    requestTimeout, // what is held sets none
-		IdleTimeout:    idleTimeout,
-		WriteTimeout:   answerTimeout, // a stream sets a deadline for each write, and so lasts
-		MaxHeaderBytes: maxHeader,
-		ErrorLog:       slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
-		Protocols:      new(http.Protocols),
+		Handler:           s,
+		ReadHeaderTimeout: headTimeout,
+		ReadTimeout:       requestTimeout, // net/http lifts it when there is no more to read
+		IdleTimeout:       idleTimeout,
+		WriteTimeout:      answerTimeout, // a stream sets a deadline for each write, and so lasts
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
+		Protocols:         new(http.Protocols),
 	}
 	srv.Protocols.SetHTTP1(true)
 	srv.Protocols.SetUnencryptedHTTP2(h2c)

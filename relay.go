@@ -594,7 +594,7 @@ func (rd *reader) next(batch []*event) []*event {
 	heads := few[:0]
 	for i := range rd.seats {
 		v := rd.seats[i].room.view.Load()
-		if gap := rd.gap(rd.seats[i].room, v.floor, mark); gap != nil {
+		if gap := rd.gap(rd.seats[i].room, v.floor, mark, heads); gap != nil {
 			heads = append(heads, []*event{gap})
 		}
 		if m := between(v.messages, after, mark); len(m) > 0 {
@@ -641,7 +641,10 @@ func (rd *reader) next(batch []*event) []*event {
 // gap returns the event that tells of what the reader may have lost in a
 // room, or nil. Its id is the cursor to go on from, so it has its place among
 // the events.
-func (rd *reader) gap(rm *room, floor, mark int64) *event {
+//
+// Of several with one id the last alone has it: who was cut off before it, and
+// comes back with the one before, is told again.
+func (rd *reader) gap(rm *room, floor, mark int64, others [][]*event) *event {
 	floor = min(floor, mark) // one beyond was raised while we read, and is told when we read on
 	reason := "history"
 	switch {
@@ -653,7 +656,11 @@ func (rd *reader) gap(rm *room, floor, mark int64) *event {
 		return nil
 	}
 	rd.relay.gaps.Add(1)
-	return notice{Type: "gap", Room: rm.name, ID: max(floor, rd.relay.start), Data: map[string]string{"reason": reason}}.event()
+	id := max(floor, rd.relay.start)
+	if slices.ContainsFunc(others, func(o []*event) bool { return o[0].kind == "gap" && o[0].id == id }) {
+		id--
+	}
+	return notice{Type: "gap", Room: rm.name, ID: id, Data: map[string]string{"reason": reason}}.event()
 }
 
 // between returns the events of a log behind after, up to mark.

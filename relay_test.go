@@ -1281,3 +1281,47 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 		t.Errorf("%s read %d events of %d", who, len(got), expected)
 	}
 }
+
+// Who reads several rooms and is cut off between their gaps is told of the
+// others again.
+func TestGapsOfOneIDAreAllTold(t *testing.T) {
+	r := testRelay(limits{})
+	for range 3 {
+		publishText(t, r, "a", "lost")
+		publishText(t, r, "b", "lost")
+	}
+	old, err := tryReader(r, want{rooms: []string{"a", "b", "c"}, after: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	events := readAll(old)
+	var rooms []string
+	for i, e := range events {
+		if e.kind != "gap" {
+			continue
+		}
+		rooms = append(rooms, string(e.json))
+		rest := 0
+		back, err := tryReader(r, want{rooms: []string{"a", "b", "c"}, after: e.id})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range readAll(back) {
+			if e.kind == "gap" {
+				rest++
+			}
+		}
+		left := 0
+		for _, e := range events[i+1:] {
+			if e.kind == "gap" {
+				left++
+			}
+		}
+		if rest < left {
+			t.Errorf("behind the gap %d there are %d more, and who comes back with it is told of %d: %s", e.id, left, rest, e.json)
+		}
+	}
+	if len(rooms) != 3 {
+		t.Errorf("%d gaps of three rooms: %s", len(rooms), rooms)
+	}
+}

@@ -36,7 +36,7 @@ type stats struct {
 	started   time.Time
 	published atomic.Int64
 	in        atomic.Int64 // bytes of publishes
-	dropped   atomic.Int64 // clients that took nothing for writeTimeout
+	dropped   atomic.Int64 // clients that took nothing for writeTimeout, or had too much waiting for them
 	skipped   atomic.Int64 // messages that a graph of numbers could not show
 	ticking   atomic.Bool  // the room _stats is published to
 	asked     atomic.Int64 // when it was last asked for, Unix nanoseconds

@@ -10,7 +10,8 @@
 // Nor has such a stream a goroutine to write. To wake one for every reader of every
 // message costs more than the write; instead a few writers serve whoever is
 // behind. They never wait: a socket that is full is left to the goroutine that
-// reads until it has room again, or its time is up.
+// reads (a WebSocket's, to one of its own) until it has room again, or its time
+// is up.
 //
 // What net/http did is done here: the head, chunks, deadlines, panics, stopping.
 
@@ -55,6 +56,8 @@ type takeover struct {
 	silent  atomic.Bool // it did not answer the last ping yet
 	mu      sync.Mutex  // guards answers
 	answers []byte      // frames that the library, or hear, has to send
+	hearing atomic.Bool // hear is at it, and may owe an answer
+	owes    bool        // the same, as this turn began
 }
 
 // Whose turn it is. Only who serves a stream, the writer that took it from the
@@ -65,7 +68,7 @@ const (
 	queued // a writer will come
 	served // somebody serves it
 	again  // the same, and there is more to do
-	full   // so is its socket
+	full   // its socket is; drain has it, and no writer comes
 	over
 )
 
@@ -74,7 +77,7 @@ const (
 type pump struct {
 	mu      sync.Mutex // guards what follows
 	queue   []*stream
-	taken   int // so many in front of the queue are being served
+	taken   int // so many in front of the queue were taken
 	writers int
 	streams []*stream
 	ticking bool // a tick is due
@@ -114,9 +117,13 @@ func (st *stream) watch() {
 	for said := 0; ; {
 		n, err := st.conn.Read(b[:])
 		said += n
+		roused := errors.Is(err, os.ErrDeadlineExceeded)
+		if roused { // before the look at turn, lest the next rousing is undone
+			st.conn.SetReadDeadline(time.Time{})
+		}
 		if st.turn.Load() == full {
 			st.drain()
-		} else if err != nil || said > maxHeader {
+		} else if err != nil && !roused || said > maxHeader {
 			st.giveUp()
 			st.abandon()
 			return
@@ -127,8 +134,8 @@ func (st *stream) watch() {
 var past = time.Unix(1, 0)
 
 // giveUp has the stream finished, and nobody wait for its socket any more. The
-// socket is closed by finish alone, in its turn: its number would be the next
-// connection's, and a write could go there.
+// socket is closed in the stream's turn, or when that is over, never beside it:
+// its number would be the next connection's, and a write could go there.
 func (st *stream) giveUp() {
 	st.gone.Store(true)
 	st.conn.SetDeadline(past)
@@ -189,7 +196,7 @@ func (p *pump) add(st *stream) {
 		c.SetWriteBuffer(sendBuffer)
 	}
 	if st.fd = socket(st.conn); st.fd >= 0 {
-		patience(st.fd, 2*st.s.beat)
+		patience(st.fd, 2*max(st.s.beat, writeTimeout))
 	}
 	p.mu.Lock()
 	st.at = len(p.streams)
@@ -207,7 +214,7 @@ func (p *pump) add(st *stream) {
 
 // many is how many streams make memory worth more than time: to deliver an
 // event allocates nothing, so to collect garbage more often then costs little.
-const many = 1000
+const many = 100
 
 // collectAt sets how much garbage there may be, in percent of what is in use,
 // unless GOGC does.
@@ -363,6 +370,7 @@ func (st *stream) serve(d *desk, now int64) (err error) {
 		}
 	}()
 	if st.ws {
+		st.owes = st.hearing.Load() // asked before the answers are taken
 		st.mu.Lock()
 		answers := st.answers
 		st.answers = nil
@@ -421,7 +429,7 @@ func (st *stream) drain() {
 		n, err := st.conn.Write(st.rest)
 		st.s.owed.Add(-int64(n))
 		if st.rest = st.rest[n:]; err != nil && (n == 0 || st.gone.Load()) {
-			if !st.gone.Load() {
+			if !st.gone.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
 				st.s.stats.dropped.Add(1)
 			}
 			st.finish(false)
@@ -429,7 +437,7 @@ func (st *stream) drain() {
 		}
 	}
 	st.rest = nil
-	st.conn.SetDeadline(time.Time{})
+	st.conn.SetWriteDeadline(time.Time{})
 	st.requeue()
 }
 

@@ -19,11 +19,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/netip"
 	"os"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -390,9 +392,6 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	case t.hold == now:
 		return s.answer(w, r, t, &f, q)
 	}
-	if r.ContentLength == 0 {
-		http.NewResponseController(w).SetReadDeadline(time.Time{}) // it is held for longer than a request may take to come
-	}
 	err := s.hold(q)
 	switch {
 	case err != nil:
@@ -582,7 +581,7 @@ func (st *stream) step(d *desk, now int64) error {
 			}
 		}
 	}
-	if expired || stopping {
+	if expired || stopping && !st.owes {
 		st.ended = true
 		return cmp.Or(st.emit(d, now, "", st.s.bye()), io.EOF)
 	}
@@ -760,15 +759,24 @@ type speaker struct {
 // listen takes what the client says, until it says no more.
 func (st *stream) listen(conn *websocket.Conn, sp *speaker) {
 	defer conn.CloseNow()
+	defer func() { // as net/http does for a request
+		if p := recover(); p != nil {
+			slog.Error("a socket failed", "panic", p, "stack", string(debug.Stack()))
+		}
+	}()
 	for {
 		kind, frame, err := conn.Read(context.Background())
 		if err != nil {
 			return
 		}
 		st.tally.in.Add(int64(len(frame)) + 6) // a head and a mask, of the shortest
+		st.hearing.Store(true)                 // what is published is answered, be it the last that is
 		if answer := st.s.hear(sp, kind, frame); answer != nil {
 			b := answer.event().json
 			st.say(append(textFrame(nil, len(b)), b...))
+		}
+		if st.hearing.Store(false); st.s.relay.isStopping() {
+			st.wake()
 		}
 	}
 }

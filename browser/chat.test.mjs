@@ -48,6 +48,7 @@ const say = (page, message) => page.evaluate(message => {
 
 /** Waits until the page has what the relay has, and checks that it has no more, and nothing on the way. */
 async function same(page, relay, room, before = []) {
+  await until('nothing is on the way', () => page.evaluate(() => document.querySelector('#outbox').hidden), far)
   const should = [...before, ...await relay.truth(room)]
   const newest = should.at(-1)
   let is = []

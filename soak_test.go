@@ -1,0 +1,823 @@
+//go:build linux
+
+// A soak. A real relay under some load for as long as one likes, with readers
+// who are cut off, readers who stop reading, and restarts. Everybody keeps
+// account of what they were promised, and nobody may find a thing missing.
+//
+//	SOAK=30m go test -run TestSoak -v -timeout 1h
+//
+// A relay that is restarted does not grow old. SOAK_EVERY=24h leaves the
+// restarts out, to see whether its memory grows with the hours.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/coder/websocket"
+)
+
+const (
+	soakRooms = 50
+	soakSlow  = 50 // readers who stop reading, beside the others
+	soakBig   = 16 << 10
+)
+
+// soakKinds are the techniques of the readers of one room.
+var soakKinds = slices.Concat(slices.Repeat([]string{"sse", "stream", "ws"}, 8), slices.Repeat([]string{"multipart", "iframe", "longpoll"}, 4),
+	[]string{"poll", "poll", "poll", "jsonp"})
+
+// A soak is what readers, publishers and the test share.
+type soak struct {
+	ctx    context.Context // done when all readers are to leave
+	addr   string
+	every  time.Duration // between two restarts
+	life   time.Duration // of a connection, on average
+	begun  atomic.Bool   // everybody is there, and something is published
+	ending atomic.Bool   // nothing is published any more, nobody is cut off
+	joined atomic.Int64  // readers who have a cursor
+	epoch  atomic.Int64  // grows when the relay is told to stop, and when it is there again: odd in between
+	born   atomic.Int64  // a moment before the relay started, in Unix microseconds; its ids are above
+
+	mu       sync.Mutex                         // guards what follows
+	counts   map[string]int64                   // what happened
+	faults   map[string]int64                   // what must not
+	examples []string                           // of those, three of a kind
+	acked    [soakRooms]struct{ n, id int64 }   // the last publish that was answered
+	first    [soakRooms]struct{ born, n int64 } // the first message that readers saw of a process
+	restarts []*soakRestart
+	volley   chan struct{} // closed when all publishers are to publish, right before a restart
+	slowest  time.Duration // from publishing to arrival at a stream, not counting the time between connections
+}
+
+// A soakRestart is what came of one restart.
+type soakRestart struct {
+	due        [soakRooms]int64 // what the process that was stopped had answered for
+	took       time.Duration    // to stop
+	byes, gaps int
+	missed     int64 // messages answered for that readers on their way back did not get, and were told so
+}
+
+func (s *soak) count(what string, n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.counts[what] += n
+}
+
+func (s *soak) fault(what string, n int64, format string, args ...any) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.faults[what] < 3 {
+		s.examples = append(s.examples, what+": "+fmt.Sprintf(format, args...))
+	}
+	s.faults[what] += n
+}
+
+// restart is the one that was last. The caller holds s.mu.
+func (s *soak) restart() *soakRestart {
+	if len(s.restarts) == 0 {
+		return &soakRestart{}
+	}
+	return s.restarts[len(s.restarts)-1]
+}
+
+// due is the last message of each room that the relay of now has answered for.
+func (s *soak) due() (last [soakRooms]int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for room, a := range s.acked {
+		if a.id >= s.born.Load() {
+			last[room] = a.n
+		}
+	}
+	return last
+}
+
+// stopped reports whether the relay was stopping at some time since the epoch.
+func (s *soak) stopped(epoch int64) bool { return epoch%2 == 1 || s.epoch.Load() != epoch }
+
+// sleep reports whether there is still something to do afterwards.
+func (s *soak) sleep(d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-s.ctx.Done():
+		return false
+	}
+}
+
+func soakRoom(i int) string { return fmt.Sprintf("soak%d", i) }
+
+// Readers.
+
+type soakReader struct {
+	s      *soak
+	name   string
+	kind   string
+	query  string
+	slow   bool
+	places []*soakPlace
+	after  int64 // the cursor, or -1 for none
+
+	// Of the connection.
+	said bool          // hello was
+	sent time.Duration // away, for so long, by a bye; 0 for not
+	open time.Time     // since
+	was  [2]time.Time  // when the one before was opened, and ended
+}
+
+// A soakPlace is what a reader has of one room.
+type soakPlace struct {
+	room int
+	last atomic.Int64 // the number of the newest message
+	era  int64        // the id of the newest message or gap
+	told bool         // of a gap, and no message came since
+}
+
+func newSoakReader(s *soak, i int) *soakReader {
+	room, j := i%soakRooms, i/soakRooms
+	r := &soakReader{s: s, after: -1, slow: j >= len(soakKinds), query: "?callback=tell"}
+	if r.slow { // in the room whose messages are big
+		r.kind, room = []string{"sse", "stream", "ws", "multipart", "iframe"}[i%5], 0
+	} else {
+		r.kind = soakKinds[j]
+	}
+	r.places = []*soakPlace{{room: room}}
+	if !r.slow && j%5 == 3 {
+		r.places = append(r.places, &soakPlace{room: (room + 7) % soakRooms})
+	}
+	if j%4 == 1 {
+		r.query += fmt.Sprintf("&user=user%d-%d", room, j/8) // who has two tabs
+	}
+	r.name = fmt.Sprintf("%s %d", r.kind, i)
+	return r
+}
+
+// once reads over one connection, and returns when to come back.
+func (r *soakReader) once() time.Duration {
+	s, epoch, soon := r.s, r.s.epoch.Load(), rand.N(time.Second)
+	r.said, r.sent = false, 0
+	d := net.Dialer{Timeout: 10 * time.Second}
+	if r.slow { // what is not read stays with the relay
+		d.Control = func(_, _ string, raw syscall.RawConn) error {
+			return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
+		}
+	}
+	conn, err := d.DialContext(s.ctx, "tcp", s.addr)
+	if err == nil {
+		defer conn.Close()
+		defer context.AfterFunc(s.ctx, func() { conn.Close() })()
+		life := time.Duration(rand.ExpFloat64() * float64(s.life))
+		if r.slow {
+			life = time.Second + rand.N(2*time.Second)
+		}
+		if !s.ending.Load() {
+			conn.SetReadDeadline(time.Now().Add(life))
+		}
+		err = r.read(conn)
+	}
+	if r.said {
+		r.was = [2]time.Time{r.open, time.Now()}
+	}
+	switch enough := conn != nil && errors.Is(err, os.ErrDeadlineExceeded); {
+	case s.ctx.Err() != nil:
+	case r.sent > 0:
+		return min(r.sent, s.every/6)
+	case enough && r.slow && s.begun.Load():
+		r.stall(conn, epoch)
+	case enough:
+		r.cut(conn)
+	case !s.stopped(epoch):
+		s.fault("broken off", 1, "%s: %v", r.name, err)
+	case r.said:
+		s.fault("ended without a bye", 1, "%s: %v", r.name, err)
+	}
+	return soon
+}
+
+// cut leaves, as a closed tab does or as a lost network.
+func (r *soakReader) cut(conn net.Conn) {
+	r.s.count("cuts", 1)
+	if rand.N(2) == 0 {
+		conn.(*net.TCPConn).SetLinger(0) // a reset
+	} else if r.kind == "ws" && r.said {
+		conn.Write(maskedFrame(8, "\x03\xe8"))
+	}
+}
+
+// stall stops reading for ever, which is until the relay has had enough. One
+// who does not read sees that by writing.
+func (r *soakReader) stall(conn net.Conn, epoch int64) {
+	nudge := []byte("\n")
+	if r.kind == "ws" {
+		nudge = maskedFrame(10, "")
+	}
+	for range 90 {
+		if !r.s.sleep(500*time.Millisecond) || r.s.ending.Load() {
+			return
+		}
+		if _, err := conn.Write(nudge); err != nil {
+			if !r.s.stopped(epoch) {
+				r.s.count("slow readers dropped", 1)
+			}
+			return
+		}
+	}
+	r.s.fault("slow, and not dropped", 1, "%s", r.name)
+}
+
+// read asks, and takes what comes.
+func (r *soakReader) read(conn net.Conn) error {
+	in := bufio.NewReader(conn)
+	for {
+		resp, err := r.ask(conn, in)
+		if err != nil {
+			return err
+		}
+		if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusSwitchingProtocols {
+			return fmt.Errorf("answered %s", resp.Status)
+		}
+		switch r.kind {
+		case "poll", "longpoll", "jsonp":
+			b, err := io.ReadAll(resp.Body)
+			if err != nil {
+				return err
+			}
+			b = bytes.TrimSuffix(bytes.TrimPrefix(b, []byte("/**/tell(")), []byte(");\n"))
+			var said struct {
+				Cursor int64
+				Events []json.RawMessage
+			}
+			if err := json.Unmarshal(b, &said); err != nil {
+				return err
+			}
+			r.goOn(max(0, r.after)) // before the events, of which there may be some already
+			for _, e := range said.Events {
+				r.got(e)
+			}
+			r.goOn(said.Cursor)
+			if resp.Close || r.kind == "poll" && !r.s.sleep(2*time.Second+rand.N(2*time.Second)) {
+				return io.EOF
+			}
+		case "ws":
+			return r.frames(conn, in)
+		default:
+			for lines := bufio.NewReader(resp.Body); ; {
+				b, err := lines.ReadBytes('\n')
+				if err != nil {
+					return err
+				}
+				if i := bytes.IndexByte(b, '{'); i >= 0 { // behind "data: ", or in a script
+					r.got(bytes.TrimSuffix(b[i:], []byte(")</script>\n")))
+				}
+			}
+		}
+	}
+}
+
+func (r *soakReader) ask(conn net.Conn, in *bufio.Reader) (*http.Response, error) {
+	var rooms []string
+	for _, p := range r.places {
+		rooms = append(rooms, soakRoom(p.room))
+	}
+	query, head := r.query, ""
+	switch {
+	case r.after < 0:
+		query += "&wait=0"
+	case r.kind == "sse":
+		head = fmt.Sprintf("Last-Event-ID: %d\r\n", r.after)
+	default:
+		query += fmt.Sprintf("&wait=20&after=%d", r.after)
+	}
+	if r.kind == "ws" {
+		head = webSocketHead
+	}
+	if _, err := fmt.Fprintf(conn, "GET /rooms/%s/%s%s HTTP/1.1\r\nHost: soak\r\n%s\r\n", strings.Join(rooms, ","), r.kind, query, head); err != nil {
+		return nil, err
+	}
+	return http.ReadResponse(in, nil)
+}
+
+// frames reads what a WebSocket brings.
+func (r *soakReader) frames(conn net.Conn, in *bufio.Reader) error {
+	for {
+		var head [2]byte
+		if _, err := io.ReadFull(in, head[:]); err != nil {
+			return err
+		}
+		n := uint64(head[1])
+		if n >= 126 { // the length comes in two bytes, or with 127 in eight
+			var long [8]byte
+			if _, err := io.ReadFull(in, long[6-6*(n-126):]); err != nil {
+				return err
+			}
+			n = binary.BigEndian.Uint64(long[:])
+		}
+		b := make([]byte, n)
+		if _, err := io.ReadFull(in, b); err != nil {
+			return err
+		}
+		switch head[0] & 15 {
+		case 1:
+			for line := range bytes.Lines(b) {
+				r.got(line)
+			}
+		case 8:
+			return io.EOF
+		case 9:
+			conn.Write(maskedFrame(10, string(b)))
+		}
+	}
+}
+
+// goOn moves the cursor, to what a poll or a hello says.
+func (r *soakReader) goOn(cursor int64) {
+	if r.after < 0 {
+		r.s.joined.Add(1)
+		for _, p := range r.places {
+			p.era = r.s.born.Load()
+		}
+	}
+	if cursor < r.after {
+		r.s.fault("out of order", 1, "%s: the cursor goes from %d to %d", r.name, r.after, cursor)
+	}
+	r.after = cursor
+}
+
+// got takes an event, and checks that it is what must come.
+func (r *soakReader) got(line []byte) {
+	s := r.s
+	var e struct {
+		ID, Time   int64
+		Room, Type string
+		Data       json.RawMessage
+	}
+	if err := json.Unmarshal(line, &e); err != nil {
+		s.fault("malformed", 1, "%s: %.100s", r.name, line)
+		return
+	}
+	var data struct {
+		N, Retry int64
+		Reason   string
+	}
+	if e.Type != "presence" {
+		json.Unmarshal(e.Data, &data)
+	}
+	switch {
+	case e.Type == "hello":
+		r.said, r.open = true, time.Now()
+		r.goOn(e.ID)
+		return
+	case e.Type == "bye":
+		r.bye(time.Duration(data.Retry) * time.Millisecond)
+		return
+	case e.ID == 0: // a heartbeat, or the roster
+		return
+	case e.ID < r.after || e.ID == r.after && e.Type != "gap": // of several rooms' gaps the ids may be the same
+		s.fault("out of order", 1, "%s: behind %d came %.100s", r.name, r.after, line)
+	}
+	r.after = e.ID
+	for _, p := range r.places {
+		if soakRoom(p.room) != e.Room {
+			continue
+		}
+		switch e.Type {
+		case "gap":
+			r.gap(p, data.Reason)
+			p.era = e.ID
+		case "message":
+			r.message(p, e.ID, data.N, time.UnixMilli(e.Time))
+			p.era = e.ID
+		}
+		return
+	}
+	s.fault("of another room", 1, "%s: %.100s", r.name, line)
+}
+
+func (r *soakReader) gap(p *soakPlace, reason string) {
+	s := r.s
+	if p.told = true; reason != "restart" { // the history is long enough for everybody here
+		s.fault("gap for another reason", 1, "%s: %s", r.name, reason)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	last := s.restart()
+	last.gaps++
+	if !r.slow {
+		last.missed += max(0, last.due[p.room]-p.last.Load())
+	}
+}
+
+func (r *soakReader) message(p *soakPlace, id, n int64, at time.Time) {
+	s := r.s
+	last, told := p.last.Load(), p.told
+	p.told = false
+	s.count("delivered", 1)
+	born := s.born.Load()
+	if id >= born && p.era < born && !told {
+		s.fault("not told of a restart", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
+	}
+	switch {
+	case n == last && told: // its answer was lost with the process, which knew its key
+		s.count("again after a restart", 1)
+	case n <= last:
+		s.fault("doubled", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
+	case n > last+1 && !told:
+		s.fault("lost", n-last-1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
+	}
+	p.last.Store(n)
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if first := &s.first[p.room]; told && id >= born { // all who come back after a restart are to begin with the same
+		if first.born != born {
+			first.born, first.n = born, n
+		} else if first.n != n {
+			s.faults["begun late after a restart"]++
+		}
+	}
+	if r.said && !r.slow { // poll and the like say no hello
+		now, waited := time.Now(), time.Duration(0)
+		for _, span := range [][2]time.Time{r.was, {r.open, now}} {
+			if span[0].Before(at) {
+				span[0] = at
+			}
+			waited += max(0, span[1].Sub(span[0]))
+		}
+		s.slowest = max(s.slowest, waited)
+	}
+}
+
+// bye is the relay's. What it answered for before it was stopped must have come.
+func (r *soakReader) bye(retry time.Duration) {
+	s := r.s
+	r.sent = max(retry, time.Millisecond)
+	s.mu.Lock()
+	last := s.restart()
+	last.byes++
+	s.mu.Unlock()
+	for _, p := range r.places {
+		if n := last.due[p.room] - p.last.Load(); n > 0 && r.said { // without a hello it was never let in
+			s.fault("not delivered before the bye", n, "%s: room %d has %d, of %d", r.name, p.room, p.last.Load(), last.due[p.room])
+		}
+	}
+}
+
+// Publishers, one to a room.
+
+func (s *soak) publish(room int) {
+	path := "/rooms/" + soakRoom(room)
+	p := &soakPublisher{s: s, url: "http://" + s.addr + path, client: &http.Client{Transport: &http.Transport{}}}
+	defer p.client.CloseIdleConnections()
+	send, pad, pause := p.post, 200, 2*time.Second
+	if room%10 == 9 {
+		send = p.speak
+		defer p.hangUp()
+	}
+	switch {
+	case room == 0:
+		pad = soakBig
+	case room%10 == 8: // where no next message comes to wake who was forgotten by the last
+		pause = 20 * time.Second
+	}
+	for n := int64(1); ; n++ {
+		s.mu.Lock()
+		volley := s.volley
+		s.mu.Unlock()
+		select {
+		case <-time.After(rand.N(pause)):
+		case <-volley:
+		}
+		if s.ending.Load() {
+			return
+		}
+		key, body := fmt.Sprintf("key%d", n), fmt.Sprintf(`{"n":%d,"pad":"%s"}`, n, strings.Repeat("x", pad))
+		if room%10 != 9 && rand.N(20) == 0 { // leaves before the answer, and asks again
+			if conn, err := net.Dial("tcp", s.addr); err == nil {
+				fmt.Fprintf(conn, "POST %s?key=%s HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", path, key, len(body), body)
+				time.Sleep(rand.N(time.Millisecond))
+				conn.(*net.TCPConn).SetLinger(0)
+				conn.Close()
+				s.count("answers not waited for", 1)
+			}
+		}
+		for late := time.Now().Add(time.Minute); ; {
+			ctx, cancel := context.WithTimeout(s.ctx, 5*time.Second)
+			id, err := send(ctx, key, body)
+			cancel()
+			if err == nil {
+				s.mu.Lock()
+				s.acked[room].n, s.acked[room].id = n, id
+				s.counts["published"]++
+				s.mu.Unlock()
+				break
+			}
+			s.count("publishes tried again", 1)
+			if time.Now().After(late) {
+				s.fault("not published for a minute", 1, "message %d of room %d: %v", n, room, err)
+				return
+			}
+			if !s.sleep(100*time.Millisecond + rand.N(200*time.Millisecond)) {
+				return
+			}
+		}
+	}
+}
+
+type soakPublisher struct {
+	s      *soak
+	url    string
+	client *http.Client
+	socket *websocket.Conn
+}
+
+// post publishes by POST.
+func (p *soakPublisher) post(ctx context.Context, key, body string) (int64, error) {
+	r, _ := http.NewRequestWithContext(ctx, "POST", p.url+"?key="+key, strings.NewReader(body))
+	r.Header.Set("Content-Type", "application/json")
+	resp, err := p.client.Do(r)
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	var said struct{ ID int64 }
+	if err := json.NewDecoder(resp.Body).Decode(&said); err != nil || said.ID == 0 {
+		return 0, fmt.Errorf("answered %s: %v", resp.Status, err)
+	}
+	return said.ID, nil
+}
+
+// speak publishes by WebSocket, and waits for the ack.
+func (p *soakPublisher) speak(ctx context.Context, key, body string) (id int64, err error) {
+	defer func() {
+		if err != nil {
+			p.hangUp()
+		}
+	}()
+	if p.socket == nil {
+		if p.socket, _, err = websocket.Dial(ctx, p.url+"/ws", nil); err != nil {
+			return 0, err
+		}
+		p.socket.SetReadLimit(1 << 20)
+	}
+	if err := p.socket.Write(ctx, websocket.MessageText, fmt.Appendf(nil, `{"key":%q,"data":%s}`, key, body)); err != nil {
+		return 0, err
+	}
+	for {
+		_, b, err := p.socket.Read(ctx)
+		if err != nil {
+			return 0, err
+		}
+		for line := range bytes.Lines(b) {
+			var said struct {
+				Type, Key string
+				ID        int64
+			}
+			if json.Unmarshal(line, &said); said.Key == key && said.Type == "ack" {
+				return said.ID, nil
+			} else if said.Key == key {
+				return 0, fmt.Errorf("answered %s", line)
+			}
+		}
+	}
+}
+
+func (p *soakPublisher) hangUp() {
+	if p.socket != nil {
+		p.socket.CloseNow()
+		p.socket = nil
+	}
+}
+
+// A soakSample is what the relay needs at one moment, by soakColumns.
+type soakSample map[string]float64
+
+var soakColumns = []string{"seconds", "resident", "memory", "goroutines", "descriptors", "clients", "rooms", "users", "dropped", "written"}
+
+func (c *child) sample(t *testing.T, since time.Time) soakSample {
+	p := soakSample{"seconds": time.Since(since).Seconds(), "descriptors": float64(c.descriptors())}
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.cmd.Process.Pid))
+	_, rest, _ := strings.Cut(string(status), "VmRSS:")
+	kilobytes := 0.0
+	fmt.Sscan(rest, &kilobytes)
+	p["resident"] = kilobytes / 1e3
+	_, text, err := c.get("/metrics")
+	if err != nil {
+		t.Errorf("after %.0f s: %v", p["seconds"], err)
+		return p
+	}
+	p["memory"], p["dropped"] = metricOf(t, text, "memory_bytes")/1e6, metricOf(t, text, "dropped_total")
+	for _, name := range []string{"goroutines", "rooms", "users"} {
+		p[name] = metricOf(t, text, name)
+	}
+	for _, tech := range techniques {
+		p["clients"] += metricOf(t, text, fmt.Sprintf("connections{technique=%q}", tech.name))
+		p["written"] += metricOf(t, text, fmt.Sprintf("delivered_total{technique=%q}", tech.name))
+	}
+	return p
+}
+
+// residentAt is the relay's resident memory on average in the time before end, while
+// it had its readers: right after a restart they are still on their way.
+func residentAt(samples []soakSample, end, before time.Duration) float64 {
+	most, sum, n := 0.0, 0.0, 0.0
+	for _, p := range samples {
+		most = max(most, p["clients"])
+	}
+	for _, p := range samples {
+		if p["seconds"] <= end.Seconds() && p["seconds"] > (end-before).Seconds() && p["clients"] >= most*0.8 {
+			sum, n = sum+p["resident"], n+1
+		}
+	}
+	return sum / n
+}
+
+// freeSoakAddr is a free port that no client is given for its own end: while
+// the relay is away, a client that tries to reach it could else reach itself.
+func freeSoakAddr(t *testing.T) string {
+	for range 100 {
+		addr := fmt.Sprintf("127.0.0.1:%d", 10_000+rand.N(20_000))
+		if l, err := net.Listen("tcp", addr); err == nil {
+			l.Close()
+			return addr
+		}
+	}
+	t.Fatal("there is no free port")
+	return ""
+}
+
+func TestSoak(t *testing.T) {
+	if os.Getenv("SOAK") == "" {
+		t.Skip("set SOAK=30m to run it")
+	}
+	lasts, err := time.ParseDuration(os.Getenv("SOAK"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if end, ok := t.Deadline(); ok && time.Until(end) < lasts+4*time.Minute {
+		t.Fatalf("go test gives it too little time: -timeout %v", lasts+5*time.Minute)
+	}
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	s := &soak{ctx: ctx, addr: freeSoakAddr(t), life: min(time.Minute, lasts/2),
+		volley: make(chan struct{}), counts: map[string]int64{}, faults: map[string]int64{}}
+	// Who takes nothing is dropped after 10 s: shorter lives would never see it.
+	s.every = min(3*time.Minute, max(lasts/10, 20*time.Second))
+	if v := os.Getenv("SOAK_EVERY"); v != "" {
+		if s.every, err = time.ParseDuration(v); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start := func() *child {
+		s.born.Store(time.Now().UnixMicro())
+		return startRelay(t, nil, "-addr", s.addr, "-present", "10s", "-idle", "10s")
+	}
+	c := start()
+	stop := func() time.Duration {
+		began := time.Now()
+		if err := c.stop(); err != nil || time.Since(began) > 5*time.Second {
+			t.Errorf("the relay stopped after %v: %v", time.Since(began), err)
+		}
+		if log := c.log.String(); strings.Contains(log, "ERROR") || strings.Contains(log, "panic") || strings.Contains(log, "DATA RACE") {
+			t.Errorf("its log:\n%.4000s", log)
+		}
+		return time.Since(began)
+	}
+	c.get("/metrics") // the first costs more
+	before := c.sample(t, time.Now())
+
+	var readers, publishers sync.WaitGroup
+	var all []*soakReader
+	for i := range soakRooms*len(soakKinds) + soakSlow {
+		r := newSoakReader(s, i)
+		all = append(all, r)
+		readers.Go(func() {
+			for s.sleep(r.once()) {
+			}
+		})
+	}
+	eventually(t, time.Minute, "all readers have a cursor", func() bool { return s.joined.Load() == int64(len(all)) })
+	s.begun.Store(true)
+	for room := range soakRooms {
+		publishers.Go(func() { s.publish(room) })
+	}
+
+	began := time.Now()
+	var samples []soakSample
+	dropped := 0.0 // by the processes before this one
+	sample := func() soakSample {
+		p := c.sample(t, began)
+		p["dropped"] += dropped
+		return p
+	}
+	nextSample, nextRestart := began, began.Add(s.every)
+	for end := began.Add(lasts); time.Now().Before(end); time.Sleep(time.Until(slices.MinFunc([]time.Time{nextSample, nextRestart, end}, time.Time.Compare))) {
+		if !time.Now().Before(nextSample) {
+			nextSample = time.Now().Add(min(15*time.Second, lasts/20))
+			samples = append(samples, sample())
+		}
+		if time.Now().Before(nextRestart) {
+			continue
+		}
+		if nextRestart = nextRestart.Add(s.every); nextRestart.Add(s.every / 2).After(end) {
+			nextRestart = end // the last process has some time for itself
+		}
+		dropped = sample()["dropped"]
+		this := &soakRestart{}
+		s.mu.Lock()
+		close(s.volley)
+		s.volley = make(chan struct{})
+		s.mu.Unlock()
+		time.Sleep(rand.N(10 * time.Millisecond))
+		this.due = s.due()
+		s.mu.Lock()
+		s.restarts = append(s.restarts, this)
+		s.mu.Unlock()
+		s.epoch.Add(1)
+		this.took = stop()
+		c = start()
+		s.epoch.Add(1)
+	}
+	samples = append(samples, sample())
+
+	s.ending.Store(true)
+	close(s.volley)
+	publishers.Wait()
+	due := s.due()
+	eventually(t, time.Minute, "everybody has the last message of every room", func() bool {
+		return !slices.ContainsFunc(all, func(r *soakReader) bool {
+			return slices.ContainsFunc(r.places, func(p *soakPlace) bool { return p.last.Load() < due[p.room] })
+		})
+	})
+	leave()
+	readers.Wait()
+	var after soakSample
+	eventually(t, time.Minute, "all is given back", func() bool {
+		time.Sleep(500 * time.Millisecond)
+		after = sample()
+		return after["clients"] == 0 && after["rooms"] == 0 && after["users"] == 0 &&
+			after["goroutines"] <= before["goroutines"]+5 && after["descriptors"] <= before["descriptors"]+3
+	})
+
+	stop()
+
+	b := bytes.NewBufferString("\n")
+	for _, name := range soakColumns {
+		fmt.Fprintf(b, " %12s", name)
+	}
+	fmt.Fprintln(b)
+	for _, p := range slices.Concat([]soakSample{before}, samples, []soakSample{after}) {
+		for _, name := range soakColumns {
+			fmt.Fprintf(b, " %12.0f", p[name])
+		}
+		fmt.Fprintln(b)
+	}
+	fmt.Fprintf(b, "\n%8s %8s %8s %8s %8s\n", "restart", "took", "byes", "gaps", "missed")
+	for i, x := range s.restarts {
+		fmt.Fprintf(b, "%8d %8s %8d %8d %8d\n", i+1, x.took.Round(time.Millisecond), x.byes, x.gaps, x.missed)
+	}
+	fmt.Fprintln(b)
+	for _, what := range slices.Sorted(maps.Keys(s.counts)) {
+		fmt.Fprintf(b, "%s %d, ", what, s.counts[what])
+	}
+	fmt.Fprintf(b, "the slowest after %v; lost %d, doubled %d, out of order %d", s.slowest.Round(time.Millisecond), s.faults["lost"], s.faults["doubled"], s.faults["out of order"])
+	t.Log(b.String())
+
+	for _, what := range slices.Sorted(maps.Keys(s.faults)) {
+		t.Errorf("%s: %d", what, s.faults[what])
+	}
+	if len(s.examples) > 0 {
+		t.Errorf("such as\n%s", strings.Join(s.examples, "\n"))
+	}
+	if s.slowest > 5*time.Second {
+		t.Errorf("somebody who was connected waited for a message for %v", s.slowest)
+	}
+	if s.counts["slow readers dropped"] == 0 {
+		t.Error("none of those who took nothing was dropped")
+	}
+	early, late := residentAt(samples, lasts/4, min(s.every, lasts/4)), residentAt(samples, lasts+time.Second, min(s.every, lasts/4))
+	t.Logf("resident at the end of the first quarter %.1f MB, of the last %.1f MB", early, late)
+	if !(late <= 1.3*early) {
+		t.Errorf("its memory grows: from %.1f MB to %.1f MB", early, late)
+	}
+}
