@@ -2061,6 +2061,51 @@ func TestWhoSpeaksToAStream(t *testing.T) {
 	}
 }
 
+// A lateConn is slow to rouse who reads it.
+type lateConn struct{ net.Conn }
+
+func (c lateConn) SetReadDeadline(at time.Time) error {
+	if at.Equal(past) {
+		time.Sleep(100 * time.Millisecond)
+	}
+	return c.Conn.SetReadDeadline(at)
+}
+
+// Who speaks while their socket is full has its goroutine see to it before it
+// is roused. The rousing comes late then, and ends nobody.
+func TestALateRousingEndsNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		srv := b.server.http(false)
+		go srv.Serve(l)
+		defer srv.Close()
+		conn, theirs := net.Pipe()
+		defer conn.Close()
+		l.conns <- lateConn{theirs}
+		io.WriteString(conn, "GET /rooms/a/stream HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
+		r := bufio.NewReader(conn)
+		res, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(res.Body)
+		lines.Scan() // hello
+		for i := range 5 {
+			b.say("a", fmt.Sprint("message ", i))
+			time.Sleep(50 * time.Millisecond)
+			go io.WriteString(conn, "x")
+			if !lines.Scan() || !strings.Contains(lines.Text(), fmt.Sprint("message ", i)) {
+				t.Fatalf("message %d is %q, %v", i, lines.Text(), lines.Err())
+			}
+			time.Sleep(time.Second)
+		}
+		if n := b.held.Load(); n != 1 {
+			t.Errorf("%d streams", n)
+		}
+	})
+}
+
 // The same over HTTP/2, where it is the window that is full, of one stream
 // beside others in the connection.
 func TestStandstillHTTP2(t *testing.T) {
