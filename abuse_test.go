@@ -507,6 +507,16 @@ func (f *flood) ask(from, request, headers, body string) net.Conn {
 	return conn
 }
 
+// dribble sends so many bytes now and then, until the flood or the connection is over.
+func (f *flood) dribble(conn net.Conn, every time.Duration, bytes int) {
+	for conn != nil && !f.isOver() {
+		time.Sleep(every)
+		if _, err := conn.Write([]byte(strings.Repeat("x", bytes))); err != nil {
+			return
+		}
+	}
+}
+
 // first reads and notes the first line of an answer.
 func (f *flood) first(conn net.Conn) string {
 	conn.SetReadDeadline(time.Now().Add(3 * time.Second))
@@ -564,25 +574,13 @@ var floods = []struct {
 
 	{"slow heads", func(f *flood) {
 		f.each(1500, func(i int) {
-			conn := f.ask(floodFrom(i), "GET /rooms/a/sse", "X-Slow: ", "")
-			for conn != nil && !f.isOver() {
-				time.Sleep(100 * time.Millisecond)
-				if _, err := conn.Write([]byte("x")); err != nil {
-					return
-				}
-			}
+			f.dribble(f.ask(floodFrom(i), "GET /rooms/a/sse", "X-Slow: ", ""), 100*time.Millisecond, 1)
 		})
 	}, "connections", true, 60, "", ""},
 
 	{"slow bodies", func(f *flood) {
 		f.each(400, func(i int) {
-			conn := f.ask(floodFrom(i), "POST /rooms/a", "Content-Length: 60000\r\n", "x")
-			for conn != nil && !f.isOver() {
-				time.Sleep(50 * time.Millisecond)
-				if _, err := conn.Write(make([]byte, 100)); err != nil {
-					return
-				}
-			}
+			f.dribble(f.ask(floodFrom(i), "POST /rooms/a", "Content-Length: 60000\r\n", "x"), 50*time.Millisecond, 100)
 		})
 	}, "", false, 60, "", ""},
 

@@ -27,6 +27,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -139,6 +140,12 @@ var past = time.Unix(1, 0)
 func (st *stream) giveUp() {
 	st.gone.Store(true)
 	st.conn.SetDeadline(past)
+	st.leave()
+}
+
+// leave has the stream finished when what is due was sent.
+func (st *stream) leave() {
+	st.gone.Store(true)
 	st.wake()
 	if st.turn.Load() == over {
 		st.conn.Close()
@@ -245,12 +252,13 @@ func (p *pump) tick(s *server) {
 // wakeAll has all streams served, to tell them that the relay stops.
 func (p *pump) wakeAll() {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, st := range p.streams {
-		if !st.turn.CompareAndSwap(served, again) && st.turn.CompareAndSwap(idle, queued) {
-			p.push(st)
-		}
+	all := slices.Clone(p.streams) // a hand takes the lock
+	p.mu.Unlock()
+	var h hand
+	for _, st := range all {
+		st.wakeBy(&h)
 	}
+	h.empty()
 }
 
 // wake has the stream served, now or once more.
@@ -282,9 +290,12 @@ func (st *stream) wakeBy(h *hand) {
 // A hand carries a few streams to the queue at once, lest who wakes ten
 // thousand and who writes to them wait for each other at each.
 type hand struct {
-	streams [32]*stream
+	streams [handful]*stream
 	n       int
 }
+
+// handful is how many streams are queued, or taken from the queue, at once.
+const handful = 32
 
 func (h *hand) take(st *stream) {
 	h.streams[h.n] = st
@@ -295,15 +306,19 @@ func (h *hand) take(st *stream) {
 
 func (h *hand) empty() {
 	if h.n > 0 {
-		p := &h.streams[0].s.pump
-		p.mu.Lock()
-		p.push(h.streams[:h.n]...)
-		p.mu.Unlock()
+		h.streams[0].s.pump.enqueue(h.streams[:h.n]...)
 		h.n = 0
 	}
 }
 
-// push puts streams whose turn is queued in the queue. The caller holds p.mu.
+// enqueue puts streams whose turn is queued in the queue.
+func (p *pump) enqueue(streams ...*stream) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.push(streams...)
+}
+
+// push is enqueue for a caller who holds p.mu.
 func (p *pump) push(streams ...*stream) {
 	if p.taken > 0 && p.taken >= len(p.queue)/2 {
 		left := copy(p.queue, p.queue[p.taken:])
@@ -337,7 +352,7 @@ func (s *server) ease() {
 func (p *pump) write() {
 	d := desks.Get().(*desk)
 	defer desks.Put(d)
-	var few [32]*stream // taken at once, so that writers don't wait for each other
+	var few [handful]*stream
 	for {
 		p.mu.Lock()
 		batch := few[:copy(few[:], p.queue[p.taken:])]
@@ -407,11 +422,8 @@ func (st *stream) yield(err error) {
 }
 
 func (st *stream) requeue() {
-	p := &st.s.pump
 	st.turn.Store(queued)
-	p.mu.Lock()
-	p.push(st)
-	p.mu.Unlock()
+	st.s.pump.enqueue(st)
 }
 
 // abandon finishes a stream whose socket is full when nobody watches any more.

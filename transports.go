@@ -795,6 +795,7 @@ func (st *stream) say(frames []byte) {
 	st.mu.Unlock()
 	if full {
 		st.giveUp()
+		return
 	}
 	st.wake()
 }
@@ -838,11 +839,7 @@ func (g guise) Write(b []byte) (int, error) {
 
 // Close lets the writers send what is due first.
 func (g guise) Close() error {
-	g.st.gone.Store(true)
-	g.st.wake()
-	if g.st.turn.Load() == over {
-		return g.Conn.Close()
-	}
+	g.st.leave()
 	return nil
 }
 

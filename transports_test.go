@@ -2023,6 +2023,22 @@ func TestStandstill(t *testing.T) {
 	}
 }
 
+// rawStream asks for the room a as lines over a connection that the test keeps,
+// and returns those behind the hello.
+func rawStream(t *testing.T, conn net.Conn) *bufio.Scanner {
+	t.Helper()
+	io.WriteString(conn, "GET /rooms/a/stream HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(res.Body)
+	if !lines.Scan() || !strings.Contains(lines.Text(), "hello") {
+		t.Fatalf("the stream begins with %q", lines.Text())
+	}
+	return lines
+}
+
 // A client has nothing to say to a stream. If it does that is lost, and its
 // going is noticed as ever; if it says more than a request may, it is given up.
 func TestWhoSpeaksToAStream(t *testing.T) {
@@ -2034,16 +2050,7 @@ func TestWhoSpeaksToAStream(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				io.WriteString(conn, "GET /rooms/a/stream HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
-				r := bufio.NewReader(conn)
-				res, err := http.ReadResponse(r, nil)
-				if err != nil {
-					t.Fatal(err)
-				}
-				lines := bufio.NewScanner(res.Body)
-				if !lines.Scan() || !strings.Contains(lines.Text(), "hello") {
-					t.Fatalf("the stream begins with %q", lines.Text())
-				}
+				lines := rawStream(t, conn)
 				go io.WriteString(conn, strings.Repeat("x", size))
 				if size < maxHeader {
 					b.say("a", "hi")
@@ -2083,14 +2090,7 @@ func TestALateRousingEndsNobody(t *testing.T) {
 		conn, theirs := net.Pipe()
 		defer conn.Close()
 		l.conns <- lateConn{theirs}
-		io.WriteString(conn, "GET /rooms/a/stream HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
-		r := bufio.NewReader(conn)
-		res, err := http.ReadResponse(r, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		lines := bufio.NewScanner(res.Body)
-		lines.Scan() // hello
+		lines := rawStream(t, conn)
 		for i := range 5 {
 			b.say("a", fmt.Sprint("message ", i))
 			time.Sleep(50 * time.Millisecond)
