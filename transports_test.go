@@ -2457,6 +2457,28 @@ func (b *testbed) raw(path string) (net.Conn, *bufio.Reader) {
 	return conn, r
 }
 
+// Who was published for as the relay stops is answered before the bye.
+func TestAnAckIsNotLostToAStop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		e := b.socket("a")
+		st := b.pump.streams[0]
+		st.hearing.Store(true) // hear has published, and is on its way to say so
+		b.stop()
+		synctest.Wait()
+		ack := notice{Type: "ack", Key: "k", ID: 1}.event().json
+		st.say(append(textFrame(nil, len(ack)), ack...))
+		st.hearing.Store(false)
+		st.wake()
+		if h := e.next(); h.kind != "ack" {
+			t.Errorf("heard %v, want the ack", h)
+		}
+		if h := e.next(); h.kind != "bye" {
+			t.Errorf("heard %v, want the bye", h)
+		}
+	})
+}
+
 // Who answers no ping is gone within a minute, who does may stay.
 func TestWebSocketPings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
