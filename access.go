@@ -14,9 +14,10 @@ import (
 
 // origins is the list of those whose pages may read and publish.
 type origins struct {
-	all   bool
-	list  []string
-	check http.CrossOriginProtection
+	all       bool
+	list      []string
+	check     http.CrossOriginProtection
+	ancestors string // whose pages may frame the relay's, as Content-Security-Policy has it
 }
 
 // newOrigins reads a comma separated list of origins, https://example.com or
@@ -37,6 +38,10 @@ func newOrigins(list string) (*origins, error) {
 		}
 		o.list = append(o.list, origin)
 	}
+	o.ancestors = "*"
+	if !o.all {
+		o.ancestors = strings.Join(append([]string{"'self'"}, o.list...), " ")
+	}
 	return o, nil
 }
 
@@ -53,9 +58,11 @@ func (o *origins) listed(origin string) bool {
 // cors writes the headers (https://fetch.spec.whatwg.org/#http-cors-protocol)
 // that let a page of a listed origin see the answer, be it an error.
 func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
-	h := w.Header()
+	h, origin := w.Header(), r.Header.Get("Origin")
+	if origin == "" && r.Method == http.MethodPost {
+		return // no page is to see it, and no cache keeps it
+	}
 	h["Vary"] = byOrigin
-	origin := r.Header.Get("Origin")
 	if origin == "" || !o.listed(origin) {
 		return
 	}
@@ -73,9 +80,11 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 // A link from anywhere to a page of the relay may be followed: the site it is
 // on sees nothing of it.
 func (o *origins) allow(r *http.Request) (string, error) {
-	origin := r.Header.Get("Origin")
+	origin, site := r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site")
+	if origin == "" && site == "" {
+		return "", nil // no page is behind it, or one of a browser from before both
+	}
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
-	site := r.Header.Get("Sec-Fetch-Site")
 	if origin == "" && reads && (site == "cross-site" || site == "same-site") {
 		if from, err := url.Parse(r.Referer()); err == nil && from.Host != "" {
 			origin = from.Scheme + "://" + from.Host
@@ -122,12 +131,4 @@ func (o *origins) preflight(w http.ResponseWriter, r *http.Request, methods stri
 		h.Set("Access-Control-Max-Age", "7200")
 	}
 	w.WriteHeader(http.StatusNoContent)
-}
-
-// ancestors is the list for Content-Security-Policy: frame-ancestors.
-func (o *origins) ancestors() string {
-	if o.all {
-		return "*"
-	}
-	return strings.Join(append([]string{"'self'"}, o.list...), " ")
 }

@@ -104,7 +104,10 @@ var (
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h["X-Content-Type-Options"] = nosniff
-	h["Referrer-Policy"] = sameOrigin // a URL may hold a token
+	if r.Method != http.MethodPost { // the answer to a post is kept by no cache, and links to nothing
+		h["Cache-Control"] = noStore
+		h["Referrer-Policy"] = sameOrigin // a URL may hold a token
+	}
 	err := s.route(w, r)
 	if err == nil {
 		return
@@ -127,11 +130,16 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	reply(w, f.status, map[string]string{"error": f.text})
 }
 
-// reply answers with a JSON object.
+// reply answers with v as JSON.
 func reply(w http.ResponseWriter, status int, v any) {
 	b, _ := json.Marshal(v)
+	send(w, status, b)
+}
+
+// send answers with JSON.
+func send(w http.ResponseWriter, status int, b []byte) {
 	h := w.Header()
-	h["Content-Type"], h["Cache-Control"] = jsonUTF8, noStore
+	h["Content-Type"] = jsonUTF8
 	w.WriteHeader(status)
 	w.Write(append(b, '\n'))
 }
@@ -210,7 +218,7 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, method
 		s.origins.preflight(w, r, strings.Join(methods, ", "))
 		return nil
 	}
-	q.origin, q.ancestors, q.addr = foreign, s.origins.ancestors(), s.gate.addr(r)
+	q.origin, q.ancestors, q.addr = foreign, s.origins.ancestors, s.gate.addr(r)
 	if r.URL.RawQuery != "" {
 		if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 			return bad("the query is not well formed: %v", err)
@@ -281,6 +289,19 @@ func (q *query) get(name string) (string, error) {
 		return "", nil
 	}
 	return v[0], nil
+}
+
+// either is a parameter of the query or the form; both may say the same.
+func (q *query) either(form url.Values, name string) (string, error) {
+	v, err := q.get(name)
+	f, ok := form[name]
+	switch {
+	case err != nil || !ok:
+		return v, err
+	case len(f) > 1 || v != "" && v != f[0]:
+		return "", bad("%s is given twice", name)
+	}
+	return f[0], nil
 }
 
 // number is the parameter as an integer from low to high, or absent.
@@ -578,9 +599,7 @@ func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error
 	if fresh {
 		status = http.StatusCreated
 	}
-	reply(w, status, struct {
-		ID int64 `json:"id"`
-	}{id})
+	send(w, status, append(strconv.AppendInt([]byte(`{"id":`), id, 10), '}'))
 	return nil
 }
 
@@ -591,30 +610,19 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 	if err != nil {
 		return p, "", err
 	}
-	// either is a parameter of the query or the form; both may say the same.
-	either := func(name string) string {
-		v, err1 := q.get(name)
-		if err == nil {
-			err = err1
-		}
-		if f, ok := form[name]; ok {
-			if len(f) > 1 || v != "" && v != f[0] && err == nil {
-				err = bad("%s is given twice", name)
-			}
-			v = f[0]
-		}
-		return v
+	var errs [3]error
+	p.kind, errs[0] = q.either(form, "type")
+	p.from, errs[1] = q.either(form, "user")
+	p.key, errs[2] = q.either(form, "key")
+	if err := cmp.Or(errs[:]...); err != nil {
+		return p, "", err
 	}
-	p.kind, p.from, p.key = either("type"), either("user"), either("key")
 	p.free = q.addr.IsLoopback()
 	if key := r.Header.Get("Idempotency-Key"); key != "" {
 		if p.key != "" && p.key != key {
 			return p, "", bad("key and Idempotency-Key differ")
 		}
 		p.key = key
-	}
-	if err != nil {
-		return p, "", err
 	}
 	if !validUser(p.from) {
 		return p, "", errUser
@@ -640,20 +648,32 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 		if !utf8.ValidString(text) {
 			return p, "", errUTF8
 		}
-		p.data, err = json.Marshal(text)
+		p.data = quote([]byte(text))
 		if then = form.Get("then"); then != "form" && then != "refresh" {
 			then = ""
 		}
 	case kind == "application/json":
-		if err = parseJSON(b, (*json.RawMessage)(&p.data)); err == nil {
-			p.data = oneLine(p.data)
+		var data json.RawMessage
+		if err = parseJSON(b, &data); err == nil {
+			p.data = oneLine(data)
 		}
 	case !utf8.Valid(b):
 		err = bad("the body is not UTF-8; the relay carries text and JSON")
 	default:
-		p.data, err = json.Marshal(string(b))
+		p.data = quote(b)
 	}
 	return p, then, err
+}
+
+// quote is text as a JSON string. Most needs nothing but the quotes.
+func quote(text []byte) []byte {
+	for _, c := range text {
+		if c < ' ' || c > '~' || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' {
+			b, _ := json.Marshal(string(text))
+			return b
+		}
+	}
+	return slices.Concat([]byte(`"`), text, []byte(`"`))
 }
 
 // oneLine is valid JSON as json.Marshal writes it: on one line, and escaped.
@@ -686,10 +706,14 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 	if r.ContentLength > s.body {
 		return nil, "", nil, errTooBig // before a client that expects 100 is told to go on
 	}
-	b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.body))
-	var tooBig *http.MaxBytesError
-	switch {
-	case errors.As(err, &tooBig):
+	if r.ContentLength >= 0 {
+		b = make([]byte, r.ContentLength)
+		_, err = io.ReadFull(r.Body, b)
+	} else {
+		b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.body))
+	}
+	switch _, tooBig := errors.AsType[*http.MaxBytesError](err); {
+	case tooBig:
 		return nil, "", nil, errTooBig
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		w.Header().Set("Connection", "close")

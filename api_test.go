@@ -100,7 +100,7 @@ func TestPublish(t *testing.T) {
 				t.Errorf("%s: %s %s, want 201 %s", test.name, res.Status, body, want)
 				continue
 			}
-			if h := res.Header; h.Get("Content-Type") != "application/json; charset=utf-8" || h.Get("Cache-Control") != "no-store" || h.Get("X-Content-Type-Options") != "nosniff" {
+			if h := res.Header; h.Get("Content-Type") != "application/json; charset=utf-8" || h.Get("X-Content-Type-Options") != "nosniff" {
 				t.Errorf("%s: headers %v", test.name, h)
 			}
 			// Compared as Go's encoder writes it, which is how it must have come.
@@ -535,7 +535,7 @@ func TestWithinBounds(t *testing.T) {
 	})
 }
 
-// A body that does not come is waited for 10 s; a head too.
+// A body that does not come is waited for 20 s; a head 10 s.
 func TestSlowRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t, pipe)
@@ -696,7 +696,7 @@ func TestAccess(t *testing.T) {
 					if cors != "" && !strings.Contains(res.Header.Get("Access-Control-Expose-Headers"), "Retry-After") {
 						t.Errorf("%s may not see Retry-After", a.name)
 					}
-					if !strings.Contains(strings.Join(res.Header["Vary"], ","), "Origin") {
+					if origin != "" && !strings.Contains(strings.Join(res.Header["Vary"], ","), "Origin") {
 						t.Errorf("%s: Vary: %q", a.name, res.Header["Vary"])
 					}
 				}

@@ -115,9 +115,9 @@ func (c *count) flush() {
 	*c = count{}
 }
 
-// headSize is how many bytes a head has on the wire, with its first line.
-func headSize(first string, h http.Header) int64 {
-	n := len(first) + len("\r\n\r\n")
+// headSize is how many bytes a head has on the wire, with a first line of so many.
+func headSize(first int, h http.Header) int64 {
+	n := first + len("\r\n\r\n")
 	for name, values := range h {
 		for _, v := range values {
 			n += len(name) + len(": \r\n") + len(v)
@@ -128,7 +128,7 @@ func headSize(first string, h http.Header) int64 {
 
 // requestSize is how many bytes a request's head had on the wire.
 func requestSize(r *http.Request) int64 {
-	return headSize(r.Method+" "+r.RequestURI+" HTTP/1.1", r.Header) + int64(len("Host: \r\n")+len(r.Host))
+	return headSize(len(r.Method)+len(r.RequestURI)+len("  HTTP/1.1"), r.Header) + int64(len("Host: \r\n")+len(r.Host))
 }
 
 // memory is how many bytes the Go runtime has from the system.

@@ -437,7 +437,7 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, t technique, f *
 	b := f.frame(nil, rd.after, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	var n count
-	n.delivered(c, events, int(headSize("HTTP/1.1 200 OK", w.Header()))+len(b), time.Now().UnixMilli())
+	n.delivered(c, events, int(headSize(len("HTTP/1.1 200 OK"), w.Header()))+len(b), time.Now().UnixMilli())
 	n.flush()
 	return writer(w)(b)
 }
@@ -872,7 +872,7 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 	}
 	p := post{kind: "message", from: sp.user, free: sp.addr.IsLoopback()}
 	if spoken {
-		p.data, _ = json.Marshal(string(frame))
+		p.data = quote(frame)
 		_, _, err := s.postAs(sp, sp.room, p)
 		return s.refusal("", err)
 	}
