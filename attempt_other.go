@@ -10,6 +10,6 @@ import (
 // Here every write waits, in a goroutine of its own.
 func socket(net.Conn) int { return -1 }
 
-func patience(int, time.Duration) {}
+func patience(int, time.Duration) bool { return false }
 
 func try(int, []byte) (int, error) { return 0, nil }

@@ -26,14 +26,13 @@ func socket(conn net.Conn) int {
 }
 
 // patience has the kernel end a connection whose client has acknowledged, or
-// with a shut window taken, nothing for so long: one whose network went without a word. Else Linux would
-// try again for a quarter of an hour (tcp(7), TCP_USER_TIMEOUT), and the user
-// would be online as long. Other systems are left to their own ways.
-func patience(fd int, d time.Duration) {
+// with a shut window taken, nothing for so long: one whose network went without
+// a word. Else it would try again for a quarter of an hour, and the user would
+// be online as long. It reports whether the kernel does: Linux
+// (tcp(7), TCP_USER_TIMEOUT); other systems are left to their own ways.
+func patience(fd int, d time.Duration) bool {
 	const userTimeout = 18
-	if runtime.GOOS == "linux" {
-		syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, userTimeout, int(d/time.Millisecond))
-	}
+	return runtime.GOOS == "linux" && syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, userTimeout, int(d/time.Millisecond)) == nil
 }
 
 // try writes what a socket takes of b without waiting, which net.Conn can't;

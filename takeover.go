@@ -50,8 +50,10 @@ type takeover struct {
 	opening []byte // sent before everything, once
 	rest    []byte // what a full socket did not take
 	conn    net.Conn
+	patient bool // the kernel ends it when the client acknowledges nothing
 
 	// Of a WebSocket.
+	proxied bool
 	token   int64 // when its token expires, in Unix nanoseconds
 	beats   int
 	silent  atomic.Bool // it did not answer the last ping yet
@@ -203,7 +205,7 @@ func (p *pump) add(st *stream) {
 		c.SetWriteBuffer(sendBuffer)
 	}
 	if st.fd = socket(st.conn); st.fd >= 0 {
-		patience(st.fd, 2*max(st.s.beat, writeTimeout))
+		st.patient = patience(st.fd, 2*max(st.s.beat, writeTimeout))
 	}
 	p.mu.Lock()
 	st.at = len(p.streams)

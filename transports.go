@@ -708,6 +708,7 @@ func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *quer
 	}
 	st.send = (*stream).sendFrames
 	st.token = q.claims.until()
+	st.proxied = r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
 	conn, err := websocket.Accept(hijacker{w, st}, r, &websocket.AcceptOptions{
 		// The origin was judged by allow, as for everything else. The library
 		// compares it with Host alone, which a proxy may set to something else.
@@ -724,17 +725,25 @@ func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *quer
 	return nil
 }
 
-// pingEvery is how many heartbeats there are to a ping. What is on the way to a
-// client and not acknowledged ends a connection already, see patience; a ping
-// asks the client behind a proxy, and its pong costs as much as all the rest.
-const pingEvery = 3
+// To every so many heartbeats there is a ping, which asks the client itself; and
+// its pong costs more than the heartbeat. Where the kernel asks already, see
+// patience, and no proxy says that it is in between, there are few.
+const (
+	pingEvery  = 3
+	pingSeldom = 12
+)
 
 // sendFrames writes frames, which need nothing around them. A client that has
 // not answered the last ping when the next is due is gone, and its network
 // did not say so.
 func (st *stream) sendFrames(d *desk, b []byte) error {
 	if b[0] == 0x89 { // a heartbeat: a ping, and what a page can see
-		if st.beats++; st.beats%pingEvery != 1 {
+		st.beats++
+		ping := st.beats%pingEvery == 1
+		if st.patient && !st.proxied {
+			ping = st.beats%pingSeldom == 0
+		}
+		if !ping {
 			b = b[len("\x89\x00"):]
 		} else if st.silent.Swap(true) {
 			return os.ErrDeadlineExceeded

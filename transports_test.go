@@ -2442,13 +2442,17 @@ func TestWebSocketLengths(t *testing.T) {
 }
 
 // raw is a WebSocket by hand: its connection after the handshake.
-func (b *testbed) raw(path string) (net.Conn, *bufio.Reader) {
+func (b *testbed) raw(path string, headers ...string) (net.Conn, *bufio.Reader) {
 	b.t.Helper()
 	conn, err := b.dial(context.Background())
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: cometes.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", path)
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: cometes.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", path)
+	for _, h := range headers {
+		io.WriteString(conn, h+"\r\n")
+	}
+	io.WriteString(conn, "\r\n")
 	r := bufio.NewReader(conn)
 	res, err := http.ReadResponse(r, nil)
 	if err != nil || res.StatusCode != 101 {
@@ -2525,6 +2529,32 @@ func TestWebSocketPings(t *testing.T) {
 			t.Errorf("%d heartbeats in an hour", n)
 		}
 	})
+}
+
+// Pings are few where the kernel knows of the client itself.
+func TestHowManyPings(t *testing.T) {
+	b := newBed(t, tcp)
+	for _, test := range []struct {
+		patient, proxied bool
+		pings            int
+	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
+		st := &stream{s: b.server, fd: -1}
+		st.patient, st.proxied = test.patient, test.proxied
+		pings := 0
+		for range 48 {
+			st.rest = nil
+			if err := st.sendFrames(&desk{}, []byte(frames(nil).beat)); err != errFull {
+				t.Fatal(err)
+			}
+			if st.rest[0] == 0x89 {
+				pings++
+			}
+			st.silent.Store(false)
+		}
+		if pings != test.pings {
+			t.Errorf("patient %v, proxied %v: %d pings in 48 heartbeats, want %d", test.patient, test.proxied, pings, test.pings)
+		}
+	}
 }
 
 // Frames that are broken end their socket, and nothing else.
