@@ -47,8 +47,8 @@ const sendBuffer = 32 << 10
 // A takeover is what a stream over a connection that was taken over has more
 // than one that is driven by its own request.
 type takeover struct {
-	opening []byte // sent before everything, once
-	rest    []byte // what a full socket did not take
+	opening []byte      // sent before everything, once
+	rest    net.Buffers // what a full socket did not take
 	conn    net.Conn
 	patient bool // the kernel ends it when the client acknowledges nothing
 
@@ -189,14 +189,43 @@ func (st *stream) write(d *desk, b []byte) error {
 		}
 	}
 	if n < len(b) {
-		st.rest = append(st.rest, b[n:]...)
-		if st.s.owed.Add(int64(len(st.rest))) > int64(st.s.relay.allBytes) {
+		st.rest = left(b, n, d.framed)
+		if st.s.owed.Add(int64(len(b)-n)) > int64(st.s.relay.allBytes) {
 			st.s.stats.dropped.Add(1)
 			return errGone // there is no room to wait for all who are slow
 		}
 		return errFull
 	}
 	return nil
+}
+
+// worthSharing is how many bytes of an event are not worth a copy for each
+// client that is slow to take them.
+const worthSharing = 512
+
+// left is b, which holds the events framed, without its first n bytes. The
+// frames are copied, for b is needed again; of big events there is one for all.
+func left(b []byte, n int, events []*event) (rest net.Buffers) {
+	copied := func(b []byte) {
+		if n < len(b) {
+			rest = append(rest, bytes.Clone(b[n:]))
+		}
+		n = max(0, n-len(b))
+	}
+	for _, e := range events {
+		if len(e.json) < worthSharing {
+			continue
+		}
+		if i := bytes.Index(b, e.json); i >= 0 {
+			copied(b[:i])
+			if b = b[i+len(e.json):]; n < len(e.json) {
+				rest = append(rest, e.json[n:])
+			}
+			n = max(0, n-len(e.json))
+		}
+	}
+	copied(b)
+	return rest
 }
 
 // add begins to serve a stream.
@@ -440,9 +469,12 @@ func (st *stream) abandon() {
 func (st *stream) drain() {
 	for len(st.rest) > 0 {
 		st.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
-		n, err := st.conn.Write(st.rest)
+		n, err := st.conn.Write(st.rest[0])
 		st.s.owed.Add(-int64(n))
-		if st.rest = st.rest[n:]; err != nil && (n == 0 || st.gone.Load()) {
+		if st.rest[0] = st.rest[0][n:]; len(st.rest[0]) == 0 {
+			st.rest = st.rest[1:]
+		}
+		if err != nil && (n == 0 || st.gone.Load()) {
 			if !st.gone.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
 				st.s.stats.dropped.Add(1)
 			}
@@ -459,7 +491,9 @@ func (st *stream) drain() {
 // leaves it to the client to close.
 func (st *stream) finish(said bool) {
 	st.turn.Store(over)
-	st.s.owed.Add(-int64(len(st.rest)))
+	for _, b := range st.rest {
+		st.s.owed.Add(-int64(len(b)))
+	}
 	p := &st.s.pump
 	p.mu.Lock()
 	last := p.streams[len(p.streams)-1]

@@ -367,6 +367,7 @@ const (
 type desk struct {
 	events []*event
 	buf    []byte
+	framed []*event // those in buf
 	count  count
 }
 
@@ -604,7 +605,10 @@ func (st *stream) emit(d *desk, now int64, head string, events ...*event) error 
 	}
 	st.beat.Store(now + st.pause)
 	d.count.delivered(st.tally, events, len(b), now/1e6)
-	return st.send(st, d, b)
+	d.framed = events
+	err := st.send(st, d, b)
+	d.framed = nil
+	return err
 }
 
 // due reports whether the stream was silent, or has lasted, as long as it may.

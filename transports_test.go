@@ -2531,6 +2531,40 @@ func TestWebSocketPings(t *testing.T) {
 	})
 }
 
+// What a full socket leaves is the rest, to the byte, and of a big event there
+// is one for all who are slow.
+func TestLeft(t *testing.T) {
+	r := benchRelay(t)
+	big := strings.Repeat("long hair, ", 200)
+	publishPost(t, r, post{room: "lobby", kind: "message", data: []byte(`"` + big + `"`)})
+	publishPost(t, r, post{room: "lobby", kind: "message", data: []byte(`"short"`)})
+	publishPost(t, r, post{room: "lobby", kind: "comet", data: []byte(`"` + big + `"`), from: "ada"})
+	events := openReader(t, r, "lobby", r.mark.Load()-r.start-3, want{}).next(nil)
+	quoted := &event{id: 1, kind: "message", json: slices.Concat([]byte(`{"data":`), events[0].json, []byte("}"))} // holds the next
+	for _, technique := range techniques {
+		if technique.hold != forever {
+			continue
+		}
+		f := benchFraming(technique)
+		for _, due := range [][]*event{events, events[:1], events[1:2], {quoted, events[0]}, {events[0], quoted}} {
+			b := f.frame([]byte("head"), 1, due...)
+			for n := range b {
+				rest := left(b, n, due)
+				if got := bytes.Join(rest, nil); !bytes.Equal(got, b[n:]) {
+					t.Fatalf("%s, %d events, without %d bytes: %.80q, want %.80q", technique.name, len(due), n, got, b[n:])
+				}
+				if technique.name == "html" || n > 100 || due[0] != events[0] { // html has no JSON in it
+					continue
+				}
+				shared := slices.ContainsFunc(rest, func(b []byte) bool { return len(b) > 0 && &b[len(b)-1] == &events[0].json[len(events[0].json)-1] })
+				if !shared {
+					t.Fatalf("%s: a big event was copied", technique.name)
+				}
+			}
+		}
+	}
+}
+
 // Pings are few where the kernel knows of the client itself.
 func TestHowManyPings(t *testing.T) {
 	b := newBed(t, tcp)
@@ -2546,7 +2580,7 @@ func TestHowManyPings(t *testing.T) {
 			if err := st.sendFrames(&desk{}, []byte(frames(nil).beat)); err != errFull {
 				t.Fatal(err)
 			}
-			if st.rest[0] == 0x89 {
+			if st.rest[0][0] == 0x89 {
 				pings++
 			}
 			st.silent.Store(false)
