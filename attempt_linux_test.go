@@ -7,24 +7,28 @@ import (
 )
 
 // The kernel ends a connection that acknowledges nothing for two beats, be it
-// silent or not: a stream's and a WebSocket's.
+// silent or not: a stream's and a WebSocket's. For a socket that is only full
+// it waits as long as drain does, and more.
 func TestPatience(t *testing.T) {
-	b := newBed(t, tcp)
-	b.listen(kindOf("sse"), "a").begin()
-	b.listen(kindOf("ws"), "a").begin()
-	b.raw("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")
-	b.pump.mu.Lock()
-	defer b.pump.mu.Unlock()
-	if len(b.pump.streams) != 3 {
-		t.Fatalf("%d streams", len(b.pump.streams))
-	}
-	for i, st := range b.pump.streams {
-		ms, err := syscall.GetsockoptInt(st.fd, syscall.IPPROTO_TCP, 18)
-		if d := time.Duration(ms) * time.Millisecond; err != nil || d != 2*b.beat {
-			t.Errorf("%v, %v; want %v", d, err, 2*b.beat)
+	for beat, want := range map[time.Duration]time.Duration{15 * time.Second: 30 * time.Second, time.Second: 20 * time.Second} {
+		b := newBed(t, tcp)
+		b.beat = beat
+		b.listen(kindOf("sse"), "a").begin()
+		b.listen(kindOf("ws"), "a").begin()
+		b.raw("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")
+		b.pump.mu.Lock()
+		defer b.pump.mu.Unlock()
+		if len(b.pump.streams) != 3 {
+			t.Fatalf("%d streams", len(b.pump.streams))
 		}
-		if !st.patient || st.proxied != (i == 2) {
-			t.Errorf("stream %d: patient %v, proxied %v", i, st.patient, st.proxied)
+		for i, st := range b.pump.streams {
+			ms, err := syscall.GetsockoptInt(st.fd, syscall.IPPROTO_TCP, 18)
+			if got := time.Duration(ms) * time.Millisecond; err != nil || got != want {
+				t.Errorf("with a beat of %v: %v, %v; want %v", beat, got, err, want)
+			}
+			if !st.patient || st.proxied != (i == 2) {
+				t.Errorf("stream %d: patient %v, proxied %v", i, st.patient, st.proxied)
+			}
 		}
 	}
 }

@@ -583,6 +583,32 @@ func sip(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
 	return func() { close(enough); c.Close(); <-done }
 }
 
+func TestWhoLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t)
+		h.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
+		stream, err := h.dial("192.0.2.1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(stream, "GET /rooms/a/stream?last=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+		socket := rawSocket(t, h, "/rooms/a/ws?last=1")
+		synctest.Wait()
+		for _, st := range h.pump.streams {
+			if st.turn.Load() != full {
+				t.Fatalf("a socket that nobody reads is not full: %d", st.turn.Load())
+			}
+		}
+		time.Sleep(writeTimeout - time.Second)
+		stream.Close()
+		socket.Close()
+		time.Sleep(time.Minute)
+		if n, held := h.metric("dropped_total"), h.held.Load(); n != 0 || held != 0 {
+			t.Errorf("%v are counted as dropped, %d are still there", n, held)
+		}
+	})
+}
+
 func TestAReaderThatTakesNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := openHall(t)
