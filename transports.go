@@ -633,7 +633,11 @@ func (st *stream) hello() *event {
 func (st *stream) follow(w http.ResponseWriter, r *http.Request) error {
 	write, rc := writer(w), http.NewResponseController(w)
 	st.send = func(_ *stream, _ *desk, b []byte) error {
-		return cmp.Or(write(b), rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline ends a stream that is silent, too
+		err := write(b)
+		if err == nil && rc.Flush() != nil {
+			err = errGone
+		}
+		return cmp.Or(err, rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline ends a stream that is silent, too
 	}
 	clock := time.NewTimer(0)
 	defer clock.Stop()
@@ -670,23 +674,27 @@ func (s *server) bye() *event {
 	return notice{Type: "bye", Data: map[string]int64{"retry": retry}}.event()
 }
 
-// writer returns what writes an answer at once, in pieces that each have
-// writeTimeout to go out.
+// writer returns what writes an answer, in pieces that each have writeTimeout
+// to go out. The last goes when the handler returns, or is flushed; to flush
+// from deep within a handler would have the stack of each that waits grow from
+// 8 KB to 16.
 func writer(w http.ResponseWriter) func([]byte) error {
 	rc := http.NewResponseController(w)
 	return func(b []byte) error {
-		for len(b) > 0 {
+		for {
 			piece := b[:min(len(b), writePiece)]
 			b = b[len(piece):]
 			rc.SetWriteDeadline(time.Now().Add(writeTimeout))
 			if _, err := w.Write(piece); err != nil {
 				return errGone
 			}
+			if len(b) == 0 {
+				return nil
+			}
 			if err := rc.Flush(); err != nil {
 				return errGone
 			}
 		}
-		return nil
 	}
 }
 
