@@ -706,12 +706,7 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 	if r.ContentLength > s.body {
 		return nil, "", nil, errTooBig // before a client that expects 100 is told to go on
 	}
-	if r.ContentLength >= 0 {
-		b = make([]byte, r.ContentLength)
-		_, err = io.ReadFull(r.Body, b)
-	} else {
-		b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.body))
-	}
+	b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.body))
 	switch _, tooBig := errors.AsType[*http.MaxBytesError](err); {
 	case tooBig:
 		return nil, "", nil, errTooBig

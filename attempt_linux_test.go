@@ -15,7 +15,8 @@ func TestPatience(t *testing.T) {
 		b.beat = beat
 		b.listen(kindOf("sse"), "a").begin()
 		b.listen(kindOf("ws"), "a").begin()
-		b.raw("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")
+		_, r := b.raw("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")
+		r.Peek(1) // hello
 		b.pump.mu.Lock()
 		defer b.pump.mu.Unlock()
 		if len(b.pump.streams) != 3 {

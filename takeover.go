@@ -216,13 +216,15 @@ func left(b []byte, n int, events []*event) (rest net.Buffers) {
 		if len(e.json) < worthSharing {
 			continue
 		}
-		if i := bytes.Index(b, e.json); i >= 0 {
-			copied(b[:i])
-			if b = b[i+len(e.json):]; n < len(e.json) {
-				rest = append(rest, e.json[n:])
-			}
-			n = max(0, n-len(e.json))
+		i := bytes.Index(b, e.json)
+		if i < 0 {
+			break // this technique writes something else, and it would cost to look for all
 		}
+		copied(b[:i])
+		if b = b[i+len(e.json):]; n < len(e.json) {
+			rest = append(rest, e.json[n:])
+		}
+		n = max(0, n-len(e.json))
 	}
 	copied(b)
 	return rest

@@ -720,7 +720,7 @@ func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *quer
 	}
 	st.send = (*stream).sendFrames
 	st.token = q.claims.until()
-	st.proxied = r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
+	st.proxied = st.s.gate.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
 	conn, err := websocket.Accept(hijacker{w, st}, r, &websocket.AcceptOptions{
 		// The origin was judged by allow, as for everything else. The library
 		// compares it with Host alone, which a proxy may set to something else.

@@ -362,7 +362,7 @@ async function findPlaces() {
   await sleep(30)
   ask(address('poll', { _: unique() }), { signal: end.signal }).then(answer => apart = answer.ok && now() - begun < 700, () => { })
   await Promise.race(all)
-  await sleep(700) // for those that were late, as on a busy machine; what waited comes a second behind the first
+  await sleep(500) // for those that were late, as on a busy machine; what waited comes a second behind the first
   end.abort()
   const few = came < tries
   cookies.mode = apart ? 'omit' : 'same-origin'
