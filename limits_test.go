@@ -564,6 +564,39 @@ func TestABodyThatNobodyAskedForIsNotWaitedFor(t *testing.T) {
 	})
 }
 
+// Over HTTP/2 a body ends when its stream does, whatever length its head gave.
+func TestABodyThatIsLongerThanItSaidIsNotPublished(t *testing.T) {
+	frame := func(kind, flags byte, payload string) string { // of stream 1 (RFC 9113, 4.1)
+		return string([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, 1}) + payload
+	}
+	synctest.Test(t, func(t *testing.T) {
+		for _, length := range []string{"0", "2", "abc"} {
+			h := openHall(t, "-h2c")
+			c, err := h.dial("192.0.2.1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			go io.Copy(io.Discard, c)
+			var head string // literals without indexing (RFC 7541, 6.2.2)
+			for _, field := range []string{":method", "POST", ":scheme", "http", ":authority", "x", ":path", "/rooms/a", "content-length", length} {
+				if field[0] == ':' || field[0] == 'c' {
+					head += "\x00"
+				}
+				head += string(byte(len(field))) + field
+			}
+			io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+"\x00\x00\x00\x04\x00\x00\x00\x00\x00") // and no settings
+			io.WriteString(c, frame(1, 4, head)+frame(0, 0, "hi"))
+			synctest.Wait()
+			io.WriteString(c, frame(0, 1, "more"))
+			synctest.Wait()
+			if n := h.stats.published.Load(); n != 0 {
+				t.Errorf("a body longer than %s is published", length)
+			}
+			c.Close()
+		}
+	})
+}
+
 // sip reads n bytes each pause, until it is told to stop.
 func sip(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
 	enough, done := make(chan struct{}), make(chan struct{})
