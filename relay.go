@@ -79,8 +79,10 @@ type room struct {
 	here                      int               // users who are not offline
 	crowd                     crowd
 
-	mu      sync.Mutex // guards readers, and where their seats are
-	readers []*seat    // nearly in the order they came: to wake and write to them in the order of memory is faster by a tenth
+	// Readers are changed under both relay.mu and mu, so either is enough to look. They are
+	// nearly in the order they came: to wake them in the order of memory is faster by a tenth.
+	mu      sync.Mutex
+	readers []*seat
 }
 
 // A relay is all rooms, and the one order of their events.
@@ -319,10 +321,7 @@ func (r *relay) forget(rm *room) {
 // beyond that the newest of them stands for all, which can tell a reader of a
 // gap that was none, but never hide one.
 func (r *relay) close(rm *room) {
-	rm.mu.Lock()
-	readers := len(rm.readers)
-	rm.mu.Unlock()
-	if readers > 0 || rm.place != nil || len(rm.leases) > 0 {
+	if len(rm.readers) > 0 || rm.place != nil || len(rm.leases) > 0 {
 		return
 	}
 	delete(r.rooms, rm.name)
@@ -346,10 +345,7 @@ func (r *relay) sweep(now time.Time) {
 	for el := r.idlest.Back(); el != nil; {
 		rm := el.Value.(*room)
 		el = el.Prev()
-		rm.mu.Lock()
-		idle := len(rm.readers) == 0 && now.Sub(rm.used) >= r.idle
-		rm.mu.Unlock()
-		if idle {
+		if len(rm.readers) == 0 && now.Sub(rm.used) >= r.idle {
 			r.forget(rm)
 		}
 	}

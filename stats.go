@@ -265,10 +265,5 @@ func (r *relay) isRead(name string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	rm := r.rooms[name]
-	if rm == nil {
-		return false
-	}
-	rm.mu.Lock()
-	defer rm.mu.Unlock()
-	return len(rm.readers) > 0
+	return rm != nil && len(rm.readers) > 0
 }
