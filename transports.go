@@ -16,7 +16,6 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -882,20 +881,14 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 		if err := parseJSON(frame, &said); err != nil {
 			var only struct{ Key string } // for the answer, if it can be found
 			json.Unmarshal(frame, &only)
-			return s.refusal(only.Key, err)
+			return s.ack(only.Key, 0, err)
 		}
 	}
 	if !s.gate.publish(sp.addr) {
-		return s.refusal(said.Key, errTooFast)
+		return s.ack(said.Key, 0, errTooFast)
 	}
 	if time.Now().UnixNano() >= sp.claims.until() { // a socket that is slow to read may not have been closed yet
-		return s.refusal(said.Key, errExpired)
-	}
-	p := post{kind: "message", from: sp.user, free: sp.addr.IsLoopback()}
-	if spoken {
-		p.data = quote(frame)
-		_, _, err := s.postAs(sp, sp.room, p)
-		return s.refusal("", err)
+		return s.ack(said.Key, 0, errExpired)
 	}
 	room := sp.room
 	if said.Room != nil {
@@ -904,55 +897,41 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 	if said.Type == "presence" {
 		var state string
 		if json.Unmarshal(said.Data, &state) != nil {
-			return s.refusal(said.Key, errState)
+			return s.ack(said.Key, 0, errState)
 		}
-		err := s.declareAs(sp, room, state)
-		if err != nil || said.Key == "" {
-			return s.refusal(said.Key, err)
+		if room != "" && !sp.claims.may(room, false) {
+			return s.ack(said.Key, 0, errNotGood)
 		}
-		return &notice{Type: "ack", Key: said.Key}
+		return s.ack(said.Key, 0, s.declare(room, sp.user, state))
 	}
-	if said.Type != "" {
-		p.kind = said.Type
-	}
+	p := post{kind: cmp.Or(said.Type, "message"), from: sp.user, key: said.Key, free: sp.addr.IsLoopback()}
 	if said.TTL != nil {
 		p.ttl = time.Duration(*said.TTL) * time.Second
 		if *said.TTL < 1 || *said.TTL > maxTTL {
-			return s.refusal(said.Key, errTTL)
+			return s.ack(said.Key, 0, errTTL)
 		}
 	}
-	p.key = said.Key
-	p.data = oneLine(said.Data)
-	id, _, err := s.postAs(sp, room, p)
-	if err != nil || said.Key == "" {
-		return s.refusal(said.Key, err)
-	}
-	return &notice{Type: "ack", Key: said.Key, ID: id}
-}
-
-// postAs and declareAs are post and declare for a room that the request's token
-// was not asked about yet.
-func (s *server) postAs(sp *speaker, room string, p post) (int64, bool, error) {
 	if room != "" && !sp.claims.may(room, true) {
-		return 0, false, errNotGood
+		return s.ack(said.Key, 0, errNotGood)
 	}
-	return s.post(room, p)
+	if spoken {
+		p.data = quote(frame)
+	} else {
+		p.data = oneLine(said.Data)
+	}
+	id, _, err := s.post(room, p)
+	return s.ack(said.Key, id, err)
 }
 
-func (s *server) declareAs(sp *speaker, room, state string) error {
-	if room != "" && !sp.claims.may(room, false) {
-		return errNotGood
-	}
-	return s.declare(room, sp.user, state)
-}
-
-// refusal is the answer to what could not be taken, or nil if it could.
-func (s *server) refusal(key string, err error) *notice {
+// ack is the answer to a frame that was taken, if it has a key, or could not be.
+func (s *server) ack(key string, id int64, err error) *notice {
 	if err == nil {
-		return nil
+		if key == "" {
+			return nil
+		}
+		return &notice{Type: "ack", Key: key, ID: id}
 	}
-	var f fault
-	if errors.As(err, &f) {
+	if f, ok := err.(fault); ok {
 		s.refused(f.reason)
 	}
 	if len(key) > maxKey {
