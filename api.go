@@ -112,8 +112,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		return
 	}
-	var f fault
-	if !errors.As(err, &f) {
+	f, ok := err.(fault)
+	if !ok {
 		if r.Context().Err() != nil || errors.Is(err, errGone) {
 			return // no error of ours
 		}
@@ -121,11 +121,12 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f = refuse(http.StatusInternalServerError, "the relay failed; its log says more under "+id)
 		slog.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "error", err)
 	}
-	if f.reason != "" {
-		s.refused(f.reason)
-	}
+	s.refused(f.reason)
 	if f.retry > 0 {
 		h.Set("Retry-After", strconv.Itoa(f.retry))
+	}
+	if f.status == http.StatusUnauthorized {
+		h.Set("WWW-Authenticate", "Bearer")
 	}
 	reply(w, f.status, map[string]string{"error": f.text})
 }
@@ -224,7 +225,7 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, method
 			return bad("the query is not well formed: %v", err)
 		}
 	}
-	if err := s.authorize(w, r, q); err != nil {
+	if err := s.authorize(r, q); err != nil {
 		return err
 	}
 	return do(w, r, q)

@@ -72,7 +72,7 @@ func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
 	}
 	if r.URL.Path == "/metrics" {
-		if err := s.authorize(w, r, &query{rooms: []string{statsRoom}, values: r.URL.Query()}); err != nil {
+		if err := s.authorize(r, &query{rooms: []string{statsRoom}, values: r.URL.Query()}); err != nil {
 			return err
 		}
 		s.metrics(w)
@@ -284,7 +284,6 @@ func (s *server) form(w http.ResponseWriter, r *http.Request, q *query) error {
 	}
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")
-	h.Set("Cache-Control", "no-store")
 	h.Set("Content-Security-Policy", q.pagePolicy())
 	b := []byte(`<!DOCTYPE html>
 <html lang="en">

@@ -49,7 +49,7 @@ var reasons = []string{"address", "body", "connections", "descriptors", "origin"
 
 // refused counts a refusal.
 func (s *server) refused(reason string) {
-	if n := s.stats.refused[reason]; n != nil { // there is none for stopping, which is no limit
+	if n := s.stats.refused[reason]; n != nil { // there is none for what is no limit, such as a name that is not well formed
 		n.Add(1)
 	}
 }

@@ -133,31 +133,27 @@ func (q *query) tokenOf(r *http.Request) (string, error) {
 	return "", nil
 }
 
+func denied(status int, text string) error { return fault{status, text, "token", 0} }
+
 // authorize checks the request's token, if the relay asks for one, and whether
 // it is good for the rooms.
-func (s *server) authorize(w http.ResponseWriter, r *http.Request, q *query) error {
+func (s *server) authorize(r *http.Request, q *query) error {
 	if s.secrets == nil {
 		return nil
-	}
-	refuse := func(status int, text string) error {
-		if status == http.StatusUnauthorized {
-			w.Header().Set("WWW-Authenticate", "Bearer")
-		}
-		return fault{status: status, text: text, reason: "token"}
 	}
 	token, err := q.tokenOf(r)
 	if err != nil {
 		return err
 	}
 	if token == "" {
-		return refuse(http.StatusUnauthorized, "this relay asks for a token: Authorization: Bearer, the query token, or a cookie token")
+		return denied(http.StatusUnauthorized, "this relay asks for a token: Authorization: Bearer, the query token, or a cookie token")
 	}
 	if q.claims, err = verify(token, s.secrets, time.Now()); err != nil {
-		return refuse(http.StatusUnauthorized, err.Error())
+		return denied(http.StatusUnauthorized, err.Error())
 	}
 	for _, room := range q.rooms {
 		if !q.claims.may(room, q.writes) {
-			return refuse(http.StatusForbidden, fmt.Sprintf("the token is not good for the room %q", room))
+			return denied(http.StatusForbidden, fmt.Sprintf("the token is not good for the room %q", room))
 		}
 	}
 	return nil
@@ -183,7 +179,7 @@ func (c *claims) as(user string) (string, error) {
 	if user == "" {
 		return c.Sub, nil
 	}
-	return "", fault{status: http.StatusForbidden, text: fmt.Sprintf("the token is %q's; nobody else can be spoken as with it", c.Sub), reason: "token"}
+	return "", denied(http.StatusForbidden, fmt.Sprintf("the token is %q's; nobody else can be spoken as with it", c.Sub))
 }
 
 // tokenCommand is cometes token: it prints one.
@@ -249,15 +245,9 @@ func (s *server) keepToken(w http.ResponseWriter, r *http.Request, q *query) boo
 		c.Expires = time.Unix(int64(*q.claims.Exp), 0)
 	}
 	http.SetCookie(w, c)
-	rest := url.Values{}
-	for name, v := range q.values {
-		if name != "token" {
-			rest[name] = v
-		}
-	}
-	to := url.URL{Path: r.URL.Path, RawQuery: rest.Encode()}
+	q.values.Del("token")
+	to := url.URL{Path: r.URL.Path, RawQuery: q.values.Encode()}
 	w.Header().Set("Location", to.String())
-	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(http.StatusSeeOther)
 	return true
 }
