@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 )
 
@@ -25,18 +26,15 @@ type origins struct {
 func newOrigins(list string) (*origins, error) {
 	o := &origins{}
 	for origin := range strings.SplitSeq(list, ",") {
-		origin = strings.TrimSpace(origin)
-		if origin == "" {
-			continue
-		}
-		if origin == "*" {
+		switch origin = strings.TrimSpace(origin); {
+		case origin == "":
+		case origin == "*":
 			o.all = true
-			continue
-		}
-		if err := o.check.AddTrustedOrigin(origin); err != nil {
+		case o.check.AddTrustedOrigin(origin) != nil:
 			return nil, fmt.Errorf("-origins: %q is no origin such as https://example.com", origin)
+		default:
+			o.list = append(o.list, origin)
 		}
-		o.list = append(o.list, origin)
 	}
 	o.ancestors = "*"
 	if !o.all {
@@ -47,12 +45,7 @@ func newOrigins(list string) (*origins, error) {
 
 // listed reports whether the origin is on the list.
 func (o *origins) listed(origin string) bool {
-	for _, l := range o.list {
-		if l == origin {
-			return true
-		}
-	}
-	return o.all
+	return o.all || slices.Contains(o.list, origin)
 }
 
 // cors writes the headers (https://fetch.spec.whatwg.org/#http-cors-protocol)
