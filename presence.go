@@ -271,16 +271,21 @@ type roster struct {
 	Users map[string]string `json:"users,omitzero"`
 }
 
-// roster returns who is in the room at the time now. A join that is held back
-// for its rate is left out: it will be told, and not twice. The caller holds
-// relay.mu.
+// roster is what a room is told of who is in it at the time now. A join that is
+// held back for its rate is left out: it will be told, and not twice. The caller
+// holds relay.mu.
 func (rm *room) roster(now time.Time) roster {
 	if rm.crowd.counted {
 		return roster{Count: rm.here}
 	}
+	return rosterOf(rm.leases, now, true)
+}
+
+// rosterOf is who is here by the clock; of them those the room was told of, or all.
+func rosterOf(leases map[string]*lease, now time.Time, told bool) roster {
 	ros := roster{Users: map[string]string{}}
-	for user, l := range rm.leases {
-		if state := l.now(now); state != "offline" && l.told != "offline" {
+	for user, l := range leases {
+		if state := l.now(now); state != "offline" && !(told && l.told == "offline") {
 			ros.Users[user] = state
 		}
 	}
@@ -288,26 +293,15 @@ func (rm *room) roster(now time.Time) roster {
 	return ros
 }
 
-// everyone is who is here by the clock, crowd or not.
-func (rm *room) everyone(now time.Time) roster {
-	ros := roster{Users: map[string]string{}}
-	for user, l := range rm.leases {
-		if state := l.now(now); state != "offline" {
-			ros.Users[user] = state
-		}
-	}
-	ros.Count = len(ros.Users)
-	return ros
-}
-
-// whoIsIn returns who is in the named room now. Asking doesn't create it.
+// whoIsIn returns who is in the named room now, crowd or not. Asking doesn't create it.
 func (r *relay) whoIsIn(name string) roster {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	var leases map[string]*lease
 	if rm := r.rooms[name]; rm != nil {
-		return rm.everyone(time.Now())
+		leases = rm.leases
 	}
-	return roster{Users: map[string]string{}}
+	return rosterOf(leases, time.Now(), false)
 }
 
 // expectRoster has a stream's next full batch end with the roster; presence
