@@ -132,7 +132,7 @@ func (c *canvas) draw() {
 		}
 	}
 	clear(c.events)
-	c.s.relay.publish(post{room: c.name(), picture: c.svg()})
+	c.s.relay.publish(post{room: c.name(), kind: "picture", picture: c.svg(), free: true})
 }
 
 // add takes note of a message.

@@ -107,7 +107,7 @@ func (r *relay) exit(rm *room, user string) bool {
 // a user with several streams is one tab's goodbye, not the user's.
 func (r *relay) declare(name, user, state string) error {
 	r.mu.Lock()
-	if r.stopped {
+	if r.isStopping() {
 		r.mu.Unlock()
 		return errStopping
 	}
@@ -261,7 +261,7 @@ func (r *relay) later(rm *room, do func(now time.Time) bool) {
 // tell appends a presence event to the room. It can fail, when the relay stops
 // or has no place for another room; presence is then only told to who asks.
 func (r *relay) tell(rm *room, user string, data []byte) bool {
-	_, _, err := r.append(post{room: rm.name, kind: "presence", from: user, ttl: presenceFor, data: data})
+	_, _, err := r.append(post{room: rm.name, kind: "presence", from: user, ttl: presenceFor, data: data, free: true})
 	return err == nil
 }
 

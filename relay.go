@@ -90,11 +90,10 @@ type relay struct {
 	limits
 	start    int64         // the process's start in Unix microseconds: ids begin behind it
 	mark     atomic.Int64  // readers may read up to here
-	stopping chan struct{} // closed by stop
+	stopping chan struct{} // closed by stop, under mu: then nothing is published any more
 	gaps     atomic.Int64  // told to readers
 
 	mu        sync.Mutex // guards what follows, and with it the order of ids
-	stopped   bool
 	rooms     map[string]*room
 	idlest    *list.List       // rooms published to, the one published to last in front
 	bytes     int              // of all events kept
@@ -132,7 +131,7 @@ type post struct {
 	ttl                   time.Duration // 0 for a message
 	data                  []byte
 	picture               []byte // instead of data, see picture.go
-	free                  bool   // not bound by the room's rate
+	free                  bool   // not bound by the room's rate: the relay's own, or of this machine
 }
 
 // publish appends p to its room and wakes the room's readers. It returns the
@@ -153,7 +152,7 @@ func (r *relay) publish(p post) (id int64, fresh bool, err error) {
 // under r.mu: readers of several rooms must never pass an id that is still to
 // come. It returns the room to wake, or nil if there is nothing new in it.
 func (r *relay) append(p post) (*room, int64, error) {
-	if r.stopped {
+	if r.isStopping() {
 		return nil, 0, errStopping
 	}
 	rm := r.rooms[p.room]
@@ -163,8 +162,7 @@ func (r *relay) append(p post) (*room, int64, error) {
 		}
 	}
 	now := time.Now()
-	limited := !p.free && p.kind != "presence" && p.picture == nil
-	if rm != nil && limited && !rm.rate.take(r.roomRate, now) {
+	if rm != nil && !p.free && !rm.rate.take(r.roomRate, now) {
 		return nil, 0, errRoomTooFast
 	}
 	if rm == nil || rm.place == nil {
@@ -183,16 +181,14 @@ func (r *relay) append(p post) (*room, int64, error) {
 		at:   now.UnixMilli(),
 		kind: "message",
 		key:  strings.Clone(p.key), // not to keep the request it is part of
+		json: p.picture,
 	}
-	if p.picture != nil {
-		e.kind = "picture"
-	} else if p.kind != "message" {
+	if p.kind != "message" {
 		e.kind = strings.Clone(p.kind)
 	}
 	if p.ttl > 0 {
 		e.expires = now.Add(p.ttl).UnixMilli()
 	}
-	e.json = p.picture
 	if p.picture == nil {
 		e.json = encode(e, rm.name, p.from, p.data)
 	}
@@ -224,7 +220,7 @@ func encode(e *event, room, from string, data []byte) []byte {
 func (r *relay) keep(rm *room, e *event) {
 	v := *rm.view.Load()
 	most := r.events
-	if e.kind == "picture" && rm.name[0] == ' ' { // of which only the newest is of use
+	if rm.name[0] == ' ' { // of pictures, of which only the newest is of use
 		most = 1
 	}
 	if e.key != "" {
@@ -245,10 +241,9 @@ func (r *relay) keep(rm *room, e *event) {
 	} else {
 		v.signals = push(v.signals, e)
 		rm.signalBytes += e.size()
-		now := time.Now().UnixMilli()
-		for len(v.signals) > r.events || len(v.signals) > 1 && (rm.signalBytes > r.roomBytes || v.signals[0].expires <= now) {
-			if e := v.signals[0]; e.expires > now || e.kind == "presence" {
-				v.spilled = e.id
+		for len(v.signals) > r.events || len(v.signals) > 1 && (rm.signalBytes > r.roomBytes || v.signals[0].expires <= e.at) {
+			if old := v.signals[0]; old.expires > e.at || old.kind == "presence" {
+				v.spilled = old.id
 			}
 			rm.signalBytes -= r.drop(rm, v.signals[0])
 			v.signals = v.signals[1:]
@@ -356,8 +351,7 @@ func (r *relay) sweep(now time.Time) {
 func (r *relay) stop() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.stopped {
-		r.stopped = true
+	if !r.isStopping() {
 		close(r.stopping)
 	}
 }
@@ -599,7 +593,7 @@ func (rd *reader) next(batch []*event) []*event {
 		if m := between(v.signals, after, mark); len(m) > 0 {
 			heads = append(heads, m)
 		}
-		rd.rosterDue = rd.rosterDue || rd.presence && rd.rostered != 0 && v.spilled > max(after, rd.rostered)
+		rd.rosterDue = rd.rosterDue || rd.rostered != 0 && v.spilled > max(after, rd.rostered)
 	}
 	rd.foreign = false
 
