@@ -56,7 +56,7 @@ type server struct {
 	stats     stats
 
 	drawingMu sync.Mutex // guards drawings
-	drawings  map[pictureOf]*drawing
+	drawings  map[pictureOf]*canvas
 }
 
 // A fault is an error that is the client's business.

@@ -309,7 +309,7 @@ func newServer(c settings) (*server, error) {
 		most:      int64(c.streams),
 		body:      c.body,
 		noMetrics: c.metricsAddr != "",
-		drawings:  map[pictureOf]*drawing{},
+		drawings:  map[pictureOf]*canvas{},
 	}
 	s.gate.trustProxy, s.gate.fly, s.gate.perAddr, s.gate.rate = c.trustProxy, c.fly, c.perAddr, c.rate
 	s.stats.start()

@@ -42,39 +42,32 @@ type pictureOf struct {
 // a room's name has no space in it.
 func (p pictureOf) name() string { return fmt.Sprintf(" %s %d %d", p.room, p.w, p.h) }
 
-// A drawing is a picture that is looked at.
-type drawing struct {
-	viewers int
-	canvas  *canvas
-	stop    context.CancelFunc
-}
-
 // look begins to draw p, unless that goes on already. The caller calls the
 // function returned when it looks no more.
 func (s *server) look(p pictureOf) (away func(), err error) {
 	s.drawingMu.Lock()
 	defer s.drawingMu.Unlock()
-	d := s.drawings[p]
-	if d == nil {
+	c := s.drawings[p]
+	if c == nil {
 		if len(s.drawings) >= maxPictures {
 			return nil, fault{http.StatusServiceUnavailable, "too many pictures are looked at; try again later", "pictures", 10}
 		}
-		c := &canvas{pictureOf: p, s: s}
+		c = &canvas{pictureOf: p, s: s}
 		if err := s.relay.subscribe(&c.rd, want{rooms: []string{p.room}, after: -1, last: drawMessages, batch: 1 << 20}); err != nil {
 			return nil, err
 		}
-		ctx, cancel := context.WithCancel(context.Background())
-		d = &drawing{canvas: c, stop: cancel}
-		s.drawings[p] = d
+		var ctx context.Context
+		ctx, c.stop = context.WithCancel(context.Background())
+		s.drawings[p] = c
 		c.draw() // the first is there before anybody looks
 		go c.run(ctx)
 	}
-	d.viewers++
+	c.viewers++
 	return func() {
 		s.drawingMu.Lock()
 		defer s.drawingMu.Unlock()
-		if d.viewers--; d.viewers == 0 {
-			d.stop()
+		if c.viewers--; c.viewers == 0 {
+			c.stop()
 			delete(s.drawings, p)
 		}
 	}, nil
@@ -84,16 +77,18 @@ func (s *server) look(p pictureOf) (away func(), err error) {
 func (s *server) drawAll() {
 	s.drawingMu.Lock()
 	defer s.drawingMu.Unlock()
-	for _, d := range s.drawings {
-		d.canvas.draw()
+	for _, c := range s.drawings {
+		c.draw()
 	}
 }
 
-// A canvas draws one room.
+// A canvas draws one room while it is looked at.
 type canvas struct {
 	pictureOf
-	s  *server
-	rd reader
+	s       *server
+	rd      reader
+	viewers int // guarded by s.drawingMu
+	stop    context.CancelFunc
 
 	mu     sync.Mutex // guards what follows, and rd
 	events []*event
