@@ -272,14 +272,6 @@ func (q *query) want(h hold) want {
 	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, presence: q.presence, holds: h != now, batch: batch}
 }
 
-// oneRoom is the room that is meant where none is named, or "".
-func (q *query) oneRoom() string {
-	if len(q.rooms) == 1 {
-		return q.rooms[0]
-	}
-	return ""
-}
-
 // get is the parameter's value, or "". Given twice, none of them is meant.
 func (q *query) get(name string) (string, error) {
 	v := q.values[name]
@@ -380,17 +372,18 @@ func (q *query) parse(r *http.Request, t technique) (err error) {
 	}
 	q.wait = time.Duration(wait) * time.Second
 	see, err := q.get("presence")
-	switch {
-	case err != nil:
-		return err
-	case see == "":
-		q.presence = q.user != ""
-	case see == "0" || see == "1":
+	switch see {
+	case "":
+		q.seen = q.user != ""
+		q.presence = q.seen
+	case "0", "1":
 		q.presence = see == "1"
 	default:
-		return bad("presence is 1, to see it, or 0")
+		err = bad("presence is 1, to see it, or 0")
 	}
-	q.seen = see == "" && q.user != ""
+	if err != nil {
+		return err
+	}
 	if q.user, err = q.claims.as(q.user); err != nil {
 		return err
 	}
@@ -505,20 +498,17 @@ var ownTypes = []string{"hello", "presence", "gap", "beat", "ack", "error", "bye
 func (s *server) post(room string, p post) (id int64, fresh bool, err error) {
 	switch {
 	case room == "":
-		err = bad("this reads several rooms; name the one that is meant")
+		return 0, false, bad("this reads several rooms; name the one that is meant")
 	case !validName(room):
-		err = badRoom(room)
+		return 0, false, badRoom(room)
 	case room[0] == '_':
-		err = errReserved
+		return 0, false, errReserved
 	case !validName(p.kind):
-		err = bad("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
+		return 0, false, bad("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
 	case slices.Contains(ownTypes, p.kind):
-		err = bad("the type %s is the relay's own; publish another", p.kind)
+		return 0, false, bad("the type %s is the relay's own; publish another", p.kind)
 	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
-		err = bad("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
-	}
-	if err != nil {
-		return 0, false, err
+		return 0, false, bad("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
 	}
 	p.room = room
 	if id, fresh, err = s.relay.publish(p); fresh {
@@ -531,7 +521,7 @@ func (s *server) post(room string, p post) (id int64, fresh bool, err error) {
 // declare sets the state of a user in a room, none of it checked yet.
 func (s *server) declare(room, user, state string) error {
 	switch {
-	case room == "" || !validName(room):
+	case !validName(room):
 		return bad("presence is in one room; name it")
 	case room[0] == '_':
 		return errReserved

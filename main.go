@@ -36,9 +36,7 @@ func main() {
 	} else {
 		err = run(ctx, args, os.Getenv)
 	}
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-	case err != nil:
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "cometes:", err)
 		os.Exit(1)
 	}
@@ -173,7 +171,6 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 	if err != nil {
 		return err
 	}
-	srv := s.http(c.h2c)
 	if c.metricsAddr != "" {
 		stop, err := serveMetrics(s, c.metricsAddr)
 		if err != nil {
@@ -186,7 +183,7 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 	if s.secrets == nil {
 		slog.Warn("the relay is open: anybody may read and publish; -secret closes it")
 	}
-	return serve(ctx, s, srv, s.doorman(listener))
+	return serve(ctx, s, s.http(c.h2c), s.doorman(listener))
 }
 
 // http is the server as run makes it, with HTTP/2 without TLS or not.

@@ -64,21 +64,21 @@ func readFiles() map[string]file {
 // page answers everything outside of /rooms/.
 func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 	f, ok := files[r.URL.Path]
-	if r.URL.Path == "/metrics" && s.noMetrics || !ok && r.URL.Path != "/healthz" && r.URL.Path != "/metrics" {
+	if !ok && r.URL.Path != "/healthz" && (r.URL.Path != "/metrics" || s.noMetrics) {
 		return refuse(http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}")
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
 		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
 	}
-	if r.URL.Path == "/metrics" {
+	switch r.URL.Path {
+	case "/metrics":
 		if err := s.authorize(r, &query{rooms: []string{statsRoom}, values: r.URL.Query()}); err != nil {
 			return err
 		}
 		s.metrics(w)
 		return nil
-	}
-	if r.URL.Path == "/healthz" {
+	case "/healthz":
 		if s.relay.isStopping() {
 			return errStopping
 		}

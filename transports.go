@@ -159,29 +159,24 @@ func lines(*query) framing {
 // event whose name it doesn't listen for, so names=0 leaves them out. The
 // retry differs by client, lest all of them return at once.
 func sse(q *query) framing {
-	f := framing{
-		mime:  "text/event-stream; charset=utf-8",
-		head:  fmt.Sprintf("retry: %d\n\n", 2000+mathrand.IntN(2000)),
-		event: func(b []byte, e *event) []byte { return sseEvent(b, e, e.kind != "message") },
-		beat:  "event: beat\ndata:\n\n",
+	nameless := q.nameless // and not q, which each stream would keep
+	return framing{
+		mime: "text/event-stream; charset=utf-8",
+		head: fmt.Sprintf("retry: %d\n\n", 2000+mathrand.IntN(2000)),
+		event: func(b []byte, e *event) []byte {
+			if e.id != 0 || e.kind == "hello" {
+				b = strconv.AppendInt(append(b, "id: "...), e.id, 10)
+				b = append(b, '\n')
+			}
+			if e.kind != "message" && !nameless {
+				b = append(append(b, "event: "...), e.kind...)
+				b = append(b, '\n')
+			}
+			b = append(append(b, "data: "...), e.json...)
+			return append(b, "\n\n"...)
+		},
+		beat: "event: beat\ndata:\n\n",
 	}
-	if q.nameless {
-		f.event = func(b []byte, e *event) []byte { return sseEvent(b, e, false) }
-	}
-	return f
-}
-
-func sseEvent(b []byte, e *event, named bool) []byte {
-	if e.id != 0 || e.kind == "hello" {
-		b = strconv.AppendInt(append(b, "id: "...), e.id, 10)
-		b = append(b, '\n')
-	}
-	if named {
-		b = append(append(b, "event: "...), e.kind...)
-		b = append(b, '\n')
-	}
-	b = append(append(b, "data: "...), e.json...)
-	return append(b, "\n\n"...)
 }
 
 // multipart, Netscape's server push of 1995: each part replaces the one before.
@@ -667,10 +662,8 @@ func (s *server) pause() int64 {
 // bye sends a client away until the retry it names, in milliseconds: a second
 // at least, and in all a hundred clients a second, but within half a minute.
 func (s *server) bye() *event {
-	spread := min(max(s.held.Load(), s.leaving.Load())*10, 30_000)
-	spread = max(spread, 2000)
-	retry := 1000 + mathrand.Int64N(spread)
-	return notice{Type: "bye", Data: map[string]int64{"retry": retry}}.event()
+	spread := min(max(s.held.Load()*10, s.leaving.Load()*10, 2000), 30_000)
+	return notice{Type: "bye", Data: map[string]int64{"retry": 1000 + mathrand.Int64N(spread)}}.event()
 }
 
 // writer returns what writes an answer, in pieces that each have writeTimeout
@@ -732,7 +725,11 @@ func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *quer
 	}
 	conn.SetReadLimit(st.s.body)
 	st.s.pump.add(st)
-	go st.listen(conn, &speaker{user: q.user, room: q.oneRoom(), claims: q.claims, addr: q.addr})
+	sp := &speaker{user: q.user, claims: q.claims, addr: q.addr}
+	if len(q.rooms) == 1 {
+		sp.room = q.rooms[0]
+	}
+	go st.listen(conn, sp)
 	return nil
 }
 
