@@ -240,6 +240,7 @@ type query struct {
 	ancestors string     // whose pages may frame this one
 	writes    bool       // asks to publish
 	claims    *claims    // of the token, if the relay asks for one
+	err       error      // the first that is wrong with it
 
 	user     string // speaks as
 	seen     bool   // and is seen
@@ -273,37 +274,43 @@ func (q *query) want(h hold) want {
 }
 
 // get is the parameter's value, or "". Given twice, none of them is meant.
-func (q *query) get(name string) (string, error) {
+func (q *query) get(name string) string {
 	v := q.values[name]
-	if len(v) > 1 {
-		return "", bad("%s is given twice", name)
-	}
 	if len(v) == 0 {
-		return "", nil
+		return ""
 	}
-	return v[0], nil
+	if len(v) > 1 {
+		q.fail(bad("%s is given twice", name))
+	}
+	return v[0]
 }
 
+// fail keeps the first that is wrong, so that a request can be read to its end
+// before somebody looks.
+func (q *query) fail(err error) { q.err = cmp.Or(q.err, err) }
+
 // either is a parameter of the query or the form; both may say the same.
-func (q *query) either(form url.Values, name string) (string, error) {
-	v, err := q.get(name)
+func (q *query) either(form url.Values, name string) string {
+	v := q.get(name)
 	f, ok := form[name]
-	switch {
-	case err != nil || !ok:
-		return v, err
-	case len(f) > 1 || v != "" && v != f[0]:
-		return "", bad("%s is given twice", name)
+	if !ok {
+		return v
 	}
-	return f[0], nil
+	if len(f) > 1 || v != "" && v != f[0] {
+		q.fail(bad("%s is given twice", name))
+	}
+	return f[0]
 }
 
 // number is the parameter as an integer from low to high, or absent.
-func (q *query) number(name string, low, high, absent int64) (int64, error) {
-	v, err := q.get(name)
-	if err != nil || v == "" {
-		return absent, err
+func (q *query) number(name string, low, high, absent int64) int64 {
+	v := q.get(name)
+	if v == "" {
+		return absent
 	}
-	return parseNumber(name, v, low, high)
+	n, err := parseNumber(name, v, low, high)
+	q.fail(err)
+	return n
 }
 
 func parseNumber(name, v string, low, high int64) (int64, error) {
@@ -315,26 +322,20 @@ func parseNumber(name, v string, low, high int64) (int64, error) {
 }
 
 // parse reads what all techniques take, and what only some do.
-func (q *query) parse(r *http.Request, t technique) (err error) {
-	if q.user, err = q.userName(); err != nil {
-		return err
-	}
+func (q *query) parse(r *http.Request, t technique) error {
+	q.user = q.userName()
 	const maxCursor = 1<<63 - 1
-	if q.after, err = q.number("after", 0, maxCursor, -1); err != nil {
-		return err
-	}
+	q.after = q.number("after", 0, maxCursor, -1)
 	if ids := r.Header.Values("Last-Event-ID"); len(ids) > 1 {
-		return bad("Last-Event-ID is given twice")
+		q.fail(bad("Last-Event-ID is given twice"))
 	} else if len(ids) == 1 && ids[0] != "" {
-		if q.after, err = parseNumber("Last-Event-ID", ids[0], 0, maxCursor); err != nil {
-			return err
-		}
+		after, err := parseNumber("Last-Event-ID", ids[0], 0, maxCursor)
+		q.fail(err)
+		q.after = after
 	}
-	people := t.name == "refresh" || t.name == "html"
-	wait, last := int64(25), int64(0)
-	if q.as, err = q.get("as"); err != nil {
-		return err
-	}
+	q.pull = t.name == "refresh"
+	people := q.pull || t.name == "html"
+	q.as = q.get("as")
 	if t.name == "multipart" {
 		switch q.as {
 		case "":
@@ -343,82 +344,49 @@ func (q *query) parse(r *http.Request, t technique) (err error) {
 			people = true
 		case "json", "text":
 		case "svg":
-			if err := q.parseSize(); err != nil {
-				return err
-			}
+			q.parseSize()
 		default:
-			return bad("as is one of json, text, html, svg")
+			q.fail(bad("as is one of json, text, html, svg"))
 		}
 	}
+	least, wait, last := int64(0), int64(25), int64(0)
 	if people {
 		wait, last = 10, pageMessages
 	}
-	if last, err = q.number("last", 0, 1<<31-1, last); err != nil {
-		return err
-	}
-	q.last = int(last)
-	least := int64(0)
-	if t.name == "refresh" {
-		q.pull = true
+	if q.pull {
 		least = 1 // with 0 a browser asks thirty times a second
 	}
-	form, err := q.get("form")
-	if err != nil {
-		return err
-	}
-	q.bare = form == "0"
-	if wait, err = q.number("wait", least, maxWait, wait); err != nil {
-		return err
-	}
-	q.wait = time.Duration(wait) * time.Second
-	see, err := q.get("presence")
-	switch see {
+	q.last = int(q.number("last", 0, 1<<31-1, last))
+	q.bare = q.get("form") == "0"
+	q.wait = time.Duration(q.number("wait", least, maxWait, wait)) * time.Second
+	q.wait = min(q.wait, time.Until(time.Unix(0, q.claims.until())))
+	switch see := q.get("presence"); see {
 	case "":
 		q.seen = q.user != ""
 		q.presence = q.seen
 	case "0", "1":
 		q.presence = see == "1"
 	default:
-		err = bad("presence is 1, to see it, or 0")
+		q.fail(bad("presence is 1, to see it, or 0"))
 	}
-	if err != nil {
-		return err
-	}
-	if q.user, err = q.claims.as(q.user); err != nil {
-		return err
-	}
-	q.wait = min(q.wait, time.Until(time.Unix(0, q.claims.until())))
-	names, err := q.number("names", 0, 1, 1)
-	if err != nil {
-		return err
-	}
-	q.nameless = names == 0
+	q.user = q.speaksAs(q.user)
+	q.nameless = q.number("names", 0, 1, 1) == 0
 	if t.name == "jsonp" {
-		if q.callback, err = q.get("callback"); err != nil {
-			return err
-		}
-		if !validCallback(q.callback) {
-			return bad("callback is the name of a function: a JavaScript name, or several with dots between, of at most %d characters", maxName)
+		if q.callback = q.get("callback"); !validCallback(q.callback) {
+			q.fail(bad("callback is the name of a function: a JavaScript name, or several with dots between, of at most %d characters", maxName))
 		}
 	}
-	return nil
+	return q.err
 }
 
 // parseSize reads the size of a picture.
-func (q *query) parseSize() error {
-	w, err := q.number("w", minSide, maxSide, pictureWidth)
-	if err != nil {
-		return err
-	}
-	h, err := q.number("h", minSide, maxSide, pictureHeight)
-	if err != nil {
-		return err
-	}
+func (q *query) parseSize() {
+	w := q.number("w", minSide, maxSide, pictureWidth)
+	h := q.number("h", minSide, maxSide, pictureHeight)
 	if len(q.rooms) > 1 {
-		return bad("a picture is of one room")
+		q.fail(bad("a picture is of one room"))
 	}
 	q.picture = pictureOf{q.rooms[0], int(w), int(h)}
-	return nil
 }
 
 func badRoom(name string) error {
@@ -426,12 +394,12 @@ func badRoom(name string) error {
 }
 
 // userName is the parameter user, or "".
-func (q *query) userName() (string, error) {
-	user, err := q.get("user")
-	if err == nil && !validUser(user) {
-		err = errUser
+func (q *query) userName() string {
+	user := q.get("user")
+	if !validUser(user) {
+		q.fail(errUser)
 	}
-	return user, err
+	return user
 }
 
 func parseRooms(escaped string) ([]string, error) {
@@ -601,34 +569,24 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 	if err != nil {
 		return p, "", err
 	}
-	var errs [3]error
-	p.kind, errs[0] = q.either(form, "type")
-	p.from, errs[1] = q.either(form, "user")
-	p.key, errs[2] = q.either(form, "key")
-	if err := cmp.Or(errs[:]...); err != nil {
-		return p, "", err
-	}
+	p.kind = cmp.Or(q.either(form, "type"), "message")
+	p.from = q.either(form, "user")
+	p.key = q.either(form, "key")
 	p.free = q.addr.IsLoopback()
 	if key := r.Header.Get("Idempotency-Key"); key != "" {
 		if p.key != "" && p.key != key {
-			return p, "", bad("key and Idempotency-Key differ")
+			q.fail(bad("key and Idempotency-Key differ"))
 		}
 		p.key = key
 	}
 	if !validUser(p.from) {
-		return p, "", errUser
+		q.fail(errUser)
 	}
-	if p.from, err = q.claims.as(p.from); err != nil {
-		return p, "", err
+	p.from = q.speaksAs(p.from)
+	p.ttl = time.Duration(q.number("ttl", 1, maxTTL, 0)) * time.Second
+	if q.err != nil {
+		return p, "", q.err
 	}
-	if p.kind == "" {
-		p.kind = "message"
-	}
-	ttl, err := q.number("ttl", 1, maxTTL, 0)
-	if err != nil {
-		return p, "", err
-	}
-	p.ttl = time.Duration(ttl) * time.Second
 
 	switch {
 	case form != nil:
@@ -735,9 +693,9 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 		}{room, s.relay.whoIsIn(room)})
 		return nil
 	}
-	user, err := q.userName()
-	if err != nil {
-		return err
+	user := q.userName()
+	if q.err != nil {
+		return q.err
 	}
 	if !s.gate.publish(q.addr) {
 		return errTooFast
@@ -757,8 +715,8 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 		}
 		state = said.State
 	}
-	if user, err = q.claims.as(user); err != nil {
-		return err
+	if user = q.speaksAs(user); q.err != nil {
+		return q.err
 	}
 	if err := s.declare(room, user, state); err != nil {
 		return err

@@ -268,19 +268,20 @@ func appendForm(b []byte, room, user, then string) []byte {
 // form is GET /rooms/{room}/form: the form alone, for a frame in a page that
 // never ends, or, with live, above a frame with that page.
 func (s *server) form(w http.ResponseWriter, r *http.Request, q *query) error {
-	user, err := q.userName()
-	if err != nil {
-		return err
+	user := q.userName()
+	if q.err != nil {
+		return q.err
 	}
 	if s.keepToken(w, r, q) {
 		return nil
 	}
-	if user, err = q.claims.as(user); err != nil {
-		return err
+	user = q.speaksAs(user)
+	live := q.get("live")
+	if live != "" && live != "refresh" {
+		q.fail(bad("live is refresh"))
 	}
-	live, err := q.get("live")
-	if err != nil || live != "" && live != "refresh" {
-		return bad("live is refresh")
+	if q.err != nil {
+		return q.err
 	}
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")

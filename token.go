@@ -120,17 +120,17 @@ func matches(list []string, room string) bool {
 // tokenOf is the token that came with a request: as a bearer, for programs; in
 // the query, for EventSource and WebSocket, which can't set a header; or in a
 // cookie, for pages without a script.
-func (q *query) tokenOf(r *http.Request) (string, error) {
+func (q *query) tokenOf(r *http.Request) string {
 	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); strings.EqualFold(scheme, "Bearer") {
-		return strings.TrimSpace(token), nil
+		return strings.TrimSpace(token)
 	}
-	if token, err := q.get("token"); token != "" || err != nil {
-		return token, err
+	if token := q.get("token"); token != "" {
+		return token
 	}
 	if c, err := r.Cookie("token"); err == nil {
-		return c.Value, nil
+		return c.Value
 	}
-	return "", nil
+	return ""
 }
 
 func denied(status int, text string) error { return fault{status, text, "token", 0} }
@@ -141,16 +141,18 @@ func (s *server) authorize(r *http.Request, q *query) error {
 	if s.secrets == nil {
 		return nil
 	}
-	token, err := q.tokenOf(r)
-	if err != nil {
-		return err
+	token := q.tokenOf(r)
+	if q.err != nil {
+		return q.err
 	}
 	if token == "" {
 		return denied(http.StatusUnauthorized, "this relay asks for a token: Authorization: Bearer, the query token, or a cookie token")
 	}
-	if q.claims, err = verify(token, s.secrets, time.Now()); err != nil {
+	claims, err := verify(token, s.secrets, time.Now())
+	if err != nil {
 		return denied(http.StatusUnauthorized, err.Error())
 	}
+	q.claims = claims
 	for _, room := range q.rooms {
 		if !q.claims.may(room, q.writes) {
 			return denied(http.StatusForbidden, fmt.Sprintf("the token is not good for the room %q", room))
@@ -171,15 +173,15 @@ func (c *claims) may(room string, writes bool) bool {
 	return matches(c.Read, room)
 }
 
-// as is the user a request speaks for: who it says, if the token does not say another.
-func (c *claims) as(user string) (string, error) {
-	if c == nil || c.Sub == "" || c.Sub == user {
-		return user, nil
+// speaksAs is the user a request speaks for: who it says, if the token does not say another.
+func (q *query) speaksAs(user string) string {
+	if q.claims == nil || q.claims.Sub == "" {
+		return user
 	}
-	if user == "" {
-		return c.Sub, nil
+	if user != "" && user != q.claims.Sub {
+		q.fail(denied(http.StatusForbidden, fmt.Sprintf("the token is %q's; nobody else can be spoken as with it", q.claims.Sub)))
 	}
-	return "", denied(http.StatusForbidden, fmt.Sprintf("the token is %q's; nobody else can be spoken as with it", c.Sub))
+	return q.claims.Sub
 }
 
 // tokenCommand is cometes token: it prints one.
