@@ -12,6 +12,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"html"
+	"io"
 	"io/fs"
 	"net/http"
 	"net/url"
@@ -199,51 +200,47 @@ func (q *query) pagePolicy() string {
 
 func (q *query) title() string { return html.EscapeString(strings.Join(q.rooms, ", ")) }
 
-// pageHead appends a page's beginning, with the form to write with: of its
-// own in a frame, or, in a page that comes anew as a whole, as part of it.
-func pageHead(b []byte, q *query) []byte {
-	room := q.rooms[0]
-	user := url.Values{"user": {q.user}}.Encode()
-	b = append(b, `<!DOCTYPE html>
+// pageStart is how a page begins.
+func pageStart(title string) string {
+	return `<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>`+q.title()+` · Cometes</title>
+<title>` + title + ` · Cometes</title>
 <link rel="stylesheet" href="/plain.css">
-`...)
-	switch head := "<header>\n<h1>" + q.title() + "</h1>\n"; {
-	case q.bare:
-		b = append(b, `<body class="bare">
-<header>
-`...)
-	case q.pull:
-		b = append(b, head+`<p>This page comes anew every `+strconv.Itoa(int(q.wait/time.Second))+` seconds.
-<a href="/rooms/`+room+`/form?live=refresh&amp;`+user+`">Write at leisure</a></p>
-`...)
-	default:
-		b = append(b, head+`<p>This page never ends: what is said appears on top.
-<a href="/rooms/`+room+`/refresh?`+user+`">A page that comes anew instead</a></p>
-`...)
-	}
-	if q.here != "" {
-		b = append(b, `<p>`+html.EscapeString(q.here)+`.</p>
-`...)
-	}
-	b = append(b, "</header>\n"...)
+`
+}
+
+// pageHead is a page's beginning, with the form to write with: of its own in a
+// frame, or, in a page that comes anew as a whole, as part of it.
+func pageHead(q *query) string {
+	room := q.rooms[0]
+	user := url.Values{"user": {q.user}}.Encode()
+	head, form := "<header>\n<h1>"+q.title()+"</h1>\n", ""
 	switch {
 	case q.bare:
+		head = "<body class=\"bare\">\n<header>\n"
 	case q.pull:
-		b = appendForm(b, room, q.user, "refresh")
+		head += `<p>This page comes anew every ` + strconv.Itoa(int(q.wait/time.Second)) + ` seconds.
+<a href="/rooms/` + room + `/form?live=refresh&amp;` + user + `">Write at leisure</a></p>
+`
+		form = formFor(room, q.user, "refresh")
 	default:
-		b = append(b, `<iframe class="form" title="Write a message" src="/rooms/`+room+`/form?`+user+`"></iframe>
-`...)
+		head += `<p>This page never ends: what is said appears on top.
+<a href="/rooms/` + room + `/refresh?` + user + `">A page that comes anew instead</a></p>
+`
+		form = `<iframe class="form" title="Write a message" src="/rooms/` + room + `/form?` + user + `"></iframe>
+`
 	}
-	return b
+	if q.here != "" {
+		head += `<p>` + html.EscapeString(q.here) + ".</p>\n"
+	}
+	return pageStart(q.title()) + head + "</header>\n" + form
 }
 
 // page appends a whole page, the newest message first.
 func page(b []byte, q *query, events []*event) []byte {
-	b = append(pageHead(b, q), "<main class=\"log\">\n"...)
+	b = append(append(b, pageHead(q)...), "<main class=\"log\">\n"...)
 	for _, e := range slices.Backward(events[max(0, len(events)-pageMessages):]) {
 		if e.kind != "hello" {
 			b = append(b, e.html()...)
@@ -252,17 +249,17 @@ func page(b []byte, q *query, events []*event) []byte {
 	return append(b, "</main>\n"...)
 }
 
-// appendForm appends the form that posts to a room and then shows the page
-// named. Its key makes a double click one message.
-func appendForm(b []byte, room, user, then string) []byte {
-	return append(b, `<form method="post" action="/rooms/`+room+`">
-<label>Name <input name="user" value="`+html.EscapeString(user)+`" maxlength="64" size="10" autocomplete="nickname"></label>
+// formFor is the form that posts to a room and then shows the page named. Its
+// key makes a double click one message.
+func formFor(room, user, then string) string {
+	return `<form method="post" action="/rooms/` + room + `">
+<label>Name <input name="user" value="` + html.EscapeString(user) + `" maxlength="64" size="10" autocomplete="nickname"></label>
 <label class="wide">Message <input name="data" required maxlength="4000" autocomplete="off"></label>
-<input type="hidden" name="key" value="`+rand.Text()+`">
-<input type="hidden" name="then" value="`+then+`">
+<input type="hidden" name="key" value="` + rand.Text() + `">
+<input type="hidden" name="then" value="` + then + `">
 <button>Send</button>
 </form>
-`...)
+`
 }
 
 // form is GET /rooms/{room}/form: the form alone, for a frame in a page that
@@ -286,26 +283,15 @@ func (s *server) form(w http.ResponseWriter, r *http.Request, q *query) error {
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("Content-Security-Policy", q.pagePolicy())
-	b := []byte(`<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Write to ` + q.title() + ` · Cometes</title>
-<link rel="stylesheet" href="/plain.css">
-<body class="bare">
-`)
+	form := formFor(q.rooms[0], user, "form")
 	if live != "" {
-		b = append(b, `<header>
-<h1>`+q.title()+`</h1>
+		form = `<header>
+<h1>` + q.title() + `</h1>
 <p>What is said comes anew every few seconds; what you write stays.</p>
 </header>
-`...)
+` + form + `<iframe class="live" title="Messages" src="/rooms/` + q.rooms[0] + `/refresh?form=0&amp;` + url.Values{"user": {user}}.Encode() + `"></iframe>
+`
 	}
-	b = appendForm(b, q.rooms[0], user, "form")
-	if live != "" {
-		b = append(b, `<iframe class="live" title="Messages" src="/rooms/`+q.rooms[0]+`/refresh?form=0&amp;`+url.Values{"user": {user}}.Encode()+`"></iframe>
-`...)
-	}
-	w.Write(b)
+	io.WriteString(w, pageStart("Write to "+q.title())+"<body class=\"bare\">\n"+form)
 	return nil
 }

@@ -321,7 +321,7 @@ func endless(q *query) framing {
 	return framing{
 		mime:   "text/html; charset=utf-8",
 		header: map[string]string{"Content-Security-Policy": q.pagePolicy()},
-		head:   string(append(pageHead(nil, q), `<main class="log endless">`+"\n"...)),
+		head:   pageHead(q) + "<main class=\"log endless\">\n",
 		event:  func(b []byte, e *event) []byte { return append(b, e.html()...) },
 		beat:   "<!-- beat -->\n",
 	}
