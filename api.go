@@ -238,22 +238,22 @@ type query struct {
 	origin    string     // the foreign origin that asks, or ""
 	addr      netip.Addr // the client's
 	ancestors string     // whose pages may frame this one
-	writes    bool       // asks to publish
 	claims    *claims    // of the token, if the relay asks for one
 	err       error      // the first that is wrong with it
+	writes    bool       // asks to publish
 
-	user     string // speaks as
-	seen     bool   // and is seen
-	after    int64  // -1 for none
-	last     int
-	presence bool
-	wait     time.Duration
-	callback string
-	nameless bool // without the names of events
-	as       string
-	picture  pictureOf
+	seen     bool   // is seen
+	presence bool   // sees who is
+	nameless bool   // without the names of events
 	pull     bool   // a page that comes anew
 	bare     bool   // without its form
+	user     string // speaks as
+	after    int64  // -1 for none
+	last     int
+	wait     time.Duration
+	callback string
+	as       string
+	picture  pictureOf
 	here     string // who is here, in words
 }
 
@@ -589,15 +589,12 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 	}
 
 	switch {
+	case len(form["data"]) > 1:
+		err = bad("data is given twice")
+	case !utf8.ValidString(form.Get("data")):
+		err = errUTF8
 	case form != nil:
-		if len(form["data"]) > 1 {
-			return p, "", bad("data is given twice")
-		}
-		text := form.Get("data")
-		if !utf8.ValidString(text) {
-			return p, "", errUTF8
-		}
-		p.data = quote([]byte(text))
+		p.data = quote([]byte(form.Get("data")))
 		if then = form.Get("then"); then != "form" && then != "refresh" {
 			then = ""
 		}

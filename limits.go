@@ -66,16 +66,15 @@ const maxAddrs = 1 << 16
 // client can send too. IPv6 counts by /64, which is what one customer is given.
 func (g *gate) addr(r *http.Request) netip.Addr {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
-	if !g.trustProxy {
-		return network(from.Addr())
-	}
-	hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
-	hop, fly := strings.TrimSpace(hops[len(hops)-1]), r.Header.Get("Fly-Client-IP")
-	if hop == "" || g.fly && fly != "" {
-		hop = fly
-	}
-	if a, err := netip.ParseAddr(hop); err == nil {
-		return network(a)
+	if g.trustProxy {
+		hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
+		hop, fly := strings.TrimSpace(hops[len(hops)-1]), r.Header.Get("Fly-Client-IP")
+		if hop == "" || g.fly && fly != "" {
+			hop = fly
+		}
+		if a, err := netip.ParseAddr(hop); err == nil {
+			return network(a)
+		}
 	}
 	return network(from.Addr())
 }

@@ -120,16 +120,13 @@ func parse(args []string, getenv func(string) string) (settings, error) {
 			}
 		}
 	})
-	if err != nil {
-		return c, err
-	}
-	if err := fs.Parse(args); err != nil {
-		return c, err
-	}
-	if fs.NArg() > 0 {
-		return c, fmt.Errorf("%q is not a flag; -help lists them", fs.Arg(0))
+	if err == nil {
+		err = fs.Parse(args)
 	}
 	switch {
+	case err != nil:
+	case fs.NArg() > 0:
+		err = fmt.Errorf("%q is not a flag; -help lists them", fs.Arg(0))
 	case c.beat < time.Second || c.idle < time.Second || c.present < time.Second:
 		err = errors.New("-beat, -idle and -present are 1s or more")
 	case c.age < 0:

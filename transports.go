@@ -59,8 +59,8 @@ var techniques = []technique{
 	{"poll", now, poll},
 	{"iframe", forever, iframe},
 	{"longpoll", once, poll},
-	{"jsonp", once, jsonp},
 	{"stream", forever, lines},
+	{"jsonp", once, jsonp},
 	{"sse", forever, sse},
 	{"ws", forever, frames},
 }
@@ -419,11 +419,9 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, t technique, f *
 	if t.hold == once {
 		clock := time.NewTimer(q.wait)
 		defer clock.Stop()
-		for len(events) == 0 && rd.wait(r.Context(), clock.C) {
-			events = rd.next(events)
-		}
-		if len(events) == 0 {
-			events = rd.next(events) // the relay may have stopped right behind an event
+		for more := true; more && len(events) == 0; {
+			more = rd.wait(r.Context(), clock.C)
+			events = rd.next(events) // at the end, too: the relay may have stopped right behind an event
 		}
 	}
 	if q.pull && q.presence {
