@@ -460,18 +460,23 @@ func (s *server) free(addr netip.Addr) {
 // stream begins a stream, over the request's connection if that may be taken
 // over, else from the request itself.
 func (s *server) stream(w http.ResponseWriter, r *http.Request, t technique, f framing, q *query) error {
-	st := &stream{s: s, addr: q.addr, f: f, tally: s.stats.tallies[t.name]}
-	if t.name == "ws" {
-		return st.serveWebSocket(w, r, q)
+	st := &stream{s: s, addr: q.addr, f: f, tally: s.stats.tallies[t.name], ws: t.name == "ws"}
+	takes := r.ProtoMajor == 1 && r.ProtoMinor == 1
+	var err error
+	if st.ws {
+		err = upgradable(w, r)
 	}
-	if r.ProtoMajor == 1 && r.ProtoMinor == 1 {
-		if err := st.open(q, st); err != nil {
-			return err
-		}
-		return st.takeOver(w)
+	if err == nil {
+		err = st.open(q, takes)
 	}
-	if err := st.open(q, nil); err != nil {
+	switch {
+	case err != nil:
+		s.free(q.addr)
 		return err
+	case st.ws:
+		return st.serveWebSocket(w, r, q)
+	case takes:
+		return st.takeOver(w)
 	}
 	defer st.close()
 	return st.follow(w, r)
@@ -503,14 +508,10 @@ type stream struct {
 	away func()     // of a picture: called when nobody looks any more
 }
 
-// open takes the stream's place in the log, and has it woken by the waker
-// given, or by itself in follow; close gives up all it holds.
-func (st *stream) open(q *query, waker waker) (err error) {
-	defer func() {
-		if err != nil {
-			st.s.free(st.addr)
-		}
-	}()
+// open takes the stream's place in the log. If its connection is taken over the
+// writers are woken for it, else it wakes by itself, in follow. Close gives up
+// all it holds.
+func (st *stream) open(q *query, takes bool) (err error) {
 	if q.as == "svg" {
 		if st.away, err = st.s.look(q.picture); err != nil {
 			return err
@@ -518,7 +519,9 @@ func (st *stream) open(q *query, waker waker) (err error) {
 	}
 	st.pause = st.s.pause()
 	w := q.want(forever)
-	w.waker = waker
+	if takes {
+		w.waker = st
+	}
 	if err = st.s.relay.subscribe(&st.rd, w); err != nil {
 		if st.away != nil {
 			st.away()
@@ -690,24 +693,23 @@ func writer(w http.ResponseWriter) func([]byte) error {
 
 // The WebSocket.
 
-// serveWebSocket begins a stream that speaks both ways: the writers send what is framed, and a
-// goroutine reads what the client has to say.
-func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *query) error {
+// upgradable says what a request for a WebSocket lacks.
+func upgradable(w http.ResponseWriter, r *http.Request) error {
 	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		w.Header().Set("Connection", "Upgrade")
 		w.Header().Set("Upgrade", "websocket")
-		st.s.free(st.addr)
 		return refuse(http.StatusUpgradeRequired, "this is a WebSocket; ask for it with Upgrade: websocket")
 	}
 	if key, err := base64.StdEncoding.DecodeString(r.Header.Get("Sec-WebSocket-Key")); err != nil || len(key) != 16 || r.Header.Get("Sec-WebSocket-Version") != "13" {
-		st.s.free(st.addr)
 		w.Header().Set("Sec-WebSocket-Version", "13")
 		return bad("a WebSocket is asked for with Sec-WebSocket-Version: 13, and 16 bytes in base64 as Sec-WebSocket-Key")
 	}
-	st.ws = true
-	if err := st.open(q, st); err != nil {
-		return err
-	}
+	return nil
+}
+
+// serveWebSocket begins a stream that speaks both ways: the writers send what is
+// framed, and a goroutine reads what the client has to say.
+func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *query) error {
 	st.send = (*stream).sendFrames
 	st.token = q.claims.until()
 	st.proxied = st.s.gate.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
