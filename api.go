@@ -203,8 +203,8 @@ func techniqueNames() string {
 	return strings.Join(names, " ")
 }
 
-// handle lets do answer if the method is one of methods, and the page behind the request may
-// ask; and answers OPTIONS.
+// handle has do answer if the method is one of methods, and the page and the token
+// behind the request are good for it. OPTIONS it answers itself.
 func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, methods []string, do func(http.ResponseWriter, *http.Request, *query) error) error {
 	if !slices.Contains(methods, r.Method) {
 		methods := strings.Join(methods, ", ")
@@ -631,8 +631,8 @@ func oneLine(data []byte) []byte {
 	return b
 }
 
-// readBody reads a bounded body, its media type, and the form in it if it is one with the
-// field. curl -d sends any text as a form; that is taken for the text it is.
+// readBody reads a bounded body, its media type, and the form in it if it is one
+// with the field. curl -d sends any text as a form; that is taken for what it is.
 func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) (b []byte, kind string, form url.Values, err error) {
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
 	if err != nil {

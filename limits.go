@@ -189,9 +189,10 @@ func (d *doorman) refuse(conn net.Conn, reason string) {
 	conn.Write([]byte(refusal503))
 }
 
-// turnAway refuses a connection the polite way: it waits a second for the request, since some
-// clients take no answer that comes before it, and another for the client to close, since to close
-// on what is unread would take the answer from it. In a flood it does not wait.
+// turnAway refuses a connection the polite way: it waits a second for the request,
+// since some clients take no answer that comes before it, and another for the
+// client to close, since to close on what is unread would take the answer from it.
+// In a flood it does not wait.
 func (d *doorman) turnAway(conn net.Conn, reason string) {
 	if d.out.Add(1) > 100 {
 		d.out.Add(-1)

@@ -1,8 +1,8 @@
 // Presence. Who is in a room is a set of leases with a time to live. A stream
 // that names a user holds their lease while it lasts; whoever polls renews it
-// each time. What a lease is worth is decided by the clock at the moment
-// of reading; timers only announce it, since a platform may stop them (Cloud
-// Run does between requests).
+// each time. What a lease is worth is decided by the clock at the moment of
+// reading; timers only announce it, since a platform may stop them (Cloud Run
+// does between requests).
 
 package main
 
@@ -37,7 +37,7 @@ type lease struct {
 
 	here   bool      // counted in room.here
 	told   string    // what the room was last told
-	toldAt time.Time // and when
+	toldAt time.Time // and when, unless it was that they came
 	joined time.Time // when it was last told that they are here
 	timer  *time.Timer
 }

@@ -23,7 +23,7 @@ import (
 )
 
 // limits bound what the relay keeps. At a bound the oldest goes first, and
-// whoever asks for it is told by a gap; only new rooms are refused.
+// whoever asks for it is told by a gap; only new rooms and new users are refused.
 type limits struct {
 	events    int           // messages a room keeps, and signals
 	roomBytes int           // bytes of messages a room keeps, and of signals
@@ -449,7 +449,8 @@ type want struct {
 	waker    waker  // called when there may be something to read; without it the reader can wait
 }
 
-// subscribe makes rd a reader. The caller calls leave when done with it.
+// subscribe makes rd a reader. The caller calls leave when done with it, and does
+// not copy it before: its rooms point to its seats.
 func (r *relay) subscribe(rd *reader, w want) error {
 	*rd = reader{relay: r, presence: w.presence, batch: w.batch, waker: w.waker}
 	rd.seats = rd.one[:0]

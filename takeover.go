@@ -1,14 +1,14 @@
-// Connections taken over. For every connection net/http keeps two buffers of 4 KB and a
-// goroutine with a stack of 8 KB, or two while a request is
-// served: 26 KB, which is right for requests and too much for ten thousand
-// clients that are told something now and then. So where a stream runs over a
-// connection of its own (HTTP/1.1), it takes that over with http.Hijacker and
-// keeps what a silent stream needs: the socket, a place in the log, and a
-// goroutine waiting to read, which is how one notices that a client left. HTTP/2 and all
-// that can't be hijacked go the ordinary way, in follow.
+// Connections taken over. For every connection net/http keeps two buffers of
+// 4 KB and a goroutine with a stack of 8 KB, or two while a request is served:
+// 26 KB, which is right for requests and too much for ten thousand clients that
+// are told something now and then. So where a stream has a connection of its own
+// and chunks (HTTP/1.1), it takes that over with http.Hijacker and keeps what a
+// silent stream needs: the socket, a place in the log, and a goroutine waiting to
+// read, which is how one notices that a client left. HTTP/2 and 1.0 go the
+// ordinary way, in follow.
 //
-// Nor has such a stream a goroutine to write. To wake one for every reader of every
-// message costs more than the write; instead a few writers serve whoever is
+// Nor has such a stream a goroutine to write. To wake one for every reader of
+// every message costs more than the write; instead a few writers serve whoever is
 // behind. They never wait: a socket that is full is left to the goroutine that
 // reads (a WebSocket's, to one of its own) until it has room again, or its time
 // is up.
@@ -53,7 +53,7 @@ type takeover struct {
 	patient bool // the kernel ends it when the client acknowledges nothing
 
 	// Of a WebSocket.
-	proxied bool
+	proxied bool  // a proxy is in between, or may be
 	token   int64 // when its token expires, in Unix nanoseconds
 	beats   int
 	silent  atomic.Bool // it did not answer the last ping yet
@@ -366,8 +366,8 @@ func (p *pump) push(streams ...*stream) {
 }
 
 // ease holds a publisher up, for a tenth of a second at most, while the stream
-// that waits longest is a quarter of a history behind. Without it a few that publish as
-// fast as they can would run away from a thousand who read.
+// that waits longest is a quarter of a history behind. Without it a few that
+// publish as fast as they can would run away from a thousand who read.
 func (s *server) ease() {
 	for range 100 {
 		s.pump.mu.Lock()

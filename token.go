@@ -161,7 +161,7 @@ func (s *server) authorize(r *http.Request, q *query) error {
 	return nil
 }
 
-// may reports whether the token is good for the room. None is for all, for then the
+// may reports whether the token is good for the room. No token is, for then the
 // relay asks for none.
 func (c *claims) may(room string, writes bool) bool {
 	switch {

@@ -131,8 +131,9 @@ func jsonp(q *query) framing {
 	}
 }
 
-// lines, the technique stream: an answer that never ends, one line an event, read with fetch or at
-// XMLHttpRequest's readyState 3 (about 2004). A heartbeat is an empty line.
+// lines, the technique stream: an answer that never ends, one line an event, read
+// with fetch or at XMLHttpRequest's readyState 3 (about 2004). A heartbeat is an
+// empty line.
 //
 //	{"id":1795351418000042,…}
 func lines(*query) framing {
@@ -546,9 +547,9 @@ func (st *stream) close() {
 	st.s.free(st.addr)
 }
 
-// step says all that is due at the time now, in Unix nanoseconds: hello, what the cursor asks for,
-// the roster, whatever happened since, or that nothing did. It returns io.EOF
-// when the stream is to end and there is no more to say.
+// step says all that is due at the time now, in Unix nanoseconds: hello, what the
+// cursor asks for, the roster, whatever happened since, or that nothing did. It
+// returns io.EOF when the stream is to end and there is no more to say.
 func (st *stream) step(d *desk, now int64) error {
 	if st.ended {
 		return io.EOF
@@ -587,7 +588,7 @@ func (st *stream) step(d *desk, now int64) error {
 	return nil
 }
 
-// emit sends a head and events, framed.
+// emit sends a head, or a heartbeat, as it is, and events, framed.
 func (st *stream) emit(d *desk, now int64, head string, events ...*event) error {
 	b := append(d.buf[:0], make([]byte, st.room)...)
 	b = append(b, head...)
