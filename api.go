@@ -52,7 +52,7 @@ type server struct {
 	pump      pump
 	held      atomic.Int64 // streams, and requests that wait
 	leaving   atomic.Int64 // of those, how many there were when the relay stopped
-	owed      atomic.Int64 // bytes that full sockets did not take; no more than the log may have
+	unsent    atomic.Int64 // bytes that full sockets did not take; no more than the log may have
 	stats     stats
 
 	drawingMu sync.Mutex // guards drawings
@@ -270,7 +270,7 @@ func (q *query) want(h hold) want {
 	if q.as == "svg" {
 		return want{rooms: []string{q.picture.name()}, after: -1, last: 1, holds: true, batch: batch}
 	}
-	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, presence: q.presence, holds: h != now, batch: batch}
+	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, presence: q.presence, holds: h != atOnce, batch: batch}
 }
 
 // get is the parameter's value, or "". Given twice, none of them is meant.

@@ -29,7 +29,7 @@ import (
 const (
 	proxyIdle = 3 * time.Second // what the proxies wait for a word of the relay
 	proxyBeat = time.Second     // and how often it speaks
-	atOnce    = time.Second     // what is held back is so for longer
+	promptly  = time.Second     // what is held back is so for longer
 )
 
 // A way is one address of a proxy.
@@ -341,7 +341,7 @@ func (g *goer) hears(said *syncedLog, over chan error, want string) {
 			g.t.Fatalf("it ended with %v before it said %q:\n%s", err, want, said)
 		case <-time.After(5 * time.Millisecond):
 		}
-		if time.Since(start) > atOnce {
+		if time.Since(start) > promptly {
 			g.t.Fatalf("it does not say %q at once, but\n%s", want, said)
 		}
 	}
@@ -378,9 +378,9 @@ func (g *goer) follows() {
 	if strings.Contains(said.String(), "(compressed)") {
 		g.t.Log("it was compressed")
 	}
-	g.gauge(1, atOnce)
+	g.gauge(1, promptly)
 	leave()
-	g.gauge(0, atOnce)
+	g.gauge(0, promptly)
 }
 
 func (g *goer) waits() {
@@ -389,19 +389,19 @@ func (g *goer) waits() {
 	said, over, leave := g.open(query + "2")
 	err := <-over
 	leave()
-	if d := time.Since(start); err != io.EOF || !strings.Contains(said.String(), `"events":[]`) || d < 2*time.Second || d > 2*time.Second+atOnce {
+	if d := time.Since(start); err != io.EOF || !strings.Contains(said.String(), `"events":[]`) || d < 2*time.Second || d > 2*time.Second+promptly {
 		g.t.Errorf("after %v %v %s; want an empty answer after 2 s", d, err, said)
 	}
 	cursor := regexp.MustCompile(`"cursor":\d+`).FindString(said.String())
 	said, over, leave = g.open(query + "2&after=" + strings.TrimPrefix(cursor, `"cursor":`))
-	g.gauge(1, atOnce)
+	g.gauge(1, promptly)
 	g.publish("one")
 	g.hears(said, over, `"data":"one"`)
 	leave()
 	_, _, leave = g.open(query + "25")
-	g.gauge(1, atOnce)
+	g.gauge(1, promptly)
 	leave()
-	g.gauge(0, atOnce)
+	g.gauge(0, promptly)
 }
 
 func (g *goer) asks() {
@@ -465,9 +465,9 @@ func TestWithoutHeartbeatsAProxyCutsAStreamButALeavingIsStillNoticed(t *testing.
 			}
 			for _, name := range []string{"ws", "sse", "multipart", "longpoll"} {
 				g, _, _, leave := open(name, "")
-				g.gauge(1, atOnce)
+				g.gauge(1, promptly)
 				leave()
-				g.gauge(0, atOnce)
+				g.gauge(0, promptly)
 			}
 			start := time.Now()
 			g, said, over, leave := open("stream", "")

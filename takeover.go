@@ -105,7 +105,7 @@ func (st *stream) takeOver(w http.ResponseWriter) error {
 
 	st.conn = conn
 	st.opening = head.Bytes()
-	st.room = chunkHead
+	st.front = chunkHead
 	st.send = (*stream).sendChunk
 	st.s.pump.add(st)
 	go st.watch()
@@ -190,7 +190,7 @@ func (st *stream) write(d *desk, b []byte) error {
 	}
 	if n < len(b) {
 		st.rest = left(b, n, d.framed)
-		if st.s.owed.Add(int64(len(b)-n)) > int64(st.s.relay.allBytes) {
+		if st.s.unsent.Add(int64(len(b)-n)) > int64(st.s.relay.allBytes) {
 			st.s.stats.dropped.Add(1)
 			return errGone // there is no room to wait for all who are slow
 		}
@@ -472,7 +472,7 @@ func (st *stream) drain() {
 	for len(st.rest) > 0 {
 		st.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 		n, err := st.conn.Write(st.rest[0])
-		st.s.owed.Add(-int64(n))
+		st.s.unsent.Add(-int64(n))
 		if st.rest[0] = st.rest[0][n:]; len(st.rest[0]) == 0 {
 			st.rest = st.rest[1:]
 		}
@@ -494,7 +494,7 @@ func (st *stream) drain() {
 func (st *stream) finish(said bool) {
 	st.turn.Store(over)
 	for _, b := range st.rest {
-		st.s.owed.Add(-int64(len(b)))
+		st.s.unsent.Add(-int64(len(b)))
 	}
 	p := &st.s.pump
 	p.mu.Lock()

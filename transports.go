@@ -2,8 +2,10 @@
 // before the first of them, how one is framed, what a heartbeat looks like. One
 // function, step, drives all that stream; the rest read once, in answer.
 //
-// The table below is in the order of their age. To learn comet, read it from
-// the top, and each technique's function beside what `curl -N` shows of it.
+// The table below is in the order of their age; the functions begin with the
+// simplest. To learn comet, read each beside what `curl -N` shows of it. What a
+// stream has of turns and of a takeover is told in takeover.go: on a first
+// reading, pass it over.
 
 package main
 
@@ -40,9 +42,9 @@ import (
 type hold int
 
 const (
-	now     hold = iota // answers at once
-	once                // waits for the first event, then answers
-	forever             // goes on answering
+	atOnce  hold = iota // the answer comes at once
+	once                // with the first event
+	forever             // and never ends
 )
 
 // A technique is a name in the URL, how long it holds, and how it writes.
@@ -53,10 +55,10 @@ type technique struct {
 }
 
 var techniques = []technique{
-	{"refresh", now, refresh},
+	{"refresh", atOnce, refresh},
 	{"multipart", forever, multipart},
 	{"html", forever, endless},
-	{"poll", now, poll},
+	{"poll", atOnce, poll},
 	{"iframe", forever, iframe},
 	{"longpoll", once, poll},
 	{"stream", forever, lines},
@@ -385,7 +387,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	switch {
 	case r.Method == http.MethodHead && t.name != "ws":
 		return nil
-	case t.hold == now:
+	case t.hold == atOnce:
 		return s.answer(w, r, t, &f, q)
 	}
 	err := s.hold(q)
@@ -500,7 +502,7 @@ type stream struct {
 	beat  atomic.Int64 // when a heartbeat is due, in the same
 	pause int64        // how long it is silent before, in nanoseconds
 	send  func(*stream, *desk, []byte) error
-	room  int // free bytes that send wants in front
+	front int // free bytes that send wants there
 	tally *tally
 	f     framing
 	rd    reader
@@ -590,13 +592,13 @@ func (st *stream) step(d *desk, now int64) error {
 
 // emit sends a head, or a heartbeat, as it is, and events, framed.
 func (st *stream) emit(d *desk, now int64, head string, events ...*event) error {
-	b := append(d.buf[:0], make([]byte, st.room)...)
+	b := append(d.buf[:0], make([]byte, st.front)...)
 	b = append(b, head...)
 	if len(events) > 0 {
 		b = st.f.frame(b, st.rd.after, events...)
 	}
 	d.buf = b
-	if len(b) == st.room && !st.ended {
+	if len(b) == st.front && !st.ended {
 		return nil // nothing that this technique shows
 	}
 	st.beat.Store(now + st.pause)
