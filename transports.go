@@ -286,11 +286,13 @@ func frames(*query) framing {
 			}
 			return b
 		},
-		beat: "\x89\x00" + string(textFrame(nil, len(beat))) + beat,
+		beat: pingAndBeat,
 	}
 }
 
 const beat = `{"type":"beat"}`
+
+var pingAndBeat = "\x89\x00" + string(textFrame(nil, len(beat))) + beat
 
 // textFrame appends the head of a whole text frame of so many bytes (5.2): its
 // length in one byte, or behind 126 in two, or behind 127 in eight.
@@ -729,8 +731,8 @@ func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *quer
 	conn.SetReadLimit(st.s.body)
 	st.s.pump.add(st)
 	sp := &speaker{user: q.user, claims: q.claims, addr: q.addr}
-	if len(q.rooms) == 1 {
-		sp.room = q.rooms[0]
+	if len(st.rd.seats) == 1 {
+		sp.room = st.rd.seats[0].room.name // and not the request's, which would be kept for it
 	}
 	go st.listen(conn, sp)
 	return nil
