@@ -248,17 +248,18 @@ func iframe(q *query) framing {
 		quoted, _ := json.Marshal(q.origin)
 		origin = string(quoted)
 	}
-	open, end := `<script nonce="`+nonce+`">`, "</script>\n"
+	open := `<script nonce="` + nonce + `">`
+	const end = "</script>\n"
+	tell := open + "tell("
 	return framing{
 		mime:   "text/html; charset=utf-8",
 		header: map[string]string{"Content-Security-Policy": "default-src 'none'; script-src 'nonce-" + nonce + "'; base-uri 'none'; frame-ancestors " + q.ancestors},
 		head: "<!DOCTYPE html>\n<title>Cometes</title>\n" +
 			open + "const tell = event => parent.postMessage(event, " + origin + ")" + end,
 		event: func(b []byte, e *event) []byte {
-			b = append(append(b, open...), "tell("...)
-			return append(append(append(b, e.json...), ')'), end...)
+			return append(append(append(b, tell...), e.json...), ")"+end...)
 		},
-		beat: open + `tell({"type":"beat"})` + end,
+		beat: tell + beat + ")" + end,
 	}
 }
 
