@@ -467,7 +467,7 @@ func (s *server) free(addr netip.Addr) {
 // over, else from the request itself.
 func (s *server) stream(w http.ResponseWriter, r *http.Request, t technique, f framing, q *query) error {
 	st := &stream{s: s, addr: q.addr, f: f, tally: s.stats.tallies[t.name], ws: t.name == "ws"}
-	takes := r.ProtoMajor == 1 && r.ProtoMinor == 1
+	takes := st.ws || r.ProtoMajor == 1 && r.ProtoMinor == 1
 	var err error
 	if st.ws {
 		err = upgradable(w, r)

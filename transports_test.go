@@ -2461,6 +2461,34 @@ func (b *testbed) raw(path string, headers ...string) (net.Conn, *bufio.Reader) 
 	return conn, r
 }
 
+// A WebSocket is woken whatever minor version of HTTP/1 it was asked for with.
+func TestAWebSocketOfALaterHTTP(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		conn, err := b.dial(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		io.WriteString(conn, "GET /rooms/a/ws HTTP/1.2\r\nHost: cometes.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+		heard := make([]byte, 0, 4096)
+		go func() {
+			for b := make([]byte, 4096); ; {
+				n, err := conn.Read(b)
+				if heard = append(heard, b[:n]...); err != nil {
+					return
+				}
+			}
+		}()
+		synctest.Wait()
+		b.say("a", "at once")
+		synctest.Wait()
+		if !bytes.Contains(heard, []byte("at once")) {
+			t.Errorf("heard %q", heard)
+		}
+	})
+}
+
 // Who was published for as the relay stops is answered before the bye.
 func TestAnAckIsNotLostToAStop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
