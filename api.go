@@ -91,7 +91,7 @@ var (
 	errUTF8     = bad("this is not UTF-8")
 )
 
-// Values of headers that every answer has, made once.
+// Values of headers that most answers have, made once.
 var (
 	nosniff    = []string{"nosniff"}
 	sameOrigin = []string{"same-origin"}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -18,11 +19,12 @@ func TestPatience(t *testing.T) {
 		_, r := b.raw("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")
 		r.Peek(1) // hello
 		b.pump.mu.Lock()
-		defer b.pump.mu.Unlock()
-		if len(b.pump.streams) != 3 {
-			t.Fatalf("%d streams", len(b.pump.streams))
+		streams := slices.Clone(b.pump.streams)
+		b.pump.mu.Unlock()
+		if len(streams) != 3 {
+			t.Fatalf("%d streams", len(streams))
 		}
-		for i, st := range b.pump.streams {
+		for i, st := range streams {
 			ms, err := syscall.GetsockoptInt(st.fd, syscall.IPPROTO_TCP, 18)
 			if got := time.Duration(ms) * time.Millisecond; err != nil || got != want {
 				t.Errorf("with a beat of %v: %v, %v; want %v", beat, got, err, want)

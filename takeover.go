@@ -354,9 +354,9 @@ func (p *pump) enqueue(streams ...*stream) {
 // push is enqueue for a caller who holds p.mu.
 func (p *pump) push(streams ...*stream) {
 	if p.taken > 0 && p.taken >= len(p.queue)/2 {
-		left := copy(p.queue, p.queue[p.taken:])
-		clear(p.queue[left:])
-		p.queue, p.taken = p.queue[:left], 0
+		n := copy(p.queue, p.queue[p.taken:])
+		clear(p.queue[n:])
+		p.queue, p.taken = p.queue[:n], 0
 	}
 	p.queue = append(p.queue, streams...)
 	if p.writers < runtime.GOMAXPROCS(0) {
