@@ -56,7 +56,7 @@ func main() {
 	flag.StringVar(&b.args, "args", "", "more flags for the relay")
 	flag.IntVar(&b.n, "n", 0, "clients, instead of the shape's own number")
 	flag.DurationVar(&b.duration, "d", 20*time.Second, "how long a row publishes")
-	flag.IntVar(&b.rounds, "rounds", 0, "rounds of each row (1; burst: 5)")
+	flag.IntVar(&b.rounds, "rounds", 0, "rounds of each row (1; burst: 5; publish: 9)")
 	flag.Int64Var(&b.cgroupMax, "cgroup", 0, "run the relay in a memory cgroup of so many bytes")
 	flag.StringVar(&b.techniques, "technique", "", "only these techniques, comma separated")
 	flag.StringVar(&b.server, "server", "", "only these servers of relay, floor, nchan, handler; comma separated")
@@ -312,57 +312,68 @@ func (b *bench) check(ctx context.Context) error {
 	return nil
 }
 
-// publish compares a POST that nobody hears with one to a handler that reads the body and answers.
-// Rounds alternate, since the machine's speed drifts; each server shows its round of least CPU.
+// publish compares a POST that nobody hears with one to a handler that reads the body and answers:
+// by one caller, who waits for each answer, and by as many as keep the server busy. Rounds alternate,
+// since the machine's speed drifts; shown are medians.
 func (b *bench) publish(ctx context.Context) error {
-	const callers, round, rounds = 8, 3 * time.Second, 3
-	type figures struct{ rate, cpu float64 }
-	best := map[string]figures{}
+	const round = time.Second
+	rounds := or(b.rounds, 9)
 	names := pick(b.server, "handler", "relay")
-	for range rounds {
-		for _, name := range names {
-			srv, err := b.start(ctx, name, 0)
-			if err != nil {
-				return err
-			}
-			var done sync.WaitGroup
-			var sum int
-			var mu sync.Mutex
-			var first error
-			start, cpu := time.Now(), cpuTime(srv.pids)
-			for range callers {
-				done.Go(func() {
-					c, err := dial(ctx, srv.addr)
-					n := 0
-					for err == nil && time.Since(start) < round {
-						_, err = c.do("POST", "/rooms/quiet", "text/plain", []byte(strings.Repeat("x", payload)))
-						n++
-					}
-					mu.Lock()
-					defer mu.Unlock()
-					sum += n
-					first = errors.Join(first, err)
-				})
-			}
-			done.Wait()
-			f := figures{float64(sum) / time.Since(start).Seconds(), (cpuTime(srv.pids) - cpu).Seconds() * 1e6 / float64(sum)}
-			srv.stop()
-			if first != nil {
-				return fmt.Errorf("%s: %w", name, first)
-			}
-			if old, ok := best[name]; !ok || f.cpu < old.cpu || math.IsNaN(old.cpu) {
-				best[name] = f
+	fmt.Printf("\nPOST of %d bytes without subscribers; medians of %d rounds of %v.\n\n", payload, rounds, round)
+	lines := [][]string{{"callers", "server", "requests/s", "×", "CPU µs/request", "×"}}
+	for _, callers := range []int{1, 8} {
+		rates, cpus := map[string][]float64{}, map[string][]float64{}
+		for range rounds {
+			for _, name := range names {
+				rate, cpu, err := b.post(ctx, name, callers, round)
+				if err != nil {
+					return fmt.Errorf("%s: %w", name, err)
+				}
+				rates[name], cpus[name] = append(rates[name], rate), append(cpus[name], cpu)
 			}
 		}
-	}
-	fmt.Printf("\nPOST of %d bytes without subscribers, %d callers one request at a time, best of %d rounds of %v.\n\n", payload, callers, rounds, round)
-	lines := [][]string{{"server", "requests/s", "×", "CPU µs/request", "×"}}
-	for _, name := range names {
-		f, h := best[name], best[names[0]]
-		lines = append(lines, []string{name, num(f.rate, 0), num(f.rate/h.rate, 2), num(f.cpu, 1), num(f.cpu/h.cpu, 2)})
+		for _, name := range names {
+			rate, cpu := median(rates[name]), median(cpus[name])
+			lines = append(lines, []string{fmt.Sprint(callers), name, num(rate, 0), num(rate/median(rates[names[0]]), 2), num(cpu, 1), num(cpu/median(cpus[names[0]]), 2)})
+		}
 	}
 	table(lines)
 	return nil
+}
+
+// post returns how many requests a second a server takes from so many callers, and the
+// microseconds of CPU for each.
+func (b *bench) post(ctx context.Context, name string, callers int, d time.Duration) (rate, cpu float64, err error) {
+	srv, err := b.start(ctx, name, 0)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer srv.stop()
+	var done sync.WaitGroup
+	counts, errs := make([]int, callers), make([]error, callers)
+	start, before := time.Now(), cpuTime(srv.pids)
+	for i := range callers {
+		done.Go(func() {
+			c, err := dial(ctx, srv.addr)
+			for err == nil && time.Since(start) < d {
+				_, err = c.do("POST", "/rooms/quiet", "text/plain", []byte(strings.Repeat("x", payload)))
+				counts[i]++
+			}
+			errs[i] = err
+		})
+	}
+	done.Wait()
+	sum := 0.0
+	for _, n := range counts {
+		sum += float64(n)
+	}
+	return sum / time.Since(start).Seconds(), (cpuTime(srv.pids) - before).Seconds() * 1e6 / sum, errors.Join(errs...)
+}
+
+// median sorts f.
+func median(f []float64) float64 {
+	slices.Sort(f)
+	return f[len(f)/2]
 }
 
 // startup measures the stripped binary: its size, and the time from exec to the first answer.
