@@ -56,7 +56,7 @@ func main() {
 	flag.StringVar(&b.args, "args", "", "more flags for the relay")
 	flag.IntVar(&b.n, "n", 0, "clients, instead of the shape's own number")
 	flag.DurationVar(&b.duration, "d", 20*time.Second, "how long a row publishes")
-	flag.IntVar(&b.rounds, "rounds", 0, "rounds of each row (1; burst: 5; publish: 9)")
+	flag.IntVar(&b.rounds, "rounds", 0, "rounds of each row (1; burst: 5)")
 	flag.Int64Var(&b.cgroupMax, "cgroup", 0, "run the relay in a memory cgroup of so many bytes")
 	flag.StringVar(&b.techniques, "technique", "", "only these techniques, comma separated")
 	flag.StringVar(&b.server, "server", "", "only these servers of relay, floor, nchan, handler; comma separated")
@@ -313,53 +313,73 @@ func (b *bench) check(ctx context.Context) error {
 }
 
 // publish compares a POST that nobody hears with one to a handler that reads the body and answers:
-// by one caller, who waits for each answer, and by as many as keep the server busy. Rounds alternate,
-// since the machine's speed drifts; shown are medians.
+// by one caller, who waits for each answer, and by as many as keep the server busy. The two take
+// turns of a quarter second, since the machine's speed drifts; × is the median of their ratios.
 func (b *bench) publish(ctx context.Context) error {
-	const round = time.Second
-	rounds := or(b.rounds, 9)
+	const turn = 250 * time.Millisecond
+	turns := max(1, int(b.duration/turn))
 	names := pick(b.server, "handler", "relay")
-	fmt.Printf("\nPOST of %d bytes without subscribers; medians of %d rounds of %v.\n\n", payload, rounds, round)
+	fmt.Printf("\nPOST of %d bytes without subscribers; medians of %d turns of %v.\n\n", payload, turns, turn)
 	lines := [][]string{{"callers", "server", "requests/s", "×", "CPU µs/request", "×"}}
 	for _, callers := range []int{1, 8} {
-		rates, cpus := map[string][]float64{}, map[string][]float64{}
-		for range rounds {
-			for _, name := range names {
-				rate, cpu, err := b.post(ctx, name, callers, round)
-				if err != nil {
-					return fmt.Errorf("%s: %w", name, err)
+		var posters []*poster
+		for _, name := range names {
+			p, err := b.poster(ctx, name, callers)
+			if err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			defer p.srv.stop()
+			posters = append(posters, p)
+		}
+		for range turns {
+			for _, p := range posters {
+				if err := p.post(turn); err != nil {
+					return fmt.Errorf("%s: %w", p.srv.name, err)
 				}
-				rates[name], cpus[name] = append(rates[name], rate), append(cpus[name], cpu)
 			}
 		}
-		for _, name := range names {
-			rate, cpu := median(rates[name]), median(cpus[name])
-			lines = append(lines, []string{fmt.Sprint(callers), name, num(rate, 0), num(rate/median(rates[names[0]]), 2), num(cpu, 1), num(cpu/median(cpus[names[0]]), 2)})
+		for _, p := range posters {
+			lines = append(lines, []string{fmt.Sprint(callers), p.srv.name, num(median(p.rates), 0), num(ratio(p.rates, posters[0].rates), 2), num(median(p.cpus), 1), num(ratio(p.cpus, posters[0].cpus), 2)})
 		}
 	}
 	table(lines)
 	return nil
 }
 
-// post returns how many requests a second a server takes from so many callers, and the
-// microseconds of CPU for each.
-func (b *bench) post(ctx context.Context, name string, callers int, d time.Duration) (rate, cpu float64, err error) {
+// A poster is a server and who posts to it, with what each of its turns showed: requests a second,
+// and microseconds of CPU for each.
+type poster struct {
+	srv         *server
+	callers     []*caller
+	rates, cpus []float64
+}
+
+func (b *bench) poster(ctx context.Context, name string, callers int) (*poster, error) {
 	srv, err := b.start(ctx, name, 0)
 	if err != nil {
-		return 0, 0, err
+		return nil, err
 	}
-	defer srv.stop()
+	p := &poster{srv: srv, callers: make([]*caller, callers)}
+	for i := range p.callers {
+		if p.callers[i], err = dial(ctx, srv.addr); err != nil {
+			srv.stop()
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// post takes a turn.
+func (p *poster) post(d time.Duration) error {
 	var done sync.WaitGroup
-	counts, errs := make([]int, callers), make([]error, callers)
-	start, before := time.Now(), cpuTime(srv.pids)
-	for i := range callers {
+	counts, errs := make([]int, len(p.callers)), make([]error, len(p.callers))
+	start, before := time.Now(), cpuTime(p.srv.pids)
+	for i, c := range p.callers {
 		done.Go(func() {
-			c, err := dial(ctx, srv.addr)
-			for err == nil && time.Since(start) < d {
-				_, err = c.do("POST", "/rooms/quiet", "text/plain", []byte(strings.Repeat("x", payload)))
+			for errs[i] == nil && time.Since(start) < d {
+				_, errs[i] = c.do("POST", "/rooms/quiet", "text/plain", []byte(strings.Repeat("x", payload)))
 				counts[i]++
 			}
-			errs[i] = err
 		})
 	}
 	done.Wait()
@@ -367,13 +387,23 @@ func (b *bench) post(ctx context.Context, name string, callers int, d time.Durat
 	for _, n := range counts {
 		sum += float64(n)
 	}
-	return sum / time.Since(start).Seconds(), (cpuTime(srv.pids) - before).Seconds() * 1e6 / sum, errors.Join(errs...)
+	p.rates = append(p.rates, sum/time.Since(start).Seconds())
+	p.cpus = append(p.cpus, (cpuTime(p.srv.pids)-before).Seconds()*1e6/sum)
+	return errors.Join(errs...)
 }
 
-// median sorts f.
 func median(f []float64) float64 {
-	slices.Sort(f)
+	f = slices.Sorted(slices.Values(f))
 	return f[len(f)/2]
+}
+
+// ratio is the median of the ratios of the two, turn by turn.
+func ratio(f, to []float64) float64 {
+	var r []float64
+	for i := range f {
+		r = append(r, f[i]/to[i])
+	}
+	return median(r)
 }
 
 // startup measures the stripped binary: its size, and the time from exec to the first answer.
