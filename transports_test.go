@@ -25,6 +25,7 @@ import (
 	"reflect"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -1936,6 +1937,49 @@ func comeAndGo(b *testbed, n int) {
 	leave() // and all others
 	b.hangUp()
 	b.settle()
+}
+
+// To answer a long-poll takes no larger stack than to wait: it would be kept by
+// all that wait again. A flush from deep within the handler takes 16 KB, and not 8.
+func TestAnAnswerTakesNoLargerStack(t *testing.T) {
+	if info, _ := debug.ReadBuildInfo(); info != nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		t.Skip("with the race detector every stack is larger; without it this is tested")
+	}
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which makes stacks smaller again
+	const n = 200
+	b := newBed(t, tcp)
+	conns := make([]net.Conn, n)
+	askAll := func() (stacks uint64) {
+		for _, conn := range conns {
+			fmt.Fprint(conn, "GET /rooms/a/longpoll?wait=55 HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
+		}
+		if !b.until(func() bool { return b.held.Load() == n }) {
+			t.Fatalf("%d wait, want %d", b.held.Load(), n)
+		}
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.StackInuse
+	}
+	for i := range conns {
+		var err error
+		if conns[i], err = b.dial(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := askAll()
+	b.say("a", "hi")
+	for _, conn := range conns {
+		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil || res.StatusCode != 200 {
+			t.Fatal(res, err)
+		}
+		if body, err := io.ReadAll(res.Body); err != nil || !strings.Contains(string(body), `"hi"`) {
+			t.Fatalf("%s, %v", body, err)
+		}
+	}
+	if after := askAll(); after > before+n<<10 {
+		t.Errorf("%d long-polls had %d bytes of stacks before they were answered, and %d after", n, before, after)
+	}
 }
 
 // A client that comes and goes leaves no clock behind.
