@@ -68,7 +68,8 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 
 // allow says whether the page behind a request may make it. For a read through
 // <script>, <img> or <iframe>, which name no Origin, it goes by the Referer. It
-// returns the foreign origin, or "" if the page is the relay's own or there is none.
+// returns the foreign origin, "*" if it does not say which it is, or "" if the page is
+// the relay's own or there is none.
 //
 // A link from anywhere to a page of the relay may be followed: the site it is
 // on sees nothing of it.

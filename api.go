@@ -235,7 +235,7 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, method
 type query struct {
 	rooms     []string
 	values    url.Values
-	origin    string     // the foreign origin that asks, or ""
+	origin    string     // the foreign origin that asks; "*" if it does not say which, "" if none does
 	addr      netip.Addr // the client's
 	ancestors string     // whose pages may frame this one
 	claims    *claims    // of the token, if the relay asks for one
@@ -268,9 +268,9 @@ func (q *query) want(h hold) want {
 		batch = 16 << 10 // a client whose socket is full is kept so much at most
 	}
 	if q.as == "svg" {
-		return want{rooms: []string{q.picture.name()}, after: -1, last: 1, holds: true, batch: batch}
+		return want{rooms: []string{q.picture.name()}, after: -1, last: 1, holds: true, batchBytes: batch}
 	}
-	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, presence: q.presence, holds: h != atOnce, batch: batch}
+	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, presence: q.presence, holds: h != atOnce, batchBytes: batch}
 }
 
 // get is the parameter's value, or "". Given twice, none of them is meant.
@@ -335,9 +335,8 @@ func (q *query) parse(r *http.Request, t technique) error {
 	}
 	q.pull = t.name == "refresh"
 	people := q.pull || t.name == "html"
-	q.as = q.get("as")
 	if t.name == "multipart" {
-		switch q.as {
+		switch q.as = q.get("as"); q.as {
 		case "":
 			q.as = "json"
 		case "html":
@@ -463,13 +462,13 @@ func validCallback(s string) bool {
 var ownTypes = []string{"hello", "presence", "gap", "beat", "ack", "error", "bye"}
 
 // post publishes what was not checked yet, but for its data.
-func (s *server) post(room string, p post) (id int64, fresh bool, err error) {
+func (s *server) post(p post) (id int64, fresh bool, err error) {
 	switch {
-	case room == "":
+	case p.room == "":
 		return 0, false, bad("this reads several rooms; name the one that is meant")
-	case !validName(room):
-		return 0, false, badRoom(room)
-	case room[0] == '_':
+	case !validName(p.room):
+		return 0, false, badRoom(p.room)
+	case p.room[0] == '_':
 		return 0, false, errReserved
 	case !validName(p.kind):
 		return 0, false, bad("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
@@ -478,7 +477,6 @@ func (s *server) post(room string, p post) (id int64, fresh bool, err error) {
 	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
 		return 0, false, bad("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
 	}
-	p.room = room
 	if id, fresh, err = s.relay.publish(p); fresh {
 		s.stats.published.Add(1)
 		s.ease()
@@ -537,14 +535,14 @@ func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error
 		return bad("publish to one room at a time")
 	}
 	s.stats.in.Add(requestSize(r) + max(0, r.ContentLength))
-	if !s.gate.publish(q.addr) {
+	if !s.gate.take(q.addr) {
 		return errTooFast
 	}
 	p, then, err := s.parsePost(w, r, q)
 	if err != nil {
 		return err
 	}
-	id, fresh, err := s.post(q.rooms[0], p)
+	id, fresh, err := s.post(p)
 	if err != nil {
 		return err
 	}
@@ -569,10 +567,11 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 	if err != nil {
 		return p, "", err
 	}
+	p.room = q.rooms[0]
 	p.kind = cmp.Or(q.either(form, "type"), "message")
 	p.from = q.either(form, "user")
 	p.key = q.either(form, "key")
-	p.free = q.addr.IsLoopback()
+	p.unmetered = q.addr.IsLoopback()
 	if key := r.Header.Get("Idempotency-Key"); key != "" {
 		if p.key != "" && p.key != key {
 			q.fail(bad("key and Idempotency-Key differ"))
@@ -694,7 +693,7 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 	if q.err != nil {
 		return q.err
 	}
-	if !s.gate.publish(q.addr) {
+	if !s.gate.take(q.addr) {
 		return errTooFast
 	}
 	b, kind, form, err := s.readBody(w, r, "state")
@@ -703,8 +702,7 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 	}
 	state := strings.TrimSpace(string(b))
 	if form != nil {
-		state = form.Get("state")
-		user = cmp.Or(user, form.Get("user"))
+		state, user = q.either(form, "state"), q.either(form, "user")
 	} else if kind == "application/json" || strings.HasPrefix(state, "{") {
 		var said struct{ State string }
 		if err := parseJSON(b, &said); err != nil {

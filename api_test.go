@@ -392,6 +392,8 @@ func TestRefusals(t *testing.T) {
 		post(400, "/rooms/a?user=ada", "data=x&user=bob", formKind)
 		post(400, "/rooms/a?type=x", "data=x&type=y", formKind)
 		post(400, "/rooms/a?user=ada", contrary, asContrary)
+		post(400, "/rooms/a/presence?user=ada", "state=away&user=bob", formKind)
+		post(400, "/rooms/a/presence?user=ada", "state=away&state=online", formKind)
 		post(400, "/rooms/a", twice, asTwice)
 		post(400, "/rooms/a", without, asWithout)
 		post(400, "/rooms/a", "data=x", "Content-Type: multipart/form-data")
@@ -507,6 +509,19 @@ func (b *testbed) raw1(method, path, body string, headers ...string) (*http.Resp
 	defer res.Body.Close()
 	answer, _ := io.ReadAll(res.Body)
 	return res, string(answer)
+}
+
+// The room _stats is the relay's own, and not bound by the rate of others.
+func TestStatsGoOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe, func(c *settings) { c.roomRate = 0.1 })
+		e := b.listen(kindOf("stream"), "_stats").begin()
+		for range 5 {
+			if h := e.next(); h.kind != "stats" {
+				t.Fatalf("heard %v, want stats", h)
+			}
+		}
+	})
 }
 
 // What is just within the bounds is taken.

@@ -1,6 +1,7 @@
 // Limits. A small container stays up because everything it holds for others is
 // bounded, and a bound is met with an answer: 429 to one who asks for too
-// much, 503 to all when there is no room, with the time to try again.
+// much, 503 when there is no room, or no request yet to answer, with the time to
+// try again.
 //
 // The machine itself, a loopback address, is not limited: there it is a proxy
 // that asks, or a test.
@@ -63,7 +64,7 @@ const maxAddrs = 1 << 16
 // is to be trusted, what the proxy says. Of X-Forwarded-For the last hop is the
 // proxy's own word, and all before it the client's. Fly says it in a header of
 // its own (https://fly.io/docs/networking/request-headers/), which elsewhere a
-// client can send too. IPv6 counts by /64, which is what one customer is given.
+// client can send too, so there it is heard only if nothing else is said. IPv6 counts by /64, which is what one customer is given.
 func (g *gate) addr(r *http.Request) netip.Addr {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
 	if g.trustProxy {
@@ -115,8 +116,8 @@ func (g *gate) free(a netip.Addr) {
 	}
 }
 
-// publish takes a token of the address's bucket.
-func (g *gate) publish(a netip.Addr) bool {
+// take takes a token of the address's bucket.
+func (g *gate) take(a netip.Addr) bool {
 	if a.IsLoopback() || !a.IsValid() {
 		return true
 	}

@@ -328,12 +328,12 @@ func serve(ctx context.Context, s *server, srv *http.Server, listener net.Listen
 
 	slog.Info("stopping", "held", s.held.Load())
 	// The listener is closed first, so that who is sent away doesn't come back
-	// to us; then the streams end, and with them their requests.
+	// to us; then the streams end, and the requests that wait.
 	srv.RegisterOnShutdown(s.stop)
 	within, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	err := srv.Shutdown(within)
-	// WebSockets are no requests any more; Shutdown does not wait for them.
+	// A stream that was taken over is no request any more; Shutdown does not wait for it.
 	for s.held.Load() > 0 && within.Err() == nil {
 		time.Sleep(10 * time.Millisecond)
 	}

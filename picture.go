@@ -53,7 +53,7 @@ func (s *server) look(p pictureOf) (away func(), err error) {
 			return nil, fault{http.StatusServiceUnavailable, "too many pictures are looked at; try again later", "pictures", 10}
 		}
 		c = &canvas{pictureOf: p, s: s}
-		if err := s.relay.subscribe(&c.rd, want{rooms: []string{p.room}, after: -1, last: drawMessages, batch: 1 << 20}); err != nil {
+		if err := s.relay.subscribe(&c.rd, want{rooms: []string{p.room}, after: -1, last: drawMessages, batchBytes: 1 << 20}); err != nil {
 			return nil, err
 		}
 		var ctx context.Context
@@ -127,7 +127,7 @@ func (c *canvas) draw() {
 		}
 	}
 	clear(c.events)
-	c.s.relay.publish(post{room: c.name(), kind: "picture", picture: c.svg(), free: true})
+	c.s.relay.publish(post{room: c.name(), kind: "picture", picture: c.svg(), unmetered: true})
 }
 
 // add takes note of a message.
@@ -139,8 +139,10 @@ func (c *canvas) add(e *event) {
 	if !m.isNumber && len(c.numbers()) > 0 {
 		c.s.stats.skipped.Add(1)
 	}
+	if len(c.said) == drawMessages {
+		c.said = slices.Delete(c.said, 0, 1)
+	}
 	c.said = append(c.said, m)
-	c.said = slices.Clone(c.said[max(0, len(c.said)-drawMessages):])
 }
 
 // numbers are those of the room, or none if it is one that talks.

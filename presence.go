@@ -1,6 +1,6 @@
 // Presence. Who is in a room is a set of leases with a time to live. A stream
-// that names a user holds their lease while it lasts; whoever polls renews it
-// each time. What a lease is worth is decided by the clock at the moment of
+// or long-poll that names a user holds their lease while it lasts; whoever polls
+// renews it each time. What a lease is worth is decided by the clock at the moment of
 // reading; timers only announce it, since a platform may stop them (Cloud Run
 // does between requests).
 
@@ -29,11 +29,11 @@ var errTooManyUsers = fault{503, "there are too many users; try again when some 
 
 // A lease is a user's stay in a room. It is guarded by relay.mu.
 type lease struct {
-	streams int       // connections that name the user
-	until   time.Time // without a stream, here until then
+	held    int       // streams and long-polls that name the user
+	until   time.Time // without them, here until then
 	state   string    // online, away or offline
 	typing  time.Time // typing until then
-	leaving int       // streams whose page has said goodbye: no grace for them
+	leaving int       // of those, whose page has said goodbye: no grace for them
 
 	here   bool      // counted in room.here
 	told   string    // what the room was last told
@@ -53,7 +53,7 @@ type crowd struct {
 // now is the user's state at the time t.
 func (l *lease) now(t time.Time) string {
 	switch {
-	case l.streams == 0 && !t.Before(l.until), l.state == "offline":
+	case l.held == 0 && !t.Before(l.until), l.state == "offline":
 		return "offline"
 	case t.Before(l.typing):
 		return "typing"
@@ -64,7 +64,7 @@ func (l *lease) now(t time.Time) string {
 // due is when the state next changes by itself, or the zero time.
 func (l *lease) due(t time.Time) time.Time {
 	var due time.Time
-	if l.streams == 0 {
+	if l.held == 0 {
 		due = l.until
 	}
 	if t.Before(l.typing) && (due.IsZero() || l.typing.Before(due)) {
@@ -73,28 +73,28 @@ func (l *lease) due(t time.Time) time.Time {
 	return due
 }
 
-// enter takes a lease for the user: for as long as the stream lasts, or until
+// enter takes a lease for the user: for as long as the connection is held, or until
 // they should have asked again. It reports whether the room was told of it.
 // The caller holds r.mu.
-func (r *relay) enter(rm *room, user string, stream bool) bool {
+func (r *relay) enter(rm *room, user string, holds bool) bool {
 	now := time.Now()
 	l := r.lease(rm, user)
 	if l.now(now) == "offline" {
 		l.state = "online"
 	}
-	if stream {
-		l.streams++
+	if holds {
+		l.held++
 	} else {
 		l.until = now.Add(r.present)
 	}
 	return r.settle(rm, user, l, now)
 }
 
-// exit ends one of the user's streams. The caller holds r.mu.
+// exit ends one of the user's streams or long-polls. The caller holds r.mu.
 func (r *relay) exit(rm *room, user string) bool {
 	now := time.Now()
 	l := rm.leases[user]
-	l.streams--
+	l.held--
 	if l.leaving > 0 {
 		l.leaving--
 	} else if end := now.Add(grace); l.until.Before(end) {
@@ -107,32 +107,40 @@ func (r *relay) exit(rm *room, user string) bool {
 // a user with several streams is one tab's goodbye, not the user's.
 func (r *relay) declare(name, user, state string) error {
 	r.mu.Lock()
+	rm, err := r.setState(name, user, state)
+	r.mu.Unlock()
+	if rm != nil {
+		rm.wake()
+	}
+	return err
+}
+
+// setState is declare under r.mu. It returns the room to wake, or nil if it was
+// told nothing.
+func (r *relay) setState(name, user, state string) (*room, error) {
 	if r.isStopping() {
-		r.mu.Unlock()
-		return errStopping
+		return nil, errStopping
 	}
 	rm := r.rooms[name]
 	known := rm != nil && rm.leases[user] != nil
 	if state == "offline" && !known {
-		r.mu.Unlock()
-		return nil
+		return nil, nil
 	}
 	if !known && r.leases >= r.limits.users {
-		r.mu.Unlock()
-		return errTooManyUsers
+		return nil, errTooManyUsers
 	}
 	rm = r.open(name)
 	now := time.Now()
 	l := r.lease(rm, user)
 	switch {
-	case state == "offline" && l.streams > 1:
-		l.leaving = min(l.leaving+1, l.streams)
+	case state == "offline" && l.held > 1:
+		l.leaving = min(l.leaving+1, l.held)
 	case state == "offline":
-		l.leaving = l.streams
+		l.leaving = l.held
 		l.state, l.typing, l.until = state, time.Time{}, now
 	default:
 		l.leaving = 0
-		if l.streams == 0 {
+		if l.held == 0 {
 			l.until = now.Add(r.present)
 		}
 		l.typing = time.Time{}
@@ -140,12 +148,10 @@ func (r *relay) declare(name, user, state string) error {
 			l.state, l.typing = "online", now.Add(typingFor)
 		}
 	}
-	told := r.settle(rm, user, l, now)
-	r.mu.Unlock()
-	if told {
-		rm.wake()
+	if !r.settle(rm, user, l, now) {
+		return nil, nil
 	}
-	return nil
+	return rm, nil
 }
 
 // lease returns the user's lease, made if need be.
@@ -163,8 +169,9 @@ func (r *relay) lease(rm *room, user string) *lease {
 }
 
 // settle tells the room what has changed of a lease, sees to it that what will
-// change is told in time, and drops a lease that is over. It reports
-// whether anything was told.
+// change is told in time, and drops a lease that is over. Leaving is told at once,
+// coming and any other change at most once a second. It reports whether anything
+// was told.
 func (r *relay) settle(rm *room, user string, l *lease, now time.Time) (told bool) {
 	state, next := l.now(now), l.due(now)
 	if here := state != "offline"; here != l.here {
@@ -196,7 +203,7 @@ func (r *relay) settle(rm *room, user string, l *lease, now time.Time) (told boo
 			next = rest
 		}
 	}
-	if state == "offline" && l.streams == 0 {
+	if state == "offline" && l.held == 0 {
 		if !now.Before(rest) {
 			if l.timer != nil {
 				l.timer.Stop()
@@ -261,7 +268,7 @@ func (r *relay) later(rm *room, do func(now time.Time) bool) {
 // tell appends a presence event to the room. It can fail, when the relay stops
 // or has no place for another room; presence is then only told to who asks.
 func (r *relay) tell(rm *room, user string, data []byte) bool {
-	_, _, err := r.append(post{room: rm.name, kind: "presence", from: user, ttl: presenceFor, data: data, free: true})
+	_, _, err := r.append(post{room: rm.name, kind: "presence", from: user, ttl: presenceFor, data: data, unmetered: true})
 	return err == nil
 }
 

@@ -23,7 +23,8 @@ import (
 )
 
 // limits bound what the relay keeps. At a bound the oldest goes first, and
-// whoever asks for it is told by a gap; only new rooms and new users are refused.
+// whoever asks for it is told by a gap; only new rooms, new users and what comes too
+// fast are refused.
 type limits struct {
 	events    int           // messages a room keeps, and signals
 	roomBytes int           // bytes of messages a room keeps, and of signals
@@ -48,7 +49,7 @@ type event struct {
 	at      int64  // when it was published, Unix milliseconds; 0 for a notice
 	expires int64  // Unix milliseconds; 0 is a message, anything else a signal
 	key     string
-	json    []byte
+	json    []byte // of a picture, its SVG
 
 	once sync.Once // renders page
 	page []byte    // for people, see (*event).html
@@ -131,7 +132,7 @@ type post struct {
 	ttl                   time.Duration // 0 for a message
 	data                  []byte
 	picture               []byte // instead of data, see picture.go
-	free                  bool   // not bound by the room's rate: the relay's own, or of this machine
+	unmetered             bool   // not bound by the room's rate: the relay's own, or of this machine
 }
 
 // publish appends p to its room and wakes the room's readers. It returns the
@@ -162,7 +163,7 @@ func (r *relay) append(p post) (*room, int64, error) {
 		}
 	}
 	now := time.Now()
-	if rm != nil && !p.free && !rm.rate.take(r.roomRate, now) {
+	if rm != nil && !p.unmetered && !rm.rate.take(r.roomRate, now) {
 		return nil, 0, errRoomTooFast
 	}
 	if rm == nil || rm.place == nil {
@@ -371,15 +372,12 @@ func (r *relay) isStopping() bool {
 func (rm *room) wake() {
 	rm.mu.Lock()
 	defer rm.mu.Unlock()
-	var h *hand
+	var h hand
+	defer h.empty()
 	for _, seat := range rm.readers {
 		rd := seat.rd
-		if rd.waker != nil {
-			if h == nil {
-				h = new(hand)
-				defer h.empty()
-			}
-			rd.waker.wakeBy(h)
+		if rd.stream != nil {
+			rd.stream.wakeBy(&h)
 			continue
 		}
 		select {
@@ -389,26 +387,22 @@ func (rm *room) wake() {
 	}
 }
 
-// A waker is what wakes a reader that does not wait by itself, at the latest
-// when the hand is emptied.
-type waker interface{ wakeBy(*hand) }
-
 // A reader is one client's place in the log.
 type reader struct {
-	waker     waker // wakes the reader in place of woken, if set
-	relay     *relay
-	after     int64 // the cursor: the reader has everything up to here
-	told      int64 // floors up to here are no loss: the reader gave no cursor
-	seats     []seat
-	one       [1]seat       // mostly there is one
-	foreign   bool          // the cursor given is not of this log; told with a gap by room
-	presence  bool          // sees presence events
-	rosterDue bool          // the roster is to be told, at first and when a presence event was missed
-	cut       bool          // the last batch was cut short
-	batch     int           // see want
-	rostered  int64         // presence events up to here are in the roster
-	woken     chan struct{} // holds one token while there may be something to read
-	user      string        // whose leases leave gives up
+	stream     *stream // woken in place of woken, if set
+	relay      *relay
+	after      int64 // the cursor: the reader has everything up to here
+	forgiven   int64 // floors up to here are no loss: the reader gave no cursor
+	seats      []seat
+	one        [1]seat       // mostly there is one
+	foreign    bool          // the cursor given is not of this log; told with a gap by room
+	presence   bool          // sees presence events
+	rosterDue  bool          // the roster is to be told, at first and when a presence event was missed
+	cut        bool          // the last batch was cut short
+	batchBytes int           // see want
+	rostered   int64         // presence events up to here are in the roster
+	woken      chan struct{} // holds one token while there may be something to read
+	user       string        // whose leases leave gives up
 }
 
 // A seat is a reader's place in one room.
@@ -439,25 +433,25 @@ func (s *seat) rise() {
 
 // A want is what a reader asks for. All of it was checked where it entered.
 type want struct {
-	rooms    []string
-	after    int64  // the cursor, or -1 for none
-	last     int    // without a cursor: begin with the newest so many messages
-	user     string // be seen as this user, unless empty
-	presence bool   // see presence
-	holds    bool   // the connection is held open, so the user is here while it lasts
-	batch    int    // read the fewest events that have so many bytes at once
-	waker    waker  // called when there may be something to read; without it the reader can wait
+	rooms      []string
+	after      int64   // the cursor, or -1 for none
+	last       int     // without a cursor: begin with the newest so many messages
+	user       string  // be seen as this user, unless empty
+	presence   bool    // see presence
+	holds      bool    // the connection is held open, so the user is here while it lasts
+	batchBytes int     // a batch ends with the event that makes it so long; 1 or more
+	stream     *stream // woken when there may be something to read; without it the reader can wait
 }
 
 // subscribe makes rd a reader. The caller calls leave when done with it, and does
 // not copy it before: its rooms point to its seats.
 func (r *relay) subscribe(rd *reader, w want) error {
-	*rd = reader{relay: r, presence: w.presence, batch: w.batch, waker: w.waker}
+	*rd = reader{relay: r, presence: w.presence, batchBytes: w.batchBytes, stream: w.stream}
 	rd.seats = rd.one[:0]
 	if n := len(w.rooms); n > 1 {
 		rd.seats = make([]seat, 0, n)
 	}
-	if w.waker == nil {
+	if w.stream == nil {
 		rd.woken = make(chan struct{}, 1)
 	}
 	r.mu.Lock()
@@ -482,7 +476,7 @@ func (r *relay) subscribe(rd *reader, w want) error {
 	case w.after < 0:
 		rd.after = rd.newest(w.last)
 		for i := range rd.seats {
-			rd.told = max(rd.told, rd.seats[i].room.view.Load().floor)
+			rd.forgiven = max(rd.forgiven, rd.seats[i].room.view.Load().floor)
 		}
 	case w.after > mark, w.after < r.start:
 		rd.foreign = true
@@ -600,7 +594,7 @@ func (rd *reader) next(batch []*event) []*event {
 
 	now := int64(0) // asked only if there is a signal to judge
 	for bytes := 0; len(heads) > 0; {
-		if len(batch) == batchEvents || bytes >= rd.batch {
+		if len(batch) == batchEvents || bytes >= rd.batchBytes {
 			rd.after, rd.cut = batch[len(batch)-1].id, true
 			clear(heads) // not to keep what the log drops
 			return batch
@@ -643,7 +637,7 @@ func (rd *reader) gap(rm *room, floor, mark int64, others [][]*event) *event {
 		reason = "restart"
 	case rd.foreign:
 		reason = "future"
-	case floor <= rd.after || floor <= rd.told:
+	case floor <= rd.after || floor <= rd.forgiven:
 		return nil
 	}
 	rd.relay.gaps.Add(1)
@@ -697,7 +691,6 @@ type notice struct {
 	Room string `json:"room,omitempty"`
 	Key  string `json:"key,omitempty"`
 	ID   int64  `json:"id,omitempty"`
-	Time int64  `json:"time,omitempty"`
 	Data any    `json:"data,omitempty"`
 }
 

@@ -89,8 +89,8 @@ func openReader(t testing.TB, r *relay, rooms string, after int64, w want) *read
 
 // tryReader subscribes with a batch of 64 KiB, unless w says otherwise.
 func tryReader(r *relay, w want) (*reader, error) {
-	if w.batch == 0 {
-		w.batch = 64 << 10
+	if w.batchBytes == 0 {
+		w.batchBytes = 64 << 10
 	}
 	rd := new(reader)
 	return rd, r.subscribe(rd, w)
@@ -460,7 +460,7 @@ func TestABatchCutShortMovesTheCursorToItsEnd(t *testing.T) {
 		}
 	}
 
-	big := strings.Repeat("x", rd.batch/2)
+	big := strings.Repeat("x", rd.batchBytes/2)
 	publishText(t, r, "a", big)
 	publishText(t, r, "b", big)
 	publishText(t, r, "a", "small")
@@ -914,18 +914,14 @@ func TestWakesCoalesce(t *testing.T) {
 	})
 }
 
-// A wakeCount counts how often it is woken.
-type wakeCount int
-
-func (n *wakeCount) wakeBy(*hand) { *n++ }
-
-func TestAWakerIsCalledInPlaceOfTheToken(t *testing.T) {
+func TestAStreamIsWokenInPlaceOfTheToken(t *testing.T) {
 	r := testRelay(limits{})
-	var woken wakeCount
-	rd := openReader(t, r, "a", -1, want{waker: &woken})
-	publishScript(t, r, "a:x b:x a:x")
-	if woken != 2 || len(rd.woken) != 0 {
-		t.Errorf("the waker was called %d times, with %d tokens beside, want 2 and none", woken, len(rd.woken))
+	st := new(stream)
+	st.turn.Store(served)
+	rd := openReader(t, r, "a", -1, want{stream: st})
+	publishScript(t, r, "b:x a:x")
+	if turn := st.turn.Load(); turn != again || len(rd.woken) != 0 {
+		t.Errorf("the stream's turn is %d, with %d tokens beside, want %d and none", turn, len(rd.woken), again)
 	}
 }
 
@@ -1123,7 +1119,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 						for _, i := range set[:min(n, rooms)] {
 							names = append(names, name(i))
 						}
-						rd, err := tryReader(r, want{rooms: names, after: cursor, batch: 1 + rnd.IntN(4000)})
+						rd, err := tryReader(r, want{rooms: names, after: cursor, batchBytes: 1 + rnd.IntN(4000)})
 						if err != nil {
 							t.Error(err)
 							return nil

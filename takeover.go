@@ -199,8 +199,8 @@ func (st *stream) write(d *desk, b []byte) error {
 	return nil
 }
 
-// worthSharing is how many bytes of an event are not worth a copy for each
-// client that is slow to take them.
+// worthSharing is the size in bytes from which an event is kept once for all who
+// are slow to take it, and not copied for each.
 const worthSharing = 512
 
 // left is b, which holds the events framed, without its first n bytes. The

@@ -259,7 +259,7 @@ func iframe(q *query) framing {
 		event: func(b []byte, e *event) []byte {
 			return append(append(append(b, tell...), e.json...), ")"+end...)
 		},
-		beat: tell + beat + ")" + end,
+		beat: tell + beatJSON + ")" + end,
 	}
 }
 
@@ -291,9 +291,9 @@ func frames(*query) framing {
 	}
 }
 
-const beat = `{"type":"beat"}`
+const beatJSON = `{"type":"beat"}`
 
-var pingAndBeat = "\x89\x00" + string(textFrame(nil, len(beat))) + beat
+var pingAndBeat = "\x89\x00" + string(textFrame(nil, len(beatJSON))) + beatJSON
 
 // textFrame appends the head of a whole text frame of so many bytes (5.2): its
 // length in one byte, or behind 126 in two, or behind 127 in eight.
@@ -493,22 +493,22 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request, t technique, f f
 // With ten thousand of them, what a turn costs beside the write is waiting for
 // memory; so what every turn needs comes first, and lies together.
 type stream struct {
-	turn  atomic.Int32 // whose turn it is
-	begun bool         // hello was said
-	ended bool         // bye was said
-	ws    bool
-	gone  atomic.Bool // the client left
-	at    int         // in pump.streams
-	s     *server
-	fd    int          // the socket, for writes that don't wait; -1 where there are none
-	until int64        // when its token or its age ends it, in Unix nanoseconds
-	beat  atomic.Int64 // when a heartbeat is due, in the same
-	pause int64        // how long it is silent before, in nanoseconds
-	send  func(*stream, *desk, []byte) error
-	front int // free bytes that send wants there
-	tally *tally
-	f     framing
-	rd    reader
+	turn   atomic.Int32 // whose turn it is
+	begun  bool         // hello was said
+	ended  bool         // bye was said
+	ws     bool
+	gone   atomic.Bool // the client left
+	at     int         // in pump.streams
+	s      *server
+	fd     int          // the socket, for writes that don't wait; -1 where there are none
+	until  int64        // when its token or its age ends it, in Unix nanoseconds
+	beatAt atomic.Int64 // when a heartbeat is due, in the same
+	pause  int64        // how long it is silent before, in nanoseconds
+	send   func(*stream, *desk, []byte) error
+	front  int // free bytes that send wants there
+	tally  *tally
+	f      framing
+	rd     reader
 	takeover
 	addr netip.Addr // the client's
 	away func()     // of a picture: called when nobody looks any more
@@ -526,7 +526,7 @@ func (st *stream) open(q *query, takes bool) (err error) {
 	st.pause = st.s.pause()
 	w := q.want(forever)
 	if takes {
-		w.waker = st
+		w.stream = st
 	}
 	if err = st.s.relay.subscribe(&st.rd, w); err != nil {
 		if st.away != nil {
@@ -604,7 +604,7 @@ func (st *stream) emit(d *desk, now int64, head string, events ...*event) error 
 	if len(b) == st.front && !st.ended {
 		return nil // nothing that this technique shows
 	}
-	st.beat.Store(now + st.pause)
+	st.beatAt.Store(now + st.pause)
 	d.count.delivered(st.tally, events, len(b), now/1e6)
 	d.framed = events
 	err := st.send(st, d, b)
@@ -613,7 +613,7 @@ func (st *stream) emit(d *desk, now int64, head string, events ...*event) error 
 }
 
 // due reports whether the stream was silent, or has lasted, as long as it may.
-func (st *stream) due(now int64) bool { return now >= min(st.beat.Load(), st.until) }
+func (st *stream) due(now int64) bool { return now >= min(st.beatAt.Load(), st.until) }
 
 func (st *stream) hello() *event {
 	var rooms []string
@@ -653,7 +653,7 @@ func (st *stream) follow(w http.ResponseWriter, r *http.Request) error {
 		if err != nil {
 			return err
 		}
-		clock.Reset(time.Until(time.Unix(0, min(st.beat.Load(), st.until))))
+		clock.Reset(time.Until(time.Unix(0, min(st.beatAt.Load(), st.until))))
 		if !st.rd.wait(r.Context(), clock.C) && r.Context().Err() != nil {
 			return nil
 		}
@@ -825,7 +825,7 @@ func (st *stream) say(frames []byte) {
 
 // maxControl is the size of a frame that pings, pongs or closes (5.5), which
 // must come to the writers whole.
-const maxControl = 2 + 4 + 125
+const maxControl = 2 + 125
 
 // A hijacker hands the library its connection with small buffers, for mostly
 // it waits; and in a guise that leaves the writing to the writers.
@@ -887,7 +887,7 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 			return s.ack(only.Key, 0, err)
 		}
 	}
-	if !s.gate.publish(sp.addr) {
+	if !s.gate.take(sp.addr) {
 		return s.ack(said.Key, 0, errTooFast)
 	}
 	if time.Now().UnixNano() >= sp.claims.until() { // a socket that is slow to read may not have been closed yet
@@ -907,7 +907,7 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 		}
 		return s.ack(said.Key, 0, s.declare(room, sp.user, state))
 	}
-	p := post{kind: cmp.Or(said.Type, "message"), from: sp.user, key: said.Key, free: sp.addr.IsLoopback()}
+	p := post{room: room, kind: cmp.Or(said.Type, "message"), from: sp.user, key: said.Key, unmetered: sp.addr.IsLoopback()}
 	if said.TTL != nil {
 		p.ttl = time.Duration(*said.TTL) * time.Second
 		if *said.TTL < 1 || *said.TTL > maxTTL {
@@ -922,7 +922,7 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 	} else {
 		p.data = oneLine(said.Data)
 	}
-	id, _, err := s.post(room, p)
+	id, _, err := s.post(p)
 	return s.ack(said.Key, id, err)
 }
 

@@ -881,6 +881,7 @@ var conformance = []struct {
 	{"its headers let nobody hold it back", false, false, checkHeaders},
 	{"it says hello at once", true, false, checkHello},
 	{"it tells what happens in its rooms, in order", false, false, checkLive},
+	{"it passes over what only another technique takes", false, false, checkOthers},
 	{"it catches up from a cursor", false, false, checkCatchUp},
 	{"it tells of a gap", false, false, checkGap},
 	{"it tells signals while they last", false, true, checkSignals},
@@ -933,6 +934,14 @@ func inNoTime(t *testing.T, since time.Time) {
 	t.Helper()
 	if d := time.Since(since); since.Year() == 2000 && d != 0 {
 		t.Errorf("it took %v, want it at once", d)
+	}
+}
+
+func checkOthers(t *testing.T, b *testbed, k earKind) {
+	if k.technique != "multipart" {
+		e := b.listen(k, "a", "as=svg", "w=1", "h=1").begin()
+		b.say("a", "one")
+		e.expect("message one")
 	}
 }
 
@@ -1218,7 +1227,7 @@ func checkBye(t *testing.T, b *testbed, k earKind) {
 	want := []string{}
 	for i := range 300 { // more than one batch
 		data, _ := json.Marshal(fmt.Sprint(i))
-		if _, _, err := b.post("a", post{kind: "message", data: data}); err != nil {
+		if _, _, err := b.post(post{room: "a", kind: "message", data: data}); err != nil {
 			t.Fatal(err)
 		}
 		want = append(want, "message "+fmt.Sprint(i))
