@@ -67,7 +67,9 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 }
 
 // allow says whether the page behind a request may make it. For a read through
-// <script>, <img> or <iframe>, which name no Origin, it goes by the Referer. It
+// <script>, <img> or <iframe>, which name no Origin, it goes by the Referer; so it
+// does where browsers send no Sec-Fetch-Site, to http:// elsewhere than on their
+// own machine, unless it is a page that they ask for. It
 // returns the foreign origin, "*" if it does not say which it is, or "" if the page is
 // the relay's own or there is none.
 //
@@ -75,14 +77,15 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 // on sees nothing of it.
 func (o *origins) allow(r *http.Request) (string, error) {
 	origin, site := r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site")
-	if origin == "" && site == "" {
-		return "", nil // no page is behind it, or one of a browser from before both
-	}
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
-	if origin == "" && reads && (site == "cross-site" || site == "same-site") {
+	byReferer := site == "cross-site" || site == "same-site" || site == "" && !strings.Contains(r.Header.Get("Accept"), "text/html")
+	if origin == "" && reads && byReferer {
 		if from, err := url.Parse(r.Referer()); err == nil && from.Host != "" {
 			origin = from.Scheme + "://" + from.Host
 		}
+	}
+	if origin == "" && site == "" {
+		return "", nil // no page is behind it, or one that hides
 	}
 	foreign := ""
 	if origin != "" && site != "same-origin" && !sameHost(origin, r.Host) {

@@ -660,7 +660,7 @@ func TestWhatNeedsNoToken(t *testing.T) {
 
 func TestWithoutASecretATokenIsOfNoUse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", " , ") // which is none
+		h := openHall(t)
 		for _, what := range append(asks("lobby"), "GET /metrics") {
 			for _, token := range []string{"", "x", signedToken(`{"sub":"bob","exp":1}`)} {
 				if got := h.status("192.0.2.1", what, "Authorization: Bearer "+token, "Cookie: token="+token); got != 200 {
@@ -1060,7 +1060,7 @@ func TestWhosePagesMayAsk(t *testing.T) {
 								may := isListed
 								switch site {
 								case "":
-									may = origin == "" || origin == own || origin == ownTLS || isListed
+									may = origin == "" && (referer == "" || !reads) || origin == own || origin == ownTLS || isListed
 								case "none", "same-origin":
 									may = true
 								}
@@ -1154,6 +1154,11 @@ func TestALinkToAPageMayBeFollowedAndAFrameOfItNot(t *testing.T) {
 				}
 				if strings.HasSuffix(what, "/ws") && tc.dest == "document" {
 					continue
+				}
+				if tc.dest == "document" && want == 200 { // over plain HTTP, where nothing says so but what is taken
+					if got := h.status("192.0.2.1", what, "Accept: text/html,*/*;q=0.8", "Referer: https://evil.example/"); got != want {
+						t.Errorf("%s, a link on a foreign page: %d, want %d", what, got, want)
+					}
 				}
 				got := h.status("192.0.2.1", what, "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: "+tc.mode, "Sec-Fetch-Dest: "+tc.dest, "Referer: https://evil.example/")
 				if got != want {

@@ -499,8 +499,9 @@ func (s *server) declare(room, user, state string) error {
 	return s.relay.declare(room, user, state)
 }
 
-// parseJSON decodes b, if it is JSON that others can be given to parse.
-func parseJSON(b []byte, v any) error {
+// parseJSON decodes b, if it is JSON that others can be given to parse, nested no
+// deeper than most.
+func parseJSON(b []byte, most int, v any) error {
 	if !utf8.Valid(b) {
 		return errUTF8
 	}
@@ -516,8 +517,8 @@ func parseJSON(b []byte, v any) error {
 			quoted = !quoted
 		case quoted:
 		case c == '{' || c == '[':
-			if depth++; depth > maxDepth {
-				return bad("this JSON is nested deeper than %d", maxDepth)
+			if depth++; depth > most {
+				return bad("this JSON is nested deeper than %d", most)
 			}
 		case c == '}' || c == ']':
 			depth--
@@ -534,7 +535,7 @@ func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error
 	if len(q.rooms) > 1 {
 		return bad("publish to one room at a time")
 	}
-	s.stats.in.Add(requestSize(r) + max(0, r.ContentLength))
+	s.stats.in.Add(requestSize(r))
 	if !s.gate.take(q.addr) {
 		return errTooFast
 	}
@@ -564,6 +565,7 @@ func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error
 // form of ours comes the page to go to then.
 func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p post, then string, err error) {
 	b, kind, form, err := s.readBody(w, r, "data")
+	s.stats.in.Add(int64(len(b)))
 	if err != nil {
 		return p, "", err
 	}
@@ -573,6 +575,9 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 	p.key = q.either(form, "key")
 	p.unmetered = q.addr.IsLoopback()
 	if key := r.Header.Get("Idempotency-Key"); key != "" {
+		if len(r.Header.Values("Idempotency-Key")) > 1 {
+			q.fail(bad("Idempotency-Key is given twice"))
+		}
 		if p.key != "" && p.key != key {
 			q.fail(bad("key and Idempotency-Key differ"))
 		}
@@ -582,7 +587,11 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 		q.fail(errUser)
 	}
 	p.from = q.speaksAs(p.from)
-	p.ttl = time.Duration(q.number("ttl", 1, maxTTL, 0)) * time.Second
+	if ttl := q.either(form, "ttl"); ttl != "" {
+		n, err := parseNumber("ttl", ttl, 1, maxTTL)
+		q.fail(err)
+		p.ttl = time.Duration(n) * time.Second
+	}
 	if q.err != nil {
 		return p, "", q.err
 	}
@@ -599,7 +608,7 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 		}
 	case kind == "application/json":
 		var data json.RawMessage
-		if err = parseJSON(b, &data); err == nil {
+		if err = parseJSON(b, maxDepth, &data); err == nil {
 			p.data = oneLine(data)
 		}
 	case !utf8.Valid(b):
@@ -663,7 +672,7 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 	}
 	switch kind {
 	case "application/x-www-form-urlencoded":
-		if form, err := url.ParseQuery(string(b)); err == nil && form.Has(field) {
+		if form, err := url.ParseQuery(string(b)); err == nil && form.Has(field) && bytes.Contains(b, []byte(field+"=")) {
 			return b, kind, form, nil
 		}
 	case "multipart/form-data":
@@ -705,7 +714,7 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 		state, user = q.either(form, "state"), q.either(form, "user")
 	} else if kind == "application/json" || strings.HasPrefix(state, "{") {
 		var said struct{ State string }
-		if err := parseJSON(b, &said); err != nil {
+		if err := parseJSON(b, maxDepth, &said); err != nil {
 			return err
 		}
 		state = said.State

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -68,6 +69,7 @@ func TestPublish(t *testing.T) {
 			{"curl -d hi", "", formKind, "hi", `{"data":"hi","type":"message"}`},
 			{"curl -d of a sentence", "", formKind, "100% of a=b & c", `{"data":"100% of a=b \u0026 c","type":"message"}`},
 			{"curl -d of a form without data", "", formKind, "user=ada&say=hi", `{"data":"user=ada\u0026say=hi","type":"message"}`},
+			{"curl -d of the field's name", "", formKind, "data", `{"data":"data","type":"message"}`},
 			{"curl -d of JSON", "", formKind, `{"a":1}`, `{"data":"{\"a\":1}","type":"message"}`},
 			{"no type at all", "", "X: y", "hi", `{"data":"hi","type":"message"}`},
 			{"an unknown type", "", "Content-Type: application/octet-stream", "hi", `{"data":"hi","type":"message"}`},
@@ -387,6 +389,9 @@ func TestRefusals(t *testing.T) {
 			post(400, "/rooms/a?"+name+"&"+strings.ToUpper(name[:1])+name[1:]+"&"+name, "hi")
 		}
 		post(400, "/rooms/a?type=%zz", "hi")
+		post(400, "/rooms/a", "hi", "Idempotency-Key: 1", "Idempotency-Key: 2")
+		post(400, "/rooms/a", "data=x&ttl=0", formKind)
+		post(400, "/rooms/a?ttl=1", "data=x&ttl=2", formKind)
 		post(400, "/rooms/a", "data=x&data=x", formKind)
 		post(400, "/rooms/a", "data=x&user=a&user=a", formKind)
 		post(400, "/rooms/a?user=ada", "data=x&user=bob", formKind)
@@ -509,6 +514,40 @@ func (b *testbed) raw1(method, path, body string, headers ...string) (*http.Resp
 	defer res.Body.Close()
 	answer, _ := io.ReadAll(res.Body)
 	return res, string(answer)
+}
+
+// A ttl makes a signal, in the query or in a form.
+func TestATTLMakesASignal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		for i, ask := range [][]string{{"?ttl=5", "data=hi"}, {"", "data=hi&ttl=5"}, {"?ttl=5", "data=hi&ttl=5"}} {
+			b.do("POST", "/rooms/a"+ask[0], ask[1], formKind)
+			v := b.relay.rooms["a"].view.Load()
+			if len(v.messages) != 0 || len(v.signals) != i+1 || v.signals[i].expires != v.signals[i].at+5000 {
+				t.Fatalf("%q made %d messages and %d signals", ask, len(v.messages), len(v.signals))
+			}
+		}
+	})
+}
+
+// What a request says of its length is not counted before it has come.
+func TestOnlyWhatComesIsCounted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		conn, _ := b.dial(t.Context())
+		fmt.Fprint(conn, "POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 9000000000000000000\r\n\r\n")
+		if res, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || res.StatusCode != 413 {
+			t.Fatal(res, err)
+		}
+		if n := b.stats.in.Load(); n < 50 || n > 500 {
+			t.Errorf("%d bytes are counted, want those of the head", n)
+		}
+		before := b.stats.in.Load()
+		b.do("POST", "/rooms/a", strings.Repeat("x", 10_000))
+		if n := b.stats.in.Load() - before; n < 10_000 || n > 10_500 {
+			t.Errorf("%d bytes are counted of a request with a body of 10000", n)
+		}
+	})
 }
 
 // The room _stats is the relay's own, and not bound by the rate of others.

@@ -68,13 +68,19 @@ const maxAddrs = 1 << 16
 func (g *gate) addr(r *http.Request) netip.Addr {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
 	if g.trustProxy {
-		hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
-		hop, fly := strings.TrimSpace(hops[len(hops)-1]), r.Header.Get("Fly-Client-IP")
-		if hop == "" || g.fly && fly != "" {
-			hop = fly
+		said := strings.Join(r.Header.Values("X-Forwarded-For"), ",")
+		if fly := r.Header.Get("Fly-Client-IP"); fly != "" && (g.fly || said == "") {
+			said = fly
 		}
+		hop := strings.TrimSpace(said[strings.LastIndexByte(said, ',')+1:])
 		if a, err := netip.ParseAddr(hop); err == nil {
 			return network(a)
+		}
+		if a, err := netip.ParseAddrPort(hop); err == nil { // as some proxies write it
+			return network(a.Addr())
+		}
+		if said != "" { // and can't be read: one address for all such, and not the machine's own
+			return netip.IPv6Unspecified()
 		}
 	}
 	return network(from.Addr())

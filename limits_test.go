@@ -78,8 +78,13 @@ func TestTheAddressOfAClient(t *testing.T) {
 		{true, "10.0.0.1:99", "X-Forwarded-For: 198.51.100.1|Fly-Client-IP: 203.0.113.9", "198.51.100.1"},
 		{true, "10.0.0.1:99", "X-Forwarded-For: 198.51.100.1|Fly-Client-IP: 203.0.113.9|Fly: yes", "203.0.113.9"},
 		{false, "10.0.0.1:99", "Fly-Client-IP: 203.0.113.9|Fly: yes", "10.0.0.1"},
-		{true, "10.0.0.1:99", "X-Forwarded-For: unknown", "10.0.0.1"},
-		{true, "10.0.0.1:99", "X-Forwarded-For: 198.51.100.1,", "10.0.0.1"},
+		{true, "10.0.0.1:99", "X-Forwarded-For: 198.51.100.1:4711", "198.51.100.1"},
+		{true, "10.0.0.1:99", "X-Forwarded-For: [2001:db8:1:2:3::9]:4711", "2001:db8:1:2::"},
+		{true, "10.0.0.1:99", "Fly-Client-IP: 203.0.113.9", "203.0.113.9"},
+		{true, "10.0.0.1:99", "X-Forwarded-For: unknown", "::"},
+		{true, "127.0.0.1:99", "X-Forwarded-For: unknown", "::"},
+		{true, "127.0.0.1:99", "X-Forwarded-For: 198.51.100.1,", "::"},
+		{true, "127.0.0.1:99", "", "127.0.0.1"},
 	} {
 		r := httptest.NewRequest("GET", "/", nil)
 		r.RemoteAddr = tc.conn

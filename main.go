@@ -305,6 +305,9 @@ func newServer(c settings) (*server, error) {
 		noMetrics: c.metricsAddr != "",
 		drawings:  map[pictureOf]*canvas{},
 	}
+	if c.secret != "" && s.secrets == nil {
+		return nil, errors.New("-secret is blank")
+	}
 	s.gate.trustProxy, s.gate.fly, s.gate.perAddr, s.gate.rate = c.trustProxy, c.fly, c.perAddr, c.rate
 	s.stats.start()
 	return s, nil

@@ -95,6 +95,13 @@ func TestSettingsRefused(t *testing.T) {
 			t.Errorf("%q %q: %v, want an error that names %s", test.args, test.env, err, test.names)
 		}
 	}
+	stopped, stop := context.WithCancel(t.Context())
+	stop()
+	for _, secret := range []string{" ", ",", " , "} {
+		if err := run(stopped, []string{"-addr", "127.0.0.1:0", "-secret", secret}, fromMap()); err == nil || !strings.Contains(err.Error(), "-secret") {
+			t.Errorf("-secret %q: %v; whoever sets one does not want an open relay", secret, err)
+		}
+	}
 	if _, err := parse([]string{"-help"}, fromMap()); !errors.Is(err, flag.ErrHelp) {
 		t.Errorf("-help: %v", err)
 	}
@@ -241,6 +248,9 @@ func TestFiles(t *testing.T) {
 				t.Errorf("%s: %s, %d bytes, want %d", name, res.Status, len(body), len(want))
 			}
 			kind := map[string]string{".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}[path.Ext(file)]
+			if h.Get("Access-Control-Allow-Origin") != "*" {
+				t.Errorf("%s: %v; a page of another origin could not import it", name, h)
+			}
 			if kind != "" && h.Get("Content-Type") != kind || h.Get("Content-Type") == "" || h.Get("X-Content-Type-Options") != "nosniff" {
 				t.Errorf("%s: %v, want %s and nosniff", name, h, kind)
 			}

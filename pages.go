@@ -89,7 +89,8 @@ func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 	h := w.Header()
 	h.Set("Content-Type", f.kind)
 	h.Set("ETag", f.etag)
-	h.Set("Cache-Control", "no-cache") // keep it, but ask whether it is still the same
+	h.Set("Access-Control-Allow-Origin", "*") // a module is always asked for with CORS, and there is nothing here to hide
+	h.Set("Cache-Control", "no-cache")        // keep it, but ask whether it is still the same
 	h.Set("Content-Security-Policy", "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'")
 	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(f.data))
 	return nil

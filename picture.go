@@ -28,6 +28,8 @@ const (
 	drawMessages = 120 // at most, in a picture
 	maxPictures  = 100 // rooms and sizes that are looked at; each has a goroutine
 
+	sniffed = 1024 // bytes of an image of another origin that Chromium waits for before it shows it
+
 	minSide, maxSide            = 80, 2000 // pixels
 	pictureWidth, pictureHeight = 480, 240
 )
@@ -172,7 +174,11 @@ func (c *canvas) svg() []byte {
 	} else {
 		b = c.talk(b)
 	}
-	return append(b, "</svg>\n"...)
+	b = append(b, "</svg>\n"...)
+	if n := sniffed - len(b); n > 0 {
+		b = append(b, strings.Repeat("\n", n)...)
+	}
+	return b
 }
 
 // graph draws the numbers as a line, the newest at the right.

@@ -104,7 +104,8 @@ func (r *relay) exit(rm *room, user string) bool {
 }
 
 // declare sets the user's state: online, typing, away or offline. Offline from
-// a user with several streams is one tab's goodbye, not the user's.
+// a user with several streams is one tab's goodbye, not the user's; it may come
+// before the tab's stream has ended or after.
 func (r *relay) declare(name, user, state string) error {
 	r.mu.Lock()
 	rm, err := r.setState(name, user, state)
@@ -133,6 +134,8 @@ func (r *relay) setState(name, user, state string) (*room, error) {
 	now := time.Now()
 	l := r.lease(rm, user)
 	switch {
+	case state == "offline" && l.held > 0 && now.Before(l.until): // of one that has just gone: no grace for it
+		l.until = now
 	case state == "offline" && l.held > 1:
 		l.leaving = min(l.leaving+1, l.held)
 	case state == "offline":

@@ -300,13 +300,24 @@ func TestPresence(t *testing.T) {
 			h.says("ada", "offline")
 			two.leave()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
-		{"a tab that says offline after the other has gone is given no grace", func(h *house) {
+		{"a tab's offline that comes when the tab has gone is not the other's", func(h *house) {
 			one, two := h.stream("ada"), h.stream("ada")
 			h.at("1m")
 			one.leave()
 			h.says("ada", "offline")
+			h.at("2m")
+			h.wantHere("ada:online")
+			h.says("ada", "offline")
 			two.leave()
-		}, []string{"0s ada:online", "1m0s ada:offline"}},
+		}, []string{"0s ada:online", "2m0s ada:offline"}},
+		{"offline from a tab while another polls is the poller's, who asks again", func(h *house) {
+			ada := h.stream("ada")
+			h.poll("ada")
+			h.says("ada", "offline")
+			h.at("2s")
+			h.wantHere("ada:online")
+			ada.leave()
+		}, []string{"0s ada:online", "12s ada:offline"}},
 		{"who said offline and polls is back, though their stream closes later", func(h *house) {
 			ada := h.stream("ada")
 			h.at("1m")

@@ -701,12 +701,15 @@ func writer(w http.ResponseWriter) func([]byte) error {
 
 // upgradable says what a request for a WebSocket lacks.
 func upgradable(w http.ResponseWriter, r *http.Request) error {
-	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
-		w.Header().Set("Connection", "Upgrade")
-		w.Header().Set("Upgrade", "websocket")
-		return refuse(http.StatusUpgradeRequired, "this is a WebSocket; ask for it with Upgrade: websocket")
+	connection := strings.ToLower(strings.Join(r.Header.Values("Connection"), ","))
+	if !r.ProtoAtLeast(1, 1) || !strings.Contains(connection, "upgrade") || !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+		if r.ProtoMajor == 1 { // HTTP/2 has no such headers, nor upgrades
+			w.Header().Set("Connection", "Upgrade")
+			w.Header().Set("Upgrade", "websocket")
+		}
+		return refuse(http.StatusUpgradeRequired, "this is a WebSocket; ask for it over HTTP/1.1 with Connection: Upgrade and Upgrade: websocket")
 	}
-	if key, err := base64.StdEncoding.DecodeString(r.Header.Get("Sec-WebSocket-Key")); err != nil || len(key) != 16 || r.Header.Get("Sec-WebSocket-Version") != "13" {
+	if key, err := base64.StdEncoding.DecodeString(r.Header.Get("Sec-WebSocket-Key")); err != nil || len(key) != 16 || len(r.Header.Values("Sec-WebSocket-Key")) > 1 || r.Header.Get("Sec-WebSocket-Version") != "13" {
 		w.Header().Set("Sec-WebSocket-Version", "13")
 		return bad("a WebSocket is asked for with Sec-WebSocket-Version: 13, and 16 bytes in base64 as Sec-WebSocket-Key")
 	}
@@ -881,7 +884,7 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 	}
 	spoken := !bytes.HasPrefix(frame, []byte("{"))
 	if !spoken {
-		if err := parseJSON(frame, &said); err != nil {
+		if err := parseJSON(frame, maxDepth+1, &said); err != nil {
 			var only struct{ Key string } // for the answer, if it can be found
 			json.Unmarshal(frame, &only)
 			return s.ack(only.Key, 0, err)

@@ -2374,6 +2374,7 @@ func TestWebSocketRefusals(t *testing.T) {
 			{one, `{"data":1,"room":"a/b"}`, "", "room"},
 			{one, `{"data":1,"room":""}`, "", "room"},
 			{one, `{"data":1,"room":"a,b"}`, "", "room"},
+			{one, `{"key":"k","data":` + strings.Repeat("[", 65) + strings.Repeat("]", 65) + `}`, "k", "nested deeper"},
 			{one, `{"data":1,"room":"_stats","key":"k"}`, "k", "belong to the relay"},
 			{one, `{"data":1,"ttl":0}`, "", "ttl"},
 			{one, `{"data":1,"ttl":-1}`, "", "ttl"},
@@ -2797,14 +2798,20 @@ func TestWebSocketHandshake(t *testing.T) {
 			{},
 			{"Connection: Upgrade", "Upgrade: h2c"},
 			{"Upgrade: websocket"},
+			{"Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="},
+			{"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="},
 			{"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 12", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="},
 			{"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"},
 			{"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: short"},
 		} {
-			if res, body := b.do("GET", "/rooms/a/ws", "", headers...); res.StatusCode != 400 && res.StatusCode != 426 || body == "" {
+			if res, body := b.do("GET", "/rooms/a/ws", "", headers...); res.StatusCode != 400 && res.StatusCode != 426 || !isError(body) {
 				t.Errorf("%q: %s %q", headers, res.Status, body)
 			}
 			b.idle()
+		}
+		b = newBed(t, pipeH2)
+		if res, body := b.do("GET", "/rooms/a/ws", ""); res.StatusCode != 426 || !isError(body) || res.Header.Get("Upgrade")+res.Header.Get("Connection") != "" {
+			t.Errorf("over HTTP/2, which knows neither Upgrade nor Connection: %s %v %q", res.Status, res.Header, body)
 		}
 	})
 }
@@ -2857,6 +2864,9 @@ func TestPicture(t *testing.T) {
 				}
 				first := picture()
 				inNoTime(t, start)
+				if len(first) < 1024 {
+					t.Errorf("the first picture has %d bytes; Chromium waits for 1024 before it shows one of another origin", len(first))
+				}
 				if !strings.HasPrefix(first, "<svg ") || !strings.Contains(first, `width="300" height="200"`) || !strings.Contains(first, "early") || strings.Contains(first, "<script") {
 					t.Errorf("the first picture is %s", first)
 				}
