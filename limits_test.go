@@ -720,6 +720,29 @@ func maskedFrame(opcode byte, text string) []byte {
 	return append(append(b, 0, 0, 0, 0), text...)
 }
 
+// Behind a frame that closes nothing may come (RFC 6455, 5.5.1), though the
+// library has not closed the connection yet.
+func TestNothingFollowsAGoodbye(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t)
+		c := rawSocket(t, h, "/rooms/a/ws")
+		defer c.Close()
+		synctest.Wait()
+		h.pump.mu.Lock()
+		st := h.pump.streams[0]
+		h.pump.mu.Unlock()
+		go io.CopyN(io.Discard, c, 16) // let it begin
+		synctest.Wait()
+		st.say(appendClose(nil, websocket.StatusNormalClosure, ""))
+		h.status("192.0.2.2", "POST /rooms/a")
+		c.SetReadDeadline(time.Now().Add(time.Minute))
+		b, err := io.ReadAll(c)
+		if err != nil || !bytes.HasSuffix(b, appendClose(nil, websocket.StatusNormalClosure, "")) {
+			t.Errorf("the socket ended with %v after %q", err, b)
+		}
+	})
+}
+
 func TestASocketThatReadsSlowlyIsNotListenedToWhenItsTokenHasExpired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := openHall(t, "-secret", firstSecret)

@@ -249,6 +249,9 @@ func (r *relay) tellCount(rm *room, now time.Time) bool {
 	}
 	c.told, c.toldAt = rm.here, now
 	if rm.here <= crowdAbove {
+		if c.timer != nil {
+			c.timer.Stop()
+		}
 		*c = crowd{}
 		for _, l := range rm.leases {
 			l.told = l.now(now)

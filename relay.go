@@ -392,7 +392,6 @@ type reader struct {
 	stream     *stream // woken in place of woken, if set
 	relay      *relay
 	after      int64 // the cursor: the reader has everything up to here
-	forgiven   int64 // floors up to here are no loss: the reader gave no cursor
 	seats      []seat
 	one        [1]seat       // mostly there is one
 	foreign    bool          // the cursor given is not of this log; told with a gap by room
@@ -410,6 +409,8 @@ type seat struct {
 	rd   *reader
 	room *room
 	at   int // in room.readers
+
+	forgiven int64 // a floor up to here is no loss: the reader gave no cursor
 }
 
 // sit adds the seat to its room's.
@@ -476,7 +477,7 @@ func (r *relay) subscribe(rd *reader, w want) error {
 	case w.after < 0:
 		rd.after = rd.newest(w.last)
 		for i := range rd.seats {
-			rd.forgiven = max(rd.forgiven, rd.seats[i].room.view.Load().floor)
+			rd.seats[i].forgiven = rd.seats[i].room.view.Load().floor
 		}
 	case w.after > mark, w.after < r.start:
 		rd.foreign = true
@@ -579,7 +580,7 @@ func (rd *reader) next(batch []*event) []*event {
 	heads := few[:0]
 	for i := range rd.seats {
 		v := rd.seats[i].room.view.Load()
-		if gap := rd.gap(rd.seats[i].room, v.floor, mark, heads); gap != nil {
+		if gap := rd.gap(&rd.seats[i], v.floor, mark, heads); gap != nil {
 			heads = append(heads, []*event{gap})
 		}
 		if m := between(v.messages, after, mark); len(m) > 0 {
@@ -629,7 +630,7 @@ func (rd *reader) next(batch []*event) []*event {
 //
 // Of several with one id the last alone has it: who was cut off before it, and
 // comes back with the one before, is told again.
-func (rd *reader) gap(rm *room, floor, mark int64, others [][]*event) *event {
+func (rd *reader) gap(s *seat, floor, mark int64, others [][]*event) *event {
 	floor = min(floor, mark) // one beyond was raised while we read, and is told when we read on
 	reason := "history"
 	switch {
@@ -637,7 +638,7 @@ func (rd *reader) gap(rm *room, floor, mark int64, others [][]*event) *event {
 		reason = "restart"
 	case rd.foreign:
 		reason = "future"
-	case floor <= rd.after || floor <= rd.forgiven:
+	case floor <= rd.after || floor <= s.forgiven:
 		return nil
 	}
 	rd.relay.gaps.Add(1)
@@ -645,7 +646,7 @@ func (rd *reader) gap(rm *room, floor, mark int64, others [][]*event) *event {
 	if slices.ContainsFunc(others, func(o []*event) bool { return o[0].kind == "gap" && o[0].id == id }) {
 		id--
 	}
-	return notice{Type: "gap", Room: rm.name, ID: id, Data: map[string]string{"reason": reason}}.event()
+	return notice{Type: "gap", Room: s.room.name, ID: id, Data: map[string]string{"reason": reason}}.event()
 }
 
 // between returns the events of a log behind after, up to mark.

@@ -914,6 +914,16 @@ func TestWakesCoalesce(t *testing.T) {
 	})
 }
 
+// What a reader without a cursor was promised of one room, and lost, is told,
+// though another room had lost more before it came.
+func TestARoomsFloorForgivesNoOther(t *testing.T) {
+	r := testRelay(limits{events: 4})
+	publishScript(t, r, "a:1 a:2 a:3 a:4 b:5 b:6 b:7 b:8 b:9 b:10")
+	rd := openReader(t, r, "a,b", -1, want{last: 8})
+	publishScript(t, r, "a:11 a:12 a:13 a:14")
+	wantRead(t, rd, "4:a:gap(history) 7:b:7 8:b:8 9:b:9 10:b:10 11:a:11 12:a:12 13:a:13 14:a:14")
+}
+
 func TestAStreamIsWokenInPlaceOfTheToken(t *testing.T) {
 	r := testRelay(limits{})
 	st := new(stream)

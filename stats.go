@@ -163,7 +163,7 @@ func (s *server) metrics(w http.ResponseWriter) {
 	one("published_total", "counter", "Events published.", s.stats.published.Load())
 	one("published_bytes_total", "counter", "Bytes of requests to publish, heads included.", s.stats.in.Load())
 	one("gaps_total", "counter", "Gaps told to readers.", s.relay.gaps.Load())
-	one("dropped_total", "counter", "Clients of connections taken over, dropped because they took nothing for too long or had too much waiting for them.", s.stats.dropped.Load())
+	one("dropped_total", "counter", "Clients dropped because they took nothing for too long or, with all others, had too much waiting for them.", s.stats.dropped.Load())
 	one("skipped_total", "counter", "Messages that a graph of numbers could not show.", s.stats.skipped.Load())
 	one("rooms", "gauge", "Rooms with a history.", rooms)
 	one("users", "gauge", "Users present, counted by room.", users)

@@ -57,8 +57,9 @@ type takeover struct {
 	token   int64 // when its token expires, in Unix nanoseconds
 	beats   int
 	silent  atomic.Bool // it did not answer the last ping yet
-	mu      sync.Mutex  // guards answers
+	mu      sync.Mutex  // guards answers and parting
 	answers []byte      // frames that the library, or hear, has to send
+	parting bool        // the last of them closes the socket; nothing may follow (RFC 6455, 5.5.1)
 	hearing atomic.Bool // hear is at it, and may owe an answer
 	owes    bool        // the same, as this turn began
 }
@@ -156,15 +157,15 @@ func (st *stream) leave() {
 
 // chunkHead is the size of a chunk in hexadecimal and a line end
 // (RFC 9112, 7.1); leading zeros are allowed, and let it be filled in last.
-const chunkHead = len("000000\r\n")
+const chunkHead = len("00000000\r\n")
 
 // sendChunk writes b, whose first chunkHead bytes are free, as a chunk.
 func (st *stream) sendChunk(d *desk, b []byte) error {
 	const hex = "0123456789abcdef"
-	for i, n := 5, len(b)-chunkHead; i >= 0; i, n = i-1, n>>4 {
+	copy(b[chunkHead-2:], "\r\n")
+	for i, n := chunkHead-3, len(b)-chunkHead; i >= 0; i, n = i-1, n>>4 {
 		b[i] = hex[n&15]
 	}
-	b[6], b[7] = '\r', '\n'
 	if b = append(b, "\r\n"...); len(b) == chunkHead+len("\r\n") {
 		b = b[:0] // an empty chunk would be the end
 	}
@@ -420,13 +421,16 @@ func (st *stream) serve(d *desk, now int64) (err error) {
 	if st.ws {
 		st.owes = st.hearing.Load() // asked before the answers are taken
 		st.mu.Lock()
-		answers := st.answers
+		answers, parting := st.answers, st.parting
 		st.answers = nil
 		st.mu.Unlock()
 		if len(answers) > 0 && !st.ended { // to a second goodbye Chromium says the connection failed
 			if err := st.write(d, answers); err != nil {
 				return err
 			}
+		}
+		if parting {
+			return net.ErrClosed
 		}
 	}
 	if st.gone.Load() {

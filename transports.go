@@ -634,6 +634,11 @@ func (st *stream) hello() *event {
 func (st *stream) follow(w http.ResponseWriter, r *http.Request) error {
 	write, rc := writer(w), http.NewResponseController(w)
 	st.send = func(_ *stream, _ *desk, b []byte) error {
+		defer st.s.unsent.Add(-int64(len(b)))
+		if st.s.unsent.Add(int64(len(b))) > int64(st.s.relay.allBytes) {
+			st.s.stats.dropped.Add(1)
+			return errGone
+		}
 		err := write(b)
 		if err == nil && rc.Flush() != nil {
 			err = errGone
@@ -817,6 +822,7 @@ func (st *stream) say(frames []byte) {
 	full := len(st.answers)+len(frames) > maxAnswers
 	if !full {
 		st.answers = append(st.answers, frames...)
+		st.parting = st.parting || frames[0] == 0x88
 	}
 	st.mu.Unlock()
 	if full {

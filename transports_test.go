@@ -20,6 +20,7 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"net/http/httputil"
 	"net/url"
 	"os"
 	"reflect"
@@ -1946,6 +1947,45 @@ func comeAndGo(b *testbed, n int) {
 	leave() // and all others
 	b.hangUp()
 	b.settle()
+}
+
+// A chunk may be as long as a page of fifty of the longest messages.
+func TestALongChunk(t *testing.T) {
+	s := &server{relay: testRelay(limits{allBytes: 1 << 30, roomBytes: 1 << 20})}
+	st := &stream{s: s, front: chunkHead}
+	st.fd = -1
+	ours, theirs := net.Pipe()
+	body := bytes.Repeat([]byte("x"), 17<<20)
+	if err := st.sendChunk(new(desk), append(make([]byte, chunkHead), body...)); err != errFull {
+		t.Fatal(err)
+	}
+	go func() {
+		st.rest.WriteTo(ours)
+		io.WriteString(ours, "0\r\n\r\n")
+		ours.Close()
+	}()
+	if got, err := io.ReadAll(httputil.NewChunkedReader(theirs)); err != nil || !bytes.Equal(got, body) {
+		t.Errorf("%d bytes came, %v; want %d", len(got), err, len(body))
+	}
+}
+
+// What streams that were not taken over have to write is bounded too.
+func TestWhatIsWrittenTheOrdinaryWayIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe10, func(c *settings) { c.roomBytes, c.allBytes = 50_000, 100_000 })
+		for range 20 {
+			b.listen(kindOf("stream"), "a").begin()
+		}
+		b.say("a", strings.Repeat("x", 10_000))
+		b.settle()
+		if n, dropped := b.unsent.Load(), b.stats.dropped.Load(); n == 0 || n > 100_000 || dropped == 0 {
+			t.Errorf("20 clients that do not read are owed %d bytes, and %d were dropped; want at most 100000", n, dropped)
+		}
+		time.Sleep(2 * writeTimeout)
+		if n, held := b.unsent.Load(), b.held.Load(); n != 0 || held != 0 {
+			t.Errorf("when their time is up %d are held, and owed %d bytes", held, n)
+		}
+	})
 }
 
 // To answer a long-poll takes no larger stack than to wait: it would be kept by
