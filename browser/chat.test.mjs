@@ -353,6 +353,8 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
       await has('.message', 'bob news')
       go('/rooms/lobby/refresh?user=eve')
       await has('header', 'comes anew every 10 seconds')
+      go('/rooms/lobby/refresh?user=eve&wait=55') // lest it comes anew while we write, and what is written is lost
+      await has('header', 'comes anew every 55 seconds')
       await click('input[name=data]')
       await page.keyboard.type('from the page that comes anew')
       await page.keyboard.press('Enter')
