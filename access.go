@@ -69,9 +69,9 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 // allow says whether the page behind a request may make it. For a read through
 // <script>, <img> or <iframe>, which name no Origin, it goes by the Referer; so it
 // does where browsers send no Sec-Fetch-Site, to http:// elsewhere than on their
-// own machine, unless it is a page that they ask for. It
-// returns the foreign origin, "*" if it does not say which it is, or "" if the page is
-// the relay's own or there is none.
+// own machine, unless it is a page that they ask for. It returns the foreign
+// origin, "*" if it does not say which it is, or "" if the page is the relay's own
+// or there is none.
 //
 // A link from anywhere to a page of the relay may be followed: the site it is
 // on sees nothing of it.

@@ -52,7 +52,7 @@ type server struct {
 	pump      pump
 	held      atomic.Int64 // streams, and requests that wait
 	leaving   atomic.Int64 // of those, how many there were when the relay stopped
-	unsent    atomic.Int64 // bytes that full sockets did not take; no more than the log may have
+	unsent    atomic.Int64 // bytes that full sockets did not take, or that are being written; no more than the log may have
 	stats     stats
 
 	drawingMu sync.Mutex // guards drawings
@@ -274,8 +274,10 @@ func (q *query) want(h hold) want {
 }
 
 // get is the parameter's value, or "". Given twice, none of them is meant.
-func (q *query) get(name string) string {
-	v := q.values[name]
+func (q *query) get(name string) string { return q.one(name, q.values[name]) }
+
+// one is the value of what may be given once, or "".
+func (q *query) one(name string, v []string) string {
 	if len(v) == 0 {
 		return ""
 	}
@@ -304,21 +306,19 @@ func (q *query) either(form url.Values, name string) string {
 
 // number is the parameter as an integer from low to high, or absent.
 func (q *query) number(name string, low, high, absent int64) int64 {
-	v := q.get(name)
+	return q.integer(name, q.get(name), low, high, absent)
+}
+
+// integer is number of the value v.
+func (q *query) integer(name, v string, low, high, absent int64) int64 {
 	if v == "" {
 		return absent
 	}
-	n, err := parseNumber(name, v, low, high)
-	q.fail(err)
-	return n
-}
-
-func parseNumber(name, v string, low, high int64) (int64, error) {
 	n, err := strconv.ParseInt(v, 10, 64)
 	if err != nil || n < low || n > high || v[0] == '+' {
-		return 0, bad("%s is an integer from %d to %d", name, low, high)
+		q.fail(bad("%s is an integer from %d to %d", name, low, high))
 	}
-	return n, nil
+	return n
 }
 
 // parse reads what all techniques take, and what only some do.
@@ -326,13 +326,8 @@ func (q *query) parse(r *http.Request, t technique) error {
 	q.user = q.userName()
 	const maxCursor = 1<<63 - 1
 	q.after = q.number("after", 0, maxCursor, -1)
-	if ids := r.Header.Values("Last-Event-ID"); len(ids) > 1 {
-		q.fail(bad("Last-Event-ID is given twice"))
-	} else if len(ids) == 1 && ids[0] != "" {
-		after, err := parseNumber("Last-Event-ID", ids[0], 0, maxCursor)
-		q.fail(err)
-		q.after = after
-	}
+	const header = "Last-Event-ID"
+	q.after = q.integer(header, q.one(header, r.Header.Values(header)), 0, maxCursor, q.after)
 	q.pull = t.name == "refresh"
 	people := q.pull || t.name == "html"
 	if t.name == "multipart" {
@@ -574,10 +569,8 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 	p.from = q.either(form, "user")
 	p.key = q.either(form, "key")
 	p.unmetered = q.addr.IsLoopback()
-	if key := r.Header.Get("Idempotency-Key"); key != "" {
-		if len(r.Header.Values("Idempotency-Key")) > 1 {
-			q.fail(bad("Idempotency-Key is given twice"))
-		}
+	const header = "Idempotency-Key"
+	if key := q.one(header, r.Header.Values(header)); key != "" {
 		if p.key != "" && p.key != key {
 			q.fail(bad("key and Idempotency-Key differ"))
 		}
@@ -587,11 +580,7 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 		q.fail(errUser)
 	}
 	p.from = q.speaksAs(p.from)
-	if ttl := q.either(form, "ttl"); ttl != "" {
-		n, err := parseNumber("ttl", ttl, 1, maxTTL)
-		q.fail(err)
-		p.ttl = time.Duration(n) * time.Second
-	}
+	p.ttl = time.Duration(q.integer("ttl", q.either(form, "ttl"), 1, maxTTL, 0)) * time.Second
 	if q.err != nil {
 		return p, "", q.err
 	}

@@ -73,8 +73,9 @@ func FuzzNumber(f *testing.F) {
 		if v == "" {
 			return // is none, see (*query).number
 		}
-		n, err := parseNumber("after", v, low, high)
-		if err != nil {
+		var q query
+		n := q.integer("after", v, low, high, -1)
+		if err := q.err; err != nil {
 			if !strings.Contains(err.Error(), "after") {
 				t.Errorf("%q: %v", v, err)
 			}

@@ -64,7 +64,8 @@ const maxAddrs = 1 << 16
 // is to be trusted, what the proxy says. Of X-Forwarded-For the last hop is the
 // proxy's own word, and all before it the client's. Fly says it in a header of
 // its own (https://fly.io/docs/networking/request-headers/), which elsewhere a
-// client can send too, so there it is heard only if nothing else is said. IPv6 counts by /64, which is what one customer is given.
+// client can send too, so there it is heard only if nothing else is said. IPv6
+// counts by /64, which is what one customer is given.
 func (g *gate) addr(r *http.Request) netip.Addr {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
 	if g.trustProxy {

@@ -19,6 +19,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"io"
 	"log/slog"
@@ -191,11 +192,17 @@ func (st *stream) write(d *desk, b []byte) error {
 	}
 	if n < len(b) {
 		st.rest = left(b, n, d.framed)
-		if st.s.unsent.Add(int64(len(b)-n)) > int64(st.s.relay.allBytes) {
-			st.s.stats.dropped.Add(1)
-			return errGone // there is no room to wait for all who are slow
-		}
-		return errFull
+		return cmp.Or(st.s.owe(len(b)-n), errFull)
+	}
+	return nil
+}
+
+// owe counts bytes that a client has not taken yet. It returns errGone if there
+// is no room to wait for all who are slow.
+func (s *server) owe(n int) error {
+	if s.unsent.Add(int64(n)) > int64(s.relay.allBytes) {
+		s.stats.dropped.Add(1)
+		return errGone
 	}
 	return nil
 }

@@ -635,9 +635,8 @@ func (st *stream) follow(w http.ResponseWriter, r *http.Request) error {
 	write, rc := writer(w), http.NewResponseController(w)
 	st.send = func(_ *stream, _ *desk, b []byte) error {
 		defer st.s.unsent.Add(-int64(len(b)))
-		if st.s.unsent.Add(int64(len(b))) > int64(st.s.relay.allBytes) {
-			st.s.stats.dropped.Add(1)
-			return errGone
+		if err := st.s.owe(len(b)); err != nil {
+			return err
 		}
 		err := write(b)
 		if err == nil && rc.Flush() != nil {
