@@ -255,11 +255,11 @@ func TestForm(t *testing.T) {
 			then, user, location string
 			status               int
 		}{
-			{"form", "ada", "/rooms/a/form?user=ada", 303},
-			{"refresh", "ada", "/rooms/a/refresh?user=ada", 303},
-			{"form", "", "/rooms/a/form?user=", 303},
+			{"form", "ada", "./a/form?user=ada", 303},
+			{"refresh", "ada", "./a/refresh?user=ada", 303},
+			{"form", "", "./a/form?user=", 303},
 			{"form", "é \"<&?#/\r", "", 400},
-			{"form", "é \"<&?#/", "/rooms/a/form?user=%C3%A9+%22%3C%26%3F%23%2F", 303},
+			{"form", "é \"<&?#/", "./a/form?user=%C3%A9+%22%3C%26%3F%23%2F", 303},
 			{"https://evil.example", "ada", "", 201},
 			{"//evil.example", "ada", "", 201},
 			{"/\\evil.example", "ada", "", 201},
@@ -294,7 +294,7 @@ func TestForm(t *testing.T) {
 			}
 			mark := b.relay.mark.Load()
 			for range 2 {
-				if status, location := post("user=ada&data=hi&then=form&key=" + key); status != 303 || location != "/rooms/a/form?user=ada" {
+				if status, location := post("user=ada&data=hi&then=form&key=" + key); status != 303 || location != "./a/form?user=ada" {
 					t.Errorf("%d %s", status, location)
 				}
 			}
@@ -356,7 +356,7 @@ func TestRefusals(t *testing.T) {
 			post(400, "/rooms/"+room, "hi")
 			post(400, "/rooms/"+room+"/presence?user=ada", "online")
 		}
-		get(404, "/rooms", "/room/a/poll", "/rooms/a/b/poll", "/rooms/a/poll/", "/rooms/a/nothing", "/rooms/a//poll", "/rooms/a/POLL", "/x", "/static/index.html", "/rooms.", "/%72ooms/a/poll")
+		get(404, "/room/a/poll", "/rooms/a/b/poll", "/rooms/a/poll/", "/rooms/a/nothing", "/rooms/a//poll", "/rooms/a/POLL", "/x", "/static/index.html", "/rooms.", "/%72ooms/a/poll")
 		post(400, "/rooms/a,b", "hi")
 		post(400, "/rooms/a,b/presence?user=ada", "online")
 		get(400, "/rooms/a,b/presence")
@@ -452,9 +452,10 @@ func TestRefusals(t *testing.T) {
 		post(400, "/rooms/a/presence?user=", "online")
 
 		// Methods.
-		for _, method := range []string{"PUT", "DELETE", "PATCH", "GET", "HEAD", "FOO"} {
+		for _, method := range []string{"PATCH", "GET", "HEAD", "FOO"} {
 			all = append(all, refusal{405, method, "/rooms/a", "hi", nil})
 		}
+		all = append(all, refusal{403, "DELETE", "/rooms/a", "", nil}, refusal{403, "GET", "/rooms", "", nil}, refusal{405, "POST", "/rooms", "hi", nil})
 		for _, method := range []string{"PUT", "DELETE", "PATCH"} {
 			all = append(all, refusal{405, method, "/rooms/a/presence?user=ada", "online", nil}, refusal{405, method, "/healthz", "", nil}, refusal{405, method, "/", "", nil})
 		}
@@ -784,7 +785,7 @@ func TestPreflight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t, pipe, func(c *settings) { c.origins = "https://friend.example" })
 		for path, methods := range map[string]string{
-			"/rooms/a":          "POST, OPTIONS",
+			"/rooms/a":          "POST, PUT, DELETE, OPTIONS",
 			"/rooms/a/presence": "GET, HEAD, POST, OPTIONS",
 			"/rooms/a,b/sse":    "GET, HEAD, OPTIONS",
 			"/rooms/a/poll":     "GET, HEAD, OPTIONS",

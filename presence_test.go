@@ -69,7 +69,7 @@ func (h *house) poll(user string) {
 // says posts a state.
 func (h *house) says(user, state string) {
 	h.Helper()
-	if err := h.declare("a", user, state); err != nil {
+	if err := h.declare("a", user, "", state); err != nil {
 		h.Error(err)
 	}
 }
@@ -400,7 +400,7 @@ func TestAUserIsSeenInEachRoomOfTheirStream(t *testing.T) {
 		if a, c := r.whoIsIn("a").Count, r.whoIsIn("c").Count; a != 1 || c != 0 {
 			t.Errorf("%d in a and %d in c, want 1 and 0", a, c)
 		}
-		r.declare("b", "ada", "offline")
+		r.declare("b", "ada", "", "offline")
 		ada.leave()
 		wantRead(t, watcher, "ada:offline")
 		time.Sleep(10 * time.Second)
@@ -690,12 +690,12 @@ func TestTooManyUsers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := testRelay(limits{users: 1000})
 		for i := range r.limits.users {
-			if err := r.declare("a", fmt.Sprint("user", i), "online"); err != nil {
+			if err := r.declare("a", fmt.Sprint("user", i), "", "online"); err != nil {
 				t.Fatal(i, err)
 			}
 		}
 		mark, rooms := r.mark.Load(), len(r.rooms)
-		if err := r.declare("b", "one more", "online"); err != errTooManyUsers {
+		if err := r.declare("b", "one more", "", "online"); err != errTooManyUsers {
 			t.Errorf("a user too many: %v", err)
 		}
 		if _, err := tryReader(r, want{rooms: []string{"a", "b"}, user: "one more", holds: true}); err != errTooManyUsers {
@@ -704,14 +704,14 @@ func TestTooManyUsers(t *testing.T) {
 		if len(r.rooms) != rooms || r.mark.Load() != mark || len(r.rooms["a"].readers) != 0 {
 			t.Error("a refused user has changed something")
 		}
-		if err := r.declare("a", "user7", "away"); err != nil {
+		if err := r.declare("a", "user7", "", "away"); err != nil {
 			t.Errorf("one who is here: %v", err)
 		}
 		openReader(t, r, "a", 0, want{presence: true}).leave() // who is not seen may read
 		checkBooks(t, r)
 		time.Sleep(time.Minute + time.Second)
 		synctest.Wait()
-		if err := r.declare("b", "one more", "online"); err != nil {
+		if err := r.declare("b", "one more", "", "online"); err != nil {
 			t.Errorf("when the others are gone: %v", err)
 		}
 		if r.leases != 1 {
@@ -796,7 +796,7 @@ func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 			streams = append(streams, openReader(t, r, "a", -1, want{user: fmt.Sprint("user", i), holds: true}))
 		}
 		for i, rd := range streams {
-			r.declare("a", fmt.Sprint("user", i), "offline")
+			r.declare("a", fmt.Sprint("user", i), "", "offline")
 			rd.leave()
 		}
 		publishText(t, r, "b", strings.Repeat("x", 64<<10))
@@ -912,7 +912,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 								w.holds = false
 								openReader(t, r, "a", -1, w).leave()
 							default:
-								r.declare("a", user, []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
+								r.declare("a", user, "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
 							}
 							if i == 0 {
 								publishText(t, r, "b", strings.Repeat("x", 500))

@@ -562,7 +562,7 @@ func TestReadingCreatesNoRoom(t *testing.T) {
 		readers = append(readers, rd)
 	}
 	r.whoIsIn("room")
-	if err := r.declare("room", "ada", "offline"); err != nil {
+	if err := r.declare("room", "ada", "", "offline"); err != nil {
 		t.Error(err)
 	}
 	publishText(t, r, "one", "readers' rooms do not count")
@@ -673,7 +673,7 @@ func TestBooksAreRight(t *testing.T) {
 						readers = slices.Delete(readers, i, i+1)
 					}
 				case 2:
-					r.declare(name(), fmt.Sprint("user", rnd.IntN(5)), []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
+					r.declare(name(), fmt.Sprint("user", rnd.IntN(5)), "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
 				case 3:
 					time.Sleep(time.Duration(rnd.Int64N(int64(30 * time.Second))))
 					synctest.Wait()
@@ -839,7 +839,7 @@ func TestARoomsRate(t *testing.T) {
 			if err := put("a", "k9"); err != nil {
 				t.Errorf("a retry: %v", err)
 			}
-			if err := r.declare("a", fmt.Sprint("user", i), "online"); err != nil || r.mark.Load() == mark {
+			if err := r.declare("a", fmt.Sprint("user", i), "", "online"); err != nil || r.mark.Load() == mark {
 				t.Errorf("presence was not told: %v", err)
 			}
 			if err := put("b", ""); err != nil {
@@ -957,7 +957,7 @@ func TestStopping(t *testing.T) {
 	}
 	r.stop()
 	stopped := r.mark.Load()
-	if err := r.declare("a", "ada", "online"); err != errStopping {
+	if err := r.declare("a", "ada", "", "online"); err != errStopping {
 		t.Errorf("presence while stopping: %v", err)
 	}
 	readAll(rd)
@@ -1051,7 +1051,7 @@ func TestNoRequestIsKept(t *testing.T) {
 		{"from", func(r *relay, s string) { publishPost(t, r, post{room: "a", kind: "message", from: s}) }},
 		{"key", func(r *relay, s string) { publishPost(t, r, post{room: "a", kind: "message", key: s}) }},
 		{"user who polls", func(r *relay, s string) { openReader(t, r, "a", -1, want{user: s}).leave() }},
-		{"user who posts presence", func(r *relay, s string) { r.declare("a", s, "typing") }},
+		{"user who posts presence", func(r *relay, s string) { r.declare("a", s, "", "typing") }},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			r := testRelay(limits{})
