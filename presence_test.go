@@ -66,6 +66,20 @@ func (h *house) poll(user string) {
 	openReader(h.T, h.relay, "a", -1, want{user: user, presence: true}).leave()
 }
 
+// client opens a stream of one of the user's clients.
+func (h *house) client(user, client string) *reader {
+	h.Helper()
+	return openReader(h.T, h.relay, "a", -1, want{user: user, client: client, presence: true, holds: true})
+}
+
+// goodbye says that one of the user's clients leaves.
+func (h *house) goodbye(user, client string) {
+	h.Helper()
+	if err := h.declare("a", user, client, "offline"); err != nil {
+		h.Error(err)
+	}
+}
+
 // says posts a state.
 func (h *house) says(user, state string) {
 	h.Helper()
@@ -158,6 +172,79 @@ func TestPresence(t *testing.T) {
 			h.at("2m")
 			ada.leave()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
+		{"a client's goodbye is for the stream it has, though another of it has just been replaced", func(h *house) {
+			old := h.client("ada", "tab1")
+			h.at("1m")
+			ada := h.client("ada", "tab1")
+			old.leave()
+			h.at("1m1s")
+			h.goodbye("ada", "tab1")
+			h.wantHere("")
+			h.at("1m2s")
+			ada.leave()
+		}, []string{"0s ada:online", "1m1s ada:offline"}},
+		{"and so it is when the stream is gone before the goodbye comes", func(h *house) {
+			old := h.client("ada", "tab1")
+			h.at("1m")
+			ada := h.client("ada", "tab1")
+			old.leave()
+			ada.leave()
+			h.at("1m1s")
+			h.goodbye("ada", "tab1")
+		}, []string{"0s ada:online", "1m1s ada:offline"}},
+		{"and when it long-polls", func(h *house) {
+			for range 3 {
+				ada := h.client("ada", "tab1")
+				time.Sleep(time.Second)
+				ada.leave()
+			}
+			ada := h.client("ada", "tab1")
+			h.goodbye("ada", "tab1")
+			ada.leave()
+		}, []string{"0s ada:online", "3s ada:offline"}},
+		{"and when it polls", func(h *house) {
+			openReader(h.T, h.relay, "a", -1, want{user: "ada", client: "tab1", presence: true}).leave()
+			h.at("2s")
+			h.goodbye("ada", "tab1")
+		}, []string{"0s ada:online", "2s ada:offline"}},
+		{"a client's goodbye leaves the user's others alone", func(h *house) {
+			one, two := h.client("ada", "tab1"), h.client("ada", "tab2")
+			nameless := h.stream("ada")
+			h.at("1m")
+			h.goodbye("ada", "tab1")
+			h.goodbye("ada", "tab1")
+			one.leave()
+			h.goodbye("ada", "tab1")
+			h.goodbye("ada", "tab3")
+			h.at("2m")
+			two.leave()
+			h.goodbye("ada", "tab2")
+			h.at("3m")
+			nameless.leave()
+		}, []string{"0s ada:online", "3m10s ada:offline"}},
+		{"a client that says goodbye and comes back is here", func(h *house) {
+			h.client("ada", "tab1").leave()
+			h.goodbye("ada", "tab1")
+			h.at("2s")
+			ada := h.client("ada", "tab1")
+			h.at("1m")
+			ada.leave()
+		}, []string{"0s ada:online", "0s ada:offline", "2s ada:online", "1m10s ada:offline"}},
+		{"a goodbye that names no client is the user's, whatever their clients are called", func(h *house) {
+			ada := h.client("ada", "tab1")
+			h.at("1m")
+			h.says("ada", "offline")
+			ada.leave()
+		}, []string{"0s ada:online", "1m0s ada:offline"}},
+		{"of more clients than are kept apart, those without a connection are here together", func(h *house) {
+			for i := range 3 * maxClients {
+				h.client("ada", fmt.Sprint("tab", i)).leave()
+			}
+			if n := len(h.rooms["a"].leases["ada"].clients); n > maxClients+1 {
+				h.Errorf("%d clients are kept", n)
+			}
+			h.goodbye("ada", "tab1")
+		}, []string{"0s ada:online", "10s ada:offline"}},
 		{"who returns too late has been offline", func(h *house) {
 			h.stream("ada").leave()
 			h.at("12s")

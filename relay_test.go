@@ -367,6 +367,49 @@ func TestGaps(t *testing.T) {
 	}
 }
 
+// To erase is to forget a history: all who read it are told, and go on.
+func TestErase(t *testing.T) {
+	r := testRelay(limits{})
+	publishScript(t, r, "a:one b:two a:three")
+	rd := openReader(t, r, "a,b", 0, want{})
+	wantRead(t, rd, "1:a:one 2:b:two 3:a:three")
+	if err := r.erase("a"); err != nil {
+		t.Fatal(err)
+	}
+	wantRead(t, rd, "4:a:gap(erased)")
+	wantRead(t, rd, "")
+	publishScript(t, r, "a:five")
+	wantRead(t, rd, "5:a:five")
+	wantRead(t, openReader(t, r, "a", -1, want{last: 10}), "5:a:five")
+	for after, read := range map[int64]string{0: "4:a:gap(erased) 5:a:five", 3: "4:a:gap(erased) 5:a:five", 4: "5:a:five"} {
+		wantRead(t, openReader(t, r, "a", after, want{}), read)
+	}
+	wantRead(t, openReader(t, r, "b", 0, want{}), "2:b:two")
+
+	// What is lost later is lost as ever.
+	for range r.events {
+		publishScript(t, r, "a:x")
+	}
+	late := openReader(t, r, "a", 0, want{})
+	if got := testWords(r, late.next(nil)[:1]); got != "5:a:gap(history)" {
+		t.Errorf("got %s", got)
+	}
+	checkBooks(t, r)
+
+	// A room that nobody reads is erased too, and one that there is none of.
+	publishScript(t, r, "c:secret")
+	n := r.mark.Load() - r.start
+	if r.erase("c") != nil || r.erase("nobody") != nil || r.rooms["c"] != nil || r.rooms["nobody"] != nil {
+		t.Error("erase made a room, or kept one")
+	}
+	wantRead(t, openReader(t, r, "c", n-1, want{}), fmt.Sprintf("%d:c:gap(erased)", n+1))
+	checkBooks(t, r)
+	r.stop()
+	if err := r.erase("a"); err != errStopping {
+		t.Errorf("while stopping: %v", err)
+	}
+}
+
 func TestAGapIsToldWhileReading(t *testing.T) {
 	r := testRelay(limits{events: 2})
 	rd := openReader(t, r, "a,b", -1, want{})
