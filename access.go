@@ -15,10 +15,10 @@ import (
 
 // origins is the list of those whose pages may read and publish.
 type origins struct {
-	all       bool
-	list      []string
-	check     http.CrossOriginProtection
-	ancestors string // whose pages may frame the relay's, as Content-Security-Policy has it
+	all        bool
+	list       []string
+	protection http.CrossOriginProtection
+	ancestors  string // whose pages may frame the relay's, as Content-Security-Policy has it
 }
 
 // newOrigins reads a comma separated list of origins, https://example.com or
@@ -30,7 +30,7 @@ func newOrigins(list string) (*origins, error) {
 		case origin == "":
 		case origin == "*":
 			o.all = true
-		case o.check.AddTrustedOrigin(origin) != nil:
+		case o.protection.AddTrustedOrigin(origin) != nil:
 			return nil, fmt.Errorf("-origins: %q is no origin such as https://example.com", origin)
 		default:
 			o.list = append(o.list, origin)
@@ -55,7 +55,7 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 	if origin == "" && r.Method == http.MethodPost {
 		return // no page is to see it, and no cache keeps it
 	}
-	h["Vary"] = byOrigin
+	h["Vary"] = varyOrigin
 	if origin == "" || !o.listed(origin) {
 		return
 	}
@@ -66,7 +66,7 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// allow says whether the page behind a request may make it. For a read through
+// check says whether the page behind a request may make it. For a read through
 // <script>, <img> or <iframe>, which name no Origin, it goes by the Referer; so it
 // does where browsers send no Sec-Fetch-Site, to http:// elsewhere than on their
 // own machine, unless it is a page that they ask for. It returns the foreign
@@ -75,7 +75,7 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 //
 // A link from anywhere to a page of the relay may be followed: the site it is
 // on sees nothing of it.
-func (o *origins) allow(r *http.Request) (string, error) {
+func (o *origins) check(r *http.Request) (string, error) {
 	origin, site := r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site")
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	byReferer := site == "cross-site" || site == "same-site" || site == "" && !strings.Contains(r.Header.Get("Accept"), "text/html")
@@ -106,8 +106,8 @@ func (o *origins) allow(r *http.Request) (string, error) {
 	if reads {
 		asked = &http.Request{Method: http.MethodPost, Host: r.Host, URL: r.URL, Header: http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}}
 	}
-	if err := o.check.Check(asked); err != nil {
-		return "", limit(http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0)
+	if err := o.protection.Check(asked); err != nil {
+		return "", limitError(http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0)
 	}
 	return foreign, nil
 }
@@ -133,36 +133,36 @@ func (o *origins) preflight(w http.ResponseWriter, r *http.Request, methods stri
 // operator returns an error unless the request is an operator's: one whose token
 // names the room _stats; or, where there are no tokens, one from the machine
 // itself that came through no proxy, as far as proxies say so.
-func (s *server) operator(r *http.Request, q *query) error {
+func (s *server) operator(r *http.Request, q *request) error {
 	if s.secrets != nil {
-		if q.claims.may(statsRoom, false) {
+		if q.claims.allows(statsRoom, false) {
 			return nil
 		}
-		return denied(http.StatusForbidden, "this is for operators, whose token may read "+statsRoom)
+		return tokenError(http.StatusForbidden, "this is for operators, whose token may read "+statsRoom)
 	}
 	proxied := slices.ContainsFunc([]string{"X-Forwarded-For", "Forwarded", "Via", "X-Real-Ip", "Fly-Client-Ip"}, func(name string) bool { return r.Header[name] != nil })
 	if q.addr.IsLoopback() && !proxied {
 		return nil
 	}
-	return refuse(http.StatusForbidden, "this is for operators: ask from the machine itself, or give the relay a -secret and bring a token that may read "+statsRoom)
+	return newError(http.StatusForbidden, "this is for operators: ask from the machine itself, or give the relay a -secret and bring a token that may read "+statsRoom)
 }
 
 // listRooms is GET /rooms.
-func (s *server) listRooms(w http.ResponseWriter, r *http.Request, q *query) error {
+func (s *server) listRooms(w http.ResponseWriter, r *http.Request, q *request) error {
 	if err := s.operator(r, q); err != nil {
 		return err
 	}
-	prefix := q.get("prefix")
+	prefix := q.param("prefix")
 	if q.err != nil {
 		return q.err
 	}
 	rooms, more := s.relay.list(prefix, maxListed)
-	reply(w, http.StatusOK, map[string]any{"rooms": rooms, "more": more})
+	writeJSON(w, http.StatusOK, map[string]any{"rooms": rooms, "more": more})
 	return nil
 }
 
 // erase is DELETE /rooms/{room}.
-func (s *server) erase(w http.ResponseWriter, r *http.Request, q *query) error {
+func (s *server) erase(w http.ResponseWriter, r *http.Request, q *request) error {
 	if q.rooms[0][0] == '_' {
 		return errReserved
 	}

@@ -53,7 +53,7 @@ const hallHost = "relay.example"
 // use in a synctest bubble.
 func openHall(t testing.TB, args ...string) *hall {
 	t.Helper()
-	c, err := parse(args, func(string) string { return "" })
+	c, err := parseFlags(args, func(string) string { return "" })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +67,7 @@ func openHall(t testing.TB, args ...string) *hall {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		serve(ctx, s, srv, s.doorman(hallDoor{h}))
+		serve(ctx, s, srv, s.limitListener(hallDoor{h}))
 	}()
 	h.close = sync.OnceFunc(func() {
 		cancel()
@@ -75,7 +75,7 @@ func openHall(t testing.TB, args ...string) *hall {
 			c.CloseIdleConnections()
 		}
 		<-done
-		time.Sleep(2 * lingerFor)
+		time.Sleep(2 * lingerTimeout)
 		synctest.Wait()
 	})
 	t.Cleanup(h.close)
@@ -368,7 +368,7 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 		{"with two bodies", minted(hs, `{}{}`, firstSecret), "claims"},
 		{"oversized", minted(hs, `{"x":"`+long+`"}`, firstSecret), "no JWT"},
 	} {
-		c, err := verify(tc.token, [][]byte{[]byte(firstSecret), []byte(secondSecret)}, time.Unix(now, 0))
+		c, err := verifyToken(tc.token, [][]byte{[]byte(firstSecret), []byte(secondSecret)}, time.Unix(now, 0))
 		switch {
 		case tc.want == "" && (err != nil || c == nil):
 			t.Errorf("a token %s: %v, want it good", tc.name, err)
@@ -378,10 +378,10 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 	}
 
 	fits := minted(hs, `{"x":"`+long[:3003]+`"}`, firstSecret)
-	if _, err := verify(fits, [][]byte{[]byte(firstSecret)}, time.Unix(now, 0)); len(fits) > maxToken || len(fits) < maxToken-2 || err != nil {
+	if _, err := verifyToken(fits, [][]byte{[]byte(firstSecret)}, time.Unix(now, 0)); len(fits) > maxToken || len(fits) < maxToken-2 || err != nil {
 		t.Errorf("a token of %d bytes, and %d are allowed: %v", len(fits), maxToken, err)
 	}
-	if _, err := verify(good, nil, time.Unix(now, 0)); err == nil {
+	if _, err := verifyToken(good, nil, time.Unix(now, 0)); err == nil {
 		t.Error("without a secret a token is good")
 	}
 }
@@ -415,7 +415,7 @@ func TestATokenOfAnotherLibraryIsGood(t *testing.T) {
 			".aFPZqmyNcUBOTb_YL6XTDOiCOgdFeiB41194QcLAYEA", "made with openssl, a shell and tr..", 946684800,
 			claims{Write: []string{"a.b:c-*"}}},
 	} {
-		c, err := verify(tc.token, [][]byte{[]byte(tc.secret)}, time.Unix(tc.at, 0))
+		c, err := verifyToken(tc.token, [][]byte{[]byte(tc.secret)}, time.Unix(tc.at, 0))
 		if err != nil {
 			t.Errorf("%s: %v", tc.name, err)
 			continue
@@ -425,7 +425,7 @@ func TestATokenOfAnotherLibraryIsGood(t *testing.T) {
 			t.Errorf("%s says %s, want %s", tc.name, got, want)
 		}
 	}
-	if _, err := verify("eyJ0eXAiOiJKV1QiLA0KICJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ.dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk",
+	if _, err := verifyToken("eyJ0eXAiOiJKV1QiLA0KICJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ.dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk",
 		[][]byte{rfc}, time.Unix(1300819380, 0)); err == nil {
 		t.Error("the token of RFC 7515 is good after it expired")
 	}
@@ -453,7 +453,7 @@ func TestTheTokenThatCometesTokenPrintsIsGood(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := verify(strings.TrimSpace(out), parseSecrets(secondSecret), time.Now())
+	c, err := verifyToken(strings.TrimSpace(out), parseSecrets(secondSecret), time.Now())
 	if err != nil {
 		t.Fatalf("%s: %v; of two secrets it is signed with the first", out, err)
 	}
@@ -462,7 +462,7 @@ func TestTheTokenThatCometesTokenPrintsIsGood(t *testing.T) {
 	}
 	if out, err := printed(t, env, "-secret", firstSecret); err != nil {
 		t.Error(err)
-	} else if _, err := verify(strings.TrimSpace(out), parseSecrets(firstSecret), time.Now()); err != nil {
+	} else if _, err := verifyToken(strings.TrimSpace(out), parseSecrets(firstSecret), time.Now()); err != nil {
 		t.Errorf("with -secret: %v", err)
 	}
 	for _, args := range [][]string{{"-ttl", "0s"}, {"-sub", "a\nb"}, {"ada"}, {"-ttl", "soon"}} {
@@ -510,11 +510,11 @@ func TestPatternsOfRooms(t *testing.T) {
 		{"a b lobby", "lobby", true},
 		{"a b", "lobby", false},
 	} {
-		if got := matches(strings.Split(tc.patterns, " "), tc.room); got != tc.want {
+		if got := matchesRoom(strings.Split(tc.patterns, " "), tc.room); got != tc.want {
 			t.Errorf("%q covers %s: %v, want %v", tc.patterns, tc.room, got, tc.want)
 		}
 	}
-	if matches(nil, "lobby") {
+	if matchesRoom(nil, "lobby") {
 		t.Error("a token without a list is good for a room")
 	}
 }
@@ -872,7 +872,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 		}
 		var wg sync.WaitGroup
 		for _, tech := range techniques {
-			if tech.hold != forever || tech.name == "ws" {
+			if tech.mode != streaming || tech.name == "ws" {
 				continue
 			}
 			wg.Go(func() {
@@ -907,7 +907,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 		}
 		wg.Wait()
 		time.Sleep(time.Second)
-		if n := h.held.Load(); n != 0 {
+		if n := h.active.Load(); n != 0 {
 			t.Errorf("%d streams are held", n)
 		}
 		if got := h.status("192.0.2.1", "GET /rooms/lobby/sse", auth); got != 401 {
@@ -1319,7 +1319,7 @@ func FuzzAToken(f *testing.F) {
 		// Either what came is a token, or we sign it; else no luck would ever sign one.
 		tokens := []string{head, minted(head, claims, firstSecret)}
 		for i, tok := range tokens {
-			c, err := verify(tok, secrets, now)
+			c, err := verifyToken(tok, secrets, now)
 			if (c == nil) == (err == nil) {
 				t.Fatalf("%q: %v, %v", tok, c, err)
 			}
@@ -1343,20 +1343,20 @@ func FuzzAToken(f *testing.F) {
 			if !signed || !bytes.Contains(alg, []byte("256")) && !bytes.Contains(alg, []byte(`\u`)) {
 				t.Fatalf("%q is good, and is not signed", tok)
 			}
-			if c.until() <= now.UnixNano() || c.Nbf > 946684800 || !validUser(c.Sub) {
+			if c.expires() <= now.UnixNano() || c.Nbf > 946684800 || !validUser(c.Sub) {
 				t.Fatalf("%q is good, and says %+v", tok, *c)
 			}
 			if i == 0 { // whatever is changed in it, it is not good any more
 				for _, at := range []int{0, len(tok) / 2, len(tok) - 1} {
 					b := []byte(tok)
 					b[at] ^= 1
-					if _, err := verify(string(b), secrets, now); err == nil {
+					if _, err := verifyToken(string(b), secrets, now); err == nil {
 						t.Errorf("%q is good too", b)
 					}
 				}
 			}
 			for _, room := range append(slices.Clone(c.Read), "lobby", "_stats") {
-				if validName(room) && room[0] == '_' && matches([]string{"*"}, room) {
+				if validName(room) && room[0] == '_' && matchesRoom([]string{"*"}, room) {
 					t.Errorf("* covers %s", room)
 				}
 			}
@@ -1366,8 +1366,8 @@ func FuzzAToken(f *testing.F) {
 
 // Names in a token are what they are, not what they look like.
 func TestAClaimInCapitalsIsNone(t *testing.T) {
-	c, err := verify(signedToken(`{"SUB":"ada","READ":["*"],"Write":["lobby"]}`), [][]byte{[]byte(firstSecret)}, time.Now())
-	if err != nil || c.Sub != "" || c.may("lobby", false) || c.may("lobby", true) {
+	c, err := verifyToken(signedToken(`{"SUB":"ada","READ":["*"],"Write":["lobby"]}`), [][]byte{[]byte(firstSecret)}, time.Now())
+	if err != nil || c.Sub != "" || c.allows("lobby", false) || c.allows("lobby", true) {
 		t.Errorf("%v %+v, want a token that is good for nothing", err, c)
 	}
 }
@@ -1395,7 +1395,7 @@ func TestWhoIsAnOperator(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			h := openHall(t, "-secret", tc.secret)
-			h.relay.publish(post{room: "lobby", kind: "message", data: []byte(`"hi"`)})
+			h.relay.publish(publishRequest{room: "lobby", kind: "message", data: []byte(`"hi"`)})
 			list, _ := h.ask(tc.from, "GET /rooms", "", tc.headers...)
 			erase, body := h.ask(tc.from, "DELETE /rooms/lobby", "", tc.headers...)
 			if list.StatusCode != tc.list || erase.StatusCode != tc.erase {
@@ -1420,28 +1420,28 @@ func TestRoomsAreListedAndErased(t *testing.T) {
 		if got := list(""); got != `{"more":false,"rooms":[]}`+"\n" {
 			t.Errorf("of a relay without rooms: %s", got)
 		}
-		start := h.relay.start
-		h.relay.publish(post{room: "a", kind: "message", data: []byte(`"one"`)})
+		start := h.relay.epoch
+		h.relay.publish(publishRequest{room: "a", kind: "message", data: []byte(`"one"`)})
 		time.Sleep(time.Second)
-		h.relay.publish(post{room: "b", kind: "message", data: []byte(`"two"`)})
+		h.relay.publish(publishRequest{room: "b", kind: "message", data: []byte(`"two"`)})
 		time.Sleep(time.Second)
-		h.relay.publish(post{room: "a", kind: "typing", data: []byte(`true`), ttl: time.Minute})
+		h.relay.publish(publishRequest{room: "a", kind: "typing", data: []byte(`true`), ttl: time.Minute})
 		watcher := h.open(here, "GET /rooms/b,c/stream?user=ada", "")
 		picture := h.open(here, "GET /rooms/a/multipart?as=svg", "")
 		synctest.Wait()
 		var got struct {
-			Rooms []roomInfo
+			Rooms []roomStatus
 			More  bool
 		}
 		json.Unmarshal([]byte(list("")), &got)
 		for i := range got.Rooms {
-			if got.Rooms[i].Bytes < eventBytes {
+			if got.Rooms[i].Bytes < eventOverhead {
 				t.Errorf("%+v", got.Rooms[i])
 			}
 			got.Rooms[i].Bytes = 0
 		}
 		ms := start / 1000
-		if want := []roomInfo{{"c", 1, 1, 0, 0, 0, ms + 2000}, {"b", 1, 1, 1, 0, start + 2, ms + 2000}, {"a", 1, 0, 1, 0, start + 1, ms + 2000}}; !slices.Equal(got.Rooms, want) {
+		if want := []roomStatus{{"c", 1, 1, 0, 0, 0, ms + 2000}, {"b", 1, 1, 1, 0, start + 2, ms + 2000}, {"a", 1, 0, 1, 0, start + 1, ms + 2000}}; !slices.Equal(got.Rooms, want) {
 			t.Errorf("%+v\nwant %+v", got.Rooms, want)
 		}
 		if got := list("?prefix=b"); !strings.Contains(got, `"b"`) || strings.Contains(got, `"a"`) {
@@ -1469,7 +1469,7 @@ func TestRoomsAreListedAndErased(t *testing.T) {
 		watcher.stop()
 		picture.stop()
 		for i := range maxListed {
-			h.relay.publish(post{room: fmt.Sprint("x", i), kind: "message", data: []byte(`1`)})
+			h.relay.publish(publishRequest{room: fmt.Sprint("x", i), kind: "message", data: []byte(`1`)})
 		}
 		if got := list(""); strings.Count(got, `"room":`) != maxListed || !strings.HasPrefix(got, `{"more":true,"rooms":[{"room":"x999",`) {
 			t.Errorf("of many: %d, %.60s", strings.Count(got, `"room":`), got)

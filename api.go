@@ -40,65 +40,65 @@ const (
 
 // A server is the relay as seen by HTTP.
 type server struct {
-	relay     *relay
-	origins   *origins
-	beat      time.Duration
-	instance  string        // names this process in hello
-	secrets   [][]byte      // that tokens are signed with; none if all may read and publish
-	gate      gate          // by the address of the client
-	most      int64         // streams and requests held, in all
-	body      int64         // bytes of a publish
-	age       time.Duration // of a stream, when it is sent away; 0 for never
-	noMetrics bool          // they are on an address of their own
-	pump      pump
-	held      atomic.Int64 // streams, and requests that wait
-	leaving   atomic.Int64 // of those, how many there were when the relay stopped
-	unsent    atomic.Int64 // bytes that full sockets did not take, or that are being written; no more than the log may have
-	stats     stats
+	relay            *relay
+	origins          *origins
+	beat             time.Duration
+	instance         string        // names this process in hello
+	secrets          [][]byte      // that tokens are signed with; none if all may read and publish
+	addrs            addrLimiter   // by the address of the client
+	maxStreams       int64         // streams and requests held, in all
+	maxBody          int64         // bytes of a publish
+	maxAge           time.Duration // of a stream, when it is sent away; 0 for never
+	metricsElsewhere bool          // they are on an address of their own
+	pool             writerPool
+	active           atomic.Int64 // streams, and requests that wait
+	activeAtStop     atomic.Int64 // of those, how many there were when the relay stopped
+	unsentBytes      atomic.Int64 // bytes that full sockets did not take, or that are being written; no more than the log may have
+	stats            stats
 
-	drawingMu sync.Mutex // guards drawings
-	drawings  map[pictureOf]*canvas
+	picturesMu sync.Mutex // guards drawings
+	pictures   map[pictureKey]*renderer
 }
 
 // A fault is an error that is the client's business.
-type fault struct {
-	status int
-	text   string
-	reason string // counted under, if it is a limit or a matter of access
-	retry  int    // seconds after which it may be otherwise
-	newest int64  // of 412: the room's newest message
+type httpError struct {
+	status     int
+	message    string
+	reason     string // counted under, if it is a limit or a matter of access
+	retryAfter int    // seconds after which it may be otherwise
+	newest     int64  // of 412: the room's newest message
 }
 
-func (f fault) Error() string { return f.text }
+func (f httpError) Error() string { return f.message }
 
-func refuse(status int, text string) fault { return fault{status: status, text: text} }
+func newError(status int, text string) httpError { return httpError{status: status, message: text} }
 
-func bad(format string, args ...any) error {
-	return refuse(http.StatusBadRequest, fmt.Sprintf(format, args...))
+func badRequest(format string, args ...any) error {
+	return newError(http.StatusBadRequest, fmt.Sprintf(format, args...))
 }
 
-// limit is a refusal that is counted under a reason, and may be otherwise after
+// limitError is a refusal that is counted under a reason, and may be otherwise after
 // retry seconds.
-func limit(status int, text, reason string, retry int) fault {
-	return fault{status: status, text: text, reason: reason, retry: retry}
+func limitError(status int, text, reason string, retry int) httpError {
+	return httpError{status: status, message: text, reason: reason, retryAfter: retry}
 }
 
 var (
-	errGone     = errors.New("the client left, or takes nothing")
-	errReserved = refuse(http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another")
-	errTooBig   = limit(http.StatusRequestEntityTooLarge, "the body is too big; -body of the relay is its limit", "body", 0)
-	errSlow     = limit(http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", requestTimeout), "body", 0)
-	errTooFast  = limit(http.StatusTooManyRequests, "this address publishes too fast", "rate", 1)
-	errTooMany  = limit(http.StatusTooManyRequests, "this address holds too many connections", "address", 10)
-	errExpired  = limit(http.StatusUnauthorized, "the token has expired", "token", 0)
-	errNotGood  = limit(http.StatusForbidden, "the token is not good for this room", "token", 0)
-	errFullUp   = limit(http.StatusServiceUnavailable, "the relay holds as many connections as it may; try again later", "streams", 10)
-	errState    = bad("the state is one of online, typing, away, offline")
-	errUser     = bad("user is 1 to %d characters of UTF-8: none of them a control character, a line separator or a bidirectional control; not blank, and no space at either end", maxName)
-	errClient   = bad("client is 1 to %d of A-Z a-z 0-9 _ . : -", maxName)
-	errTTL      = bad("ttl is 1 to %d seconds", maxTTL)
-	errIf       = bad("if is the id of a message, or 0")
-	errUTF8     = bad("this is not UTF-8")
+	errClientGone     = errors.New("the client left, or takes nothing")
+	errReserved       = newError(http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another")
+	errTooBig         = limitError(http.StatusRequestEntityTooLarge, "the body is too big; -body of the relay is its limit", "body", 0)
+	errSlow           = limitError(http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", requestTimeout), "body", 0)
+	errTooFast        = limitError(http.StatusTooManyRequests, "this address publishes too fast", "rate", 1)
+	errTooManyPerAddr = limitError(http.StatusTooManyRequests, "this address holds too many connections", "address", 10)
+	errExpired        = limitError(http.StatusUnauthorized, "the token has expired", "token", 0)
+	errWrongRoom      = limitError(http.StatusForbidden, "the token is not good for this room", "token", 0)
+	errTooManyStreams = limitError(http.StatusServiceUnavailable, "the relay holds as many connections as it may; try again later", "streams", 10)
+	errState          = badRequest("the state is one of online, typing, away, offline")
+	errUser           = badRequest("user is 1 to %d characters of UTF-8: none of them a control character, a line separator or a bidirectional control; not blank, and no space at either end", maxName)
+	errClient         = badRequest("client is 1 to %d of A-Z a-z 0-9 _ . : -", maxName)
+	errTTL            = badRequest("ttl is 1 to %d seconds", maxTTL)
+	errIf             = badRequest("if is the id of a message, or 0")
+	errUTF8           = badRequest("this is not UTF-8")
 )
 
 // Values of headers that most answers have, made once.
@@ -107,7 +107,7 @@ var (
 	sameOrigin = []string{"same-origin"}
 	noStore    = []string{"no-store"}
 	jsonUTF8   = []string{"application/json; charset=utf-8"}
-	byOrigin   = []string{"Origin, Sec-Fetch-Site"}
+	varyOrigin = []string{"Origin, Sec-Fetch-Site"}
 )
 
 // ServeHTTP answers a request, and says what is wrong when it can't.
@@ -122,37 +122,37 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		return
 	}
-	f, ok := err.(fault)
+	f, ok := err.(httpError)
 	if !ok {
-		if r.Context().Err() != nil || errors.Is(err, errGone) {
+		if r.Context().Err() != nil || errors.Is(err, errClientGone) {
 			return // no error of ours
 		}
 		id := rand.Text()[:8]
-		f = refuse(http.StatusInternalServerError, "the relay failed; its log says more under "+id)
+		f = newError(http.StatusInternalServerError, "the relay failed; its log says more under "+id)
 		slog.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "error", err)
 	}
-	s.refused(f.reason)
-	if f.retry > 0 {
-		h.Set("Retry-After", strconv.Itoa(f.retry))
+	s.countRefusal(f.reason)
+	if f.retryAfter > 0 {
+		h.Set("Retry-After", strconv.Itoa(f.retryAfter))
 	}
 	if f.status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", "Bearer")
 	}
-	answer := map[string]any{"error": f.text}
+	answer := map[string]any{"error": f.message}
 	if f.status == http.StatusPreconditionFailed {
 		answer["id"] = f.newest
 	}
-	reply(w, f.status, answer)
+	writeJSON(w, f.status, answer)
 }
 
-// reply answers with v as JSON.
-func reply(w http.ResponseWriter, status int, v any) {
+// writeJSON answers with v as JSON.
+func writeJSON(w http.ResponseWriter, status int, v any) {
 	b, _ := json.Marshal(v)
-	send(w, status, b)
+	writeJSONBytes(w, status, b)
 }
 
-// send answers with JSON.
-func send(w http.ResponseWriter, status int, b []byte) {
+// writeJSONBytes answers with JSON.
+func writeJSONBytes(w http.ResponseWriter, status int, b []byte) {
 	h := w.Header()
 	h["Content-Type"] = jsonUTF8
 	w.WriteHeader(status)
@@ -171,61 +171,61 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 	whole := r.URL.EscapedPath()
 	path, ok := strings.CutPrefix(whole, "/rooms/")
 	list := whole == "/rooms"
-	if !ok && !list || (list || path == "") && browses(r) {
-		return s.page(w, r)
+	if !ok && !list || (list || path == "") && wantsHTML(r) {
+		return s.handlePage(w, r)
 	}
 	s.origins.cors(w, r)
 	if list {
-		return s.handle(w, r, &query{}, readMethods, s.listRooms)
+		return s.withAccess(w, r, &request{}, readMethods, s.listRooms)
 	}
 	name, verb, _ := strings.Cut(path, "/")
 	rooms, err := parseRooms(name)
 	if err != nil {
 		return err
 	}
-	q := &query{rooms: rooms, writes: verb == ""}
+	q := &request{rooms: rooms, publishes: verb == ""}
 	switch verb {
 	case "":
-		if browses(r) { // a person who typed the address
-			goTo(w, strings.Repeat("../", strings.Count(path, "/")+1), url.Values{"room": rooms[:1]}, r.URL.Query())
+		if wantsHTML(r) { // a person who typed the address
+			redirect(w, strings.Repeat("../", strings.Count(path, "/")+1), url.Values{"room": rooms[:1]}, r.URL.Query())
 			return nil
 		}
-		return s.handle(w, r, q, roomMethods, s.publishOrErase)
+		return s.withAccess(w, r, q, roomMethods, s.publishOrErase)
 	case "presence":
-		return s.handle(w, r, q, presenceMethods, s.presence)
+		return s.withAccess(w, r, q, presenceMethods, s.handlePresence)
 	case "form":
-		return s.handle(w, r, q, readMethods, s.form)
+		return s.withAccess(w, r, q, readMethods, s.handleForm)
 	}
 	for _, t := range techniques {
 		if t.name == verb {
-			return s.handle(w, r, q, readMethods, func(w http.ResponseWriter, r *http.Request, q *query) error {
-				if err := q.parse(r, t); err != nil {
+			return s.withAccess(w, r, q, readMethods, func(w http.ResponseWriter, r *http.Request, q *request) error {
+				if err := q.parseSubscribe(r, t); err != nil {
 					return err
 				}
-				if (t.name == "html" || t.name == "refresh") && s.keepToken(w, r, q) {
+				if (t.name == "html" || t.name == "refresh") && s.moveTokenToCookie(w, r, q) {
 					return nil
 				}
 				h := w.Header()
 				h.Set("Cache-Control", "no-store, no-transform")
 				h.Set("X-Accel-Buffering", "no") // nginx
-				c := s.stats.tallies[t.name]
+				c := s.stats.techniques[t.name]
 				c.requests.Add(1)
 				c.in.Add(requestSize(r))
-				return s.serve(w, r, t, q)
+				return s.serveTechnique(w, r, t, q)
 			})
 		}
 	}
-	return refuse(http.StatusNotFound, "there is no such technique; there are "+techniqueNames())
+	return newError(http.StatusNotFound, "there is no such technique; there are "+techniqueNames())
 }
 
-// browses reports whether a person's browser asks for a page.
-func browses(r *http.Request) bool {
+// wantsHTML reports whether a person's browser asks for a page.
+func wantsHTML(r *http.Request) bool {
 	return (r.Method == http.MethodGet || r.Method == http.MethodHead) && strings.Contains(r.Header.Get("Accept"), "text/html")
 }
 
-// goTo sends a browser on. The address is relative, for a proxy may serve the
+// redirect sends a browser on. The address is relative, for a proxy may serve the
 // relay under a path of its own.
-func goTo(w http.ResponseWriter, path string, query ...url.Values) {
+func redirect(w http.ResponseWriter, path string, query ...url.Values) {
 	all := url.Values{}
 	for _, values := range query {
 		for name, v := range values {
@@ -247,19 +247,19 @@ func techniqueNames() string {
 	return strings.Join(names, " ")
 }
 
-// handle has do answer if the method is one of methods, and the page and the token
+// withAccess has do answer if the method is one of methods, and the page and the token
 // behind the request are good for it. OPTIONS it answers itself.
-func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, methods []string, do func(http.ResponseWriter, *http.Request, *query) error) error {
+func (s *server) withAccess(w http.ResponseWriter, r *http.Request, q *request, methods []string, do func(http.ResponseWriter, *http.Request, *request) error) error {
 	if !slices.Contains(methods, r.Method) {
 		methods := strings.Join(methods, ", ")
 		w.Header().Set("Allow", methods)
 		text := r.Method + " is not for this path; " + methods + " are"
-		if q.writes {
+		if q.publishes {
 			text += ". Events are read from /rooms/{room}/{technique}: " + techniqueNames()
 		}
-		return refuse(http.StatusMethodNotAllowed, text)
+		return newError(http.StatusMethodNotAllowed, text)
 	}
-	foreign, err := s.origins.allow(r)
+	foreign, err := s.origins.check(r)
 	if err != nil {
 		return err
 	}
@@ -267,10 +267,10 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, method
 		s.origins.preflight(w, r, strings.Join(methods, ", "))
 		return nil
 	}
-	q.origin, q.ancestors, q.addr = foreign, s.origins.ancestors, s.gate.addr(r)
+	q.foreignOrigin, q.frameAncestors, q.addr = foreign, s.origins.ancestors, s.addrs.clientAddr(r)
 	if r.URL.RawQuery != "" {
 		if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
-			return bad("the query is not well formed: %v", err)
+			return badRequest("the query is not well formed: %v", err)
 		}
 	}
 	if err := s.authorize(r, q); err != nil {
@@ -280,116 +280,116 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, method
 }
 
 // A query is a request, checked.
-type query struct {
-	rooms     []string
-	values    url.Values
-	origin    string     // the foreign origin that asks; "*" if it does not say which, "" if none does
-	addr      netip.Addr // the client's
-	ancestors string     // whose pages may frame this one
-	claims    *claims    // of the token, if the relay asks for one
-	err       error      // the first that is wrong with it
-	writes    bool       // asks to publish
+type request struct {
+	rooms          []string
+	values         url.Values
+	foreignOrigin  string     // the foreign origin that asks; "*" if it does not say which, "" if none does
+	addr           netip.Addr // the client's
+	frameAncestors string     // whose pages may frame this one
+	claims         *claims    // of the token, if the relay asks for one
+	err            error      // the first that is wrong with it
+	publishes      bool       // asks to publish
 
-	seen     bool   // is seen
-	presence bool   // sees who is
-	nameless bool   // without the names of events
-	pull     bool   // a page that comes anew
-	bare     bool   // without its form
-	user     string // speaks as
-	client   string // names the page or program that asks, so that its goodbye is known for its own
-	after    int64  // -1 for none
-	last     int
-	wait     time.Duration
-	callback string
-	as       string
-	picture  pictureOf
-	here     string // who is here, in words, as HTML
+	visible       bool   // is seen
+	seesPresence  bool   // sees who is
+	unnamedEvents bool   // without the names of events
+	refreshes     bool   // a page that comes anew
+	withoutForm   bool   // without its form
+	user          string // speaks as
+	client        string // names the page or program that asks, so that its goodbye is known for its own
+	cursor        int64  // -1 for none
+	last          int
+	wait          time.Duration
+	callback      string
+	as            string
+	picture       pictureKey
+	rosterText    string // who is here, in words, as HTML
 }
 
-// want is the query as the relay takes it.
-func (q *query) want(h hold) want {
+// subscribeRequest is the query as the relay takes it.
+func (q *request) subscribeRequest(h mode) subscribeRequest {
 	user := ""
-	if q.seen {
+	if q.visible {
 		user = q.user
 	}
 	batch := 256 << 10
-	if h == forever {
+	if h == streaming {
 		batch = 16 << 10 // a client whose socket is full is kept so much at most
 	}
 	if q.as == "svg" {
-		return want{rooms: []string{q.picture.name()}, after: -1, last: 1, holds: true, batchBytes: batch}
+		return subscribeRequest{rooms: []string{q.picture.name()}, cursor: -1, last: 1, longLived: true, maxBatchBytes: batch}
 	}
-	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, client: q.client, presence: q.presence, holds: h != atOnce, batchBytes: batch}
+	return subscribeRequest{rooms: q.rooms, cursor: q.cursor, last: q.last, user: user, client: q.client, presence: q.seesPresence, longLived: h != immediate, maxBatchBytes: batch}
 }
 
-// get is the parameter's value, or "". Given twice, none of them is meant.
-func (q *query) get(name string) string { return q.one(name, q.values[name]) }
+// param is the parameter's value, or "". Given twice, none of them is meant.
+func (q *request) param(name string) string { return q.single(name, q.values[name]) }
 
-// one is the value of what may be given once, or "".
-func (q *query) one(name string, v []string) string {
+// single is the value of what may be given once, or "".
+func (q *request) single(name string, v []string) string {
 	if len(v) == 0 {
 		return ""
 	}
 	if len(v) > 1 {
-		q.fail(bad("%s is given twice", name))
+		q.setError(badRequest("%s is given twice", name))
 	}
 	return v[0]
 }
 
-// fail keeps the first that is wrong, so that a request can be read to its end
+// setError keeps the first that is wrong, so that a request can be read to its end
 // before somebody looks.
-func (q *query) fail(err error) { q.err = cmp.Or(q.err, err) }
+func (q *request) setError(err error) { q.err = cmp.Or(q.err, err) }
 
-// either is a parameter of the query or the form; both may say the same.
-func (q *query) either(form url.Values, name string) string {
-	v := q.get(name)
+// paramOrForm is a parameter of the query or the form; both may say the same.
+func (q *request) paramOrForm(form url.Values, name string) string {
+	v := q.param(name)
 	f, ok := form[name]
 	if !ok {
 		return v
 	}
 	if len(f) > 1 || v != "" && v != f[0] {
-		q.fail(bad("%s is given twice", name))
+		q.setError(badRequest("%s is given twice", name))
 	}
 	return f[0]
 }
 
-// number is the parameter as an integer from low to high, or absent.
-func (q *query) number(name string, low, high, absent int64) int64 {
-	return q.integer(name, q.get(name), low, high, absent)
+// intParam is the parameter as an integer from low to high, or absent.
+func (q *request) intParam(name string, low, high, absent int64) int64 {
+	return q.parseInt(name, q.param(name), low, high, absent)
 }
 
-// integer is number of the value v.
-func (q *query) integer(name, v string, low, high, absent int64) int64 {
+// parseInt is number of the value v.
+func (q *request) parseInt(name, v string, low, high, absent int64) int64 {
 	if v == "" {
 		return absent
 	}
 	n, err := strconv.ParseInt(v, 10, 64)
 	if err != nil || n < low || n > high || v[0] == '+' {
-		q.fail(bad("%s is an integer from %d to %d", name, low, high))
+		q.setError(badRequest("%s is an integer from %d to %d", name, low, high))
 	}
 	return n
 }
 
-// parse reads what all techniques take, and what only some do.
-func (q *query) parse(r *http.Request, t technique) error {
-	q.user = q.userName()
+// parseSubscribe reads what all techniques take, and what only some do.
+func (q *request) parseSubscribe(r *http.Request, t technique) error {
+	q.user = q.userParam()
 	const maxCursor = 1<<63 - 1
-	q.after = q.number("after", 0, maxCursor, -1)
+	q.cursor = q.intParam("after", 0, maxCursor, -1)
 	const header = "Last-Event-ID"
-	q.after = q.integer("lastEventId", q.lastEventID(), 0, maxCursor, q.after)
-	q.after = q.integer(header, q.one(header, r.Header.Values(header)), 0, maxCursor, q.after)
-	q.pull = t.name == "refresh"
-	people := q.pull || t.name == "html"
-	switch q.as = q.get("as"); {
+	q.cursor = q.parseInt("lastEventId", q.lastEventID(), 0, maxCursor, q.cursor)
+	q.cursor = q.parseInt(header, q.single(header, r.Header.Values(header)), 0, maxCursor, q.cursor)
+	q.refreshes = t.name == "refresh"
+	people := q.refreshes || t.name == "html"
+	switch q.as = q.param("as"); {
 	case slices.Contains(t.as, q.as):
 		people = people || q.as == "html"
 		if q.as == "svg" {
-			q.parseSize()
+			q.parsePictureSize()
 		}
 	case q.as == "data" && t.as == nil: // others are passed over, but this one would be missed
-		q.fail(bad("%s has no as=data; sse and ws have", t.name))
+		q.setError(badRequest("%s has no as=data; sse and ws have", t.name))
 	case q.as != "" && (q.as == "data" || t.name == "multipart"):
-		q.fail(bad("as is one of %s", strings.Join(t.as, ", ")))
+		q.setError(badRequest("as is one of %s", strings.Join(t.as, ", ")))
 	case t.as != nil:
 		q.as = t.as[0]
 	default:
@@ -399,61 +399,61 @@ func (q *query) parse(r *http.Request, t technique) error {
 	if people {
 		wait, last = 10, pageMessages
 	}
-	if q.pull {
+	if q.refreshes {
 		least = 1 // with 0 a browser asks thirty times a second
 	}
-	q.last = int(q.number("last", 0, 1<<31-1, last))
-	q.bare = q.get("form") == "0"
-	q.wait = time.Duration(q.number("wait", least, maxWait, wait)) * time.Second
-	q.wait = min(q.wait, time.Until(time.Unix(0, q.claims.until())))
-	switch see := q.get("presence"); see {
+	q.last = int(q.intParam("last", 0, 1<<31-1, last))
+	q.withoutForm = q.param("form") == "0"
+	q.wait = time.Duration(q.intParam("wait", least, maxWait, wait)) * time.Second
+	q.wait = min(q.wait, time.Until(time.Unix(0, q.claims.expires())))
+	switch see := q.param("presence"); see {
 	case "":
-		q.seen = q.user != ""
-		q.presence = q.seen
+		q.visible = q.user != ""
+		q.seesPresence = q.visible
 	case "0", "1":
-		q.presence = see == "1"
+		q.seesPresence = see == "1"
 	default:
-		q.fail(bad("presence is 1, to see it, or 0"))
+		q.setError(badRequest("presence is 1, to see it, or 0"))
 	}
-	q.user = q.speaksAs(q.user)
+	q.user = q.effectiveUser(q.user)
 	q.client = q.clientName()
-	q.nameless = q.number("names", 0, 1, 1) == 0
+	q.unnamedEvents = q.intParam("names", 0, 1, 1) == 0
 	if t.name == "jsonp" {
-		if q.callback = q.get("callback"); !validCallback(q.callback) {
-			q.fail(bad("callback is the name of a function: a JavaScript name, or several with dots between, of at most %d characters", maxName))
+		if q.callback = q.param("callback"); !validCallback(q.callback) {
+			q.setError(badRequest("callback is the name of a function: a JavaScript name, or several with dots between, of at most %d characters", maxName))
 		}
 	}
 	return q.err
 }
 
-// parseSize reads the size of a picture.
-func (q *query) parseSize() {
-	w := q.number("w", minSide, maxSide, pictureWidth)
-	h := q.number("h", minSide, maxSide, pictureHeight)
+// parsePictureSize reads the size of a picture.
+func (q *request) parsePictureSize() {
+	w := q.intParam("w", minSide, maxSide, pictureWidth)
+	h := q.intParam("h", minSide, maxSide, pictureHeight)
 	if len(q.rooms) > 1 {
-		q.fail(bad("a picture is of one room"))
+		q.setError(badRequest("a picture is of one room"))
 	}
-	q.picture = pictureOf{q.rooms[0], int(w), int(h)}
+	q.picture = pictureKey{q.rooms[0], int(w), int(h)}
 }
 
 func badRoom(name string) error {
-	return bad("%.80q is no name for a room: that is 1 to %d of A-Z a-z 0-9 _ . : -", name, maxName)
+	return badRequest("%.80q is no name for a room: that is 1 to %d of A-Z a-z 0-9 _ . : -", name, maxName)
 }
 
-// userName is the parameter user, or "".
-func (q *query) userName() string {
-	user := q.get("user")
+// userParam is the parameter user, or "".
+func (q *request) userParam() string {
+	user := q.param("user")
 	if !validUser(user) {
-		q.fail(errUser)
+		q.setError(errUser)
 	}
 	return user
 }
 
 // clientName is the parameter client, or "".
-func (q *query) clientName() string {
-	client := q.get("client")
+func (q *request) clientName() string {
+	client := q.param("client")
 	if client != "" && !validName(client) {
-		q.fail(errClient)
+		q.setError(errClient)
 	}
 	return client
 }
@@ -461,7 +461,7 @@ func (q *query) clientName() string {
 // lastEventID is the parameter by which those say where they were who can't set
 // the header: EventSource polyfills, Mercure's clients. Each spells it in its own
 // way: lastEventId, lastEventID, Last-Event-ID.
-func (q *query) lastEventID() string {
+func (q *request) lastEventID() string {
 	var ids []string
 	for name, v := range q.values {
 		if strings.EqualFold(strings.NewReplacer("-", "", "_", "").Replace(name), "lastEventId") {
@@ -469,24 +469,24 @@ func (q *query) lastEventID() string {
 		}
 	}
 	slices.Sort(ids)
-	return q.one("lastEventId", slices.Compact(ids))
+	return q.single("lastEventId", slices.Compact(ids))
 }
 
 func parseRooms(escaped string) ([]string, error) {
 	list, err := url.PathUnescape(escaped)
 	if err != nil {
-		return nil, bad("the path is not well formed: %v", err)
+		return nil, badRequest("the path is not well formed: %v", err)
 	}
 	rooms := strings.Split(list, ",")
 	if len(rooms) > maxRooms {
-		return nil, bad("these are %d rooms; one request names at most %d", len(rooms), maxRooms)
+		return nil, badRequest("these are %d rooms; one request names at most %d", len(rooms), maxRooms)
 	}
 	for i, room := range rooms {
 		if !validName(room) {
 			return nil, badRoom(room)
 		}
 		if slices.Contains(rooms[:i], room) {
-			return nil, bad("the room %q is named twice", room)
+			return nil, badRequest("the room %q is named twice", room)
 		}
 	}
 	return rooms, nil
@@ -541,46 +541,46 @@ func validCallback(s string) bool {
 }
 
 // ownTypes are those of the relay; nobody else publishes them.
-var ownTypes = []string{"hello", "presence", "gap", "beat", "ack", "error", "bye"}
+var reservedTypes = []string{"hello", "presence", "gap", "beat", "ack", "error", "bye"}
 
-// post publishes what was not checked yet, but for its data.
-func (s *server) post(p post) (id int64, fresh bool, err error) {
+// publishChecked publishes what was not checked yet, but for its data.
+func (s *server) publishChecked(p publishRequest) (id int64, fresh bool, err error) {
 	switch {
 	case p.room == "":
-		return 0, false, bad("this reads several rooms; name the one that is meant")
+		return 0, false, badRequest("this reads several rooms; name the one that is meant")
 	case !validName(p.room):
 		return 0, false, badRoom(p.room)
 	case p.room[0] == '_':
 		return 0, false, errReserved
 	case !validName(p.kind):
-		return 0, false, bad("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
-	case slices.Contains(ownTypes, p.kind):
-		return 0, false, bad("the type %s is the relay's own; publish another", p.kind)
+		return 0, false, badRequest("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
+	case slices.Contains(reservedTypes, p.kind):
+		return 0, false, badRequest("the type %s is the relay's own; publish another", p.kind)
 	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
-		return 0, false, bad("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
+		return 0, false, badRequest("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
 	}
 	if id, fresh, err = s.relay.publish(p); fresh {
 		s.stats.published.Add(1)
-		s.ease()
+		s.throttle()
 	}
 	return id, fresh, err
 }
 
-// declare sets the state of a user in a room, none of it checked yet.
-func (s *server) declare(room, user, client, state string) error {
+// setPresence sets the state of a user in a room, none of it checked yet.
+func (s *server) setPresence(room, user, client, state string) error {
 	switch {
 	case !validName(room):
-		return bad("presence is in one room; name it")
+		return badRequest("presence is in one room; name it")
 	case room[0] == '_':
 		return errReserved
 	case user == "":
-		return bad("presence is a user's; name one")
+		return badRequest("presence is a user's; name one")
 	case !validUser(user):
 		return errUser
 	case !slices.Contains([]string{"online", "typing", "away", "offline"}, state):
 		return errState
 	}
-	return s.relay.declare(room, user, client, state)
+	return s.relay.setPresence(room, user, client, state)
 }
 
 // What JSON must be, to be given to others to parse.
@@ -597,7 +597,7 @@ func checkJSON(b []byte, most int) error {
 		return errUTF8
 	}
 	if !json.Valid(b) {
-		return bad("this is not JSON; text goes as text/plain")
+		return badRequest("this is not JSON; text goes as text/plain")
 	}
 	var around []map[string]bool // the names so far of each object around; nil for an array
 	for i := 0; i < len(b); i++ {
@@ -617,8 +617,8 @@ func checkJSON(b []byte, most int) error {
 			}
 			quoted := b[i : end+1]
 			i = end
-			if halfSurrogate(quoted) {
-				return bad("this JSON has half of a surrogate pair: %.80s", quoted)
+			if hasLoneSurrogate(quoted) {
+				return badRequest("this JSON has half of a surrogate pair: %.80s", quoted)
 			}
 			if !bytes.HasPrefix(bytes.TrimLeft(b[end+1:], " \t\r\n"), []byte(":")) {
 				continue // a value
@@ -626,7 +626,7 @@ func checkJSON(b []byte, most int) error {
 			var name string
 			json.Unmarshal(quoted, &name)
 			if names := around[len(around)-1]; names[name] {
-				return bad("this JSON has the name %.80s twice in one object", quoted)
+				return badRequest("this JSON has the name %.80s twice in one object", quoted)
 			} else {
 				names[name] = true
 			}
@@ -636,20 +636,20 @@ func checkJSON(b []byte, most int) error {
 				end++
 			}
 			if _, err := strconv.ParseFloat(string(b[i:end]), 64); err != nil {
-				return bad("this JSON has a number beyond what a double holds: %.80s", b[i:end])
+				return badRequest("this JSON has a number beyond what a double holds: %.80s", b[i:end])
 			}
 			i = end - 1
 		}
 		if len(around) > most {
-			return bad("this JSON is nested deeper than %d", most)
+			return badRequest("this JSON is nested deeper than %d", most)
 		}
 	}
 	return nil
 }
 
-// halfSurrogate reports whether a JSON string escapes half of a surrogate pair
+// hasLoneSurrogate reports whether a JSON string escapes half of a surrogate pair
 // without the other (RFC 8259, 8.2).
-func halfSurrogate(quoted []byte) bool {
+func hasLoneSurrogate(quoted []byte) bool {
 	unit := func(b []byte) rune {
 		if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
 			return 0
@@ -686,76 +686,76 @@ func parseObject(b []byte, most int, fields map[string]any) error {
 		}
 	}
 	if err != nil {
-		return bad("a field of this JSON is of the wrong type")
+		return badRequest("a field of this JSON is of the wrong type")
 	}
 	return nil
 }
 
 // publishOrErase is POST, PUT and DELETE /rooms/{room}.
-func (s *server) publishOrErase(w http.ResponseWriter, r *http.Request, q *query) error {
+func (s *server) publishOrErase(w http.ResponseWriter, r *http.Request, q *request) error {
 	if len(q.rooms) > 1 {
-		return bad("publish to one room at a time, and erase one")
+		return badRequest("publish to one room at a time, and erase one")
 	}
 	if r.Method == http.MethodDelete {
 		return s.erase(w, r, q)
 	}
-	return s.publish(w, r, q)
+	return s.handlePublish(w, r, q)
 }
 
-func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error {
+func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *request) error {
 	s.stats.in.Add(requestSize(r))
-	if !s.gate.take(q.addr) {
+	if !s.addrs.allow(q.addr) {
 		return errTooFast
 	}
 	p, then, err := s.parsePost(w, r, q)
 	if err != nil {
 		return err
 	}
-	id, fresh, err := s.post(p)
+	id, fresh, err := s.publishChecked(p)
 	if err != nil {
 		return err
 	}
 	if then != "" { // a person's form: back to the page it is on
-		goTo(w, "./"+q.rooms[0]+"/"+then, url.Values{"user": {p.from}})
+		redirect(w, "./"+q.rooms[0]+"/"+then, url.Values{"user": {p.from}})
 		return nil
 	}
 	status := http.StatusOK
 	if fresh {
 		status = http.StatusCreated
 	}
-	send(w, status, append(strconv.AppendInt([]byte(`{"id":`), id, 10), '}'))
+	writeJSONBytes(w, status, append(strconv.AppendInt([]byte(`{"id":`), id, 10), '}'))
 	return nil
 }
 
 // parsePost reads a publish from a request's query, headers and body. With a
 // form of ours comes the page to go to then.
-func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p post, then string, err error) {
+func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *request) (p publishRequest, then string, err error) {
 	b, kind, form, err := s.readBody(w, r, "data")
 	s.stats.in.Add(int64(len(b)))
 	if err != nil {
 		return p, "", err
 	}
 	p.room = q.rooms[0]
-	p.kind = cmp.Or(q.either(form, "type"), "message")
-	p.from = q.either(form, "user")
-	p.key = q.either(form, "key")
-	p.unmetered = q.addr.IsLoopback()
+	p.kind = cmp.Or(q.paramOrForm(form, "type"), "message")
+	p.from = q.paramOrForm(form, "user")
+	p.key = q.paramOrForm(form, "key")
+	p.unlimited = q.addr.IsLoopback()
 	const header = "Idempotency-Key"
-	if key := q.one(header, r.Header.Values(header)); key != "" {
+	if key := q.single(header, r.Header.Values(header)); key != "" {
 		if p.key != "" && p.key != key {
-			q.fail(bad("key and Idempotency-Key differ"))
+			q.setError(badRequest("key and Idempotency-Key differ"))
 		}
 		p.key = key
 	}
 	if !validUser(p.from) {
-		q.fail(errUser)
+		q.setError(errUser)
 	}
-	p.from = q.speaksAs(p.from)
-	p.ttl = time.Duration(q.integer("ttl", q.either(form, "ttl"), 1, maxTTL, 0)) * time.Second
+	p.from = q.effectiveUser(p.from)
+	p.ttl = time.Duration(q.parseInt("ttl", q.paramOrForm(form, "ttl"), 1, maxTTL, 0)) * time.Second
 	if q.values.Has("if") || form.Has("if") {
-		newest, err := strconv.ParseUint(q.either(form, "if"), 10, 63)
+		newest, err := strconv.ParseUint(q.paramOrForm(form, "if"), 10, 63)
 		if err != nil {
-			q.fail(errIf)
+			q.setError(errIf)
 		}
 		p.onlyIf = new(int64(newest))
 	}
@@ -765,28 +765,28 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 
 	switch {
 	case len(form["data"]) > 1:
-		err = bad("data is given twice")
+		err = badRequest("data is given twice")
 	case !utf8.ValidString(form.Get("data")):
 		err = errUTF8
 	case form != nil:
-		p.data = quote([]byte(form.Get("data")))
+		p.data = quoteJSON([]byte(form.Get("data")))
 		if then = form.Get("then"); then != "form" && then != "refresh" {
 			then = ""
 		}
 	case isJSON(kind):
 		if err = checkJSON(b, maxDepth); err == nil {
-			p.data = oneLine(b)
+			p.data = compactJSON(b)
 		}
 	case !utf8.Valid(b):
-		err = bad("the body is not UTF-8; the relay carries text and JSON")
+		err = badRequest("the body is not UTF-8; the relay carries text and JSON")
 	default:
-		p.data = quote(b)
+		p.data = quoteJSON(b)
 	}
 	return p, then, err
 }
 
-// quote is text as a JSON string. Most needs nothing but the quotes.
-func quote(text []byte) []byte {
+// quoteJSON is text as a JSON string. Most needs nothing but the quotes.
+func quoteJSON(text []byte) []byte {
 	for _, c := range text {
 		if c < ' ' || c > '~' || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' {
 			b, _ := json.Marshal(string(text))
@@ -796,8 +796,8 @@ func quote(text []byte) []byte {
 	return slices.Concat([]byte(`"`), text, []byte(`"`))
 }
 
-// oneLine is valid JSON as json.Marshal writes it: on one line, and escaped.
-func oneLine(data []byte) []byte {
+// compactJSON is valid JSON as json.Marshal writes it: on one line, and escaped.
+func compactJSON(data []byte) []byte {
 	if data == nil {
 		return []byte("null")
 	}
@@ -813,7 +813,7 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 		kind, params = "", nil
 	}
 	unsupported := func(what string) error {
-		return refuse(http.StatusUnsupportedMediaType, what+" is not taken; send UTF-8, not encoded")
+		return newError(http.StatusUnsupportedMediaType, what+" is not taken; send UTF-8, not encoded")
 	}
 	if e := r.Header.Get("Content-Encoding"); e != "" && e != "identity" {
 		return nil, "", nil, unsupported("Content-Encoding " + strconv.Quote(e))
@@ -823,10 +823,10 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 	default:
 		return nil, "", nil, unsupported("charset " + strconv.Quote(c))
 	}
-	if r.ContentLength > s.body {
+	if r.ContentLength > s.maxBody {
 		return nil, "", nil, errTooBig // before a client that expects 100 is told to go on
 	}
-	b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.body))
+	b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.maxBody))
 	switch _, tooBig := errors.AsType[*http.MaxBytesError](err); {
 	case tooBig:
 		return nil, "", nil, errTooBig
@@ -834,7 +834,7 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 		w.Header().Set("Connection", "close")
 		return nil, "", nil, errSlow
 	case err != nil:
-		return nil, "", nil, bad("the body did not arrive whole")
+		return nil, "", nil, badRequest("the body did not arrive whole")
 	}
 	switch kind {
 	case "application/x-www-form-urlencoded":
@@ -843,32 +843,32 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 		}
 	case "multipart/form-data":
 		r.Body = io.NopCloser(bytes.NewReader(b))
-		if err := r.ParseMultipartForm(s.body); err != nil || !url.Values(r.MultipartForm.Value).Has(field) {
-			return nil, "", nil, bad("this is no form with a field %s", field)
+		if err := r.ParseMultipartForm(s.maxBody); err != nil || !url.Values(r.MultipartForm.Value).Has(field) {
+			return nil, "", nil, badRequest("this is no form with a field %s", field)
 		}
 		return b, kind, r.MultipartForm.Value, nil
 	}
 	return b, kind, nil, nil
 }
 
-// presence is GET and POST /rooms/{room}/presence.
-func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) error {
+// handlePresence is GET and POST /rooms/{room}/presence.
+func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *request) error {
 	if len(q.rooms) > 1 {
-		return bad("presence is in one room; name it")
+		return badRequest("presence is in one room; name it")
 	}
 	room := q.rooms[0]
 	if r.Method != http.MethodPost {
-		reply(w, http.StatusOK, struct {
+		writeJSON(w, http.StatusOK, struct {
 			Room string `json:"room"`
 			roster
-		}{room, s.relay.whoIsIn(room)})
+		}{room, s.relay.roster(room)})
 		return nil
 	}
-	user, client := q.userName(), q.clientName()
+	user, client := q.userParam(), q.clientName()
 	if q.err != nil {
 		return q.err
 	}
-	if !s.gate.take(q.addr) {
+	if !s.addrs.allow(q.addr) {
 		return errTooFast
 	}
 	b, kind, form, err := s.readBody(w, r, "state")
@@ -877,19 +877,19 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 	}
 	state := strings.TrimSpace(string(b))
 	if form != nil {
-		state, user = q.either(form, "state"), q.either(form, "user")
+		state, user = q.paramOrForm(form, "state"), q.paramOrForm(form, "user")
 	} else if isJSON(kind) || strings.HasPrefix(state, "{") {
 		state = ""
 		if err := parseObject(b, maxDepth, map[string]any{"state": &state}); err != nil {
 			return err
 		}
 	}
-	if user = q.speaksAs(user); q.err != nil {
+	if user = q.effectiveUser(user); q.err != nil {
 		return q.err
 	}
-	if err := s.declare(room, user, client, state); err != nil {
+	if err := s.setPresence(room, user, client, state); err != nil {
 		return err
 	}
-	reply(w, http.StatusOK, map[string]string{"room": room, "user": user, "state": state})
+	writeJSON(w, http.StatusOK, map[string]string{"room": room, "user": user, "state": state})
 	return nil
 }

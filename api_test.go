@@ -101,7 +101,7 @@ func TestPublish(t *testing.T) {
 			{"parameters that are empty", "?type=&user=&key=&ttl=", textKind, "hi", `{"data":"hi","type":"message"}`},
 			{"not encoded", "", "Content-Encoding: identity", "hi", `{"data":"hi","type":"message"}`},
 		} {
-			mark := b.relay.mark.Load()
+			mark := b.relay.lastID.Load()
 			res, body := b.do("POST", "/rooms/r"+test.query, test.body, test.kind)
 			if want := fmt.Sprintf("{\"id\":%d}\n", mark+1); res.StatusCode != 201 || body != want {
 				t.Errorf("%s: %s %s, want 201 %s", test.name, res.Status, body, want)
@@ -140,14 +140,14 @@ func TestPublishLimit(t *testing.T) {
 		for _, test := range []struct{ kind, head, tail string }{
 			{textKind, "", ""}, {jsonKind, `"`, `"`}, {jsonKind, `[[[{"a":"`, `"}]]]`}, {formKind, "data=", ""}, {formKind, "", ""}, {asParts, head, tail},
 		} {
-			mark := b.relay.mark.Load()
+			mark := b.relay.lastID.Load()
 			if res, body := b.do("POST", "/rooms/a", fill(test.head, test.tail, 65_536), test.kind); res.StatusCode != 201 {
 				t.Errorf("%s of 65,536 bytes: %s %s", test.kind, res.Status, body)
 			}
 			if res, body := b.do("POST", "/rooms/a", fill(test.head, test.tail, 65_537), test.kind); res.StatusCode != 413 || !isError(body) {
 				t.Errorf("%s of 65,537 bytes: %s %s", test.kind, res.Status, body)
 			}
-			if n := b.relay.mark.Load() - mark; n != 1 {
+			if n := b.relay.lastID.Load() - mark; n != 1 {
 				t.Errorf("%s: %d were published, want 1", test.kind, n)
 			}
 		}
@@ -177,7 +177,7 @@ func (b *boundless) Read(p []byte) (int, error) {
 // A key makes a retry safe.
 func TestKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *settings) { c.events = 4 })
+		b := newBed(t, pipe, func(c *config) { c.maxEvents = 4 })
 		post := func(path, body string, headers ...string) (status int, answer string) {
 			res, answer := b.do("POST", path, body, headers...)
 			return res.StatusCode, answer
@@ -193,8 +193,8 @@ func TestKey(t *testing.T) {
 			{"/rooms/a?key=k", "data=x&key=k", formKind},
 			{"/rooms/a", parts, asParts},
 		} {
-			mark := b.relay.mark.Load()
-			if status, answer := post(again[0], again[1], again[2:]...); status != 200 || answer != first || b.relay.mark.Load() != mark {
+			mark := b.relay.lastID.Load()
+			if status, answer := post(again[0], again[1], again[2:]...); status != 200 || answer != first || b.relay.lastID.Load() != mark {
 				t.Errorf("%q: %d %s, want 200 %s and nothing published", again, status, answer, first)
 			}
 		}
@@ -210,8 +210,8 @@ func TestKey(t *testing.T) {
 			{"/rooms/a?key=%00", "one"},
 			{"/rooms/a?key=%ff", "one"},
 		} {
-			mark := b.relay.mark.Load()
-			if status, answer := post(no[0], no[1], no[2:]...); status != 400 || !isError(answer) || b.relay.mark.Load() != mark {
+			mark := b.relay.lastID.Load()
+			if status, answer := post(no[0], no[1], no[2:]...); status != 400 || !isError(answer) || b.relay.lastID.Load() != mark {
 				t.Errorf("%q: %d %s, want 400 and nothing published", no, status, answer)
 			}
 		}
@@ -244,11 +244,11 @@ func TestPut(t *testing.T) {
 // two who both read it, one wins, and the other is told where to go on from.
 func TestIf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *settings) { c.events = 2 })
+		b := newBed(t, pipe, func(c *config) { c.maxEvents = 2 })
 		newest := int64(0)
 		try := func(query, body string, headers ...string) (status int, id int64) {
 			t.Helper()
-			mark := b.relay.mark.Load()
+			mark := b.relay.lastID.Load()
 			res, answer := b.do("POST", "/rooms/a?"+query, body, headers...)
 			var said struct {
 				ID    *int64
@@ -257,7 +257,7 @@ func TestIf(t *testing.T) {
 			if json.Unmarshal([]byte(answer), &said) != nil || said.ID == nil {
 				t.Fatalf("%s: %s %s", query, res.Status, answer)
 			}
-			if published := b.relay.mark.Load() - mark; (published == 1) != (res.StatusCode == 201) || (res.StatusCode == 412) != (said.Error != "") {
+			if published := b.relay.lastID.Load() - mark; (published == 1) != (res.StatusCode == 201) || (res.StatusCode == 412) != (said.Error != "") {
 				t.Errorf("%s: %s %s, and %d were published", query, res.Status, answer, published)
 			}
 			return res.StatusCode, *said.ID
@@ -306,7 +306,7 @@ func TestIf(t *testing.T) {
 func TestTheCursorByItsOtherNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t, pipe)
-		start := b.relay.start
+		start := b.relay.epoch
 		for _, text := range []string{"one", "two", "three"} {
 			b.say("a", text)
 		}
@@ -380,9 +380,9 @@ func TestPublishSignal(t *testing.T) {
 		}
 		e.expect("message before", "typing 1", "typing 500", "typing 86400")
 		time.Sleep(500*time.Second - time.Millisecond)
-		b.listen(kindOf("stream"), "a", fmt.Sprint("after=", b.relay.start)).expect("hello", "message before", "typing 500", "typing 86400")
+		b.listen(kindOf("stream"), "a", fmt.Sprint("after=", b.relay.epoch)).expect("hello", "message before", "typing 500", "typing 86400")
 		time.Sleep(time.Millisecond)
-		b.listen(kindOf("stream"), "a", fmt.Sprint("after=", b.relay.start)).expect("hello", "message before", "typing 86400")
+		b.listen(kindOf("stream"), "a", fmt.Sprint("after=", b.relay.epoch)).expect("hello", "message before", "typing 86400")
 	})
 }
 
@@ -412,12 +412,12 @@ func TestForm(t *testing.T) {
 			{"poll", "ada", "", 201},
 			{"", "ada", "", 201},
 		} {
-			mark := b.relay.mark.Load()
+			mark := b.relay.lastID.Load()
 			status, location := post(url.Values{"data": {"hi"}, "then": {test.then}, "user": {test.user}}.Encode())
 			if status != test.status || location != test.location {
 				t.Errorf("then %q as %q: %d %q, want %d %q", test.then, test.user, status, location, test.status, test.location)
 			}
-			if published := b.relay.mark.Load() > mark; published != (status < 400) {
+			if published := b.relay.lastID.Load() > mark; published != (status < 400) {
 				t.Errorf("then %q as %q: %d, published: %v", test.then, test.user, status, published)
 			}
 		}
@@ -436,13 +436,13 @@ func TestForm(t *testing.T) {
 			if !ok || len(key) < 16 || strings.Contains(page, "<b>") && strings.Contains(path, "form?user") {
 				t.Fatalf("%s: %s", path, page)
 			}
-			mark := b.relay.mark.Load()
+			mark := b.relay.lastID.Load()
 			for range 2 {
 				if status, location := post("user=ada&data=hi&then=form&key=" + key); status != 303 || location != "./a/form?user=ada" {
 					t.Errorf("%d %s", status, location)
 				}
 			}
-			if n := b.relay.mark.Load() - mark; n != 1 {
+			if n := b.relay.lastID.Load() - mark; n != 1 {
 				t.Errorf("a double click published %d", n)
 			}
 		}
@@ -550,7 +550,7 @@ func TestRefusals(t *testing.T) {
 		post(400, "/rooms/a", "--x\r\nContent-Disposition: form-data; name=\"data\"; filename=\"f\"\r\n\r\nhi\r\n--x--\r\n", "Content-Type: multipart/form-data; boundary=x")
 
 		// Types, users, callbacks.
-		for _, kind := range append([]string{"a%20b", "a/b", "%00", "%C3%A9", "%3Cb%3E", strings.Repeat("x", 65)}, ownTypes...) {
+		for _, kind := range append([]string{"a%20b", "a/b", "%00", "%C3%A9", "%3Cb%3E", strings.Repeat("x", 65)}, reservedTypes...) {
 			post(400, "/rooms/a?type="+kind, "hi")
 			post(400, "/rooms/a", "data=x&type="+kind, formKind)
 		}
@@ -625,9 +625,9 @@ func TestRefusals(t *testing.T) {
 		rooms := func() int {
 			b.relay.mu.Lock()
 			defer b.relay.mu.Unlock()
-			return len(b.relay.rooms) + b.relay.users
+			return len(b.relay.rooms) + b.relay.maxUsers
 		}
-		mark, before := b.relay.mark.Load(), rooms()
+		mark, before := b.relay.lastID.Load(), rooms()
 		for _, r := range all {
 			res, body := b.raw1(r.method, r.path, r.body, r.headers...)
 			name := fmt.Sprintf("%s %.100s %q %.100q", r.method, r.path, r.headers, r.body)
@@ -644,7 +644,7 @@ func TestRefusals(t *testing.T) {
 			if len(body) > 1000 {
 				t.Errorf("%s: the error has %d bytes", name, len(body))
 			}
-			if b.relay.mark.Load() != mark || rooms() != before {
+			if b.relay.lastID.Load() != mark || rooms() != before {
 				t.Fatalf("%s: something changed", name)
 			}
 		}
@@ -684,8 +684,8 @@ func TestATTLMakesASignal(t *testing.T) {
 		b := newBed(t, pipe)
 		for i, ask := range [][]string{{"?ttl=5", "data=hi"}, {"", "data=hi&ttl=5"}, {"?ttl=5", "data=hi&ttl=5"}} {
 			b.do("POST", "/rooms/a"+ask[0], ask[1], formKind)
-			v := b.relay.rooms["a"].view.Load()
-			if len(v.messages) != 0 || len(v.signals) != i+1 || v.signals[i].expires != v.signals[i].at+5000 {
+			v := b.relay.rooms["a"].history.Load()
+			if len(v.messages) != 0 || len(v.signals) != i+1 || v.signals[i].expiresAt != v.signals[i].publishedAt+5000 {
 				t.Fatalf("%q made %d messages and %d signals", ask, len(v.messages), len(v.signals))
 			}
 		}
@@ -715,7 +715,7 @@ func TestOnlyWhatComesIsCounted(t *testing.T) {
 // The room _stats is the relay's own, and not bound by the rate of others.
 func TestStatsGoOn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *settings) { c.roomRate = 0.1 })
+		b := newBed(t, pipe, func(c *config) { c.maxRoomRate = 0.1 })
 		e := b.listen(kindOf("stream"), "_stats").begin()
 		for range 5 {
 			if h := e.next(); h.kind != "stats" {
@@ -788,7 +788,7 @@ func TestSlowRequests(t *testing.T) {
 			if want := fmt.Sprintf("HTTP/1.1 %d", test.status); test.status != 0 && !strings.HasPrefix(string(answer), want) {
 				t.Errorf("%s: %q, want %s", name, answer, want)
 			}
-			if b.relay.mark.Load() != b.relay.start {
+			if b.relay.lastID.Load() != b.relay.epoch {
 				t.Errorf("%s: something was published", name)
 			}
 			conn.Close()
@@ -799,7 +799,7 @@ func TestSlowRequests(t *testing.T) {
 		io.WriteString(conn, "POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 100\r\n\r\nhi")
 		conn.Close()
 		synctest.Wait()
-		if b.relay.mark.Load() != b.relay.start {
+		if b.relay.lastID.Load() != b.relay.epoch {
 			t.Error("half a body was published")
 		}
 		// And a head of 32 KB is too big.
@@ -854,7 +854,7 @@ func TestAccess(t *testing.T) {
 	}
 	for open, list := range map[string]string{"own": "", "list": friend + ", http://localhost:3000", "all": "*"} {
 		t.Run(open, bubble(func(t *testing.T) {
-			b := newBed(t, pipe, func(c *settings) { c.origins = list })
+			b := newBed(t, pipe, func(c *config) { c.origins = list })
 			for _, a := range all {
 				origin := ""
 				for _, h := range a.headers {
@@ -868,7 +868,7 @@ func TestAccess(t *testing.T) {
 					if !allowed {
 						want = 403
 					}
-					mark := b.relay.mark.Load()
+					mark := b.relay.lastID.Load()
 					var body io.Reader
 					if method == "POST" {
 						body = strings.NewReader("hi")
@@ -894,7 +894,7 @@ func TestAccess(t *testing.T) {
 						return
 					}
 					if want == 403 {
-						if body, _ := io.ReadAll(res.Body); isError(string(body)) == (method == "HEAD") || b.relay.mark.Load() != mark {
+						if body, _ := io.ReadAll(res.Body); isError(string(body)) == (method == "HEAD") || b.relay.lastID.Load() != mark {
 							t.Errorf("%s: %s", a.name, body)
 						}
 					}
@@ -944,7 +944,7 @@ func TestAccess(t *testing.T) {
 // headers it needs.
 func TestPreflight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *settings) { c.origins = "https://friend.example" })
+		b := newBed(t, pipe, func(c *config) { c.origins = "https://friend.example" })
 		for path, methods := range map[string]string{
 			"/rooms/a":          "POST, PUT, DELETE, OPTIONS",
 			"/rooms/a/presence": "GET, HEAD, POST, OPTIONS",
@@ -983,7 +983,7 @@ func TestPreflight(t *testing.T) {
 // A listed page sees what is wrong with its request, whatever that is.
 func TestErrorsAcrossOrigins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *settings) { c.origins = "https://friend.example" })
+		b := newBed(t, pipe, func(c *config) { c.origins = "https://friend.example" })
 		for _, test := range []struct {
 			method, path string
 			status       int
@@ -1025,7 +1025,7 @@ func TestFrameTarget(t *testing.T) {
 		},
 	} {
 		t.Run(list, bubble(func(t *testing.T) {
-			b := newBed(t, pipe, func(c *settings) { c.origins = list })
+			b := newBed(t, pipe, func(c *config) { c.origins = list })
 			for _, test := range tests {
 				headers := []string{"Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe"}
 				if test.site != "" {

@@ -12,12 +12,12 @@ import (
 )
 
 // typical is a chat message.
-var typical = post{room: "lobby", kind: "message", from: "ada", data: []byte(`"A comet's hair is long, and so is this connection."`)}
+var typical = publishRequest{room: "lobby", kind: "message", from: "ada", data: []byte(`"A comet's hair is long, and so is this connection."`)}
 
 // benchRelay has the default limits, and a room whose history is full.
 func benchRelay(tb testing.TB) *relay {
-	r := newRelay(limits{events: 256, roomBytes: 1 << 20, allBytes: 32 << 20, rooms: 10_000, users: 20_000, roomRate: math.Inf(1), idle: time.Hour, present: time.Minute})
-	for range 2 * r.events {
+	r := newRelay(limits{maxEvents: 256, maxRoomBytes: 1 << 20, maxBytes: 32 << 20, maxRooms: 10_000, maxUsers: 20_000, maxRoomRate: math.Inf(1), roomIdle: time.Hour, presenceTTL: time.Minute})
+	for range 2 * r.maxEvents {
 		publishTypical(tb, r)
 	}
 	return r
@@ -37,15 +37,15 @@ func BenchmarkPublish(b *testing.B) {
 	for _, n := range []int{0, 100, 10_000} {
 		b.Run(fmt.Sprintf("readers=%d", n), func(b *testing.B) {
 			r := benchRelay(b)
-			readers := make([]*reader, n)
+			readers := make([]*subscriber, n)
 			for i := range readers {
-				readers[i] = openReader(b, r, "lobby", -1, want{})
+				readers[i] = openReader(b, r, "lobby", -1, subscribeRequest{})
 			}
 			b.ReportAllocs()
 			for b.Loop() {
 				publishTypical(b, r)
 				for _, rd := range readers {
-					<-rd.woken
+					<-rd.wakeup
 				}
 			}
 		})
@@ -58,11 +58,11 @@ func BenchmarkRead(b *testing.B) {
 		for _, n := range []int{1, 100} {
 			b.Run(fmt.Sprintf("rooms=%s/events=%d", rooms, n), func(b *testing.B) {
 				r := benchRelay(b)
-				rd := openReader(b, r, rooms, -1, want{})
-				batch := make([]*event, 0, batchEvents)
+				rd := openReader(b, r, rooms, -1, subscribeRequest{})
+				batch := make([]*event, 0, maxBatchEvents)
 				b.ReportAllocs()
 				for b.Loop() {
-					rd.after = r.mark.Load() - int64(n)
+					rd.cursor = r.lastID.Load() - int64(n)
 					if got := rd.next(batch); len(got) != n {
 						b.Fatalf("read %d events, want %d", len(got), n)
 					}
@@ -73,21 +73,21 @@ func BenchmarkRead(b *testing.B) {
 }
 
 // benchFraming is a technique's framing for a usual query.
-func benchFraming(t technique) framing {
-	return t.framing(&query{rooms: []string{"lobby"}, user: "ada", as: "json", callback: "comet.told", wait: 10 * time.Second})
+func benchFraming(t technique) encoder {
+	return t.encoder(&request{rooms: []string{"lobby"}, user: "ada", as: "json", callback: "comet.told", wait: 10 * time.Second})
 }
 
 // BenchmarkFrame measures the framing of one event into a buffer that has room.
 func BenchmarkFrame(b *testing.B) {
 	r := benchRelay(b)
-	events := openReader(b, r, "lobby", r.mark.Load()-r.start-1, want{}).next(nil)
+	events := openReader(b, r, "lobby", r.lastID.Load()-r.epoch-1, subscribeRequest{}).next(nil)
 	for _, t := range techniques {
 		b.Run(t.name, func(b *testing.B) {
 			f := benchFraming(t)
 			buf := make([]byte, 0, 64<<10)
 			b.ReportAllocs()
 			for b.Loop() {
-				if len(f.frame(buf, 1, events...)) == 0 {
+				if len(f.encode(buf, 1, events...)) == 0 {
 					b.Fatal("nothing was framed")
 				}
 			}
@@ -111,19 +111,19 @@ func TestPublishingAllocatesLittle(t *testing.T) {
 
 func TestFramingAllocatesNothing(t *testing.T) {
 	r := benchRelay(t)
-	publishPost(t, r, post{room: "lobby", kind: "typing", from: "ada", ttl: time.Minute})
-	events := openReader(t, r, "lobby", r.mark.Load()-r.start-2, want{}).next(nil)
+	publishPost(t, r, publishRequest{room: "lobby", kind: "typing", from: "ada", ttl: time.Minute})
+	events := openReader(t, r, "lobby", r.lastID.Load()-r.epoch-2, subscribeRequest{}).next(nil)
 	if len(events) != 2 {
 		t.Fatalf("read %d events, want a message and a signal", len(events))
 	}
 	buf := make([]byte, 0, 64<<10)
 	for _, technique := range techniques {
-		if technique.hold != forever {
+		if technique.mode != streaming {
 			continue
 		}
 		f := benchFraming(technique)
 		for _, due := range [][]*event{events[:1], events[1:], events} {
-			if n := testing.AllocsPerRun(100, func() { f.frame(buf, 1, due...) }); n > 0 {
+			if n := testing.AllocsPerRun(100, func() { f.encode(buf, 1, due...) }); n > 0 {
 				t.Errorf("framing %d events as %s is %v allocations, want none", len(due), technique.name, n)
 			}
 		}

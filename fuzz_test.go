@@ -24,11 +24,11 @@ import (
 
 // fuzzBed is a server that does not listen.
 func fuzzBed(t testing.TB) *server {
-	c, err := parse(nil, func(string) string { return "" })
+	c, err := parseFlags(nil, func(string) string { return "" })
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.roomRate, c.rate = 1e12, 1e12
+	c.maxRoomRate, c.rate = 1e12, 1e12
 	s, err := newServer(c)
 	if err != nil {
 		t.Fatal(err)
@@ -45,7 +45,7 @@ func FuzzRooms(f *testing.F) {
 	f.Fuzz(func(t *testing.T, path string) {
 		rooms, err := parseRooms(path)
 		if err != nil {
-			if fault, ok := err.(fault); !ok || fault.status != 400 || !utf8.ValidString(fault.text) || len(fault.text) > 1000 {
+			if fault, ok := err.(httpError); !ok || fault.status != 400 || !utf8.ValidString(fault.message) || len(fault.message) > 1000 {
 				t.Errorf("%q: %v, want a fault of 400", path, err)
 			}
 			return
@@ -73,8 +73,8 @@ func FuzzNumber(f *testing.F) {
 		if v == "" {
 			return // is none, see (*query).number
 		}
-		var q query
-		n := q.integer("after", v, low, high, -1)
+		var q request
+		n := q.parseInt("after", v, low, high, -1)
 		if err := q.err; err != nil {
 			if !strings.Contains(err.Error(), "after") {
 				t.Errorf("%q: %v", v, err)
@@ -99,7 +99,7 @@ func FuzzQuery(f *testing.F) {
 		}
 	}
 	s := fuzzBed(f)
-	s.post(post{room: "a", kind: "message", data: []byte(`"hi"`)})
+	s.publishChecked(publishRequest{room: "a", kind: "message", data: []byte(`"hi"`)})
 	f.Fuzz(func(t *testing.T, n uint8, query, last string) {
 		answers := []string{"refresh", "poll", "jsonp"}
 		technique := answers[int(n)%len(answers)]
@@ -202,10 +202,10 @@ func FuzzPublish(f *testing.F) {
 		if key != "" {
 			r.Header.Set("Idempotency-Key", key)
 		}
-		before := s.relay.mark.Load()
+		before := s.relay.lastID.Load()
 		w := newRecorder()
 		s.ServeHTTP(w, r)
-		published := s.relay.mark.Load() - before
+		published := s.relay.lastID.Load() - before
 		var answer struct{ ID int64 }
 		json.Unmarshal(w.Body.Bytes(), &answer)
 		switch w.Code {
@@ -279,7 +279,7 @@ func FuzzFrame(f *testing.F) {
 // checkFrame is one case of FuzzFrame.
 func checkFrame(t *testing.T, text, two bool, frame []byte) {
 	s := fuzzBed(t)
-	q := &speaker{room: "a", user: "ada"}
+	q := &wsAuthor{room: "a", user: "ada"}
 	if two {
 		q.room = ""
 	}
@@ -287,9 +287,9 @@ func checkFrame(t *testing.T, text, two bool, frame []byte) {
 	if !text {
 		kind = websocket.MessageBinary
 	}
-	before := s.relay.mark.Load()
-	answer := s.hear(q, kind, frame)
-	published := s.relay.mark.Load() - before
+	before := s.relay.lastID.Load()
+	answer := s.handleFrame(q, kind, frame)
+	published := s.relay.lastID.Load() - before
 	if answer != nil {
 		safeEvent(t, string(answer.event().json))
 	}
@@ -340,14 +340,14 @@ func FuzzPresence(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, kind, user string, body []byte) {
 		s := fuzzBed(t)
-		s.relay.present = 1
+		s.relay.presenceTTL = 1
 		r := httptest.NewRequest("POST", "/rooms/a/presence?"+url.Values{"user": {user}}.Encode(), bytes.NewReader(body))
 		r.Header.Set("Content-Type", kind)
-		before := s.relay.mark.Load()
+		before := s.relay.lastID.Load()
 		w := newRecorder()
 		s.ServeHTTP(w, r)
 		if w.Code != http.StatusOK {
-			if w.Code < 400 || w.Code > 499 || !isError(w.Body.String()) || s.relay.mark.Load() != before || len(s.relay.rooms) != 0 {
+			if w.Code < 400 || w.Code > 499 || !isError(w.Body.String()) || s.relay.lastID.Load() != before || len(s.relay.rooms) != 0 {
 				t.Errorf("%d %q", w.Code, w.Body)
 			}
 			return

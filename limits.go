@@ -23,20 +23,20 @@ import (
 
 // A bucket is a token bucket: it fills with rate tokens a second, up to two
 // seconds' worth.
-type bucket struct {
-	tokens float64
-	at     time.Time
+type tokenBucket struct {
+	tokens   float64
+	filledAt time.Time
 }
 
-// take takes a token, if there is one.
-func (b *bucket) take(rate float64, now time.Time) bool {
+// allow takes a token, if there is one.
+func (b *tokenBucket) allow(rate float64, now time.Time) bool {
 	full := max(2*rate, 1)
-	if b.at.IsZero() {
+	if b.filledAt.IsZero() {
 		b.tokens = full
 	} else {
-		b.tokens = min(full, b.tokens+rate*now.Sub(b.at).Seconds())
+		b.tokens = min(full, b.tokens+rate*now.Sub(b.filledAt).Seconds())
 	}
-	b.at = now
+	b.filledAt = now
 	if b.tokens < 1 {
 		return false
 	}
@@ -45,28 +45,28 @@ func (b *bucket) take(rate float64, now time.Time) bool {
 }
 
 // A gate counts what each client address has, and refuses more.
-type gate struct {
+type addrLimiter struct {
 	trustProxy bool
 	fly        bool    // that is Fly's
 	perAddr    int     // connections, and requests held, of one address
 	rate       float64 // publishes a second of one address
 
 	mu      sync.Mutex // guards what follows
-	held    map[netip.Addr]int
-	buckets map[netip.Addr]*bucket
+	open    map[netip.Addr]int
+	buckets map[netip.Addr]*tokenBucket
 }
 
 // maxAddrs is how many addresses a gate keeps buckets for. When there are more,
 // all begin anew.
 const maxAddrs = 1 << 16
 
-// addr is the client's address: that of the connection; or, behind a proxy that
+// clientAddr is the client's address: that of the connection; or, behind a proxy that
 // is to be trusted, what the proxy says. Of X-Forwarded-For the last hop is the
 // proxy's own word, and all before it the client's. Fly says it in a header of
 // its own (https://fly.io/docs/networking/request-headers/), which elsewhere a
 // client can send too, so there it is heard only if nothing else is said. IPv6
 // counts by /64, which is what one customer is given.
-func (g *gate) addr(r *http.Request) netip.Addr {
+func (g *addrLimiter) clientAddr(r *http.Request) netip.Addr {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
 	if g.trustProxy {
 		said := strings.Join(r.Header.Values("X-Forwarded-For"), ",")
@@ -75,19 +75,19 @@ func (g *gate) addr(r *http.Request) netip.Addr {
 		}
 		hop := strings.TrimSpace(said[strings.LastIndexByte(said, ',')+1:])
 		if a, err := netip.ParseAddr(hop); err == nil {
-			return network(a)
+			return addrKey(a)
 		}
 		if a, err := netip.ParseAddrPort(hop); err == nil { // as some proxies write it
-			return network(a.Addr())
+			return addrKey(a.Addr())
 		}
 		if said != "" { // and can't be read: one address for all such, and not the machine's own
 			return netip.IPv6Unspecified()
 		}
 	}
-	return network(from.Addr())
+	return addrKey(from.Addr())
 }
 
-func network(a netip.Addr) netip.Addr {
+func addrKey(a netip.Addr) netip.Addr {
 	if a = a.Unmap().WithZone(""); a.Is6() && !a.IsLoopback() {
 		p, _ := a.Prefix(64)
 		return p.Addr()
@@ -95,36 +95,36 @@ func network(a netip.Addr) netip.Addr {
 	return a
 }
 
-// hold takes one of the address's places; free gives it back.
-func (g *gate) hold(a netip.Addr) bool {
+// acquire takes one of the address's places; free gives it back.
+func (g *addrLimiter) acquire(a netip.Addr) bool {
 	if a.IsLoopback() || !a.IsValid() {
 		return true
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.held[a] >= g.perAddr {
+	if g.open[a] >= g.perAddr {
 		return false
 	}
-	if g.held == nil {
-		g.held = map[netip.Addr]int{}
+	if g.open == nil {
+		g.open = map[netip.Addr]int{}
 	}
-	g.held[a]++
+	g.open[a]++
 	return true
 }
 
-func (g *gate) free(a netip.Addr) {
+func (g *addrLimiter) release(a netip.Addr) {
 	if a.IsLoopback() || !a.IsValid() {
 		return
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.held[a]--; g.held[a] == 0 {
-		delete(g.held, a)
+	if g.open[a]--; g.open[a] == 0 {
+		delete(g.open, a)
 	}
 }
 
-// take takes a token of the address's bucket.
-func (g *gate) take(a netip.Addr) bool {
+// allow takes a token of the address's bucket.
+func (g *addrLimiter) allow(a netip.Addr) bool {
 	if a.IsLoopback() || !a.IsValid() {
 		return true
 	}
@@ -133,88 +133,88 @@ func (g *gate) take(a netip.Addr) bool {
 	b := g.buckets[a]
 	if b == nil {
 		if len(g.buckets) >= maxAddrs || g.buckets == nil {
-			g.buckets = map[netip.Addr]*bucket{}
+			g.buckets = map[netip.Addr]*tokenBucket{}
 		}
-		b = &bucket{}
+		b = &tokenBucket{}
 		g.buckets[a] = b
 	}
-	return b.take(g.rate, time.Now())
+	return b.allow(g.rate, time.Now())
 }
 
 // A doorman is a listener that lets in so many connections, and so many from one
 // address, and tells the others so; and does that still when the process has
 // no descriptor left.
-type doorman struct {
+type limitListener struct {
 	net.Listener
-	most  int64 // connections in all
-	gate  gate  // by the address of the connection
-	in    atomic.Int64
-	out   atomic.Int64 // connections that are being refused
-	spare *os.File     // given up for the moment it takes to refuse
-	count func(reason string)
+	maxConns     int64       // connections in all
+	addrs        addrLimiter // by the address of the connection
+	open         atomic.Int64
+	rejecting    atomic.Int64 // connections that are being refused
+	spareFD      *os.File     // given up for the moment it takes to refuse
+	countRefusal func(reason string)
 }
 
-func (d *doorman) Accept() (net.Conn, error) {
+func (d *limitListener) Accept() (net.Conn, error) {
 	for {
 		conn, err := d.Listener.Accept()
 		if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
-			if d.spare == nil {
+			if d.spareFD == nil {
 				time.Sleep(10 * time.Millisecond)
 			} else {
-				d.spare.Close()
+				d.spareFD.Close()
 				if conn, err = d.Listener.Accept(); err == nil {
-					d.refuse(conn, "descriptors")
+					d.reject(conn, "descriptors")
 					conn.Close() // at once, for there is none for the next
 				}
 			}
-			d.spare, _ = os.Open(os.DevNull)
+			d.spareFD, _ = os.Open(os.DevNull)
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
 		from, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
-		addr := network(from.Addr())
+		addr := addrKey(from.Addr())
 		switch {
-		case d.in.Load() >= d.most:
-			d.turnAway(conn, "connections")
-		case !d.gate.hold(addr):
-			d.turnAway(conn, "address")
+		case d.open.Load() >= d.maxConns:
+			d.rejectGently(conn, "connections")
+		case !d.addrs.acquire(addr):
+			d.rejectGently(conn, "address")
 		default:
-			d.in.Add(1)
-			return &visitor{Conn: conn, d: d, addr: addr}, nil
+			d.open.Add(1)
+			return &limitedConn{Conn: conn, listener: d, addr: addr}, nil
 		}
 	}
 }
 
-const refusal503 = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nRetry-After: 10\r\nConnection: close\r\n\r\n" +
+const tooManyConns = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nRetry-After: 10\r\nConnection: close\r\n\r\n" +
 	`{"error":"there are too many connections; try again later"}` + "\n"
 
-// refuse answers a connection that can't be let in.
-func (d *doorman) refuse(conn net.Conn, reason string) {
-	d.count(reason)
+// reject answers a connection that can't be let in.
+func (d *limitListener) reject(conn net.Conn, reason string) {
+	d.countRefusal(reason)
 	conn.SetDeadline(time.Now().Add(time.Second))
-	conn.Write([]byte(refusal503))
+	conn.Write([]byte(tooManyConns))
 }
 
-// turnAway refuses a connection the polite way: it waits a second for the request,
+// rejectGently refuses a connection the polite way: it waits a second for the request,
 // since some clients take no answer that comes before it, and another for the
 // client to close, since to close on what is unread would take the answer from it.
 // In a flood it does not wait.
-func (d *doorman) turnAway(conn net.Conn, reason string) {
-	if d.out.Add(1) > 100 {
-		d.out.Add(-1)
-		d.refuse(conn, reason)
+func (d *limitListener) rejectGently(conn net.Conn, reason string) {
+	if d.rejecting.Add(1) > 100 {
+		d.rejecting.Add(-1)
+		d.reject(conn, reason)
 		conn.Close()
 		return
 	}
 	go func() {
-		defer d.out.Add(-1)
+		defer d.rejecting.Add(-1)
 		defer conn.Close()
 		var b [512]byte
 		conn.SetReadDeadline(time.Now().Add(time.Second))
 		conn.Read(b[:])
-		d.refuse(conn, reason)
+		d.reject(conn, reason)
 		if c, ok := conn.(*net.TCPConn); ok {
 			c.CloseWrite()
 		}
@@ -225,37 +225,37 @@ func (d *doorman) turnAway(conn net.Conn, reason string) {
 }
 
 // A visitor is a connection that was let in, and gives its place back.
-type visitor struct {
+type limitedConn struct {
 	net.Conn
-	d    *doorman
-	addr netip.Addr
-	left atomic.Bool
+	listener *limitListener
+	addr     netip.Addr
+	closed   atomic.Bool
 }
 
-func (v *visitor) Close() error {
-	if !v.left.Swap(true) {
-		v.d.in.Add(-1)
-		v.d.gate.free(v.addr)
+func (v *limitedConn) Close() error {
+	if !v.closed.Swap(true) {
+		v.listener.open.Add(-1)
+		v.listener.addrs.release(v.addr)
 	}
 	return v.Conn.Close()
 }
 
 // CloseWrite, SetWriteBuffer and SyscallConn are those of the TCP connection within.
-func (v *visitor) CloseWrite() error {
+func (v *limitedConn) CloseWrite() error {
 	if c, ok := v.Conn.(*net.TCPConn); ok {
 		return c.CloseWrite()
 	}
 	return errors.ErrUnsupported
 }
 
-func (v *visitor) SetWriteBuffer(bytes int) error {
+func (v *limitedConn) SetWriteBuffer(bytes int) error {
 	if c, ok := v.Conn.(*net.TCPConn); ok {
 		return c.SetWriteBuffer(bytes)
 	}
 	return errors.ErrUnsupported
 }
 
-func (v *visitor) SyscallConn() (syscall.RawConn, error) {
+func (v *limitedConn) SyscallConn() (syscall.RawConn, error) {
 	if c, ok := v.Conn.(*net.TCPConn); ok {
 		return c.SyscallConn()
 	}

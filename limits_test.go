@@ -35,10 +35,10 @@ func TestABucketHoldsTwoSecondsWorthAndFillsAtItsRate(t *testing.T) {
 		{0.1, []time.Duration{0, 0, 9 * time.Second, 10 * time.Second, 10 * time.Second}, "ynnyn"},
 		{0.5, []time.Duration{0, 0, time.Second, 2 * time.Second}, "ynny"},
 	} {
-		var b bucket
+		var b tokenBucket
 		var got strings.Builder
 		for _, at := range tc.at {
-			if b.take(tc.rate, start.Add(at)) {
+			if b.allow(tc.rate, start.Add(at)) {
 				got.WriteByte('y')
 			} else {
 				got.WriteByte('n')
@@ -93,7 +93,7 @@ func TestTheAddressOfAClient(t *testing.T) {
 				r.Header.Add(name, value)
 			}
 		}
-		if got := (&gate{trustProxy: tc.trust, fly: strings.Contains(tc.headers, "Fly: yes")}).addr(r).String(); got != tc.want {
+		if got := (&addrLimiter{trustProxy: tc.trust, fly: strings.Contains(tc.headers, "Fly: yes")}).clientAddr(r).String(); got != tc.want {
 			t.Errorf("from %s with %q, trusted: %v, it is %s, want %s", tc.conn, tc.headers, tc.trust, got, tc.want)
 		}
 	}
@@ -225,7 +225,7 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 			a, "POST /rooms/a/presence?user=ada", "away", nil, 503, "60", "", wait(63 * time.Second)},
 		{"users who read", "users", []string{"-users", "2"},
 			func(h *hall) { held = streamsFrom(h, 1, a, "GET /rooms/a,b/stream?user=bob", nil) },
-			a, "GET /rooms/a/stream?user=ada", "", nil, 503, "60", "", func(h *hall) { leave(h); time.Sleep(grace + tellEvery) }},
+			a, "GET /rooms/a/stream?user=ada", "", nil, 503, "60", "", func(h *hall) { leave(h); time.Sleep(leaveGrace + announceInterval) }},
 		{"a big body", "body", []string{"-body", "10"}, func(h *hall) { h.ask(a, "POST /rooms/a", "0123456789") },
 			a, "POST /rooms/a", "0123456789a", nil, 413, "", "", nil},
 		{"a big form", "body", []string{"-body", "10"}, func(h *hall) {},
@@ -337,7 +337,7 @@ func TestAnEventSourceThatIsRefusedIsSentAwayToComeBack(t *testing.T) {
 				if tc.reason != "" && h.refusals(tc.reason) != 1 {
 					t.Errorf("%d refusals are counted under %s", h.refusals(tc.reason), tc.reason)
 				}
-				if held := h.held.Load(); held > 1 {
+				if held := h.active.Load(); held > 1 {
 					t.Errorf("%d streams are held", held)
 				}
 			})
@@ -632,16 +632,16 @@ func TestWhoLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
 		io.WriteString(stream, "GET /rooms/a/stream?last=1 HTTP/1.1\r\nHost: x\r\n\r\n")
 		socket := rawSocket(t, h, "/rooms/a/ws?last=1")
 		synctest.Wait()
-		for _, st := range h.pump.streams {
-			if st.turn.Load() != full {
-				t.Fatalf("a socket that nobody reads is not full: %d", st.turn.Load())
+		for _, st := range h.pool.sessions {
+			if st.state.Load() != stateBlocked {
+				t.Fatalf("a socket that nobody reads is not full: %d", st.state.Load())
 			}
 		}
 		time.Sleep(writeTimeout - time.Second)
 		stream.Close()
 		socket.Close()
 		time.Sleep(time.Minute)
-		if n, held := h.metric("dropped_total"), h.held.Load(); n != 0 || held != 0 {
+		if n, held := h.metric("dropped_total"), h.active.Load(); n != 0 || held != 0 {
 			t.Errorf("%v are counted as dropped, %d are still there", n, held)
 		}
 	})
@@ -728,16 +728,16 @@ func TestNothingFollowsAGoodbye(t *testing.T) {
 		c := rawSocket(t, h, "/rooms/a/ws")
 		defer c.Close()
 		synctest.Wait()
-		h.pump.mu.Lock()
-		st := h.pump.streams[0]
-		h.pump.mu.Unlock()
+		h.pool.mu.Lock()
+		st := h.pool.sessions[0]
+		h.pool.mu.Unlock()
 		go io.CopyN(io.Discard, c, 16) // let it begin
 		synctest.Wait()
-		st.say(appendClose(nil, websocket.StatusNormalClosure, ""))
+		st.enqueueFrame(wsCloseFrame(nil, websocket.StatusNormalClosure, ""))
 		h.status("192.0.2.2", "POST /rooms/a")
 		c.SetReadDeadline(time.Now().Add(time.Minute))
 		b, err := io.ReadAll(c)
-		if err != nil || !bytes.HasSuffix(b, appendClose(nil, websocket.StatusNormalClosure, "")) {
+		if err != nil || !bytes.HasSuffix(b, wsCloseFrame(nil, websocket.StatusNormalClosure, "")) {
 			t.Errorf("the socket ended with %v after %q", err, b)
 		}
 	})

@@ -87,7 +87,7 @@ func greeting(addr string, tokens bool) string {
 }
 
 // settings are what somebody in production decides.
-type settings struct {
+type config struct {
 	addr        string
 	metricsAddr string
 	origins     string
@@ -104,11 +104,11 @@ type settings struct {
 	limits
 }
 
-// parse reads the flags, and for each that is not given its environment
+// parseFlags reads the flags, and for each that is not given its environment
 // variable: COMETES_ and the name in capitals, COMETES_ROOM_BYTES for
 // -room-bytes.
-func parse(args []string, getenv func(string) string) (settings, error) {
-	var c settings
+func parseFlags(args []string, getenv func(string) string) (config, error) {
+	var c config
 	fs := flag.NewFlagSet("cometes", flag.ContinueOnError)
 	fs.StringVar(&c.addr, "addr", ":"+cmp.Or(getenv("PORT"), "8080"), "`address` to listen on; PORT, as the platforms set it, is another way to say the port")
 	fs.StringVar(&c.origins, "origins", "", "whose pages may read and publish, beside the relay's own: a `list` such as https://a.example,https://b.example, or * for all")
@@ -122,15 +122,15 @@ func parse(args []string, getenv func(string) string) (settings, error) {
 	fs.IntVar(&c.streams, "streams", 10_000, "streams and waiting polls there may be")
 	fs.IntVar(&c.perAddr, "per-addr", 256, "connections, and streams and waiting polls, that one client address may have")
 	fs.Float64Var(&c.rate, "rate", 50, "publishes a second of one client address")
-	fs.Float64Var(&c.roomRate, "room-rate", 1000, "publishes a second to one room")
+	fs.Float64Var(&c.maxRoomRate, "room-rate", 1000, "publishes a second to one room")
 	fs.Int64Var(&c.body, "body", maxBody, "`bytes` of a publish")
-	fs.IntVar(&c.users, "users", 20_000, "users there may be present, counted by room")
-	fs.IntVar(&c.events, "events", 256, "messages that a room keeps")
-	fs.IntVar(&c.roomBytes, "room-bytes", 1<<20, "`bytes` of messages that a room keeps")
-	fs.IntVar(&c.allBytes, "all-bytes", 32<<20, "`bytes` of messages that all rooms keep together; the rooms idle longest lose theirs first")
-	fs.IntVar(&c.rooms, "rooms", 10_000, "rooms there may be")
-	fs.DurationVar(&c.idle, "idle", 10*time.Minute, "a room that nobody reads or publishes to for so long is forgotten")
-	fs.DurationVar(&c.present, "present", time.Minute, "who polls is present for so long after they asked")
+	fs.IntVar(&c.maxUsers, "users", 20_000, "users there may be present, counted by room")
+	fs.IntVar(&c.maxEvents, "events", 256, "messages that a room keeps")
+	fs.IntVar(&c.maxRoomBytes, "room-bytes", 1<<20, "`bytes` of messages that a room keeps")
+	fs.IntVar(&c.maxBytes, "all-bytes", 32<<20, "`bytes` of messages that all rooms keep together; the rooms idle longest lose theirs first")
+	fs.IntVar(&c.maxRooms, "rooms", 10_000, "rooms there may be")
+	fs.DurationVar(&c.roomIdle, "idle", 10*time.Minute, "a room that nobody reads or publishes to for so long is forgotten")
+	fs.DurationVar(&c.presenceTTL, "present", time.Minute, "who polls is present for so long after they asked")
 
 	c.fly = getenv("FLY_APP_NAME") != "" // https://fly.io/docs/machines/runtime-environment/
 
@@ -151,15 +151,15 @@ func parse(args []string, getenv func(string) string) (settings, error) {
 	case err != nil:
 	case fs.NArg() > 0:
 		err = fmt.Errorf("%q is not a flag; -help lists them", fs.Arg(0))
-	case c.beat < time.Second || c.idle < time.Second || c.present < time.Second:
+	case c.beat < time.Second || c.roomIdle < time.Second || c.presenceTTL < time.Second:
 		err = errors.New("-beat, -idle and -present are 1s or more")
 	case c.age < 0:
 		err = errors.New("-age is not less than nothing")
-	case c.events < 1 || c.rooms < 1 || c.users < 1 || c.streams < 1 || c.perAddr < 1 || c.body < 1:
+	case c.maxEvents < 1 || c.maxRooms < 1 || c.maxUsers < 1 || c.streams < 1 || c.perAddr < 1 || c.body < 1:
 		err = errors.New("-events, -rooms, -users, -streams, -per-addr and -body are 1 or more")
-	case !(c.rate > 0) || !(c.roomRate > 0):
+	case !(c.rate > 0) || !(c.maxRoomRate > 0):
 		err = errors.New("-rate and -room-rate are more than nothing")
-	case c.roomBytes < 1 || c.allBytes < c.roomBytes:
+	case c.maxRoomBytes < 1 || c.maxBytes < c.maxRoomBytes:
 		err = errors.New("-room-bytes is 1 or more, and -all-bytes no less")
 	}
 	return c, err
@@ -176,7 +176,7 @@ const (
 
 // run serves until ctx is done, and then ends every stream with a bye before it returns.
 func run(ctx context.Context, args []string, getenv func(string) string) error {
-	c, err := parse(args, getenv)
+	c, err := parseFlags(args, getenv)
 	if err != nil {
 		return err
 	}
@@ -201,14 +201,14 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 	}
 	if isTerminal(os.Stderr) {
 		fmt.Fprintln(os.Stderr, greeting(listener.Addr().String(), s.secrets != nil))
-		return serve(ctx, s, s.http(c.h2c), s.doorman(listener))
+		return serve(ctx, s, s.http(c.h2c), s.limitListener(listener))
 	}
 	slog.Info("listening", "addr", listener.Addr().String(), "version", version(), "instance", s.instance,
-		"streams", c.streams, "all-bytes", c.allBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", s.secrets != nil)
+		"streams", c.streams, "all-bytes", c.maxBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", s.secrets != nil)
 	if s.secrets == nil {
 		slog.Warn("the relay is open: anybody may read and publish; -secret closes it")
 	}
-	return serve(ctx, s, s.http(c.h2c), s.doorman(listener))
+	return serve(ctx, s, s.http(c.h2c), s.limitListener(listener))
 }
 
 // http is the server as run makes it, with HTTP/2 without TLS or not.
@@ -228,14 +228,14 @@ func (s *server) http(h2c bool) *http.Server {
 	return srv
 }
 
-// doorman guards the listener. Beside what is held there are requests that
+// limitListener guards the listener. Beside what is held there are requests that
 // come and go; a tenth is for them, and 100 at least.
-func (s *server) doorman(l net.Listener) net.Listener {
-	d := &doorman{Listener: l, most: s.most + max(s.most/10, 100), count: s.refused}
-	if d.gate.perAddr = s.gate.perAddr; s.gate.trustProxy {
-		d.gate.perAddr = math.MaxInt // all come from the proxy
+func (s *server) limitListener(l net.Listener) net.Listener {
+	d := &limitListener{Listener: l, maxConns: s.maxStreams + max(s.maxStreams/10, 100), countRefusal: s.countRefusal}
+	if d.addrs.perAddr = s.addrs.perAddr; s.addrs.trustProxy {
+		d.addrs.perAddr = math.MaxInt // all come from the proxy
 	}
-	d.spare, _ = os.Open(os.DevNull)
+	d.spareFD, _ = os.Open(os.DevNull)
 	return d
 }
 
@@ -316,27 +316,27 @@ func version() string {
 }
 
 // newServer makes a server that does not listen yet.
-func newServer(c settings) (*server, error) {
+func newServer(c config) (*server, error) {
 	origins, err := newOrigins(c.origins)
 	if err != nil {
 		return nil, err
 	}
 	s := &server{
-		relay:     newRelay(c.limits),
-		origins:   origins,
-		beat:      c.beat,
-		instance:  rand.Text()[:8],
-		secrets:   parseSecrets(c.secret),
-		age:       c.age,
-		most:      int64(c.streams),
-		body:      c.body,
-		noMetrics: c.metricsAddr != "",
-		drawings:  map[pictureOf]*canvas{},
+		relay:            newRelay(c.limits),
+		origins:          origins,
+		beat:             c.beat,
+		instance:         rand.Text()[:8],
+		secrets:          parseSecrets(c.secret),
+		maxAge:           c.age,
+		maxStreams:       int64(c.streams),
+		maxBody:          c.body,
+		metricsElsewhere: c.metricsAddr != "",
+		pictures:         map[pictureKey]*renderer{},
 	}
 	if c.secret != "" && s.secrets == nil {
 		return nil, errors.New("-secret is blank")
 	}
-	s.gate.trustProxy, s.gate.fly, s.gate.perAddr, s.gate.rate = c.trustProxy, c.fly, c.perAddr, c.rate
+	s.addrs.trustProxy, s.addrs.fly, s.addrs.perAddr, s.addrs.rate = c.trustProxy, c.fly, c.perAddr, c.rate
 	s.stats.start()
 	return s, nil
 }
@@ -345,7 +345,7 @@ func newServer(c settings) (*server, error) {
 func serve(ctx context.Context, s *server, srv *http.Server, listener net.Listener) error {
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(listener) }()
-	sweep := time.NewTicker(s.relay.idle / 10)
+	sweep := time.NewTicker(s.relay.roomIdle / 10)
 	defer sweep.Stop()
 	for ctx.Err() == nil {
 		select {
@@ -357,28 +357,28 @@ func serve(ctx context.Context, s *server, srv *http.Server, listener net.Listen
 		}
 	}
 
-	slog.Info("stopping", "held", s.held.Load())
+	slog.Info("stopping", "held", s.active.Load())
 	// The listener is closed first, so that who is sent away doesn't come back
 	// to us; then the streams end, and the requests that wait.
-	srv.RegisterOnShutdown(s.stop)
+	srv.RegisterOnShutdown(s.stopStreams)
 	within, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	err := srv.Shutdown(within)
 	// A stream that was taken over is no request any more; Shutdown does not wait for it.
-	for s.held.Load() > 0 && within.Err() == nil {
+	for s.active.Load() > 0 && within.Err() == nil {
 		time.Sleep(10 * time.Millisecond)
 	}
 	if err != nil {
 		err = srv.Close()
 	}
-	slog.Info("stopped", "held", s.held.Load(), "published", s.stats.published.Load())
+	slog.Info("stopped", "held", s.active.Load(), "published", s.stats.published.Load())
 	return err
 }
 
-// stop ends every stream.
-func (s *server) stop() {
-	s.leaving.Store(s.held.Load())
-	s.drawAll()
+// stopStreams ends every stream.
+func (s *server) stopStreams() {
+	s.activeAtStop.Store(s.active.Load())
+	s.drawPictures()
 	s.relay.stop()
-	s.pump.wakeAll()
+	s.pool.wakeAll()
 }

@@ -40,28 +40,28 @@ func fromMap(env ...string) func(string) string {
 func TestSettings(t *testing.T) {
 	for _, test := range []struct {
 		args, env []string
-		get       func(settings) any
+		get       func(config) any
 		want      any
 	}{
-		{nil, nil, func(c settings) any { return c.addr }, ":8080"},
-		{nil, []string{"PORT=9"}, func(c settings) any { return c.addr }, ":9"},
-		{nil, []string{"PORT=9", "COMETES_ADDR=host:8"}, func(c settings) any { return c.addr }, "host:8"},
-		{[]string{"-addr", "host:7"}, []string{"PORT=9", "COMETES_ADDR=host:8"}, func(c settings) any { return c.addr }, "host:7"},
-		{nil, nil, func(c settings) any { return c.beat }, 15 * time.Second},
-		{nil, []string{"COMETES_BEAT=1m"}, func(c settings) any { return c.beat }, time.Minute},
-		{[]string{"--beat=2s"}, []string{"COMETES_BEAT=1m"}, func(c settings) any { return c.beat }, 2 * time.Second},
-		{nil, nil, func(c settings) any { return c.origins }, ""},
-		{[]string{"-origins", "*"}, nil, func(c settings) any { return c.origins }, "*"},
-		{nil, nil, func(c settings) any { return c.events }, 256},
-		{nil, []string{"COMETES_EVENTS="}, func(c settings) any { return c.events }, 256},
-		{nil, nil, func(c settings) any { return c.roomBytes }, 1 << 20},
-		{nil, []string{"COMETES_ROOM_BYTES=100000"}, func(c settings) any { return c.roomBytes }, 100_000},
-		{nil, nil, func(c settings) any { return c.allBytes }, 32 << 20},
-		{nil, nil, func(c settings) any { return c.rooms }, 10_000},
-		{nil, nil, func(c settings) any { return c.idle }, 10 * time.Minute},
-		{[]string{"-idle=1s", "-present", "1h"}, nil, func(c settings) any { return c.present }, time.Hour},
+		{nil, nil, func(c config) any { return c.addr }, ":8080"},
+		{nil, []string{"PORT=9"}, func(c config) any { return c.addr }, ":9"},
+		{nil, []string{"PORT=9", "COMETES_ADDR=host:8"}, func(c config) any { return c.addr }, "host:8"},
+		{[]string{"-addr", "host:7"}, []string{"PORT=9", "COMETES_ADDR=host:8"}, func(c config) any { return c.addr }, "host:7"},
+		{nil, nil, func(c config) any { return c.beat }, 15 * time.Second},
+		{nil, []string{"COMETES_BEAT=1m"}, func(c config) any { return c.beat }, time.Minute},
+		{[]string{"--beat=2s"}, []string{"COMETES_BEAT=1m"}, func(c config) any { return c.beat }, 2 * time.Second},
+		{nil, nil, func(c config) any { return c.origins }, ""},
+		{[]string{"-origins", "*"}, nil, func(c config) any { return c.origins }, "*"},
+		{nil, nil, func(c config) any { return c.maxEvents }, 256},
+		{nil, []string{"COMETES_EVENTS="}, func(c config) any { return c.maxEvents }, 256},
+		{nil, nil, func(c config) any { return c.maxRoomBytes }, 1 << 20},
+		{nil, []string{"COMETES_ROOM_BYTES=100000"}, func(c config) any { return c.maxRoomBytes }, 100_000},
+		{nil, nil, func(c config) any { return c.maxBytes }, 32 << 20},
+		{nil, nil, func(c config) any { return c.maxRooms }, 10_000},
+		{nil, nil, func(c config) any { return c.roomIdle }, 10 * time.Minute},
+		{[]string{"-idle=1s", "-present", "1h"}, nil, func(c config) any { return c.presenceTTL }, time.Hour},
 	} {
-		c, err := parse(test.args, fromMap(test.env...))
+		c, err := parseFlags(test.args, fromMap(test.env...))
 		if err != nil || test.get(c) != test.want {
 			t.Errorf("%q %q: %v %v, want %v", test.args, test.env, test.get(c), err, test.want)
 		}
@@ -91,7 +91,7 @@ func TestSettingsRefused(t *testing.T) {
 		{nil, []string{"COMETES_ROOM_BYTES=1e6"}, "COMETES_ROOM_BYTES"},
 		{nil, []string{"COMETES_ALL_BYTES=1"}, "-all-bytes"},
 	} {
-		if _, err := parse(test.args, fromMap(test.env...)); err == nil || !strings.Contains(err.Error(), test.names) {
+		if _, err := parseFlags(test.args, fromMap(test.env...)); err == nil || !strings.Contains(err.Error(), test.names) {
 			t.Errorf("%q %q: %v, want an error that names %s", test.args, test.env, err, test.names)
 		}
 	}
@@ -102,7 +102,7 @@ func TestSettingsRefused(t *testing.T) {
 			t.Errorf("-secret %q: %v; whoever sets one does not want an open relay", secret, err)
 		}
 	}
-	if _, err := parse([]string{"-help"}, fromMap()); !errors.Is(err, flag.ErrHelp) {
+	if _, err := parseFlags([]string{"-help"}, fromMap()); !errors.Is(err, flag.ErrHelp) {
 		t.Errorf("-help: %v", err)
 	}
 	for _, list := range []string{"example.com", "https://", "https://a.example/", "https://a.example/path", "ftp:a", "null", "https://a.example,b"} {
@@ -132,7 +132,7 @@ func TestHelp(t *testing.T) {
 	}
 	was := os.Stderr
 	os.Stderr = w
-	parse([]string{"-help"}, fromMap())
+	parseFlags([]string{"-help"}, fromMap())
 	os.Stderr = was
 	w.Close()
 	help, _ := io.ReadAll(r)
@@ -377,7 +377,7 @@ func TestStopWithin5s(t *testing.T) {
 		send.Close()
 		res = <-publishing
 		answer, _ := io.ReadAll(res.Body)
-		published := b.relay.mark.Load() > b.relay.start
+		published := b.relay.lastID.Load() > b.relay.epoch
 		if !(res.StatusCode == 201 && published) && !(res.StatusCode == 503 && !published && res.Header.Get("Retry-After") != "" && isError(string(answer))) {
 			t.Errorf("a publish that was under way: %s %s, published: %v", res.Status, answer, published)
 		}
@@ -453,7 +453,7 @@ func TestStreamLimit(t *testing.T) {
 	for _, network := range []string{pipe, pipeH2} {
 		t.Run(network, func(t *testing.T) {
 			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network, func(c *settings) { c.streams, c.users = 2, 1 })
+				b := newBed(t, network, func(c *config) { c.streams, c.maxUsers = 2, 1 })
 				if res, body := b.do("GET", "/rooms/a,b/stream?user=ada", ""); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body) {
 					t.Errorf("two users where one may be: %s %s", res.Status, body)
 				}

@@ -66,23 +66,23 @@ func readFiles() map[string]file {
 // shortcuts are addresses that people type for pages.
 var shortcuts = map[string]string{"/lab": "./lab.html", "/stats": "./stats.html", "/rooms": "./stats.html", "/rooms/": "../stats.html"}
 
-// page answers everything outside of /rooms/.
-func (s *server) page(w http.ResponseWriter, r *http.Request) error {
+// handlePage answers everything outside of /rooms/.
+func (s *server) handlePage(w http.ResponseWriter, r *http.Request) error {
 	f, ok := files[r.URL.Path]
-	if to := shortcuts[r.URL.Path]; to != "" && browses(r) {
-		goTo(w, to, r.URL.Query())
+	if to := shortcuts[r.URL.Path]; to != "" && wantsHTML(r) {
+		redirect(w, to, r.URL.Query())
 		return nil
 	}
-	if !ok && r.URL.Path != "/healthz" && r.URL.Path != "/token" && (r.URL.Path != "/metrics" || s.noMetrics) {
-		return refuse(http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}")
+	if !ok && r.URL.Path != "/healthz" && r.URL.Path != "/token" && (r.URL.Path != "/metrics" || s.metricsElsewhere) {
+		return newError(http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}")
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
-		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
+		return newError(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
 	}
 	switch r.URL.Path {
 	case "/metrics":
-		if err := s.authorize(r, &query{rooms: []string{statsRoom}, values: r.URL.Query()}); err != nil {
+		if err := s.authorize(r, &request{rooms: []string{statsRoom}, values: r.URL.Query()}); err != nil {
 			return err
 		}
 		s.metrics(w)
@@ -93,10 +93,10 @@ func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 		if s.relay.isStopping() {
 			return errStopping
 		}
-		reply(w, http.StatusOK, map[string]string{"status": "ok"})
+		writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 		return nil
 	}
-	if q := (&query{values: r.URL.Query()}); q.values.Has("token") && browses(r) && s.authorize(r, q) == nil && s.keepToken(w, r, q) {
+	if q := (&request{values: r.URL.Query()}); q.values.Has("token") && wantsHTML(r) && s.authorize(r, q) == nil && s.moveTokenToCookie(w, r, q) {
 		return nil
 	}
 	h := w.Header()
@@ -111,8 +111,8 @@ func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 
 // What an event says to people.
 
-// content is what its JSON holds.
-func (e *event) content() (c struct {
+// decode is what its JSON holds.
+func (e *event) decode() (c struct {
 	Room, Type, From string
 	Time             int64
 	Data             json.RawMessage
@@ -132,7 +132,7 @@ func asText(data json.RawMessage) string {
 
 // text is the event as a line of plain text.
 func (e *event) text() string {
-	c := e.content()
+	c := e.decode()
 	switch e.kind {
 	case "hello":
 		return "Connected.\n"
@@ -147,13 +147,13 @@ func (e *event) text() string {
 
 // html is the event as a line of a page. It is made once, however many read it.
 func (e *event) html() []byte {
-	e.once.Do(func() {
-		c := e.content()
+	e.htmlOnce.Do(func() {
+		c := e.decode()
 		at := time.UnixMilli(c.Time).UTC()
 		clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04") + `</time> `
 		from := "<bdi>" + html.EscapeString(c.From) + "</bdi>"
 		text := html.EscapeString(asText(c.Data))
-		line := func(class, s string) { e.page = []byte(`<p class="` + class + `">` + s + "</p>\n") }
+		line := func(class, s string) { e.htmlCache = []byte(`<p class="` + class + `">` + s + "</p>\n") }
 		switch e.kind {
 		case "hello":
 			line("note", "Connected.")
@@ -163,7 +163,7 @@ func (e *event) html() []byte {
 			}
 			line("message", clock+"<b>"+from+`</b> <span dir="auto">`+text+"</span>")
 		case "gap":
-			if e.erases() {
+			if e.isErasure() {
 				line("gap", "The messages before this were erased.")
 			} else {
 				line("gap", "Some messages may be missing here.")
@@ -178,17 +178,17 @@ func (e *event) html() []byte {
 			if c.From != "" {
 				line("note", clock+"<b>"+from+"</b> is "+text)
 			} else if json.Unmarshal(c.Data, &ros) == nil {
-				line("note", ros.sentence())
+				line("note", ros.describe())
 			}
 		default:
 			line("note", clock+"<i>"+e.kind+"</i> <b>"+from+`</b> <span dir="auto">`+text+"</span>")
 		}
 	})
-	return e.page
+	return e.htmlCache
 }
 
-// sentence is the roster in words, as HTML.
-func (ros roster) sentence() string {
+// describe is the roster in words, as HTML.
+func (ros roster) describe() string {
 	names := make([]string, 0, len(ros.Users))
 	for user, state := range ros.Users {
 		user = "<bdi>" + html.EscapeString(user) + "</bdi>"
@@ -197,7 +197,7 @@ func (ros roster) sentence() string {
 		}
 		names = append(names, user)
 	}
-	if len(names) == 0 || len(names) > crowdAbove {
+	if len(names) == 0 || len(names) > maxRosterUsers {
 		return strconv.Itoa(ros.Count) + " here"
 	}
 	slices.Sort(names)
@@ -213,11 +213,11 @@ func (ros roster) sentence() string {
 const pageMessages = 50
 
 // pagePolicy is their Content-Security-Policy.
-func (q *query) pagePolicy() string {
-	return "default-src 'none'; style-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.ancestors
+func (q *request) pagePolicy() string {
+	return "default-src 'none'; style-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.frameAncestors
 }
 
-func (q *query) title() string { return html.EscapeString(strings.Join(q.rooms, ", ")) }
+func (q *request) title() string { return html.EscapeString(strings.Join(q.rooms, ", ")) }
 
 // pageStart is how a page begins.
 func pageStart(title string) string {
@@ -232,17 +232,17 @@ func pageStart(title string) string {
 
 // pageHead is a page's beginning, with the form to write with: of its own in a
 // frame, or, in a page that comes anew as a whole, as part of it.
-func pageHead(q *query) string {
+func pageHead(q *request) string {
 	user := url.Values{"user": {q.user}}.Encode()
 	head, form := "<header>\n<h1>"+q.title()+"</h1>\n", ""
 	switch {
-	case q.bare:
+	case q.withoutForm:
 		head = "<body class=\"bare\">\n<header>\n"
-	case q.pull:
+	case q.refreshes:
 		head += `<p>This page comes anew every ` + strconv.Itoa(int(q.wait/time.Second)) + ` seconds.
 <a href="form?live=refresh&amp;` + user + `">Write at leisure</a></p>
 `
-		form = formFor(q.rooms[0], q.user, "refresh")
+		form = formHTML(q.rooms[0], q.user, "refresh")
 	default:
 		head += `<p>This page never ends: what is said appears on top.
 <a href="refresh?` + user + `">A page that comes anew instead</a></p>
@@ -250,14 +250,14 @@ func pageHead(q *query) string {
 		form = `<iframe class="form" title="Write a message" src="form?` + user + `"></iframe>
 `
 	}
-	if q.here != "" {
-		head += `<p>` + q.here + ".</p>\n"
+	if q.rosterText != "" {
+		head += `<p>` + q.rosterText + ".</p>\n"
 	}
 	return pageStart(q.title()) + head + "</header>\n" + form
 }
 
-// page appends a whole page, the newest message first.
-func page(b []byte, q *query, events []*event) []byte {
+// appendPage appends a whole page, the newest message first.
+func appendPage(b []byte, q *request, events []*event) []byte {
 	b = append(append(b, pageHead(q)...), "<main class=\"log\">\n"...)
 	for _, e := range slices.Backward(events[max(0, len(events)-pageMessages):]) {
 		if e.kind != "hello" {
@@ -267,9 +267,9 @@ func page(b []byte, q *query, events []*event) []byte {
 	return append(b, "</main>\n"...)
 }
 
-// formFor is the form that posts to a room and then shows the page named. Its
+// formHTML is the form that posts to a room and then shows the page named. Its
 // key makes a double click one message.
-func formFor(room, user, then string) string {
+func formHTML(room, user, then string) string {
 	return `<form method="post" action="../` + room + `">
 <label>Name <input name="user" value="` + html.EscapeString(user) + `" pattern="\S(.*\S)?" title="a name, without spaces around it" maxlength="64" size="10" autocomplete="nickname"></label>
 <label class="wide">Message <input name="data" required maxlength="4000" autocomplete="off"></label>
@@ -280,20 +280,20 @@ func formFor(room, user, then string) string {
 `
 }
 
-// form is GET /rooms/{room}/form: the form alone, for a frame in a page that
+// handleForm is GET /rooms/{room}/form: the form alone, for a frame in a page that
 // never ends, or, with live, above a frame with that page.
-func (s *server) form(w http.ResponseWriter, r *http.Request, q *query) error {
-	user := q.userName()
+func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) error {
+	user := q.userParam()
 	if q.err != nil {
 		return q.err
 	}
-	if s.keepToken(w, r, q) {
+	if s.moveTokenToCookie(w, r, q) {
 		return nil
 	}
-	user = q.speaksAs(user)
-	live := q.get("live")
+	user = q.effectiveUser(user)
+	live := q.param("live")
 	if live != "" && live != "refresh" {
-		q.fail(bad("live is refresh"))
+		q.setError(badRequest("live is refresh"))
 	}
 	if q.err != nil {
 		return q.err
@@ -301,7 +301,7 @@ func (s *server) form(w http.ResponseWriter, r *http.Request, q *query) error {
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("Content-Security-Policy", q.pagePolicy())
-	form := formFor(q.rooms[0], user, "form")
+	form := formHTML(q.rooms[0], user, "form")
 	if live != "" {
 		form = `<header>
 <h1>` + q.title() + `</h1>

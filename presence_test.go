@@ -31,13 +31,13 @@ type house struct {
 // newHouse opens a house, whose watcher sees presence and is not seen.
 func newHouse(t *testing.T, l limits) *house {
 	h := &house{T: t, relay: testRelay(l), start: time.Now()}
-	rd := openReader(t, h.relay, "a", -1, want{presence: true, holds: true})
-	rd.expectRoster()
+	rd := openReader(t, h.relay, "a", -1, subscribeRequest{presence: true, longLived: true})
+	rd.wantRoster()
 	ctx, cancel := context.WithCancel(context.Background())
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
-		defer rd.leave()
+		defer rd.unsubscribe()
 		for {
 			for _, e := range readAll(rd) {
 				h.mu.Lock()
@@ -56,26 +56,26 @@ func newHouse(t *testing.T, l limits) *house {
 }
 
 // stream opens a stream that names the user; who calls leave closes it.
-func (h *house) stream(user string) *reader {
+func (h *house) stream(user string) *subscriber {
 	h.Helper()
-	return openReader(h.T, h.relay, "a", -1, want{user: user, presence: true, holds: true})
+	return openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, presence: true, longLived: true})
 }
 
 func (h *house) poll(user string) {
 	h.Helper()
-	openReader(h.T, h.relay, "a", -1, want{user: user, presence: true}).leave()
+	openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, presence: true}).unsubscribe()
 }
 
 // client opens a stream of one of the user's clients.
-func (h *house) client(user, client string) *reader {
+func (h *house) client(user, client string) *subscriber {
 	h.Helper()
-	return openReader(h.T, h.relay, "a", -1, want{user: user, client: client, presence: true, holds: true})
+	return openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, client: client, presence: true, longLived: true})
 }
 
 // goodbye says that one of the user's clients leaves.
 func (h *house) goodbye(user, client string) {
 	h.Helper()
-	if err := h.declare("a", user, client, "offline"); err != nil {
+	if err := h.setPresence("a", user, client, "offline"); err != nil {
 		h.Error(err)
 	}
 }
@@ -83,7 +83,7 @@ func (h *house) goodbye(user, client string) {
 // says posts a state.
 func (h *house) says(user, state string) {
 	h.Helper()
-	if err := h.declare("a", user, "", state); err != nil {
+	if err := h.setPresence("a", user, "", state); err != nil {
 		h.Error(err)
 	}
 }
@@ -112,7 +112,7 @@ func (h *house) wantTold(want ...string) {
 // wantHere checks who asks is told.
 func (h *house) wantHere(want string) {
 	h.Helper()
-	ros := h.whoIsIn("a")
+	ros := h.roster("a")
 	if got := testNames(ros.Users); got != want || ros.Count != len(ros.Users) {
 		h.Errorf("after %v %d are here: %s; want %s", time.Since(h.start), ros.Count, got, want)
 	}
@@ -131,10 +131,10 @@ func (h *house) wantGone() {
 	if h.leases != 0 || len(h.rooms) != 0 {
 		h.Errorf("%d leases and %d rooms are left of an empty house", h.leases, len(h.rooms))
 	}
-	mark := h.mark.Load()
+	mark := h.lastID.Load()
 	time.Sleep(time.Hour)
 	synctest.Wait()
-	if h.mark.Load() != mark {
+	if h.lastID.Load() != mark {
 		h.Error("a timer is left of an empty house, and told something")
 	}
 }
@@ -148,7 +148,7 @@ func TestPresence(t *testing.T) {
 		{"a stream holds its user while it lasts, and 10 s more", func(h *house) {
 			ada := h.stream("ada")
 			h.at("5m")
-			ada.leave()
+			ada.unsubscribe()
 			h.at("5m9.999999999s")
 			h.wantHere("ada:online")
 			h.at("5m10s")
@@ -157,38 +157,38 @@ func TestPresence(t *testing.T) {
 		{"a reload tells nothing", func(h *house) {
 			ada := h.stream("ada")
 			h.at("1m")
-			ada.leave()
+			ada.unsubscribe()
 			h.at("1m9.999s")
 			ada = h.stream("ada")
 			h.at("2m")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
 		{"nor does one whose new stream comes before the old is gone", func(h *house) {
 			old := h.stream("ada")
 			h.at("1m")
 			ada := h.stream("ada")
 			h.at("1m5s")
-			old.leave()
+			old.unsubscribe()
 			h.at("2m")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
 		{"a client's goodbye is for the stream it has, though another of it has just been replaced", func(h *house) {
 			old := h.client("ada", "tab1")
 			h.at("1m")
 			ada := h.client("ada", "tab1")
-			old.leave()
+			old.unsubscribe()
 			h.at("1m1s")
 			h.goodbye("ada", "tab1")
 			h.wantHere("")
 			h.at("1m2s")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m1s ada:offline"}},
 		{"and so it is when the stream is gone before the goodbye comes", func(h *house) {
 			old := h.client("ada", "tab1")
 			h.at("1m")
 			ada := h.client("ada", "tab1")
-			old.leave()
-			ada.leave()
+			old.unsubscribe()
+			ada.unsubscribe()
 			h.at("1m1s")
 			h.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "1m1s ada:offline"}},
@@ -196,14 +196,14 @@ func TestPresence(t *testing.T) {
 			for range 3 {
 				ada := h.client("ada", "tab1")
 				time.Sleep(time.Second)
-				ada.leave()
+				ada.unsubscribe()
 			}
 			ada := h.client("ada", "tab1")
 			h.goodbye("ada", "tab1")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:offline"}},
 		{"and when it polls", func(h *house) {
-			openReader(h.T, h.relay, "a", -1, want{user: "ada", client: "tab1", presence: true}).leave()
+			openReader(h.T, h.relay, "a", -1, subscribeRequest{user: "ada", client: "tab1", presence: true}).unsubscribe()
 			h.at("2s")
 			h.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "2s ada:offline"}},
@@ -213,32 +213,32 @@ func TestPresence(t *testing.T) {
 			h.at("1m")
 			h.goodbye("ada", "tab1")
 			h.goodbye("ada", "tab1")
-			one.leave()
+			one.unsubscribe()
 			h.goodbye("ada", "tab1")
 			h.goodbye("ada", "tab3")
 			h.at("2m")
-			two.leave()
+			two.unsubscribe()
 			h.goodbye("ada", "tab2")
 			h.at("3m")
-			nameless.leave()
+			nameless.unsubscribe()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
 		{"a client that says goodbye and comes back is here", func(h *house) {
-			h.client("ada", "tab1").leave()
+			h.client("ada", "tab1").unsubscribe()
 			h.goodbye("ada", "tab1")
 			h.at("2s")
 			ada := h.client("ada", "tab1")
 			h.at("1m")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:offline", "2s ada:online", "1m10s ada:offline"}},
 		{"a goodbye that names no client is the user's, whatever their clients are called", func(h *house) {
 			ada := h.client("ada", "tab1")
 			h.at("1m")
 			h.says("ada", "offline")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
 		{"of more clients than are kept apart, those without a connection are here together", func(h *house) {
 			for i := range 3 * maxClients {
-				h.client("ada", fmt.Sprint("tab", i)).leave()
+				h.client("ada", fmt.Sprint("tab", i)).unsubscribe()
 			}
 			if n := len(h.rooms["a"].leases["ada"].clients); n > maxClients+1 {
 				h.Errorf("%d clients are kept", n)
@@ -246,27 +246,27 @@ func TestPresence(t *testing.T) {
 			h.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "10s ada:offline"}},
 		{"who returns too late has been offline", func(h *house) {
-			h.stream("ada").leave()
+			h.stream("ada").unsubscribe()
 			h.at("12s")
-			h.stream("ada").leave()
+			h.stream("ada").unsubscribe()
 		}, []string{"0s ada:online", "10s ada:offline", "12s ada:online", "22s ada:offline"}},
 		{"who returns just too late, as at a reload, is told at once", func(h *house) {
-			h.stream("ada").leave()
+			h.stream("ada").unsubscribe()
 			h.at("10.5s")
 			ada := h.stream("ada")
 			h.wantHere("ada:online")
 			h.at("20s")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "10s ada:offline", "10.5s ada:online", "30s ada:offline"}},
 		{"several streams are one user", func(h *house) {
 			one, two := h.stream("ada"), h.stream("ada")
 			h.at("1m")
-			one.leave()
+			one.unsubscribe()
 			h.at("2m")
 			three := h.stream("ada")
-			two.leave()
+			two.unsubscribe()
 			h.at("3m")
-			three.leave()
+			three.unsubscribe()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
 		{"who polls is here for a minute after", func(h *house) {
 			h.poll("ada")
@@ -278,16 +278,16 @@ func TestPresence(t *testing.T) {
 		{"the longer of poll and grace counts", func(h *house) {
 			h.poll("ada")
 			h.at("1s")
-			h.stream("ada").leave()
+			h.stream("ada").unsubscribe()
 			h.poll("bob")
 			h.at("55s")
-			h.stream("bob").leave()
+			h.stream("bob").unsubscribe()
 		}, []string{"0s ada:online", "1s bob:online", "1m0s ada:offline", "1m5s bob:offline"}},
 		{"long-polls with pauses between them tell nothing", func(h *house) {
 			for range 10 {
 				ada := h.stream("ada")
 				time.Sleep(25 * time.Second)
-				ada.leave()
+				ada.unsubscribe()
 				time.Sleep(9 * time.Second)
 			}
 		}, []string{"0s ada:online", "5m41s ada:offline"}},
@@ -307,7 +307,7 @@ func TestPresence(t *testing.T) {
 				h.says("ada", "typing")
 			}
 			h.at("1m")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:typing", "35s ada:online", "1m10s ada:offline"}},
 		{"typing ends when its user says so", func(h *house) {
 			ada := h.stream("ada")
@@ -316,13 +316,13 @@ func TestPresence(t *testing.T) {
 			h.at("4s")
 			h.says("ada", "online")
 			h.at("1m")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "2s ada:typing", "4s ada:online", "1m10s ada:offline"}},
 		{"typing may follow on coming at once", func(h *house) {
 			ada := h.stream("ada")
 			h.says("ada", "typing")
 			h.at("1m")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:typing", "5s ada:online", "1m10s ada:offline"}},
 		{"away lasts, until something else is said", func(h *house) {
 			ada := h.stream("ada")
@@ -336,17 +336,17 @@ func TestPresence(t *testing.T) {
 			h.at("1h4s")
 			h.says("ada", "typing")
 			h.at("2h")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "2s ada:away", "1h0m0s ada:online", "1h0m2s ada:away", "1h0m4s ada:typing", "1h0m9s ada:online", "2h0m10s ada:offline"}},
 		{"away outlasts a reload, and not a stay", func(h *house) {
 			ada := h.stream("ada")
 			h.at("2s")
 			h.says("ada", "away")
-			ada.leave()
+			ada.unsubscribe()
 			h.at("5s")
-			h.stream("ada").leave()
+			h.stream("ada").unsubscribe()
 			h.at("20s")
-			h.stream("ada").leave()
+			h.stream("ada").unsubscribe()
 		}, []string{"0s ada:online", "2s ada:away", "15s ada:offline", "20s ada:online", "30s ada:offline"}},
 		{"offline is at once", func(h *house) {
 			ada := h.stream("ada")
@@ -354,7 +354,7 @@ func TestPresence(t *testing.T) {
 			h.says("ada", "offline")
 			h.wantHere("")
 			h.at("1m1s")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
 		{"offline is at once, in the middle of typing too", func(h *house) {
 			ada := h.stream("ada")
@@ -362,7 +362,7 @@ func TestPresence(t *testing.T) {
 			h.says("ada", "typing")
 			h.at("1m0.1s")
 			h.says("ada", "offline")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:typing", "1m0.1s ada:offline"}},
 		{"offline is at once for who polls", func(h *house) {
 			h.poll("ada")
@@ -373,29 +373,29 @@ func TestPresence(t *testing.T) {
 			one, two := h.stream("ada"), h.stream("ada")
 			h.at("1m")
 			h.says("ada", "offline")
-			one.leave()
+			one.unsubscribe()
 			h.wantHere("ada:online")
 			h.at("2m")
-			two.leave()
+			two.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
 		{"the last tab's offline is at once", func(h *house) {
 			one, two := h.stream("ada"), h.stream("ada")
 			h.at("1m")
 			h.says("ada", "offline")
-			one.leave()
+			one.unsubscribe()
 			h.at("2m")
 			h.says("ada", "offline")
-			two.leave()
+			two.unsubscribe()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
 		{"a tab's offline that comes when the tab has gone is not the other's", func(h *house) {
 			one, two := h.stream("ada"), h.stream("ada")
 			h.at("1m")
-			one.leave()
+			one.unsubscribe()
 			h.says("ada", "offline")
 			h.at("2m")
 			h.wantHere("ada:online")
 			h.says("ada", "offline")
-			two.leave()
+			two.unsubscribe()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
 		{"offline from a tab while another polls is the poller's, who asks again", func(h *house) {
 			ada := h.stream("ada")
@@ -403,7 +403,7 @@ func TestPresence(t *testing.T) {
 			h.says("ada", "offline")
 			h.at("2s")
 			h.wantHere("ada:online")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "12s ada:offline"}},
 		{"who said offline and polls is back, though their stream closes later", func(h *house) {
 			ada := h.stream("ada")
@@ -411,7 +411,7 @@ func TestPresence(t *testing.T) {
 			h.says("ada", "offline")
 			h.at("1m2s")
 			h.poll("ada")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m2s ada:offline"}},
 		{"a reload that says offline is a moment's", func(h *house) {
 			old := h.stream("ada")
@@ -420,15 +420,15 @@ func TestPresence(t *testing.T) {
 			h.at("1m2s")
 			ada := h.stream("ada")
 			h.at("1m3s")
-			old.leave()
+			old.unsubscribe()
 			h.at("2m")
-			ada.leave()
+			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m10s ada:offline"}},
 		{"who said offline and comes again is back", func(h *house) {
 			ada := h.stream("ada")
 			h.at("1m")
 			h.says("ada", "offline")
-			ada.leave()
+			ada.unsubscribe()
 			h.at("2m")
 			h.poll("ada")
 			h.says("ada", "offline")
@@ -451,11 +451,11 @@ func TestPresence(t *testing.T) {
 			h.at("1s")
 			bob := h.stream("bob")
 			h.at("2s")
-			ada.leave()
+			ada.unsubscribe()
 			h.at("3s")
 			h.says("bob", "typing")
 			h.at("1m")
-			bob.leave()
+			bob.unsubscribe()
 		}, []string{"0s ada:online", "1s bob:online", "3s bob:typing", "8s bob:online", "12s ada:offline", "1m10s bob:offline"}},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
@@ -479,16 +479,16 @@ func TestPresence(t *testing.T) {
 func TestAUserIsSeenInEachRoomOfTheirStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := testRelay(limits{})
-		watcher := openReader(t, r, "a,b,c", -1, want{presence: true})
-		watcher.expectRoster()
+		watcher := openReader(t, r, "a,b,c", -1, subscribeRequest{presence: true})
+		watcher.wantRoster()
 		wantRead(t, watcher, "{} {} {}")
-		ada := openReader(t, r, "a,b", -1, want{user: "ada", presence: true, holds: true})
+		ada := openReader(t, r, "a,b", -1, subscribeRequest{user: "ada", presence: true, longLived: true})
 		wantRead(t, watcher, "ada:online ada:online")
-		if a, c := r.whoIsIn("a").Count, r.whoIsIn("c").Count; a != 1 || c != 0 {
+		if a, c := r.roster("a").Count, r.roster("c").Count; a != 1 || c != 0 {
 			t.Errorf("%d in a and %d in c, want 1 and 0", a, c)
 		}
-		r.declare("b", "ada", "", "offline")
-		ada.leave()
+		r.setPresence("b", "ada", "", "offline")
+		ada.unsubscribe()
 		wantRead(t, watcher, "ada:offline")
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
@@ -501,19 +501,19 @@ func TestAUserIsSeenInEachRoomOfTheirStream(t *testing.T) {
 func TestWhoSeesPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t, limits{})
-		mark := h.mark.Load() - h.relay.start
+		mark := h.lastID.Load() - h.relay.epoch
 		h.stream("ada")
 		publishText(t, h.relay, "a", "hi")
 
-		blind := openReader(t, h.relay, "a", mark, want{holds: true})
+		blind := openReader(t, h.relay, "a", mark, subscribeRequest{longLived: true})
 		wantRead(t, blind, "2:a:hi")
-		poller := openReader(t, h.relay, "a", mark, want{user: "pol", presence: true})
+		poller := openReader(t, h.relay, "a", mark, subscribeRequest{user: "pol", presence: true})
 		wantRead(t, poller, "ada:online 2:a:hi pol:online")
-		unseen := openReader(t, h.relay, "a", mark, want{presence: true, holds: true})
-		unseen.expectRoster()
+		unseen := openReader(t, h.relay, "a", mark, subscribeRequest{presence: true, longLived: true})
+		unseen.wantRoster()
 		wantRead(t, unseen, "2:a:hi {ada:online pol:online}")
-		eve := openReader(t, h.relay, "a", mark, want{user: "eve", presence: true, holds: true})
-		eve.expectRoster()
+		eve := openReader(t, h.relay, "a", mark, subscribeRequest{user: "eve", presence: true, longLived: true})
+		eve.wantRoster()
 		wantRead(t, eve, "2:a:hi {ada:online eve:online pol:online}")
 
 		h.says("ada", "away")
@@ -530,17 +530,17 @@ func TestWhoSeesPresence(t *testing.T) {
 func TestTheRosterComesBehindTheBacklog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t, limits{})
-		const n = batchEvents + 10
+		const n = maxBatchEvents + 10
 		for range n {
 			publishText(t, h.relay, "a", "x")
 		}
 		h.stream("ada")
-		rd := openReader(t, h.relay, "a", 0, want{presence: true, holds: true})
-		rd.expectRoster()
+		rd := openReader(t, h.relay, "a", 0, subscribeRequest{presence: true, longLived: true})
+		rd.wantRoster()
 		batch := rd.next(nil)
 		h.stream("bob")
 		rest := testWords(h.relay, readAll(rd))
-		if len(batch) != batchEvents || !strings.HasSuffix(rest, fmt.Sprintf("%d:a:x {ada:online bob:online}", n)) || strings.Contains(rest, " ada:") {
+		if len(batch) != maxBatchEvents || !strings.HasSuffix(rest, fmt.Sprintf("%d:a:x {ada:online bob:online}", n)) || strings.Contains(rest, " ada:") {
 			t.Errorf("behind %d events came %s", len(batch), rest)
 		}
 		h.stream("cyd")
@@ -554,11 +554,11 @@ func TestNoneIsTwiceBetweenRosterAndEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t, limits{})
 		rd := openReader(t, h.relay, "a", -1, wantPresence)
-		rd.expectRoster()
+		rd.wantRoster()
 		rd.next(nil)
 		h.stream("ada")
 		publishText(t, h.relay, "a", "hi")
-		if opening := testWords(h.relay, rd.rosters(nil)); opening != "{ada:online}" {
+		if opening := testWords(h.relay, rd.appendRosters(nil)); opening != "{ada:online}" {
 			t.Errorf("the roster is %s", opening)
 		}
 		h.stream("bob")
@@ -588,8 +588,8 @@ func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 		h.wantHere("ada:online bob:online")
 		h.at("1m")
 		h.wantHere("bob:online")
-		rd := openReader(t, h.relay, "a", -1, want{presence: true})
-		rd.expectRoster()
+		rd := openReader(t, h.relay, "a", -1, subscribeRequest{presence: true})
+		rd.wantRoster()
 		wantRead(t, rd, "{bob:online}")
 		h.wantTold("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing")
 
@@ -598,8 +598,8 @@ func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 		h.rooms["a"].leases["ada"].timer.Reset(0)
 		h.relay.mu.Unlock()
 		h.wantTold("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing", "2m0s ada:offline")
-		bob.leave()
-		rd.leave()
+		bob.unsubscribe()
+		rd.unsubscribe()
 		h.wantGone()
 	})
 }
@@ -672,12 +672,12 @@ func TestAFloodOfTypingIsOneEventASecond(t *testing.T) {
 func TestACrowdIsOnlyCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t, limits{})
-		var streams []*reader
+		var streams []*subscriber
 		var want []string
 		told := func(format string, args ...any) { want = append(want, fmt.Sprintf(format, args...)) }
 		told("0s {}")
 		for i := range 150 { // one every 10 ms
-			if i < crowdAbove {
+			if i < maxRosterUsers {
 				told("%v u%03d:online", time.Since(h.start), i)
 			}
 			streams = append(streams, h.stream(fmt.Sprintf("u%03d", i)))
@@ -691,25 +691,25 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 
 		// Nobody's typing is told, but who asks for everyone is told of it.
 		h.says("u007", "typing")
-		if ros := h.whoIsIn("a"); ros.Count != 150 || ros.Users["u007"] != "typing" {
+		if ros := h.roster("a"); ros.Count != 150 || ros.Users["u007"] != "typing" {
 			t.Errorf("%d are here, u007 is %s", ros.Count, ros.Users["u007"])
 		}
 		rd := openReader(t, h.relay, "a", -1, wantPresence)
-		rd.expectRoster()
+		rd.wantRoster()
 		wantRead(t, rd, "{150}")
-		rd.leave()
+		rd.unsubscribe()
 		h.at("9s")
 		h.wantTold(want...)
 
 		// 49 leave, and it still is a crowd; then one more, and it is told who is left.
 		for _, rd := range streams[:49] {
-			rd.leave()
+			rd.unsubscribe()
 		}
 		told("19s {149}")
 		told("20s {101}")
 		h.at("30s")
 		h.wantTold(want...)
-		streams[49].leave()
+		streams[49].unsubscribe()
 		var left []string
 		for i := 50; i < 150; i++ {
 			left = append(left, fmt.Sprintf("u%03d:online", i))
@@ -718,52 +718,52 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		h.at("50s")
 		h.wantTold(want...)
 		rd = openReader(t, h.relay, "a", -1, wantPresence)
-		rd.expectRoster()
+		rd.wantRoster()
 		wantRead(t, rd, "{"+strings.Join(left, " ")+"}")
-		rd.leave()
+		rd.unsubscribe()
 
 		// From there on, singly.
-		streams[50].leave()
+		streams[50].unsubscribe()
 		h.says("u149", "away")
 		told("50s u149:away")
 		told("1m0s u050:offline")
 		h.at("2m")
 		h.wantTold(want...)
 		for _, rd := range streams[51:] {
-			rd.leave()
+			rd.unsubscribe()
 		}
 		h.wantGone()
 	})
 }
 
-var wantPresence = want{presence: true, holds: true}
+var wantPresence = subscribeRequest{presence: true, longLived: true}
 
 // Everybody comes, and goes, and the room is told of it a few hundred times.
 func TestTenThousandComeAndGo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n = 10_000
 		r := testRelay(limits{})
-		var streams []*reader
+		var streams []*subscriber
 		for i := range n { // over 20 s
-			streams = append(streams, openReader(t, r, "a", -1, want{user: fmt.Sprint("user", i), presence: true, holds: true}))
+			streams = append(streams, openReader(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), presence: true, longLived: true}))
 			time.Sleep(2 * time.Millisecond)
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()
-		if told := r.mark.Load() - r.start; told > crowdAbove+22 {
+		if told := r.lastID.Load() - r.epoch; told > maxRosterUsers+22 {
 			t.Errorf("%d joins in 21 s were %d events", n, told)
 		}
-		if c := r.whoIsIn("a").Count; c != n {
+		if c := r.roster("a").Count; c != n {
 			t.Errorf("%d of %d are here", c, n)
 		}
 		checkBooks(t, r)
-		before := r.mark.Load()
+		before := r.lastID.Load()
 		for _, rd := range streams {
-			rd.leave()
+			rd.unsubscribe()
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if told := r.mark.Load() - before; told > 5 {
+		if told := r.lastID.Load() - before; told > 5 {
 			t.Errorf("%d left at once, which was %d events", n, told)
 		}
 		r.sweep(time.Now().Add(time.Hour))
@@ -775,30 +775,30 @@ func TestTenThousandComeAndGo(t *testing.T) {
 
 func TestTooManyUsers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{users: 1000})
-		for i := range r.limits.users {
-			if err := r.declare("a", fmt.Sprint("user", i), "", "online"); err != nil {
+		r := testRelay(limits{maxUsers: 1000})
+		for i := range r.limits.maxUsers {
+			if err := r.setPresence("a", fmt.Sprint("user", i), "", "online"); err != nil {
 				t.Fatal(i, err)
 			}
 		}
-		mark, rooms := r.mark.Load(), len(r.rooms)
-		if err := r.declare("b", "one more", "", "online"); err != errTooManyUsers {
+		mark, rooms := r.lastID.Load(), len(r.rooms)
+		if err := r.setPresence("b", "one more", "", "online"); err != errTooManyUsers {
 			t.Errorf("a user too many: %v", err)
 		}
-		if _, err := tryReader(r, want{rooms: []string{"a", "b"}, user: "one more", holds: true}); err != errTooManyUsers {
+		if _, err := tryReader(r, subscribeRequest{rooms: []string{"a", "b"}, user: "one more", longLived: true}); err != errTooManyUsers {
 			t.Errorf("a reader too many: %v", err)
 		}
-		if len(r.rooms) != rooms || r.mark.Load() != mark || len(r.rooms["a"].readers) != 0 {
+		if len(r.rooms) != rooms || r.lastID.Load() != mark || len(r.rooms["a"].subscriptions) != 0 {
 			t.Error("a refused user has changed something")
 		}
-		if err := r.declare("a", "user7", "", "away"); err != nil {
+		if err := r.setPresence("a", "user7", "", "away"); err != nil {
 			t.Errorf("one who is here: %v", err)
 		}
-		openReader(t, r, "a", 0, want{presence: true}).leave() // who is not seen may read
+		openReader(t, r, "a", 0, subscribeRequest{presence: true}).unsubscribe() // who is not seen may read
 		checkBooks(t, r)
 		time.Sleep(time.Minute + time.Second)
 		synctest.Wait()
-		if err := r.declare("b", "one more", "", "online"); err != nil {
+		if err := r.setPresence("b", "one more", "", "online"); err != nil {
 			t.Errorf("when the others are gone: %v", err)
 		}
 		if r.leases != 1 {
@@ -811,9 +811,9 @@ func TestTooManyUsers(t *testing.T) {
 // signals, is sent the roster.
 func TestWhoMissedPresenceIsSentTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{events: 2})
+		h := newHouse(t, limits{maxEvents: 2})
 		rd := openReader(t, h.relay, "a", -1, wantPresence)
-		rd.expectRoster()
+		rd.wantRoster()
 		wantRead(t, rd, "{}")
 		for _, user := range []string{"ada", "bob"} {
 			h.stream(user)
@@ -829,7 +829,7 @@ func TestWhoMissedPresenceIsSentTheRoster(t *testing.T) {
 		// Or for the room's history was forgotten.
 		h.stream("gus")
 		h.relay.mu.Lock()
-		h.forget(h.rooms["a"])
+		h.dropHistory(h.rooms["a"])
 		h.relay.mu.Unlock()
 		wantRead(t, rd, "{ada:online bob:online cyd:online dan:online eve:online flo:online gus:online}")
 	})
@@ -841,14 +841,14 @@ func TestWhoReadsPresenceLateIsSentTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHouse(t, limits{})
 		rd := openReader(t, h.relay, "a", -1, wantPresence)
-		rd.expectRoster()
+		rd.wantRoster()
 		wantRead(t, rd, "{}")
 		h.stream("ada")
-		time.Sleep(presenceFor)
+		time.Sleep(presenceEventTTL)
 		wantRead(t, rd, "{ada:online}")
 
 		h.stream("bob")
-		time.Sleep(presenceFor)
+		time.Sleep(presenceEventTTL)
 		h.stream("cyd") // lets bob's event go
 		wantRead(t, rd, "cyd:online {ada:online bob:online cyd:online}")
 	})
@@ -863,7 +863,7 @@ func TestAJoinHeldBackIsNotToldTwice(t *testing.T) {
 		h.says("ada", "offline")
 		h.stream("ada")
 		rd := openReader(t, h.relay, "a", -1, wantPresence)
-		rd.expectRoster()
+		rd.wantRoster()
 		opening := testWords(h.relay, readAll(rd))
 		h.at("2s")
 		after := testWords(h.relay, readAll(rd))
@@ -877,22 +877,22 @@ func TestAJoinHeldBackIsNotToldTwice(t *testing.T) {
 // count of the room that then has its name.
 func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{allBytes: 64 << 10, idle: time.Minute})
-		var streams []*reader
-		for i := range crowdAbove + 2 {
-			streams = append(streams, openReader(t, r, "a", -1, want{user: fmt.Sprint("user", i), holds: true}))
+		r := testRelay(limits{maxBytes: 64 << 10, roomIdle: time.Minute})
+		var streams []*subscriber
+		for i := range maxRosterUsers + 2 {
+			streams = append(streams, openReader(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), longLived: true}))
 		}
 		for i, rd := range streams {
-			r.declare("a", fmt.Sprint("user", i), "", "offline")
-			rd.leave()
+			r.setPresence("a", fmt.Sprint("user", i), "", "offline")
+			rd.unsubscribe()
 		}
 		publishText(t, r, "b", strings.Repeat("x", 64<<10))
 		if r.rooms["a"] != nil {
 			t.Fatal("room a was not forgotten")
 		}
-		openReader(t, r, "a", -1, want{user: "ada", holds: true})
+		openReader(t, r, "a", -1, subscribeRequest{user: "ada", longLived: true})
 		rd := openReader(t, r, "a", -1, wantPresence)
-		rd.expectRoster()
+		rd.wantRoster()
 		wantRead(t, rd, "{ada:online}")
 		time.Sleep(time.Minute)
 		synctest.Wait()
@@ -904,7 +904,7 @@ func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 // follows.
 type guest struct {
 	*testing.T
-	rd     *reader
+	rd     *subscriber
 	users  map[string]string
 	count  int
 	crowd  bool
@@ -945,7 +945,7 @@ func (g *guest) read() {
 			known = "offline"
 		}
 		// What is held back for its rate is in the roster before it is told.
-		if !g.misses && known == state && c.Time-g.opened >= tellEvery.Milliseconds() {
+		if !g.misses && known == state && c.Time-g.opened >= announceInterval.Milliseconds() {
 			g.Errorf("%s was %s already", c.From, state)
 		}
 		if g.users[c.From] = state; state == "offline" {
@@ -967,11 +967,11 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 	}{
 		{"a few", 12, 12, 5, limits{}},
 		{"nobody in the end", 12, 6, 0, limits{}},
-		{"so many signals that some are missed", 30, 12, 15, limits{events: 4}},
-		{"a room that is forgotten time and again", 12, 6, 5, limits{allBytes: 1500}},
+		{"so many signals that some are missed", 30, 12, 15, limits{maxEvents: 4}},
+		{"a room that is forgotten time and again", 12, 6, 5, limits{maxBytes: 1500}},
 		{"a crowd at times", 130, 12, 90, limits{}},
 		{"a crowd in the end", 130, 12, 105, limits{}},
-		{"a crowd, with signals missed", 130, 12, 99, limits{events: 4}},
+		{"a crowd, with signals missed", 130, 12, 99, limits{maxEvents: 4}},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -984,33 +984,33 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 					user := fmt.Sprint("user", i)
 					acting.Go(func() {
 						rnd := rand.New(rand.NewPCG(uint64(i), 4))
-						var streams []*reader
-						w := want{user: user, presence: true}
+						var streams []*subscriber
+						w := subscribeRequest{user: user, presence: true}
 						for range 40 {
 							pause(rnd, 4*time.Second)
 							switch n := rnd.IntN(8); {
 							case n < 2 && len(streams) < 3:
-								w.holds = true
+								w.longLived = true
 								streams = append(streams, openReader(t, r, "a", -1, w))
 							case n < 5 && len(streams) > 0:
-								streams[0].leave()
+								streams[0].unsubscribe()
 								streams = streams[1:]
 							case n == 5:
-								w.holds = false
-								openReader(t, r, "a", -1, w).leave()
+								w.longLived = false
+								openReader(t, r, "a", -1, w).unsubscribe()
 							default:
-								r.declare("a", user, "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
+								r.setPresence("a", user, "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
 							}
 							if i == 0 {
 								publishText(t, r, "b", strings.Repeat("x", 500))
 							}
 						}
 						if i < tc.stay {
-							w.holds = true
+							w.longLived = true
 							openReader(t, r, "a", -1, w)
 						}
 						for _, rd := range streams {
-							rd.leave()
+							rd.unsubscribe()
 						}
 					})
 				}
@@ -1021,7 +1021,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 						for !done.Load() {
 							pause(rnd, 20*time.Second)
 							g := &guest{T: t, rd: openReader(t, r, "a", -1, wantPresence), misses: tc.limits != limits{}}
-							g.rd.expectRoster()
+							g.rd.wantRoster()
 							for turns := 50 + rnd.IntN(200); turns > 0 && !done.Load(); turns-- {
 								g.read()
 								if i%2 == 0 { // the others come when it suits them
@@ -1031,7 +1031,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 								}
 							}
 							if old := guests[i]; old != nil {
-								old.rd.leave()
+								old.rd.unsubscribe()
 							}
 							guests[i] = g
 						}
@@ -1043,7 +1043,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 				reading.Wait()
 				checkBooks(t, r)
 
-				truth := r.whoIsIn("a")
+				truth := r.roster("a")
 				if truth.Count != tc.stay {
 					t.Errorf("%d are here, want %d", truth.Count, tc.stay)
 				}
@@ -1054,7 +1054,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 				}
 				for i, g := range guests {
 					g.read()
-					if g.count != truth.Count || g.crowd != (truth.Count > crowdAbove) {
+					if g.count != truth.Count || g.crowd != (truth.Count > maxRosterUsers) {
 						t.Errorf("guest %d counts %d, a crowd %v; there are %d", i, g.count, g.crowd, truth.Count)
 					}
 					if !g.crowd && fmt.Sprint(g.users) != fmt.Sprint(truth.Users) {

@@ -198,9 +198,9 @@ func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
 			switch {
 			case w.lost[tech.name] != "":
 				g.isLost()
-			case tech.hold == forever:
+			case tech.mode == streaming:
 				g.follows()
-			case tech.hold == once:
+			case tech.mode == longPoll:
 				g.waits()
 			default:
 				g.asks()

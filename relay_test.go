@@ -30,19 +30,19 @@ func testRelay(l limits) *relay {
 			*v = absent
 		}
 	}
-	set(&l.events, 1<<20)
-	set(&l.roomBytes, 1<<30)
-	set(&l.allBytes, 1<<40)
-	set(&l.rooms, 1000)
-	set(&l.users, 20_000)
-	if l.roomRate == 0 {
-		l.roomRate = math.Inf(1)
+	set(&l.maxEvents, 1<<20)
+	set(&l.maxRoomBytes, 1<<30)
+	set(&l.maxBytes, 1<<40)
+	set(&l.maxRooms, 1000)
+	set(&l.maxUsers, 20_000)
+	if l.maxRoomRate == 0 {
+		l.maxRoomRate = math.Inf(1)
 	}
-	if l.idle == 0 {
-		l.idle = 10 * time.Minute
+	if l.roomIdle == 0 {
+		l.roomIdle = 10 * time.Minute
 	}
-	if l.present == 0 {
-		l.present = time.Minute
+	if l.presenceTTL == 0 {
+		l.presenceTTL = time.Minute
 	}
 	return newRelay(l)
 }
@@ -50,18 +50,18 @@ func testRelay(l limits) *relay {
 // publishText publishes a message, and returns its number.
 func publishText(t testing.TB, r *relay, room, text string) int64 {
 	t.Helper()
-	return publishPost(t, r, post{room: room, kind: "message", data: []byte(text)})
+	return publishPost(t, r, publishRequest{room: room, kind: "message", data: []byte(text)})
 }
 
 // publishPost publishes p, its data as a string.
-func publishPost(t testing.TB, r *relay, p post) int64 {
+func publishPost(t testing.TB, r *relay, p publishRequest) int64 {
 	t.Helper()
 	p.data, _ = json.Marshal(string(p.data))
 	id, _, err := r.publish(p)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return id - r.start
+	return id - r.epoch
 }
 
 // publishScript publishes messages named as testWords names them: a:hi b:ho.
@@ -74,11 +74,11 @@ func publishScript(t *testing.T, r *relay, script string) {
 }
 
 // openReader subscribes; after is a number, or -1.
-func openReader(t testing.TB, r *relay, rooms string, after int64, w want) *reader {
+func openReader(t testing.TB, r *relay, rooms string, after int64, w subscribeRequest) *subscriber {
 	t.Helper()
-	w.rooms, w.after = strings.Split(rooms, ","), after
+	w.rooms, w.cursor = strings.Split(rooms, ","), after
 	if after >= 0 {
-		w.after += r.start
+		w.cursor += r.epoch
 	}
 	rd, err := tryReader(r, w)
 	if err != nil {
@@ -88,20 +88,20 @@ func openReader(t testing.TB, r *relay, rooms string, after int64, w want) *read
 }
 
 // tryReader subscribes with a batch of 64 KiB, unless w says otherwise.
-func tryReader(r *relay, w want) (*reader, error) {
-	if w.batchBytes == 0 {
-		w.batchBytes = 64 << 10
+func tryReader(r *relay, w subscribeRequest) (*subscriber, error) {
+	if w.maxBatchBytes == 0 {
+		w.maxBatchBytes = 64 << 10
 	}
-	rd := new(reader)
+	rd := new(subscriber)
 	return rd, r.subscribe(rd, w)
 }
 
 // readAll reads as a stream does, with the rosters that are due.
-func readAll(rd *reader) (all []*event) {
+func readAll(rd *subscriber) (all []*event) {
 	for {
 		events := rd.next(nil)
-		if rd.rosterDue && !rd.cut {
-			events = rd.rosters(events)
+		if rd.needsRoster && !rd.more {
+			events = rd.appendRosters(events)
 		}
 		if len(events) == 0 {
 			return all
@@ -132,7 +132,7 @@ func testWords(r *relay, events []*event) string {
 		case c.Type == "gap":
 			var data struct{ Reason string }
 			json.Unmarshal(c.Data, &data)
-			text = fmt.Sprintf("%d:%s:gap(%s)", c.ID-r.start, c.Room, data.Reason)
+			text = fmt.Sprintf("%d:%s:gap(%s)", c.ID-r.epoch, c.Room, data.Reason)
 		case c.Type == "presence" && c.From == "":
 			var ros roster
 			json.Unmarshal(c.Data, &ros)
@@ -145,7 +145,7 @@ func testWords(r *relay, events []*event) string {
 			if c.Type == "presence" {
 				text = c.From + ":" + text
 			} else {
-				text = fmt.Sprintf("%d:%s:%s", c.ID-r.start, c.Room, text)
+				text = fmt.Sprintf("%d:%s:%s", c.ID-r.epoch, c.Room, text)
 			}
 		}
 		words = append(words, text)
@@ -159,13 +159,13 @@ func testNames(users map[string]string) string {
 }
 
 // wantRead checks what lies behind a reader's cursor.
-func wantRead(t *testing.T, rd *reader, want string) {
+func wantRead(t *testing.T, rd *subscriber, want string) {
 	t.Helper()
 	if got := testWords(rd.relay, readAll(rd)); got != want {
 		t.Errorf("read %q, want %q", got, want)
 	}
-	if mark := rd.relay.mark.Load(); rd.after != mark {
-		t.Errorf("the cursor is %d after everything was read, want %d", rd.after-rd.relay.start, mark-rd.relay.start)
+	if mark := rd.relay.lastID.Load(); rd.cursor != mark {
+		t.Errorf("the cursor is %d after everything was read, want %d", rd.cursor-rd.relay.epoch, mark-rd.relay.epoch)
 	}
 }
 
@@ -177,7 +177,7 @@ func checkBooks(t *testing.T, r *relay) {
 	defer r.mu.Unlock()
 	bytes, users, placed := 0, 0, 0
 	for name, rm := range r.rooms {
-		v := rm.view.Load()
+		v := rm.history.Load()
 		keys := map[string]int64{}
 		sum := func(log []*event) (n int) {
 			for i, e := range log {
@@ -185,8 +185,8 @@ func checkBooks(t *testing.T, r *relay) {
 				if e.key != "" {
 					keys[e.key] = e.id
 				}
-				if i > 0 && log[i-1].id >= e.id || e.id > r.mark.Load() || e.expires == 0 && e.id <= v.floor {
-					t.Errorf("%s: event %d is out of order", name, e.id-r.start)
+				if i > 0 && log[i-1].id >= e.id || e.id > r.lastID.Load() || e.expiresAt == 0 && e.id <= v.trimmed {
+					t.Errorf("%s: event %d is out of order", name, e.id-r.epoch)
 				}
 			}
 			return n
@@ -196,41 +196,41 @@ func checkBooks(t *testing.T, r *relay) {
 		if messages != rm.messageBytes || signals != rm.signalBytes {
 			t.Errorf("%s has %d and %d bytes, and counted %d and %d", name, messages, signals, rm.messageBytes, rm.signalBytes)
 		}
-		if len(v.messages) > r.events || len(v.signals) > r.events {
-			t.Errorf("%s has %d messages and %d signals, the bound is %d", name, len(v.messages), len(v.signals), r.events)
+		if len(v.messages) > r.maxEvents || len(v.signals) > r.maxEvents {
+			t.Errorf("%s has %d messages and %d signals, the bound is %d", name, len(v.messages), len(v.signals), r.maxEvents)
 		}
-		if messages > r.roomBytes && len(v.messages) > 1 || signals > r.roomBytes && len(v.signals) > 1 {
-			t.Errorf("%s has %d and %d bytes, the bound is %d", name, messages, signals, r.roomBytes)
+		if messages > r.maxRoomBytes && len(v.messages) > 1 || signals > r.maxRoomBytes && len(v.signals) > 1 {
+			t.Errorf("%s has %d and %d bytes, the bound is %d", name, messages, signals, r.maxRoomBytes)
 		}
 		if len(keys)+len(rm.keys) > 0 && !reflect.DeepEqual(keys, rm.keys) {
 			t.Errorf("%s has the keys %v, and remembers %v", name, keys, rm.keys)
 		}
 		here := 0
 		for _, l := range rm.leases {
-			if l.here {
+			if l.counted {
 				here++
 			}
 		}
-		if here != rm.here {
-			t.Errorf("%s has %d users here, and counted %d", name, here, rm.here)
+		if here != rm.online {
+			t.Errorf("%s has %d users here, and counted %d", name, here, rm.online)
 		}
 		users += len(rm.leases)
-		if rm.place != nil {
+		if rm.lruElem != nil {
 			placed++
 		} else if len(v.messages)+len(v.signals) > 0 {
 			t.Errorf("%s has a history and no place", name)
-		} else if len(rm.readers)+len(rm.leases) == 0 {
+		} else if len(rm.subscriptions)+len(rm.leases) == 0 {
 			t.Errorf("%s is kept for nobody", name)
 		}
 	}
-	if bytes != r.bytes || users != r.leases || placed != r.idlest.Len() {
-		t.Errorf("%d bytes, %d users and %d rooms were counted, there are %d, %d and %d", r.bytes, r.leases, r.idlest.Len(), bytes, users, placed)
+	if bytes != r.bytes || users != r.leases || placed != r.lru.Len() {
+		t.Errorf("%d bytes, %d users and %d rooms were counted, there are %d, %d and %d", r.bytes, r.leases, r.lru.Len(), bytes, users, placed)
 	}
-	if bytes > r.allBytes && placed > 1 {
-		t.Errorf("%d bytes are kept, the bound is %d", bytes, r.allBytes)
+	if bytes > r.maxBytes && placed > 1 {
+		t.Errorf("%d bytes are kept, the bound is %d", bytes, r.maxBytes)
 	}
-	if placed > r.limits.rooms || len(r.floors) > r.limits.rooms {
-		t.Errorf("%d rooms and %d floors are kept, the bound is %d", placed, len(r.floors), r.limits.rooms)
+	if placed > r.limits.maxRooms || len(r.trimmedByRoom) > r.limits.maxRooms {
+		t.Errorf("%d rooms and %d floors are kept, the bound is %d", placed, len(r.trimmedByRoom), r.limits.maxRooms)
 	}
 }
 
@@ -240,33 +240,33 @@ func TestIDsBeginAtTheStartInMicroseconds(t *testing.T) {
 		const start = 946684800_000000
 		r := testRelay(limits{})
 		for i := range 5 {
-			id, fresh, err := r.publish(post{room: fmt.Sprint("room", i%2), kind: "message", data: []byte("1")})
+			id, fresh, err := r.publish(publishRequest{room: fmt.Sprint("room", i%2), kind: "message", data: []byte("1")})
 			if want := int64(start + 1 + i); id != want || !fresh || err != nil {
 				t.Errorf("event %d of all rooms: %d, %v, %v, want the id %d", i, id, fresh, err, want)
 			}
 		}
 		time.Sleep(time.Millisecond)
-		if again := testRelay(limits{}); again.start != start+1000 {
-			t.Errorf("a restart 1 ms later begins at %d, want %d", again.start, start+1000)
+		if again := testRelay(limits{}); again.epoch != start+1000 {
+			t.Errorf("a restart 1 ms later begins at %d, want %d", again.epoch, start+1000)
 		}
 	})
 }
 
 func TestAnEventsJSON(t *testing.T) {
 	for _, tc := range []struct {
-		post post
+		post publishRequest
 		want string
 	}{
-		{post{room: "lobby", kind: "message", from: "ada", data: []byte(`"hi"`)},
+		{publishRequest{room: "lobby", kind: "message", from: "ada", data: []byte(`"hi"`)},
 			`{"id":946684800000001,"room":"lobby","type":"message","from":"ada","time":946684800123,"data":"hi"}`},
-		{post{room: "a.b:c_d-e", kind: "x.y", data: []byte(`{"n":[1,null]}`)},
+		{publishRequest{room: "a.b:c_d-e", kind: "x.y", data: []byte(`{"n":[1,null]}`)},
 			`{"id":946684800000001,"room":"a.b:c_d-e","type":"x.y","time":946684800123,"data":{"n":[1,null]}}`},
-		{post{room: "lobby", kind: "typing", from: "</script>\u2028\"\n", ttl: time.Second, data: []byte(`true`)},
+		{publishRequest{room: "lobby", kind: "typing", from: "</script>\u2028\"\n", ttl: time.Second, data: []byte(`true`)},
 			`{"id":946684800000001,"room":"lobby","type":"typing","from":"\u003c/script\u003e\u2028\"\n","time":946684800123,"data":true}`},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			r := testRelay(limits{})
-			rd := openReader(t, r, tc.post.room, -1, want{})
+			rd := openReader(t, r, tc.post.room, -1, subscribeRequest{})
 			time.Sleep(123 * time.Millisecond)
 			if _, _, err := r.publish(tc.post); err != nil {
 				t.Fatal(err)
@@ -307,8 +307,8 @@ func TestReading(t *testing.T) {
 		t.Run(fmt.Sprintf("%s after %d last %d", tc.rooms, tc.after, tc.last), func(t *testing.T) {
 			r := testRelay(limits{})
 			publishScript(t, r, "a:one b:two a:three c:four b:five b:six")
-			rd := openReader(t, r, tc.rooms, tc.after, want{last: tc.last})
-			defer rd.leave()
+			rd := openReader(t, r, tc.rooms, tc.after, subscribeRequest{last: tc.last})
+			defer rd.unsubscribe()
 			wantRead(t, rd, tc.want)
 			first, _, _ := strings.Cut(tc.rooms, ",")
 			publishScript(t, r, "z:seven "+first+":eight")
@@ -343,16 +343,16 @@ func TestGaps(t *testing.T) {
 		{"zero", "a", math.MinInt64, "1:a:gap(restart) 3:a:x 5:a:x"},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
-			r := testRelay(limits{events: 2})
+			r := testRelay(limits{maxEvents: 2})
 			publishScript(t, r, script)
-			after := r.start + tc.after
+			after := r.epoch + tc.after
 			switch tc.after {
 			case math.MaxInt64:
 				after = math.MaxInt64
 			case math.MinInt64:
 				after = 0
 			}
-			rd, err := tryReader(r, want{rooms: strings.Split(tc.rooms, ","), after: after})
+			rd, err := tryReader(r, subscribeRequest{rooms: strings.Split(tc.rooms, ","), cursor: after})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -371,7 +371,7 @@ func TestGaps(t *testing.T) {
 func TestErase(t *testing.T) {
 	r := testRelay(limits{})
 	publishScript(t, r, "a:one b:two a:three")
-	rd := openReader(t, r, "a,b", 0, want{})
+	rd := openReader(t, r, "a,b", 0, subscribeRequest{})
 	wantRead(t, rd, "1:a:one 2:b:two 3:a:three")
 	if err := r.erase("a"); err != nil {
 		t.Fatal(err)
@@ -380,17 +380,17 @@ func TestErase(t *testing.T) {
 	wantRead(t, rd, "")
 	publishScript(t, r, "a:five")
 	wantRead(t, rd, "5:a:five")
-	wantRead(t, openReader(t, r, "a", -1, want{last: 10}), "5:a:five")
+	wantRead(t, openReader(t, r, "a", -1, subscribeRequest{last: 10}), "5:a:five")
 	for after, read := range map[int64]string{0: "4:a:gap(erased) 5:a:five", 3: "4:a:gap(erased) 5:a:five", 4: "5:a:five"} {
-		wantRead(t, openReader(t, r, "a", after, want{}), read)
+		wantRead(t, openReader(t, r, "a", after, subscribeRequest{}), read)
 	}
-	wantRead(t, openReader(t, r, "b", 0, want{}), "2:b:two")
+	wantRead(t, openReader(t, r, "b", 0, subscribeRequest{}), "2:b:two")
 
 	// What is lost later is lost as ever.
-	for range r.events {
+	for range r.maxEvents {
 		publishScript(t, r, "a:x")
 	}
-	late := openReader(t, r, "a", 0, want{})
+	late := openReader(t, r, "a", 0, subscribeRequest{})
 	if got := testWords(r, late.next(nil)[:1]); got != "5:a:gap(history)" {
 		t.Errorf("got %s", got)
 	}
@@ -398,11 +398,11 @@ func TestErase(t *testing.T) {
 
 	// A room that nobody reads is erased too, and one that there is none of.
 	publishScript(t, r, "c:secret")
-	n := r.mark.Load() - r.start
+	n := r.lastID.Load() - r.epoch
 	if r.erase("c") != nil || r.erase("nobody") != nil || r.rooms["c"] != nil || r.rooms["nobody"] != nil {
 		t.Error("erase made a room, or kept one")
 	}
-	wantRead(t, openReader(t, r, "c", n-1, want{}), fmt.Sprintf("%d:c:gap(erased)", n+1))
+	wantRead(t, openReader(t, r, "c", n-1, subscribeRequest{}), fmt.Sprintf("%d:c:gap(erased)", n+1))
 	checkBooks(t, r)
 	r.stop()
 	if err := r.erase("a"); err != errStopping {
@@ -411,8 +411,8 @@ func TestErase(t *testing.T) {
 }
 
 func TestAGapIsToldWhileReading(t *testing.T) {
-	r := testRelay(limits{events: 2})
-	rd := openReader(t, r, "a,b", -1, want{})
+	r := testRelay(limits{maxEvents: 2})
+	rd := openReader(t, r, "a,b", -1, subscribeRequest{})
 	publishScript(t, r, "a:x a:x a:x b:x")
 	wantRead(t, rd, "1:a:gap(history) 2:a:x 3:a:x 4:b:x")
 	publishScript(t, r, "a:x b:x")
@@ -424,9 +424,9 @@ func TestAGapIsToldWhileReading(t *testing.T) {
 // What was lost before the reader came is no gap to who has no cursor.
 func TestWhoHasNoCursorIsToldOfNoGap(t *testing.T) {
 	for _, last := range []int{0, 1, 3, 1000} {
-		r := testRelay(limits{events: 2})
+		r := testRelay(limits{maxEvents: 2})
 		publishScript(t, r, "b:x a:x a:x a:x a:x")
-		rd := openReader(t, r, "a,b", -1, want{last: last})
+		rd := openReader(t, r, "a,b", -1, subscribeRequest{last: last})
 		if got := testWords(r, readAll(rd)); strings.Contains(got, "gap") {
 			t.Errorf("last %d: %s", last, got)
 		}
@@ -438,12 +438,12 @@ func TestWhoHasNoCursorIsToldOfNoGap(t *testing.T) {
 // A publisher may drop what lies behind the mark while a reader is between
 // loading the mark and the views. Here the mark stands for one loaded early.
 func TestAGapBeyondTheMarkIsToldAtTheMark(t *testing.T) {
-	r := testRelay(limits{events: 2})
-	rd := openReader(t, r, "a", 0, want{})
+	r := testRelay(limits{maxEvents: 2})
+	rd := openReader(t, r, "a", 0, subscribeRequest{})
 	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
-	r.mark.Store(r.start + 3)
+	r.lastID.Store(r.epoch + 3)
 	wantRead(t, rd, "3:a:gap(history)")
-	r.mark.Store(r.start + 6)
+	r.lastID.Store(r.epoch + 6)
 	wantRead(t, rd, "4:a:gap(history) 5:a:x 6:a:x")
 }
 
@@ -451,25 +451,25 @@ func TestAGapBeyondTheMarkIsToldAtTheMark(t *testing.T) {
 // first: who is cut off between the two goes on from that id, and must have it.
 func TestAnEventComesBeforeAGapOfItsID(t *testing.T) {
 	for _, rooms := range []string{"a,b", "b,a"} {
-		r := testRelay(limits{events: 2})
-		rd := openReader(t, r, rooms, 0, want{})
+		r := testRelay(limits{maxEvents: 2})
+		rd := openReader(t, r, rooms, 0, subscribeRequest{})
 		publishScript(t, r, "b:x a:x b:x b:x b:x")
-		r.mark.Store(r.start + 2)
+		r.lastID.Store(r.epoch + 2)
 		wantRead(t, rd, "2:a:x 2:b:gap(history)")
 	}
 }
 
 // Who then reads other rooms will not come to that next read.
 func TestAGapBeyondTheMarkIsToldToWhoChangesRooms(t *testing.T) {
-	r := testRelay(limits{events: 2})
-	rd := openReader(t, r, "a", 0, want{})
+	r := testRelay(limits{maxEvents: 2})
+	rd := openReader(t, r, "a", 0, subscribeRequest{})
 	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
-	r.mark.Store(r.start + 3)
+	r.lastID.Store(r.epoch + 3)
 	told := testWords(r, readAll(rd))
-	r.mark.Store(r.start + 6)
-	rd = openReader(t, r, "b", rd.after-r.start, want{})
+	r.lastID.Store(r.epoch + 6)
+	rd = openReader(t, r, "b", rd.cursor-r.epoch, subscribeRequest{})
 	told += testWords(r, readAll(rd))
-	rd = openReader(t, r, "a", rd.after-r.start, want{})
+	rd = openReader(t, r, "a", rd.cursor-r.epoch, subscribeRequest{})
 	told += testWords(r, readAll(rd))
 	if !strings.Contains(told, "gap") {
 		t.Errorf("events 1 to 3 were asked for and lost, and the reader was told %q", told)
@@ -479,44 +479,44 @@ func TestAGapBeyondTheMarkIsToldToWhoChangesRooms(t *testing.T) {
 // The newest N of the history may go before they are read, as of a room in a
 // hurry while hello is written.
 func TestWhatIsLostOfTheNewestIsToldByAGap(t *testing.T) {
-	r := testRelay(limits{events: 3})
+	r := testRelay(limits{maxEvents: 3})
 	publishScript(t, r, "a:x a:x a:x a:x")
-	rd := openReader(t, r, "a", -1, want{last: 3})
+	rd := openReader(t, r, "a", -1, subscribeRequest{last: 3})
 	publishScript(t, r, "a:x a:x")
 	wantRead(t, rd, "3:a:gap(history) 4:a:x 5:a:x 6:a:x")
 }
 
 func TestABatchCutShortMovesTheCursorToItsEnd(t *testing.T) {
 	r := testRelay(limits{})
-	rd := openReader(t, r, "a,b", 0, want{})
-	const n = 2*batchEvents + 10
+	rd := openReader(t, r, "a,b", 0, subscribeRequest{})
+	const n = 2*maxBatchEvents + 10
 	for i := range n {
 		publishText(t, r, "ab"[i%2:][:1], "x")
 	}
 	for _, step := range []struct{ first, last int64 }{{1, 256}, {257, 512}, {513, n}} {
 		batch := rd.next(nil)
-		if first, last := batch[0].id-r.start, batch[len(batch)-1].id-r.start; first != step.first || last != step.last {
+		if first, last := batch[0].id-r.epoch, batch[len(batch)-1].id-r.epoch; first != step.first || last != step.last {
 			t.Errorf("read %d to %d, want %d to %d", first, last, step.first, step.last)
 		}
-		if rd.after != r.start+step.last || rd.cut != (step.last < n) {
-			t.Errorf("after %d the cursor is %d, cut short %v", step.last, rd.after-r.start, rd.cut)
+		if rd.cursor != r.epoch+step.last || rd.more != (step.last < n) {
+			t.Errorf("after %d the cursor is %d, cut short %v", step.last, rd.cursor-r.epoch, rd.more)
 		}
 	}
 
-	big := strings.Repeat("x", rd.batchBytes/2)
+	big := strings.Repeat("x", rd.maxBatchBytes/2)
 	publishText(t, r, "a", big)
 	publishText(t, r, "b", big)
 	publishText(t, r, "a", "small")
-	if batch := rd.next(nil); len(batch) != 2 || !rd.cut || rd.after != r.start+n+2 {
-		t.Errorf("two events of half a batch: read %d, cut short %v", len(batch), rd.cut)
+	if batch := rd.next(nil); len(batch) != 2 || !rd.more || rd.cursor != r.epoch+n+2 {
+		t.Errorf("two events of half a batch: read %d, cut short %v", len(batch), rd.more)
 	}
 	// Whoever goes on elsewhere from a cut batch has the rest.
-	wantRead(t, openReader(t, r, "a,b", rd.after-r.start, want{}), fmt.Sprintf("%d:a:small", n+3))
+	wantRead(t, openReader(t, r, "a,b", rd.cursor-r.epoch, subscribeRequest{}), fmt.Sprintf("%d:a:small", n+3))
 }
 
 func TestAFloorOutlivesItsRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{idle: time.Minute})
+		r := testRelay(limits{roomIdle: time.Minute})
 		publishScript(t, r, "a:x a:x b:x")
 		time.Sleep(time.Minute - 1)
 		r.sweep(time.Now())
@@ -532,31 +532,31 @@ func TestAFloorOutlivesItsRoom(t *testing.T) {
 		checkBooks(t, r)
 
 		for range 2 { // reading opens the room and closes it again
-			rd := openReader(t, r, "a", 1, want{})
+			rd := openReader(t, r, "a", 1, subscribeRequest{})
 			wantRead(t, rd, "2:a:gap(history)")
-			rd.leave()
-			rd = openReader(t, r, "a", 2, want{})
+			rd.unsubscribe()
+			rd = openReader(t, r, "a", 2, subscribeRequest{})
 			wantRead(t, rd, "")
-			rd.leave()
+			rd.unsubscribe()
 			if len(r.rooms) != 1 {
 				t.Error("reading made a room")
 			}
 		}
 		publishText(t, r, "a", "again")
-		wantRead(t, openReader(t, r, "a", 0, want{}), "2:a:gap(history) 5:a:again")
-		wantRead(t, openReader(t, r, "a", 2, want{}), "5:a:again")
+		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), "2:a:gap(history) 5:a:again")
+		wantRead(t, openReader(t, r, "a", 2, subscribeRequest{}), "5:a:again")
 	})
 }
 
 func TestARoomThatIsReadIsNotIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{idle: time.Minute})
+		r := testRelay(limits{roomIdle: time.Minute})
 		publishScript(t, r, "a:x b:x")
-		rd := openReader(t, r, "a", 0, want{})
+		rd := openReader(t, r, "a", 0, subscribeRequest{})
 		time.Sleep(time.Hour)
 		r.sweep(time.Now())
 		wantRead(t, rd, "1:a:x")
-		rd.leave()
+		rd.unsubscribe()
 		time.Sleep(time.Minute - 1)
 		r.sweep(time.Now())
 		if len(r.rooms) != 1 {
@@ -574,7 +574,7 @@ func TestARoomThatIsReadIsNotIdle(t *testing.T) {
 // too many, but hides none.
 func TestFloorsBeyondTheirBoundHideNoGap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{rooms: 3, idle: time.Minute})
+		r := testRelay(limits{maxRooms: 3, roomIdle: time.Minute})
 		for i := range 20 {
 			publishText(t, r, fmt.Sprint("room", i), "x")
 			time.Sleep(time.Minute)
@@ -583,38 +583,38 @@ func TestFloorsBeyondTheirBoundHideNoGap(t *testing.T) {
 		}
 		for i := range 20 {
 			name := fmt.Sprint("room", i)
-			rd := openReader(t, r, name, int64(i), want{})
+			rd := openReader(t, r, name, int64(i), subscribeRequest{})
 			if got := testWords(r, readAll(rd)); !strings.HasSuffix(got, name+":gap(history)") {
 				t.Errorf("%s lost event %d, and its reader was told %q", name, i+1, got)
 			}
-			rd.leave()
-			rd = openReader(t, r, name, 20, want{})
+			rd.unsubscribe()
+			rd = openReader(t, r, name, 20, subscribeRequest{})
 			wantRead(t, rd, "")
-			rd.leave()
+			rd.unsubscribe()
 		}
 	})
 }
 
 func TestReadingCreatesNoRoom(t *testing.T) {
-	r := testRelay(limits{rooms: 1})
-	var readers []*reader
+	r := testRelay(limits{maxRooms: 1})
+	var readers []*subscriber
 	for i := range 100 {
-		rd := openReader(t, r, fmt.Sprintf("room%d,room%d", i, i+1), int64(i%2)-1, want{presence: true})
-		rd.expectRoster()
+		rd := openReader(t, r, fmt.Sprintf("room%d,room%d", i, i+1), int64(i%2)-1, subscribeRequest{presence: true})
+		rd.wantRoster()
 		readAll(rd)
 		readers = append(readers, rd)
 	}
-	r.whoIsIn("room")
-	if err := r.declare("room", "ada", "", "offline"); err != nil {
+	r.roster("room")
+	if err := r.setPresence("room", "ada", "", "offline"); err != nil {
 		t.Error(err)
 	}
 	publishText(t, r, "one", "readers' rooms do not count")
 	checkBooks(t, r)
 	for _, rd := range readers {
-		rd.leave()
+		rd.unsubscribe()
 	}
-	if len(r.rooms) != 1 || len(r.floors) != 0 || r.idlest.Len() != 1 {
-		t.Errorf("%d rooms and %d floors are left of reading", len(r.rooms)-1, len(r.floors))
+	if len(r.rooms) != 1 || len(r.trimmedByRoom) != 0 || r.lru.Len() != 1 {
+		t.Errorf("%d rooms and %d floors are left of reading", len(r.rooms)-1, len(r.trimmedByRoom))
 	}
 }
 
@@ -629,38 +629,38 @@ func TestBounds(t *testing.T) {
 		rooms  string
 		want   string
 	}{
-		{"messages of a room", limits{events: 3}, "a:x a:x a:x b:x a:x", "a,b", "1:a:gap(history) 2:a:x 3:a:x 4:b:x 5:a:x"},
-		{"bytes of a room", limits{roomBytes: 3 * size}, "a:x a:x a:x b:x a:x", "a,b", "1:a:gap(history) 2:a:x 3:a:x 4:b:x 5:a:x"},
-		{"bytes of a room, one too few", limits{roomBytes: 3*size - 1}, "a:x a:x a:x", "a", "1:a:gap(history) 2:a:x 3:a:x"},
-		{"an event that alone is too much", limits{roomBytes: 1, allBytes: 1}, "a:x a:x", "a", "1:a:gap(history) 2:a:x"},
-		{"bytes of all rooms, just enough", limits{allBytes: 4 * size}, "a:x b:x b:x c:x", "a,b,c", "1:a:x 2:b:x 3:b:x 4:c:x"},
-		{"bytes of all rooms", limits{allBytes: 4*size - 1}, "a:x b:x b:x c:x", "a,b,c", "1:a:gap(history) 2:b:x 3:b:x 4:c:x"},
-		{"the room idle longest loses first", limits{allBytes: 4 * size}, "a:x b:x a:x c:x c:x", "a,b,c", "1:a:x 2:b:gap(history) 3:a:x 4:c:x 5:c:x"},
-		{"and then the next", limits{allBytes: 2 * size}, "a:x b:x a:x c:x c:x", "a,b,c", "2:b:gap(history) 3:a:gap(history) 4:c:x 5:c:x"},
+		{"messages of a room", limits{maxEvents: 3}, "a:x a:x a:x b:x a:x", "a,b", "1:a:gap(history) 2:a:x 3:a:x 4:b:x 5:a:x"},
+		{"bytes of a room", limits{maxRoomBytes: 3 * size}, "a:x a:x a:x b:x a:x", "a,b", "1:a:gap(history) 2:a:x 3:a:x 4:b:x 5:a:x"},
+		{"bytes of a room, one too few", limits{maxRoomBytes: 3*size - 1}, "a:x a:x a:x", "a", "1:a:gap(history) 2:a:x 3:a:x"},
+		{"an event that alone is too much", limits{maxRoomBytes: 1, maxBytes: 1}, "a:x a:x", "a", "1:a:gap(history) 2:a:x"},
+		{"bytes of all rooms, just enough", limits{maxBytes: 4 * size}, "a:x b:x b:x c:x", "a,b,c", "1:a:x 2:b:x 3:b:x 4:c:x"},
+		{"bytes of all rooms", limits{maxBytes: 4*size - 1}, "a:x b:x b:x c:x", "a,b,c", "1:a:gap(history) 2:b:x 3:b:x 4:c:x"},
+		{"the room idle longest loses first", limits{maxBytes: 4 * size}, "a:x b:x a:x c:x c:x", "a,b,c", "1:a:x 2:b:gap(history) 3:a:x 4:c:x 5:c:x"},
+		{"and then the next", limits{maxBytes: 2 * size}, "a:x b:x a:x c:x c:x", "a,b,c", "2:b:gap(history) 3:a:gap(history) 4:c:x 5:c:x"},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			r := testRelay(tc.limits)
-			reading := openReader(t, r, tc.rooms, 0, want{})
+			reading := openReader(t, r, tc.rooms, 0, subscribeRequest{})
 			publishScript(t, r, tc.script)
 			checkBooks(t, r)
 			wantRead(t, reading, tc.want)
-			wantRead(t, openReader(t, r, tc.rooms, 0, want{}), tc.want)
+			wantRead(t, openReader(t, r, tc.rooms, 0, subscribeRequest{}), tc.want)
 		})
 	}
 }
 
 func TestTooManyRooms(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{rooms: 2, idle: time.Minute})
+		r := testRelay(limits{maxRooms: 2, roomIdle: time.Minute})
 		publishScript(t, r, "a:x b:x")
-		rd := openReader(t, r, "c", 0, want{})
-		before := fmt.Sprint(len(r.rooms), r.bytes, r.mark.Load())
+		rd := openReader(t, r, "c", 0, subscribeRequest{})
+		before := fmt.Sprint(len(r.rooms), r.bytes, r.lastID.Load())
 		for _, room := range []string{"c", "d"} {
-			if id, fresh, err := r.publish(post{room: room, kind: "message", key: "k", data: []byte("1")}); err != errTooManyRooms || id != 0 || fresh {
+			if id, fresh, err := r.publish(publishRequest{room: room, kind: "message", key: "k", data: []byte("1")}); err != errTooManyRooms || id != 0 || fresh {
 				t.Errorf("the third room: %d, %v, %v", id, fresh, err)
 			}
 		}
-		if after := fmt.Sprint(len(r.rooms), r.bytes, r.mark.Load()); after != before {
+		if after := fmt.Sprint(len(r.rooms), r.bytes, r.lastID.Load()); after != before {
 			t.Errorf("a refused publish made %s of %s", after, before)
 		}
 		checkBooks(t, r)
@@ -679,13 +679,13 @@ func TestBooksAreRight(t *testing.T) {
 	for seed := range uint64(4) {
 		synctest.Test(t, func(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(seed, 1))
-			r := testRelay(limits{events: 1 + rnd.IntN(20), roomBytes: 5000, allBytes: 20_000, rooms: 8, idle: time.Minute})
+			r := testRelay(limits{maxEvents: 1 + rnd.IntN(20), maxRoomBytes: 5000, maxBytes: 20_000, maxRooms: 8, roomIdle: time.Minute})
 			name := func() string { return fmt.Sprint("room", rnd.IntN(12)) }
-			var readers []*reader
+			var readers []*subscriber
 			for range 1500 {
 				switch rnd.IntN(10) {
 				default:
-					p := post{room: name(), kind: "message", data: []byte(`"` + strings.Repeat("x", rnd.IntN(1000)) + `"`)}
+					p := publishRequest{room: name(), kind: "message", data: []byte(`"` + strings.Repeat("x", rnd.IntN(1000)) + `"`)}
 					if rnd.IntN(2) == 0 {
 						p.key = fmt.Sprint("key", rnd.IntN(30))
 					}
@@ -696,12 +696,12 @@ func TestBooksAreRight(t *testing.T) {
 						t.Fatal(err)
 					}
 				case 0:
-					w := want{rooms: []string{name()}, after: r.mark.Load() - rnd.Int64N(50), presence: true}
+					w := subscribeRequest{rooms: []string{name()}, cursor: r.lastID.Load() - rnd.Int64N(50), presence: true}
 					if other := name(); other != w.rooms[0] {
 						w.rooms = append(w.rooms, other)
 					}
 					if rnd.IntN(2) == 0 {
-						w.user, w.holds = fmt.Sprint("user", rnd.IntN(5)), rnd.IntN(2) == 0
+						w.user, w.longLived = fmt.Sprint("user", rnd.IntN(5)), rnd.IntN(2) == 0
 					}
 					rd, err := tryReader(r, w)
 					if err != nil {
@@ -712,11 +712,11 @@ func TestBooksAreRight(t *testing.T) {
 					if len(readers) > 0 {
 						i := rnd.IntN(len(readers))
 						readAll(readers[i])
-						readers[i].leave()
+						readers[i].unsubscribe()
 						readers = slices.Delete(readers, i, i+1)
 					}
 				case 2:
-					r.declare(name(), fmt.Sprint("user", rnd.IntN(5)), "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
+					r.setPresence(name(), fmt.Sprint("user", rnd.IntN(5)), "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
 				case 3:
 					time.Sleep(time.Duration(rnd.Int64N(int64(30 * time.Second))))
 					synctest.Wait()
@@ -725,7 +725,7 @@ func TestBooksAreRight(t *testing.T) {
 				checkBooks(t, r)
 			}
 			for _, rd := range readers {
-				rd.leave()
+				rd.unsubscribe()
 			}
 			for range 2 {
 				time.Sleep(time.Hour)
@@ -742,24 +742,24 @@ func TestBooksAreRight(t *testing.T) {
 
 func TestSignals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{events: 3})
+		r := testRelay(limits{maxEvents: 3})
 		publishText(t, r, "a", "x")
 		for range 100 {
-			publishPost(t, r, post{room: "a", kind: "typing", ttl: 5 * time.Second})
+			publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: 5 * time.Second})
 		}
 		publishText(t, r, "a", "x")
 		checkBooks(t, r)
 		const all = "1:a:x 99:a: 100:a: 101:a: 102:a:x"
-		wantRead(t, openReader(t, r, "a", 0, want{}), all)
+		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), all)
 		time.Sleep(5*time.Second - time.Millisecond)
-		wantRead(t, openReader(t, r, "a", 0, want{}), all)
+		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), all)
 		time.Sleep(time.Millisecond)
-		wantRead(t, openReader(t, r, "a", 0, want{}), "1:a:x 102:a:x")
-		wantRead(t, openReader(t, r, "a", -1, want{last: 5}), "1:a:x 102:a:x")
+		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), "1:a:x 102:a:x")
+		wantRead(t, openReader(t, r, "a", -1, subscribeRequest{last: 5}), "1:a:x 102:a:x")
 
 		// An expired signal is let go when the next comes.
-		publishPost(t, r, post{room: "a", kind: "typing", ttl: time.Second})
-		if v := r.rooms["a"].view.Load(); len(v.signals) != 1 || len(v.messages) != 2 {
+		publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: time.Second})
+		if v := r.rooms["a"].history.Load(); len(v.signals) != 1 || len(v.messages) != 2 {
 			t.Errorf("%d signals and %d messages are kept, want 1 and 2", len(v.signals), len(v.messages))
 		}
 		checkBooks(t, r)
@@ -770,26 +770,26 @@ func TestSignals(t *testing.T) {
 // while it is being published.
 func TestASignalMayBeBornExpired(t *testing.T) {
 	r := testRelay(limits{})
-	publishPost(t, r, post{room: "a", kind: "typing", ttl: 1})
-	publishPost(t, r, post{room: "a", kind: "typing", ttl: 1})
+	publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
+	publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
 	publishText(t, r, "a", "x")
 	checkBooks(t, r)
 }
 
 func TestKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{events: 2, idle: time.Minute})
+		r := testRelay(limits{maxEvents: 2, roomIdle: time.Minute})
 		put := func(room, key string, ttl time.Duration) string {
 			t.Helper()
-			id, fresh, err := r.publish(post{room: room, kind: "message", key: key, ttl: ttl, data: []byte("1")})
+			id, fresh, err := r.publish(publishRequest{room: room, kind: "message", key: key, ttl: ttl, data: []byte("1")})
 			if err != nil {
 				t.Fatal(err)
 			}
 			checkBooks(t, r)
 			if fresh {
-				return fmt.Sprint("new ", id-r.start)
+				return fmt.Sprint("new ", id-r.epoch)
 			}
-			return fmt.Sprint("old ", id-r.start)
+			return fmt.Sprint("old ", id-r.epoch)
 		}
 		for i, step := range []struct {
 			room, key string
@@ -812,15 +812,15 @@ func TestKeys(t *testing.T) {
 				t.Errorf("step %d: %s, want %s", i, got, step.want)
 			}
 		}
-		if mark := r.mark.Load() - r.start; mark != 6 {
+		if mark := r.lastID.Load() - r.epoch; mark != 6 {
 			t.Errorf("%d events were published, want 6", mark)
 		}
-		rd := openReader(t, r, "a", -1, want{})
+		rd := openReader(t, r, "a", -1, subscribeRequest{})
 		put("a", "k", 0)
-		if len(rd.woken) != 0 {
+		if len(rd.wakeup) != 0 {
 			t.Error("a retry woke a reader")
 		}
-		rd.leave()
+		rd.unsubscribe()
 		time.Sleep(time.Minute)
 		r.sweep(time.Now())
 		if got := put("a", "k", 0); got != "new 7" {
@@ -838,9 +838,9 @@ func TestOneKeyAtOnceIsOneEvent(t *testing.T) {
 		for range 16 {
 			wg.Go(func() {
 				<-begin
-				id, isNew, err := r.publish(post{room: "a", kind: "message", key: fmt.Sprint("k", round), data: []byte("1")})
-				if err != nil || id != r.start+round+1 {
-					t.Errorf("round %d: the id is %d, %v", round, id-r.start, err)
+				id, isNew, err := r.publish(publishRequest{room: "a", kind: "message", key: fmt.Sprint("k", round), data: []byte("1")})
+				if err != nil || id != r.epoch+round+1 {
+					t.Errorf("round %d: the id is %d, %v", round, id-r.epoch, err)
 				}
 				if isNew {
 					fresh.Add(1)
@@ -859,9 +859,9 @@ func TestOneKeyAtOnceIsOneEvent(t *testing.T) {
 // Presence has its own bounds, and a retry is no publish.
 func TestARoomsRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{roomRate: 5})
+		r := testRelay(limits{maxRoomRate: 5})
 		put := func(room, key string) error {
-			_, _, err := r.publish(post{room: room, kind: "message", key: key, data: []byte("1")})
+			_, _, err := r.publish(publishRequest{room: room, kind: "message", key: key, data: []byte("1")})
 			return err
 		}
 		for i := range 10 {
@@ -870,19 +870,19 @@ func TestARoomsRate(t *testing.T) {
 			}
 		}
 		for i := range 3 {
-			mark := r.mark.Load()
+			mark := r.lastID.Load()
 			before := fmt.Sprint(mark, r.bytes)
 			if err := put("a", "k10"); err != errRoomTooFast {
 				t.Errorf("one too many: %v", err)
 			}
-			if after := fmt.Sprint(r.mark.Load(), r.bytes); after != before {
+			if after := fmt.Sprint(r.lastID.Load(), r.bytes); after != before {
 				t.Errorf("a refused publish made %s of %s", after, before)
 			}
 			checkBooks(t, r)
 			if err := put("a", "k9"); err != nil {
 				t.Errorf("a retry: %v", err)
 			}
-			if err := r.declare("a", fmt.Sprint("user", i), "", "online"); err != nil || r.mark.Load() == mark {
+			if err := r.setPresence("a", fmt.Sprint("user", i), "", "online"); err != nil || r.lastID.Load() == mark {
 				t.Errorf("presence was not told: %v", err)
 			}
 			if err := put("b", ""); err != nil {
@@ -906,20 +906,20 @@ func TestARoomsRate(t *testing.T) {
 func TestWaiting(t *testing.T) {
 	for _, tc := range []struct {
 		what   string
-		do     func(r *relay, rd *reader, cancel func())
+		do     func(r *relay, rd *subscriber, cancel func())
 		may    bool
 		within time.Duration
 	}{
-		{"nothing happens", func(*relay, *reader, func()) {}, false, 25 * time.Second},
-		{"an event", func(r *relay, _ *reader, _ func()) { publishText(t, r, "a", "x") }, true, time.Second},
-		{"an event elsewhere", func(r *relay, _ *reader, _ func()) { publishText(t, r, "b", "x") }, false, 25 * time.Second},
-		{"the client leaves", func(_ *relay, _ *reader, cancel func()) { cancel() }, false, time.Second},
-		{"the relay stops", func(r *relay, _ *reader, _ func()) { r.stop(); r.stop() }, false, time.Second},
+		{"nothing happens", func(*relay, *subscriber, func()) {}, false, 25 * time.Second},
+		{"an event", func(r *relay, _ *subscriber, _ func()) { publishText(t, r, "a", "x") }, true, time.Second},
+		{"an event elsewhere", func(r *relay, _ *subscriber, _ func()) { publishText(t, r, "b", "x") }, false, 25 * time.Second},
+		{"the client leaves", func(_ *relay, _ *subscriber, cancel func()) { cancel() }, false, time.Second},
+		{"the relay stops", func(r *relay, _ *subscriber, _ func()) { r.stop(); r.stop() }, false, time.Second},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := testRelay(limits{})
-				rd := openReader(t, r, "a", -1, want{})
+				rd := openReader(t, r, "a", -1, subscribeRequest{})
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				start := time.Now()
@@ -936,7 +936,7 @@ func TestWaiting(t *testing.T) {
 func TestWakesCoalesce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := testRelay(limits{})
-		rd := openReader(t, r, "a,b", -1, want{})
+		rd := openReader(t, r, "a,b", -1, subscribeRequest{})
 		for range 1000 {
 			publishScript(t, r, "a:x b:x")
 		}
@@ -949,9 +949,9 @@ func TestWakesCoalesce(t *testing.T) {
 		if rd.wait(t.Context(), time.After(time.Hour)) {
 			t.Error("the reader was woken again, for nothing")
 		}
-		rd.leave()
+		rd.unsubscribe()
 		publishText(t, r, "a", "x")
-		if len(rd.woken) != 0 {
+		if len(rd.wakeup) != 0 {
 			t.Error("who has left was woken")
 		}
 	})
@@ -960,33 +960,33 @@ func TestWakesCoalesce(t *testing.T) {
 // What a reader without a cursor was promised of one room, and lost, is told,
 // though another room had lost more before it came.
 func TestARoomsFloorForgivesNoOther(t *testing.T) {
-	r := testRelay(limits{events: 4})
+	r := testRelay(limits{maxEvents: 4})
 	publishScript(t, r, "a:1 a:2 a:3 a:4 b:5 b:6 b:7 b:8 b:9 b:10")
-	rd := openReader(t, r, "a,b", -1, want{last: 8})
+	rd := openReader(t, r, "a,b", -1, subscribeRequest{last: 8})
 	publishScript(t, r, "a:11 a:12 a:13 a:14")
 	wantRead(t, rd, "4:a:gap(history) 7:b:7 8:b:8 9:b:9 10:b:10 11:a:11 12:a:12 13:a:13 14:a:14")
 }
 
 func TestAStreamIsWokenInPlaceOfTheToken(t *testing.T) {
 	r := testRelay(limits{})
-	st := new(stream)
-	st.turn.Store(served)
-	rd := openReader(t, r, "a", -1, want{stream: st})
+	st := new(session)
+	st.state.Store(stateWriting)
+	rd := openReader(t, r, "a", -1, subscribeRequest{stream: st})
 	publishScript(t, r, "b:x a:x")
-	if turn := st.turn.Load(); turn != again || len(rd.woken) != 0 {
-		t.Errorf("the stream's turn is %d, with %d tokens beside, want %d and none", turn, len(rd.woken), again)
+	if turn := st.state.Load(); turn != stateDirty || len(rd.wakeup) != 0 {
+		t.Errorf("the stream's turn is %d, with %d tokens beside, want %d and none", turn, len(rd.wakeup), stateDirty)
 	}
 }
 
 func TestStopping(t *testing.T) {
 	r := testRelay(limits{})
-	rd := openReader(t, r, "a", -1, want{})
+	rd := openReader(t, r, "a", -1, subscribeRequest{})
 	var last atomic.Int64
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
 			for range 1_000_000 {
-				id, _, err := r.publish(post{room: "a", kind: "message", data: []byte("1")})
+				id, _, err := r.publish(publishRequest{room: "a", kind: "message", data: []byte("1")})
 				if err == errStopping {
 					return
 				}
@@ -999,14 +999,14 @@ func TestStopping(t *testing.T) {
 		runtime.Gosched()
 	}
 	r.stop()
-	stopped := r.mark.Load()
-	if err := r.declare("a", "ada", "", "online"); err != errStopping {
+	stopped := r.lastID.Load()
+	if err := r.setPresence("a", "ada", "", "online"); err != errStopping {
 		t.Errorf("presence while stopping: %v", err)
 	}
 	readAll(rd)
 	wg.Wait()
-	if !r.isStopping() || rd.after != stopped || last.Load() != stopped || r.mark.Load() != stopped {
-		t.Errorf("stopped at %d; the last publish was %d, and read is up to %d", stopped, last.Load(), rd.after)
+	if !r.isStopping() || rd.cursor != stopped || last.Load() != stopped || r.lastID.Load() != stopped {
+		t.Errorf("stopped at %d; the last publish was %d, and read is up to %d", stopped, last.Load(), rd.cursor)
 	}
 }
 
@@ -1023,30 +1023,30 @@ func keptOf(events []weak.Pointer[event]) (n int) {
 
 // weakLog is the room's messages, not keeping them.
 func weakLog(r *relay, room string) (events []weak.Pointer[event]) {
-	for _, e := range r.rooms[room].view.Load().messages {
+	for _, e := range r.rooms[room].history.Load().messages {
 		events = append(events, weak.Make(e))
 	}
 	return events
 }
 
 func TestASlowReaderKeepsNothing(t *testing.T) {
-	const n = 2 * batchEvents
+	const n = 2 * maxBatchEvents
 	for _, tc := range []struct {
 		what string
-		read func(*reader)
+		read func(*subscriber)
 	}{
-		{"that never read", func(*reader) {}},
-		{"that read everything", func(rd *reader) { readAll(rd) }},
-		{"that is stuck writing a batch cut short", func(rd *reader) {
+		{"that never read", func(*subscriber) {}},
+		{"that read everything", func(rd *subscriber) { readAll(rd) }},
+		{"that is stuck writing a batch cut short", func(rd *subscriber) {
 			rd.next(nil)
-			if !rd.cut {
+			if !rd.more {
 				t.Error("the batch was not cut short")
 			}
 		}},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
-			r := testRelay(limits{events: n})
-			rd := openReader(t, r, "a", 0, want{})
+			r := testRelay(limits{maxEvents: n})
+			rd := openReader(t, r, "a", 0, subscribeRequest{})
 			for range n {
 				publishText(t, r, "a", "x")
 			}
@@ -1067,7 +1067,7 @@ func TestASlowReaderKeepsNothing(t *testing.T) {
 // What the log drops is let go soon, though a log's array still has it.
 func TestTheLogKeepsLittleOfWhatItDropped(t *testing.T) {
 	const n = 256
-	r := testRelay(limits{events: n})
+	r := testRelay(limits{maxEvents: n})
 	for range n {
 		publishText(t, r, "a", "x")
 	}
@@ -1089,12 +1089,12 @@ func TestNoRequestIsKept(t *testing.T) {
 		do   func(r *relay, s string)
 	}{
 		{"room", func(r *relay, s string) { publishText(t, r, s, "x") }},
-		{"room read", func(r *relay, s string) { openReader(t, r, s, -1, want{}).next(nil) }},
-		{"type", func(r *relay, s string) { publishPost(t, r, post{room: "a", kind: s}) }},
-		{"from", func(r *relay, s string) { publishPost(t, r, post{room: "a", kind: "message", from: s}) }},
-		{"key", func(r *relay, s string) { publishPost(t, r, post{room: "a", kind: "message", key: s}) }},
-		{"user who polls", func(r *relay, s string) { openReader(t, r, "a", -1, want{user: s}).leave() }},
-		{"user who posts presence", func(r *relay, s string) { r.declare("a", s, "", "typing") }},
+		{"room read", func(r *relay, s string) { openReader(t, r, s, -1, subscribeRequest{}).next(nil) }},
+		{"type", func(r *relay, s string) { publishPost(t, r, publishRequest{room: "a", kind: s}) }},
+		{"from", func(r *relay, s string) { publishPost(t, r, publishRequest{room: "a", kind: "message", from: s}) }},
+		{"key", func(r *relay, s string) { publishPost(t, r, publishRequest{room: "a", kind: "message", key: s}) }},
+		{"user who polls", func(r *relay, s string) { openReader(t, r, "a", -1, subscribeRequest{user: s}).unsubscribe() }},
+		{"user who posts presence", func(r *relay, s string) { r.setPresence("a", s, "", "typing") }},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			r := testRelay(limits{})
@@ -1130,8 +1130,8 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 		lossy  bool
 	}{
 		{"the whole history", limits{}, false},
-		{"16 messages a room", limits{events: 16}, true},
-		{"64 messages in all", limits{allBytes: 64 * 350}, true},
+		{"16 messages a room", limits{maxEvents: 16}, true},
+		{"64 messages in all", limits{maxBytes: 64 * 350}, true},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -1142,7 +1142,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 				var mu sync.Mutex
 				published := map[string][]int64{}
 				publish := func(room string) {
-					p := post{room: room, kind: "message", data: []byte(`"x"`)}
+					p := publishRequest{room: room, kind: "message", data: []byte(`"x"`)}
 					if !tc.lossy && rand.IntN(3) == 0 {
 						p.ttl = time.Hour
 					}
@@ -1159,7 +1159,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 				read := func(seed uint64) map[string]*roomTrace {
 					rnd := rand.New(rand.NewPCG(seed, 2))
 					traces := map[string]*roomTrace{}
-					cursor := r.start
+					cursor := r.epoch
 					set := rnd.Perm(rooms)
 					for n := 1 + rnd.IntN(2); ; n++ {
 						// A loss is told on the next read of its room, so
@@ -1172,7 +1172,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 						for _, i := range set[:min(n, rooms)] {
 							names = append(names, name(i))
 						}
-						rd, err := tryReader(r, want{rooms: names, after: cursor, batchBytes: 1 + rnd.IntN(4000)})
+						rd, err := tryReader(r, subscribeRequest{rooms: names, cursor: cursor, maxBatchBytes: 1 + rnd.IntN(4000)})
 						if err != nil {
 							t.Error(err)
 							return nil
@@ -1182,7 +1182,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 							batch := rd.next(nil)
 							for _, e := range batch {
 								if e.id < last || e.id == last && e.kind != "gap" { // a gap may stand at the event before it
-									t.Errorf("%d comes behind %d", e.id-r.start, last-r.start)
+									t.Errorf("%d comes behind %d", e.id-r.epoch, last-r.epoch)
 								}
 								last = e.id
 								var c struct{ Room string }
@@ -1198,7 +1198,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 									trace.got = append(trace.got, e.id)
 								}
 							}
-							if end := end.Load(); rd.cut || turn == 0 || end > 0 && rd.after > end {
+							if end := end.Load(); rd.more || turn == 0 || end > 0 && rd.cursor > end {
 								continue
 							}
 							rd.wait(t.Context(), nil)
@@ -1208,11 +1208,11 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 								traces[room] = &roomTrace{}
 							}
 							traces[room].from = append(traces[room].from, cursor)
-							traces[room].to = append(traces[room].to, rd.after)
+							traces[room].to = append(traces[room].to, rd.cursor)
 						}
-						cursor = rd.after
-						rd.leave()
-						if end := end.Load(); end > 0 && cursor > end && !rd.cut {
+						cursor = rd.cursor
+						rd.unsubscribe()
+						if end := end.Load(); end > 0 && cursor > end && !rd.more {
 							return traces
 						}
 					}
@@ -1235,7 +1235,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 					})
 				}
 				publishing.Wait()
-				end.Store(r.mark.Load())
+				end.Store(r.lastID.Load())
 				for i := range rooms {
 					publish(name(i))
 				}
@@ -1264,21 +1264,21 @@ func TestTheMarkAndTheLogAreOne(t *testing.T) {
 	r := testRelay(limits{})
 	var reading sync.WaitGroup
 	for range 2 {
-		rd := openReader(t, r, "a,b", 0, want{})
+		rd := openReader(t, r, "a,b", 0, subscribeRequest{})
 		reading.Go(func() {
-			defer rd.leave()
-			last := r.start
-			for batch := []*event(nil); last < r.start+n; {
+			defer rd.unsubscribe()
+			last := r.epoch
+			for batch := []*event(nil); last < r.epoch+n; {
 				batch = rd.next(batch[:0])
 				for _, e := range batch {
 					if e.id != last+1 {
-						t.Errorf("%d comes behind %d", e.id-r.start, last-r.start)
+						t.Errorf("%d comes behind %d", e.id-r.epoch, last-r.epoch)
 						return
 					}
 					last = e.id
 				}
-				if last != rd.after {
-					t.Errorf("the cursor is %d behind %d", rd.after-r.start, last-r.start)
+				if last != rd.cursor {
+					t.Errorf("the cursor is %d behind %d", rd.cursor-r.epoch, last-r.epoch)
 					return
 				}
 			}
@@ -1339,7 +1339,7 @@ func TestGapsOfOneIDAreAllTold(t *testing.T) {
 		publishText(t, r, "a", "lost")
 		publishText(t, r, "b", "lost")
 	}
-	old, err := tryReader(r, want{rooms: []string{"a", "b", "c"}, after: 1})
+	old, err := tryReader(r, subscribeRequest{rooms: []string{"a", "b", "c"}, cursor: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1351,7 +1351,7 @@ func TestGapsOfOneIDAreAllTold(t *testing.T) {
 		}
 		rooms = append(rooms, string(e.json))
 		rest := 0
-		back, err := tryReader(r, want{rooms: []string{"a", "b", "c"}, after: e.id})
+		back, err := tryReader(r, subscribeRequest{rooms: []string{"a", "b", "c"}, cursor: e.id})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -18,9 +18,9 @@ func TestPatience(t *testing.T) {
 		b.listen(kindOf("ws"), "a").begin()
 		_, r := b.raw("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")
 		r.Peek(1) // hello
-		b.pump.mu.Lock()
-		streams := slices.Clone(b.pump.streams)
-		b.pump.mu.Unlock()
+		b.pool.mu.Lock()
+		streams := slices.Clone(b.pool.sessions)
+		b.pool.mu.Unlock()
 		if len(streams) != 3 {
 			t.Fatalf("%d streams", len(streams))
 		}
@@ -29,8 +29,8 @@ func TestPatience(t *testing.T) {
 			if got := time.Duration(ms) * time.Millisecond; err != nil || got != want {
 				t.Errorf("with a beat of %v: %v, %v; want %v", beat, got, err, want)
 			}
-			if !st.patient || st.proxied != (i == 2) {
-				t.Errorf("stream %d: patient %v, proxied %v", i, st.patient, st.proxied)
+			if !st.kernelTimeout || st.proxied != (i == 2) {
+				t.Errorf("stream %d: patient %v, proxied %v", i, st.kernelTimeout, st.proxied)
 			}
 		}
 	}

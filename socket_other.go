@@ -8,8 +8,8 @@ import (
 )
 
 // Here every write waits, in a goroutine of its own.
-func socket(net.Conn) int { return -1 }
+func fdOf(net.Conn) int { return -1 }
 
-func patience(int, time.Duration) bool { return false }
+func setUserTimeout(int, time.Duration) bool { return false }
 
-func try(int, []byte) (int, error) { return 0, nil }
+func tryWrite(int, []byte) (int, error) { return 0, nil }

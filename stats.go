@@ -19,7 +19,7 @@ import (
 )
 
 // A tally is what one technique did since the start.
-type tally struct {
+type techniqueStats struct {
 	requests    atomic.Int64
 	connections atomic.Int64 // open now
 	events      atomic.Int64 // delivered
@@ -35,22 +35,22 @@ var delayBounds = [...]int64{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000}
 
 // stats are all that is counted.
 type stats struct {
-	started   time.Time
-	published atomic.Int64
-	in        atomic.Int64 // bytes of publishes
-	dropped   atomic.Int64 // clients that took nothing for writeTimeout, or had too much waiting for them
-	skipped   atomic.Int64 // messages that a graph of numbers could not show
-	ticking   atomic.Bool  // the room _stats is published to
-	asked     atomic.Int64 // when it was last asked for, Unix nanoseconds
-	tallies   map[string]*tally
-	refused   map[string]*atomic.Int64 // by reason
+	started       time.Time
+	published     atomic.Int64
+	in            atomic.Int64 // bytes of publishes
+	dropped       atomic.Int64 // clients that took nothing for writeTimeout, or had too much waiting for them
+	skippedPoints atomic.Int64 // messages that a graph of numbers could not show
+	ticking       atomic.Bool  // the room _stats is published to
+	statsReadAt   atomic.Int64 // when it was last asked for, Unix nanoseconds
+	techniques    map[string]*techniqueStats
+	refused       map[string]*atomic.Int64 // by reason
 }
 
 // reasons are what a request or connection is refused for.
 var reasons = []string{"address", "body", "connections", "descriptors", "origin", "pictures", "rate", "room", "rooms", "streams", "token", "users"}
 
-// refused counts a refusal.
-func (s *server) refused(reason string) {
+// countRefusal counts a refusal.
+func (s *server) countRefusal(reason string) {
 	if n := s.stats.refused[reason]; n != nil { // there is none for what is no limit, such as a name that is not well formed
 		n.Add(1)
 	}
@@ -59,9 +59,9 @@ func (s *server) refused(reason string) {
 // start sets all to nothing.
 func (st *stats) start() {
 	st.started = time.Now()
-	st.tallies = map[string]*tally{}
+	st.techniques = map[string]*techniqueStats{}
 	for _, t := range techniques {
-		st.tallies[t.name] = &tally{}
+		st.techniques[t.name] = &techniqueStats{}
 	}
 	st.refused = map[string]*atomic.Int64{}
 	for _, reason := range reasons {
@@ -71,27 +71,27 @@ func (st *stats) start() {
 
 // A count is what a writer adds up before it tells the tally: two writers that
 // add to one number for each event wait for each other's cache.
-type count struct {
-	t           *tally
+type statsBatch struct {
+	stats       *techniqueStats
 	events, out int64
 	delays      [len(delayBounds) + 1]int64
 	delaySum    int64
 }
 
-// delivered counts events of a technique that were written at the time now, in
+// add counts events of a technique that were written at the time now, in
 // Unix milliseconds, in so many bytes.
-func (c *count) delivered(t *tally, events []*event, bytes int, now int64) {
-	if c.t != t {
+func (c *statsBatch) add(t *techniqueStats, events []*event, bytes int, now int64) {
+	if c.stats != t {
 		c.flush()
-		c.t = t
+		c.stats = t
 	}
 	c.out += int64(bytes)
 	for _, e := range events {
-		if e.at == 0 {
+		if e.publishedAt == 0 {
 			continue // a notice
 		}
 		c.events++
-		delay := now - e.at
+		delay := now - e.publishedAt
 		i := 0
 		for i < len(delayBounds) && delay > delayBounds[i] {
 			i++
@@ -102,19 +102,19 @@ func (c *count) delivered(t *tally, events []*event, bytes int, now int64) {
 }
 
 // flush tells the tally.
-func (c *count) flush() {
-	if c.t == nil {
+func (c *statsBatch) flush() {
+	if c.stats == nil {
 		return
 	}
-	c.t.events.Add(c.events)
-	c.t.out.Add(c.out)
-	c.t.delaySum.Add(c.delaySum)
+	c.stats.events.Add(c.events)
+	c.stats.out.Add(c.out)
+	c.stats.delaySum.Add(c.delaySum)
 	for i, n := range c.delays {
 		if n > 0 {
-			c.t.delays[i].Add(n)
+			c.stats.delays[i].Add(n)
 		}
 	}
-	*c = count{}
+	*c = statsBatch{}
 }
 
 // headSize is how many bytes a head has on the wire, with a first line of so many.
@@ -144,14 +144,14 @@ func memory() uint64 {
 func (r *relay) size() (rooms, users, bytes int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.idlest.Len(), r.leases, r.bytes
+	return r.lru.Len(), r.leases, r.bytes
 }
 
 // maxListed is how many rooms a list has.
 const maxListed = 1000
 
 // A roomInfo is what an operator is told of a room.
-type roomInfo struct {
+type roomStatus struct {
 	Room     string `json:"room"`
 	Readers  int    `json:"readers"`
 	Users    int    `json:"users"`
@@ -163,10 +163,10 @@ type roomInfo struct {
 
 // list returns the rooms whose names begin with prefix, the one published to last
 // first, then those that are only read; so many at most, and whether there are more.
-func (r *relay) list(prefix string, most int) (rooms []roomInfo, more bool) {
+func (r *relay) list(prefix string, most int) (rooms []roomStatus, more bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	rooms = []roomInfo{}
+	rooms = []roomStatus{}
 	add := func(rm *room) {
 		if !strings.HasPrefix(rm.name, prefix) || !validName(rm.name) { // a room of pictures is nobody's
 			return
@@ -174,20 +174,20 @@ func (r *relay) list(prefix string, most int) (rooms []roomInfo, more bool) {
 		if more = len(rooms) == most; more {
 			return
 		}
-		v := rm.view.Load()
-		info := roomInfo{rm.name, len(rm.readers), rm.here, len(v.messages), rm.messageBytes + rm.signalBytes, rm.newest(), 0}
+		v := rm.history.Load()
+		info := roomStatus{rm.name, len(rm.subscriptions), rm.online, len(v.messages), rm.messageBytes + rm.signalBytes, rm.newest(), 0}
 		for _, log := range [][]*event{v.messages, v.signals} {
 			if len(log) > 0 {
-				info.Time = max(info.Time, log[len(log)-1].at)
+				info.Time = max(info.Time, log[len(log)-1].publishedAt)
 			}
 		}
 		rooms = append(rooms, info)
 	}
-	for el := r.idlest.Front(); el != nil && !more; el = el.Next() {
+	for el := r.lru.Front(); el != nil && !more; el = el.Next() {
 		add(el.Value.(*room))
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.rooms)) {
-		if rm := r.rooms[name]; rm.place == nil && !more {
+		if rm := r.rooms[name]; rm.lruElem == nil && !more {
 			add(rm)
 		}
 	}
@@ -201,10 +201,10 @@ func (s *server) metrics(w http.ResponseWriter) {
 	one := func(name, kind, help string, value any) {
 		fmt.Fprintf(&b, "# HELP cometes_%s %s\n# TYPE cometes_%[1]s %[3]s\ncometes_%[1]s %[4]v\n", name, help, kind, value)
 	}
-	each := func(name, kind, help string, value func(*tally) int64) {
+	each := func(name, kind, help string, value func(*techniqueStats) int64) {
 		fmt.Fprintf(&b, "# HELP cometes_%s %s\n# TYPE cometes_%[1]s %[3]s\n", name, help, kind)
 		for _, t := range techniques {
-			fmt.Fprintf(&b, "cometes_%s{technique=%q} %d\n", name, t.name, value(s.stats.tallies[t.name]))
+			fmt.Fprintf(&b, "cometes_%s{technique=%q} %d\n", name, t.name, value(s.stats.techniques[t.name]))
 		}
 	}
 	rooms, users, bytes := s.relay.size()
@@ -213,7 +213,7 @@ func (s *server) metrics(w http.ResponseWriter) {
 	one("published_bytes_total", "counter", "Bytes of requests to publish, heads included.", s.stats.in.Load())
 	one("gaps_total", "counter", "Gaps told to readers.", s.relay.gaps.Load())
 	one("dropped_total", "counter", "Clients dropped because they took nothing for too long or, with all others, had too much waiting for them.", s.stats.dropped.Load())
-	one("skipped_total", "counter", "Messages that a graph of numbers could not show.", s.stats.skipped.Load())
+	one("skipped_total", "counter", "Messages that a graph of numbers could not show.", s.stats.skippedPoints.Load())
 	one("rooms", "gauge", "Rooms with a history.", rooms)
 	one("users", "gauge", "Users present, counted by room.", users)
 	one("history_bytes", "gauge", "Bytes of events kept.", bytes)
@@ -223,16 +223,16 @@ func (s *server) metrics(w http.ResponseWriter) {
 	for _, reason := range reasons {
 		fmt.Fprintf(&b, "cometes_refused_total{reason=%q} %d\n", reason, s.stats.refused[reason].Load())
 	}
-	each("requests_total", "counter", "Requests.", func(t *tally) int64 { return t.requests.Load() })
-	each("connections", "gauge", "Requests and streams that are held open.", func(t *tally) int64 { return t.connections.Load() })
-	each("delivered_total", "counter", "Events written to clients.", func(t *tally) int64 { return t.events.Load() })
-	each("received_bytes_total", "counter", "Bytes of requests, heads included.", func(t *tally) int64 { return t.in.Load() })
-	each("sent_bytes_total", "counter", "Bytes of answers, heads included.", func(t *tally) int64 { return t.out.Load() })
+	each("requests_total", "counter", "Requests.", func(t *techniqueStats) int64 { return t.requests.Load() })
+	each("connections", "gauge", "Requests and streams that are held open.", func(t *techniqueStats) int64 { return t.connections.Load() })
+	each("delivered_total", "counter", "Events written to clients.", func(t *techniqueStats) int64 { return t.events.Load() })
+	each("received_bytes_total", "counter", "Bytes of requests, heads included.", func(t *techniqueStats) int64 { return t.in.Load() })
+	each("sent_bytes_total", "counter", "Bytes of answers, heads included.", func(t *techniqueStats) int64 { return t.out.Load() })
 
 	const delay = "cometes_delivery_delay_seconds"
 	fmt.Fprintf(&b, "# HELP %s From publishing to writing.\n# TYPE %[1]s histogram\n", delay)
 	for _, technique := range techniques {
-		t := s.stats.tallies[technique.name]
+		t := s.stats.techniques[technique.name]
 		n := int64(0)
 		for i, bound := range delayBounds {
 			n += t.delays[i].Load()
@@ -257,7 +257,7 @@ const (
 
 // startStats begins to publish to the room _stats, unless that goes on already.
 func (s *server) startStats() {
-	s.stats.asked.Store(time.Now().UnixNano())
+	s.stats.statsReadAt.Store(time.Now().UnixNano())
 	if s.stats.ticking.CompareAndSwap(false, true) {
 		time.AfterFunc(0, s.publishStats)
 	}
@@ -275,7 +275,7 @@ func (s *server) publishStats() {
 		Out         int64 `json:"out"`
 	}
 	techniques := map[string]total{}
-	for name, t := range s.stats.tallies {
+	for name, t := range s.stats.techniques {
 		techniques[name] = total{t.connections.Load(), t.requests.Load(), t.events.Load(), t.in.Load(), t.out.Load()}
 	}
 	data, _ := json.Marshal(map[string]any{
@@ -284,7 +284,7 @@ func (s *server) publishStats() {
 		"in":         s.stats.in.Load(),
 		"gaps":       s.relay.gaps.Load(),
 		"dropped":    s.stats.dropped.Load(),
-		"skipped":    s.stats.skipped.Load(),
+		"skipped":    s.stats.skippedPoints.Load(),
 		"rooms":      rooms,
 		"users":      users,
 		"history":    bytes,
@@ -292,7 +292,7 @@ func (s *server) publishStats() {
 		"goroutines": runtime.NumGoroutine(),
 		"uptime":     int64(time.Since(s.stats.started).Seconds()),
 	})
-	_, _, err := s.relay.publish(post{room: statsRoom, kind: "stats", data: data, unmetered: true})
+	_, _, err := s.relay.publish(publishRequest{room: statsRoom, kind: "stats", data: data, unlimited: true})
 	if err == nil && s.statsWanted() {
 		time.AfterFunc(statsEvery, s.publishStats)
 		return
@@ -306,7 +306,7 @@ func (s *server) publishStats() {
 // statsWanted reports whether somebody reads the room _stats, or asked for it
 // lately: who polls, and who has not its place in the room yet.
 func (s *server) statsWanted() bool {
-	return s.relay.isRead(statsRoom) || time.Since(time.Unix(0, s.stats.asked.Load())) < 5*statsEvery
+	return s.relay.isRead(statsRoom) || time.Since(time.Unix(0, s.stats.statsReadAt.Load())) < 5*statsEvery
 }
 
 // isRead reports whether the room has readers.
@@ -314,5 +314,5 @@ func (r *relay) isRead(name string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	rm := r.rooms[name]
-	return rm != nil && len(rm.readers) > 0
+	return rm != nil && len(rm.subscriptions) > 0
 }

@@ -35,62 +35,62 @@ import (
 )
 
 // errFull says that a socket took only a part, and the rest is kept.
-var errFull = errors.New("the socket is full")
+var errBlocked = errors.New("the socket is full")
 
 // lingerFor is how long a stream that has ended waits for its client to close
 // first; closing on what it still says would take the end from it.
-const lingerFor = time.Second
+const lingerTimeout = time.Second
 
 // sendBuffer is how many bytes the kernel may keep for a client that is slow to
 // take them. Left to itself, Linux would keep megabytes.
-const sendBuffer = 32 << 10
+const socketBuffer = 32 << 10
 
 // A takeover is what a stream over a connection that was taken over has more
 // than one that is driven by its own request.
-type takeover struct {
-	opening []byte      // sent before everything, once
-	rest    net.Buffers // what a full socket did not take
-	conn    net.Conn
-	patient bool // the kernel ends it when the client acknowledges nothing
+type hijacked struct {
+	head          []byte      // sent before everything, once
+	pending       net.Buffers // what a full socket did not take
+	conn          net.Conn
+	kernelTimeout bool // the kernel ends it when the client acknowledges nothing
 
 	// Of a WebSocket.
-	proxied bool  // a proxy is in between, or may be
-	token   int64 // when its token expires, in Unix nanoseconds
-	beats   int
-	silent  atomic.Bool // it did not answer the last ping yet
-	mu      sync.Mutex  // guards answers and parting
-	answers []byte      // frames that the library, or hear, has to send
-	parting bool        // the last of them closes the socket; nothing may follow (RFC 6455, 5.5.1)
-	hearing atomic.Bool // hear is at it, and may owe an answer
-	owes    bool        // the same, as this turn began
+	proxied      bool  // a proxy is in between, or may be
+	tokenExpires int64 // when its token expires, in Unix nanoseconds
+	heartbeats   int
+	awaitingPong atomic.Bool // it did not answer the last ping yet
+	mu           sync.Mutex  // guards answers and parting
+	replies      []byte      // frames that the library, or hear, has to send
+	closing      bool        // the last of them closes the socket; nothing may follow (RFC 6455, 5.5.1)
+	handling     atomic.Bool // hear is at it, and may owe an answer
+	replyDue     bool        // the same, as this turn began
 }
 
 // Whose turn it is. Only who serves a stream, the writer that took it from the
 // queue or the goroutine that waits for its full socket, touches what is not atomic.
 const (
-	unborn = iota // its connection is not taken over yet
-	idle
-	queued // a writer will come
-	served // somebody serves it
-	again  // the same, and there is more to do
-	full   // its socket is; drain has it, and no writer comes
-	over
+	stateNew = iota // its connection is not taken over yet
+	stateIdle
+	stateQueued  // a writer will come
+	stateWriting // somebody serves it
+	stateDirty   // the same, and there is more to do
+	stateBlocked // its socket is; drain has it, and no writer comes
+	stateClosed
 )
 
 // A pump is the writers, and the streams they serve. Writers live while there
 // is something to write, so a pump needs neither start nor stop.
-type pump struct {
-	mu      sync.Mutex // guards what follows
-	queue   []*stream
-	taken   int // so many in front of the queue were taken
-	writers int
-	streams []*stream
-	ticking bool // a tick is due
+type writerPool struct {
+	mu       sync.Mutex // guards what follows
+	queue    []*session
+	head     int // so many in front of the queue were taken
+	writers  int
+	sessions []*session
+	ticking  bool // a tick is due
 }
 
-// takeOver serves the stream over the request's own connection. The handler is
+// hijack serves the stream over the request's own connection. The handler is
 // done then.
-func (st *stream) takeOver(w http.ResponseWriter) error {
+func (st *session) hijack(w http.ResponseWriter) error {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		st.close()
@@ -106,18 +106,18 @@ func (st *stream) takeOver(w http.ResponseWriter) error {
 	head.WriteString("\r\n")
 
 	st.conn = conn
-	st.opening = head.Bytes()
-	st.front = chunkHead
-	st.send = (*stream).sendChunk
-	st.s.pump.add(st)
-	go st.watch()
+	st.head = head.Bytes()
+	st.headroom = chunkHeadSize
+	st.send = (*session).sendChunk
+	st.srv.pool.add(st)
+	go st.watchRead()
 	return nil
 }
 
-// watch waits for the client to leave, or, roused by a deadline, for its socket
+// watchRead waits for the client to leave, or, roused by a deadline, for its socket
 // to take the rest. What the client says, which it has no reason to, is lost;
 // who says more than a request's head is given up.
-func (st *stream) watch() {
+func (st *session) watchRead() {
 	var b [64]byte
 	for said := 0; ; {
 		n, err := st.conn.Read(b[:])
@@ -126,94 +126,94 @@ func (st *stream) watch() {
 		if roused { // before the look at turn, lest the next rousing is undone
 			st.conn.SetReadDeadline(time.Time{})
 		}
-		if st.turn.Load() == full {
-			st.drain()
+		if st.state.Load() == stateBlocked {
+			st.writePending()
 		} else if err != nil && !roused || said > maxHeader {
-			st.giveUp()
-			st.abandon()
+			st.abort()
+			st.releaseBlocked()
 			return
 		}
 	}
 }
 
-var past = time.Unix(1, 0)
+var longAgo = time.Unix(1, 0)
 
-// giveUp has the stream finished, and nobody wait for its socket any more. The
+// abort has the stream finished, and nobody wait for its socket any more. The
 // socket is closed in the stream's turn, or when that is over, never beside it:
 // its number would be the next connection's, and a write could go there.
-func (st *stream) giveUp() {
+func (st *session) abort() {
 	st.gone.Store(true)
-	st.conn.SetDeadline(past)
-	st.leave()
+	st.conn.SetDeadline(longAgo)
+	st.closeWhenSent()
 }
 
-// leave has the stream finished when what is due was sent.
-func (st *stream) leave() {
+// closeWhenSent has the stream finished when what is due was sent.
+func (st *session) closeWhenSent() {
 	st.gone.Store(true)
 	st.wake()
-	if st.turn.Load() == over {
+	if st.state.Load() == stateClosed {
 		st.conn.Close()
 	}
 }
 
 // chunkHead is the size of a chunk in hexadecimal and a line end
 // (RFC 9112, 7.1); leading zeros are allowed, and let it be filled in last.
-const chunkHead = len("00000000\r\n")
+const chunkHeadSize = len("00000000\r\n")
 
 // sendChunk writes b, whose first chunkHead bytes are free, as a chunk.
-func (st *stream) sendChunk(d *desk, b []byte) error {
+func (st *session) sendChunk(d *scratch, b []byte) error {
 	const hex = "0123456789abcdef"
-	copy(b[chunkHead-2:], "\r\n")
-	for i, n := chunkHead-3, len(b)-chunkHead; i >= 0; i, n = i-1, n>>4 {
+	copy(b[chunkHeadSize-2:], "\r\n")
+	for i, n := chunkHeadSize-3, len(b)-chunkHeadSize; i >= 0; i, n = i-1, n>>4 {
 		b[i] = hex[n&15]
 	}
-	if b = append(b, "\r\n"...); len(b) == chunkHead+len("\r\n") {
+	if b = append(b, "\r\n"...); len(b) == chunkHeadSize+len("\r\n") {
 		b = b[:0] // an empty chunk would be the end
 	}
-	if st.ended {
+	if st.closed {
 		b = append(b, "0\r\n\r\n"...)
 	}
-	if st.opening != nil {
-		d.count.out += int64(len(st.opening))
-		b = append(st.opening, b...)
-		st.opening = nil
+	if st.head != nil {
+		d.count.out += int64(len(st.head))
+		b = append(st.head, b...)
+		st.head = nil
 	}
 	return st.write(d, b)
 }
 
 // write gives the socket what it takes, and keeps the rest.
-func (st *stream) write(d *desk, b []byte) error {
+func (st *session) write(d *scratch, b []byte) error {
 	n := 0
 	if st.fd >= 0 {
 		var err error
-		if n, err = try(st.fd, b); err != nil {
+		if n, err = tryWrite(st.fd, b); err != nil {
 			return err
 		}
 	}
 	if n < len(b) {
-		st.rest = left(b, n, d.framed)
-		return cmp.Or(st.s.owe(len(b)-n), errFull)
+		st.pending = unwritten(b, n, d.encoded)
+		return cmp.Or(st.srv.reserveUnsent(len(b)-n), errBlocked)
 	}
 	return nil
 }
 
-// owe counts bytes that a client has not taken yet. It returns errGone if there
+// reserveUnsent counts bytes that a client has not taken yet. It returns errGone if there
 // is no room to wait for all who are slow.
-func (s *server) owe(n int) error {
-	if s.unsent.Add(int64(n)) > int64(s.relay.allBytes) {
+func (s *server) reserveUnsent(n int) error {
+	if s.unsentBytes.Add(int64(n)) > int64(s.relay.maxBytes) {
 		s.stats.dropped.Add(1)
-		return errGone
+		return errClientGone
 	}
 	return nil
 }
 
 // worthSharing is the size in bytes from which an event is kept once for all who
 // are slow to take it, and not copied for each.
-const worthSharing = 512
+const shareFrom = 512
 
-// left is b, which holds the events framed, without its first n bytes. The
+// unwritten is b, which holds the events framed, without its first n bytes. The
 // frames are copied, for b is needed again; of big events there is one for all.
-func left(b []byte, n int, events []*event) (rest net.Buffers) {
+func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
 	copied := func(b []byte) {
 		if n < len(b) {
 			rest = append(rest, bytes.Clone(b[n:]))
@@ -221,7 +221,7 @@ func left(b []byte, n int, events []*event) (rest net.Buffers) {
 		n = max(0, n-len(b))
 	}
 	for _, e := range events {
-		if len(e.json) < worthSharing {
+		if len(e.json) < shareFrom {
 			continue
 		}
 		i := bytes.Index(b, e.json)
@@ -239,34 +239,34 @@ func left(b []byte, n int, events []*event) (rest net.Buffers) {
 }
 
 // add begins to serve a stream.
-func (p *pump) add(st *stream) {
+func (p *writerPool) add(st *session) {
 	if c, ok := st.conn.(interface{ SetWriteBuffer(int) error }); ok {
-		c.SetWriteBuffer(sendBuffer)
+		c.SetWriteBuffer(socketBuffer)
 	}
-	if st.fd = socket(st.conn); st.fd >= 0 {
-		st.patient = patience(st.fd, 2*max(st.s.beat, writeTimeout))
+	if st.fd = fdOf(st.conn); st.fd >= 0 {
+		st.kernelTimeout = setUserTimeout(st.fd, 2*max(st.srv.beat, writeTimeout))
 	}
 	p.mu.Lock()
-	st.at = len(p.streams)
-	if p.streams = append(p.streams, st); len(p.streams) == many {
-		go collectAt(25)
+	st.index = len(p.sessions)
+	if p.sessions = append(p.sessions, st); len(p.sessions) == gcThreshold {
+		go setGCPercent(25)
 	}
 	if !p.ticking {
 		p.ticking = true
-		p.tick(st.s)
+		p.tick(st.srv)
 	}
-	st.turn.Store(queued)
-	p.push(st)
+	st.state.Store(stateQueued)
+	p.pushLocked(st)
 	p.mu.Unlock()
 }
 
 // many is how many streams make memory worth more than time: to deliver an
 // event allocates nothing, so to collect garbage more often then costs little.
-const many = 100
+const gcThreshold = 100
 
-// collectAt sets how much garbage there may be, in percent of what is in use,
+// setGCPercent sets how much garbage there may be, in percent of what is in use,
 // unless GOGC does.
-func collectAt(percent int) {
+func setGCPercent(percent int) {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(percent)
 	}
@@ -274,52 +274,52 @@ func collectAt(percent int) {
 
 // tick has the streams served that are due a heartbeat, while there are any.
 // One walk now and then costs less than a timer for each.
-func (p *pump) tick(s *server) {
+func (p *writerPool) tick(s *server) {
 	time.AfterFunc(s.beat/15, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		now := time.Now().UnixNano()
-		for _, st := range p.streams {
-			if st.due(now) && st.turn.CompareAndSwap(idle, queued) {
-				p.push(st)
+		for _, st := range p.sessions {
+			if st.due(now) && st.state.CompareAndSwap(stateIdle, stateQueued) {
+				p.pushLocked(st)
 			}
 		}
-		if p.ticking = len(p.streams) > 0; p.ticking {
+		if p.ticking = len(p.sessions) > 0; p.ticking {
 			p.tick(s)
 		}
 	})
 }
 
 // wakeAll has all streams served, to tell them that the relay stops.
-func (p *pump) wakeAll() {
+func (p *writerPool) wakeAll() {
 	p.mu.Lock()
-	all := slices.Clone(p.streams) // a hand takes the lock
+	all := slices.Clone(p.sessions) // a hand takes the lock
 	p.mu.Unlock()
-	var h hand
+	var h wakeBatch
 	for _, st := range all {
-		st.wakeBy(&h)
+		st.wakeIn(&h)
 	}
-	h.empty()
+	h.flush()
 }
 
 // wake has the stream served, now or once more.
-func (st *stream) wake() {
-	var h hand
-	st.wakeBy(&h)
-	h.empty()
+func (st *session) wake() {
+	var h wakeBatch
+	st.wakeIn(&h)
+	h.flush()
 }
 
-// wakeBy is wake when the hand is emptied.
-func (st *stream) wakeBy(h *hand) {
+// wakeIn is wake when the hand is emptied.
+func (st *session) wakeIn(h *wakeBatch) {
 	for {
-		switch st.turn.Load() {
-		case idle:
-			if st.turn.CompareAndSwap(idle, queued) {
-				h.take(st)
+		switch st.state.Load() {
+		case stateIdle:
+			if st.state.CompareAndSwap(stateIdle, stateQueued) {
+				h.add(st)
 				return
 			}
-		case served:
-			if st.turn.CompareAndSwap(served, again) {
+		case stateWriting:
+			if st.state.CompareAndSwap(stateWriting, stateDirty) {
 				return
 			}
 		default:
@@ -330,58 +330,58 @@ func (st *stream) wakeBy(h *hand) {
 
 // A hand carries a few streams to the queue at once, lest who wakes ten
 // thousand and who writes to them wait for each other at each.
-type hand struct {
-	streams [handful]*stream
+type wakeBatch struct {
+	streams [wakeBatchSize]*session
 	n       int
 }
 
 // handful is how many streams are queued, or taken from the queue, at once.
-const handful = 32
+const wakeBatchSize = 32
 
-func (h *hand) take(st *stream) {
+func (h *wakeBatch) add(st *session) {
 	h.streams[h.n] = st
 	if h.n++; h.n == len(h.streams) {
-		h.empty()
+		h.flush()
 	}
 }
 
-func (h *hand) empty() {
+func (h *wakeBatch) flush() {
 	if h.n > 0 {
-		h.streams[0].s.pump.enqueue(h.streams[:h.n]...)
+		h.streams[0].srv.pool.enqueue(h.streams[:h.n]...)
 		h.n = 0
 	}
 }
 
 // enqueue puts streams whose turn is queued in the queue.
-func (p *pump) enqueue(streams ...*stream) {
+func (p *writerPool) enqueue(streams ...*session) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.push(streams...)
+	p.pushLocked(streams...)
 }
 
-// push is enqueue for a caller who holds p.mu.
-func (p *pump) push(streams ...*stream) {
-	if p.taken > 0 && p.taken >= len(p.queue)/2 {
-		n := copy(p.queue, p.queue[p.taken:])
+// pushLocked is enqueue for a caller who holds p.mu.
+func (p *writerPool) pushLocked(streams ...*session) {
+	if p.head > 0 && p.head >= len(p.queue)/2 {
+		n := copy(p.queue, p.queue[p.head:])
 		clear(p.queue[n:])
-		p.queue, p.taken = p.queue[:n], 0
+		p.queue, p.head = p.queue[:n], 0
 	}
 	p.queue = append(p.queue, streams...)
 	if p.writers < runtime.GOMAXPROCS(0) {
 		p.writers++
-		go p.write()
+		go p.run()
 	}
 }
 
-// ease holds a publisher up, for a tenth of a second at most, while the stream
+// throttle holds a publisher up, for a tenth of a second at most, while the stream
 // that waits longest is a quarter of a history behind. Without it a few that
 // publish as fast as they can would run away from a thousand who read.
-func (s *server) ease() {
+func (s *server) throttle() {
 	for range 100 {
-		s.pump.mu.Lock()
-		waiting := s.pump.queue[s.pump.taken:]
-		ahead := len(waiting) > 0 && s.relay.mark.Load()-waiting[0].rd.after > int64(s.relay.events)/4
-		s.pump.mu.Unlock()
+		s.pool.mu.Lock()
+		waiting := s.pool.queue[s.pool.head:]
+		ahead := len(waiting) > 0 && s.relay.lastID.Load()-waiting[0].sub.cursor > int64(s.relay.maxEvents)/4
+		s.pool.mu.Unlock()
 		if !ahead {
 			return
 		}
@@ -389,18 +389,18 @@ func (s *server) ease() {
 	}
 }
 
-// write is a writer: it serves what is in the queue until there is nothing.
-func (p *pump) write() {
-	d := desks.Get().(*desk)
-	defer desks.Put(d)
-	var few [handful]*stream
+// run is a writer: it serves what is in the queue until there is nothing.
+func (p *writerPool) run() {
+	d := scratches.Get().(*scratch)
+	defer scratches.Put(d)
+	var few [wakeBatchSize]*session
 	for {
 		p.mu.Lock()
-		batch := few[:copy(few[:], p.queue[p.taken:])]
-		p.taken += len(batch)
+		batch := few[:copy(few[:], p.queue[p.head:])]
+		p.head += len(batch)
 		if len(batch) == 0 {
 			clear(p.queue)
-			p.queue, p.taken = p.queue[:0], 0
+			p.queue, p.head = p.queue[:0], 0
 			p.writers--
 		}
 		p.mu.Unlock()
@@ -409,16 +409,16 @@ func (p *pump) write() {
 		}
 		now := time.Now().UnixNano()
 		for _, st := range batch {
-			st.turn.Store(served)
-			st.yield(st.serve(d, now))
+			st.state.Store(stateWriting)
+			st.afterWrite(st.writeDue(d, now))
 		}
 		d.count.flush()
 		clear(batch)
 	}
 }
 
-// serve writes what is due.
-func (st *stream) serve(d *desk, now int64) (err error) {
+// writeDue writes what is due.
+func (st *session) writeDue(d *scratch, now int64) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			slog.Error("a stream failed", "panic", p, "stack", string(debug.Stack()))
@@ -426,12 +426,12 @@ func (st *stream) serve(d *desk, now int64) (err error) {
 		}
 	}()
 	if st.ws {
-		st.owes = st.hearing.Load() // asked before the answers are taken
+		st.replyDue = st.handling.Load() // asked before the answers are taken
 		st.mu.Lock()
-		answers, parting := st.answers, st.parting
-		st.answers = nil
+		answers, parting := st.replies, st.closing
+		st.replies = nil
 		st.mu.Unlock()
-		if len(answers) > 0 && !st.ended { // to a second goodbye Chromium says the connection failed
+		if len(answers) > 0 && !st.closed { // to a second goodbye Chromium says the connection failed
 			if err := st.write(d, answers); err != nil {
 				return err
 			}
@@ -446,74 +446,74 @@ func (st *stream) serve(d *desk, now int64) (err error) {
 	return st.step(d, now)
 }
 
-// yield ends a turn.
-func (st *stream) yield(err error) {
+// afterWrite ends a turn.
+func (st *session) afterWrite(err error) {
 	switch {
-	case err == errFull && st.ws: // whose goroutine reads in the library
-		st.turn.Store(full)
-		go st.drain()
-	case err == errFull:
-		st.turn.Store(full)
-		st.conn.SetReadDeadline(past)
+	case err == errBlocked && st.ws: // whose goroutine reads in the library
+		st.state.Store(stateBlocked)
+		go st.writePending()
+	case err == errBlocked:
+		st.state.Store(stateBlocked)
+		st.conn.SetReadDeadline(longAgo)
 		if st.gone.Load() {
-			st.abandon()
+			st.releaseBlocked()
 		}
 	case err != nil:
-		st.finish(err == io.EOF)
-	case !st.turn.CompareAndSwap(served, idle):
+		st.release(err == io.EOF)
+	case !st.state.CompareAndSwap(stateWriting, stateIdle):
 		st.requeue()
 	}
 }
 
-func (st *stream) requeue() {
-	st.turn.Store(queued)
-	st.s.pump.enqueue(st)
+func (st *session) requeue() {
+	st.state.Store(stateQueued)
+	st.srv.pool.enqueue(st)
 }
 
-// abandon finishes a stream whose socket is full when nobody watches any more.
-func (st *stream) abandon() {
-	if st.turn.CompareAndSwap(full, served) {
-		st.finish(false)
+// releaseBlocked finishes a stream whose socket is full when nobody watches any more.
+func (st *session) releaseBlocked() {
+	if st.state.CompareAndSwap(stateBlocked, stateWriting) {
+		st.release(false)
 	}
 }
 
-// drain waits for a full socket to take the rest. Each time it takes something
+// writePending waits for a full socket to take the rest. Each time it takes something
 // it is given writeTimeout anew.
-func (st *stream) drain() {
-	for len(st.rest) > 0 {
+func (st *session) writePending() {
+	for len(st.pending) > 0 {
 		st.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
-		n, err := st.conn.Write(st.rest[0])
-		st.s.unsent.Add(-int64(n))
-		if st.rest[0] = st.rest[0][n:]; len(st.rest[0]) == 0 {
-			st.rest = st.rest[1:]
+		n, err := st.conn.Write(st.pending[0])
+		st.srv.unsentBytes.Add(-int64(n))
+		if st.pending[0] = st.pending[0][n:]; len(st.pending[0]) == 0 {
+			st.pending = st.pending[1:]
 		}
 		if err != nil && (n == 0 || st.gone.Load()) {
 			if !st.gone.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
-				st.s.stats.dropped.Add(1)
+				st.srv.stats.dropped.Add(1)
 			}
-			st.finish(false)
+			st.release(false)
 			return
 		}
 	}
-	st.rest = nil
+	st.pending = nil
 	st.conn.SetWriteDeadline(time.Time{})
 	st.requeue()
 }
 
-// finish gives up all that the stream held. A stream that has said goodbye
+// release gives up all that the stream held. A stream that has said goodbye
 // leaves it to the client to close.
-func (st *stream) finish(said bool) {
-	st.turn.Store(over)
-	for _, b := range st.rest {
-		st.s.unsent.Add(-int64(len(b)))
+func (st *session) release(said bool) {
+	st.state.Store(stateClosed)
+	for _, b := range st.pending {
+		st.srv.unsentBytes.Add(-int64(len(b)))
 	}
-	p := &st.s.pump
+	p := &st.srv.pool
 	p.mu.Lock()
-	last := p.streams[len(p.streams)-1]
-	p.streams[st.at], last.at = last, st.at
-	p.streams[len(p.streams)-1] = nil
-	if p.streams = p.streams[:len(p.streams)-1]; len(p.streams) == many/2 {
-		go collectAt(100)
+	last := p.sessions[len(p.sessions)-1]
+	p.sessions[st.index], last.index = last, st.index
+	p.sessions[len(p.sessions)-1] = nil
+	if p.sessions = p.sessions[:len(p.sessions)-1]; len(p.sessions) == gcThreshold/2 {
+		go setGCPercent(100)
 	}
 	p.mu.Unlock()
 	st.close()
@@ -524,5 +524,5 @@ func (st *stream) finish(said bool) {
 	if c, ok := st.conn.(interface{ CloseWrite() error }); ok {
 		c.CloseWrite()
 	}
-	time.AfterFunc(lingerFor, func() { st.conn.Close() })
+	time.AfterFunc(lingerTimeout, func() { st.conn.Close() })
 }

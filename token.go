@@ -35,43 +35,43 @@ type claims struct {
 
 const tokenHead = `{"alg":"HS256","typ":"JWT"}`
 
-var encoding = base64.RawURLEncoding
+var base64url = base64.RawURLEncoding
 
-// sign makes a token.
-func sign(c claims, secret []byte) string {
+// signToken makes a token.
+func signToken(c claims, secret []byte) string {
 	body, _ := json.Marshal(c)
-	said := encoding.EncodeToString([]byte(tokenHead)) + "." + encoding.EncodeToString(body)
-	return said + "." + encoding.EncodeToString(mac(said, secret))
+	said := base64url.EncodeToString([]byte(tokenHead)) + "." + base64url.EncodeToString(body)
+	return said + "." + base64url.EncodeToString(hmacSHA256(said, secret))
 }
 
-func mac(said string, secret []byte) []byte {
+func hmacSHA256(said string, secret []byte) []byte {
 	h := hmac.New(sha256.New, secret)
 	h.Write([]byte(said))
 	return h.Sum(nil)
 }
 
-// verify returns what a token says if it is signed with one of the secrets
+// verifyToken returns what a token says if it is signed with one of the secrets
 // (several are good while they are changed) and good now.
-func verify(token string, secrets [][]byte, now time.Time) (*claims, error) {
+func verifyToken(token string, secrets [][]byte, now time.Time) (*claims, error) {
 	parts := strings.Split(token, ".")
 	if len(token) > maxToken || len(parts) != 3 {
 		return nil, errors.New("the token is no JWT")
 	}
 	var alg string
 	var crit any
-	sum, err := encoding.Strict().DecodeString(parts[2])
-	if err != nil || decode(parts[0], map[string]any{"alg": &alg, "crit": &crit}) != nil || alg != "HS256" || crit != nil {
+	sum, err := base64url.Strict().DecodeString(parts[2])
+	if err != nil || decodePart(parts[0], map[string]any{"alg": &alg, "crit": &crit}) != nil || alg != "HS256" || crit != nil {
 		return nil, errors.New("the token is no JWT of the algorithm HS256")
 	}
 	signed := false
 	for _, secret := range secrets {
-		signed = hmac.Equal(sum, mac(parts[0]+"."+parts[1], secret)) || signed
+		signed = hmac.Equal(sum, hmacSHA256(parts[0]+"."+parts[1], secret)) || signed
 	}
 	if !signed {
 		return nil, errors.New("the token is not signed with this relay's secret")
 	}
 	var c claims
-	if decode(parts[1], map[string]any{"sub": &c.Sub, "exp": &c.Exp, "nbf": &c.Nbf, "read": &c.Read, "write": &c.Write}) != nil {
+	if decodePart(parts[1], map[string]any{"sub": &c.Sub, "exp": &c.Exp, "nbf": &c.Nbf, "read": &c.Read, "write": &c.Write}) != nil {
 		return nil, errors.New("the token's claims can't be read")
 	}
 	at := float64(now.UnixMilli()) / 1000
@@ -86,26 +86,26 @@ func verify(token string, secrets [][]byte, now time.Time) (*claims, error) {
 	return &c, nil
 }
 
-// decode reads the fields of one part of a token.
-func decode(part string, fields map[string]any) error {
-	b, err := encoding.Strict().DecodeString(part)
+// decodePart reads the fields of one part of a token.
+func decodePart(part string, fields map[string]any) error {
+	b, err := base64url.Strict().DecodeString(part)
 	if err != nil {
 		return err
 	}
 	return parseObject(b, maxDepth, fields)
 }
 
-// until is when the token expires, in Unix nanoseconds.
-func (c *claims) until() int64 {
+// expires is when the token expires, in Unix nanoseconds.
+func (c *claims) expires() int64 {
 	if c == nil || c.Exp == nil || *c.Exp > 9e9 {
 		return math.MaxInt64
 	}
 	return int64(*c.Exp * 1e9)
 }
 
-// matches reports whether a room is in the list. A room of the relay's own has
+// matchesRoom reports whether a room is in the list. A room of the relay's own has
 // to be named with its _; a * alone does not cover it.
-func matches(list []string, room string) bool {
+func matchesRoom(list []string, room string) bool {
 	for _, p := range list {
 		start, any := strings.CutSuffix(p, "*")
 		if p == room || any && strings.HasPrefix(room, start) && (room[0] != '_' || start != "") {
@@ -115,14 +115,14 @@ func matches(list []string, room string) bool {
 	return false
 }
 
-// tokenOf is the token that came with a request: as a bearer, for programs; in
+// token is the token that came with a request: as a bearer, for programs; in
 // the query, for EventSource and WebSocket, which can't set a header; or in a
 // cookie, for pages without a script.
-func (q *query) tokenOf(r *http.Request) string {
+func (q *request) token(r *http.Request) string {
 	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); strings.EqualFold(scheme, "Bearer") {
 		return strings.TrimSpace(token)
 	}
-	if token := q.get("token"); token != "" {
+	if token := q.param("token"); token != "" {
 		return token
 	}
 	if c, err := r.Cookie("token"); err == nil {
@@ -131,53 +131,53 @@ func (q *query) tokenOf(r *http.Request) string {
 	return ""
 }
 
-func denied(status int, text string) error { return limit(status, text, "token", 0) }
+func tokenError(status int, text string) error { return limitError(status, text, "token", 0) }
 
 // authorize checks the request's token, if the relay asks for one, and whether
 // it is good for the rooms.
-func (s *server) authorize(r *http.Request, q *query) error {
+func (s *server) authorize(r *http.Request, q *request) error {
 	if s.secrets == nil {
 		return nil
 	}
-	token := q.tokenOf(r)
+	token := q.token(r)
 	if q.err != nil {
 		return q.err
 	}
 	if token == "" {
-		return denied(http.StatusUnauthorized, "this relay asks for a token: Authorization: Bearer, the query token, or a cookie token")
+		return tokenError(http.StatusUnauthorized, "this relay asks for a token: Authorization: Bearer, the query token, or a cookie token")
 	}
-	claims, err := verify(token, s.secrets, time.Now())
+	claims, err := verifyToken(token, s.secrets, time.Now())
 	if err != nil {
-		return denied(http.StatusUnauthorized, err.Error())
+		return tokenError(http.StatusUnauthorized, err.Error())
 	}
 	q.claims = claims
 	for _, room := range q.rooms {
-		if !q.claims.may(room, q.writes) {
-			return denied(http.StatusForbidden, fmt.Sprintf("the token is not good for the room %q", room))
+		if !q.claims.allows(room, q.publishes) {
+			return tokenError(http.StatusForbidden, fmt.Sprintf("the token is not good for the room %q", room))
 		}
 	}
 	return nil
 }
 
-// may reports whether the token is good for the room. No token is, for then the
+// allows reports whether the token is good for the room. No token is, for then the
 // relay asks for none.
-func (c *claims) may(room string, writes bool) bool {
+func (c *claims) allows(room string, writes bool) bool {
 	switch {
 	case c == nil:
 		return true
 	case writes:
-		return matches(c.Write, room)
+		return matchesRoom(c.Write, room)
 	}
-	return matches(c.Read, room)
+	return matchesRoom(c.Read, room)
 }
 
-// speaksAs is the user a request speaks for: who it says, if the token does not say another.
-func (q *query) speaksAs(user string) string {
+// effectiveUser is the user a request speaks for: who it says, if the token does not say another.
+func (q *request) effectiveUser(user string) string {
 	if q.claims == nil || q.claims.Sub == "" {
 		return user
 	}
 	if user != "" && user != q.claims.Sub {
-		q.fail(denied(http.StatusForbidden, fmt.Sprintf("the token is %q's; nobody else can be spoken as with it", q.claims.Sub)))
+		q.setError(tokenError(http.StatusForbidden, fmt.Sprintf("the token is %q's; nobody else can be spoken as with it", q.claims.Sub)))
 	}
 	return q.claims.Sub
 }
@@ -185,16 +185,16 @@ func (q *query) speaksAs(user string) string {
 // tokenInfo is GET /token: what the token of a page is good for, since a script
 // can't see its cookie. The parameter room says for which room.
 func (s *server) tokenInfo(w http.ResponseWriter, r *http.Request) error {
-	q := &query{values: r.URL.Query()}
+	q := &request{values: r.URL.Query()}
 	if err := s.authorize(r, q); err != nil {
 		return err
 	}
 	answer := map[string]any{"required": s.secrets != nil}
-	if room := q.get("room"); room != "" {
+	if room := q.param("room"); room != "" {
 		if !validName(room) {
 			return badRoom(room)
 		}
-		answer["read"], answer["write"] = q.claims.may(room, false), q.claims.may(room, true)
+		answer["read"], answer["write"] = q.claims.allows(room, false), q.claims.allows(room, true)
 	}
 	if q.claims != nil && q.claims.Sub != "" {
 		answer["user"] = q.claims.Sub
@@ -205,7 +205,7 @@ func (s *server) tokenInfo(w http.ResponseWriter, r *http.Request) error {
 	if q.err != nil {
 		return q.err
 	}
-	reply(w, http.StatusOK, answer)
+	writeJSON(w, http.StatusOK, answer)
 	return nil
 }
 
@@ -236,7 +236,7 @@ func tokenCommand(args []string, getenv func(string) string) error {
 	}
 	exp := float64(time.Now().Add(*ttl).Unix())
 	c := claims{Sub: *sub, Exp: &exp, Read: list(*read), Write: list(*write)}
-	fmt.Println(sign(c, secrets[0]))
+	fmt.Println(signToken(c, secrets[0]))
 	return nil
 }
 
@@ -256,10 +256,10 @@ func parseSecrets(list string) (secrets [][]byte) {
 	return secrets
 }
 
-// keepToken puts a token that came in the URL of a page into a cookie, and
+// moveTokenToCookie puts a token that came in the URL of a page into a cookie, and
 // sends the browser to the URL without it: what is in the address bar gets
 // into histories, screenshots and links. It reports whether it did.
-func (s *server) keepToken(w http.ResponseWriter, r *http.Request, q *query) bool {
+func (s *server) moveTokenToCookie(w http.ResponseWriter, r *http.Request, q *request) bool {
 	token := q.values.Get("token")
 	if q.claims == nil || token == "" || !strings.Contains(r.Header.Get("Accept"), "text/html") {
 		return false
@@ -273,6 +273,6 @@ func (s *server) keepToken(w http.ResponseWriter, r *http.Request, q *query) boo
 	}
 	http.SetCookie(w, c)
 	q.values.Del("token")
-	goTo(w, "./"+r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:], q.values)
+	redirect(w, "./"+r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:], q.values)
 	return true
 }

@@ -39,48 +39,48 @@ import (
 )
 
 // How long a technique holds the request.
-type hold int
+type mode int
 
 const (
-	atOnce  hold = iota // the answer comes at once
-	once                // with the first event
-	forever             // and never ends
+	immediate mode = iota // the answer comes at once
+	longPoll              // with the first event
+	streaming             // and never ends
 )
 
 // A technique is a name in the URL, how long it holds, and how it writes.
 type technique struct {
 	name    string
-	hold    hold
-	framing func(*query) framing
+	mode    mode
+	encoder func(*request) encoder
 	as      []string // what as= may say, if anything; the first if it says nothing
 }
 
 var techniques = []technique{
-	{"refresh", atOnce, refresh, nil},
-	{"multipart", forever, multipart, []string{"json", "text", "html", "svg"}},
-	{"html", forever, endless, nil},
-	{"poll", atOnce, poll, nil},
-	{"iframe", forever, iframe, nil},
-	{"longpoll", once, poll, nil},
-	{"stream", forever, lines, nil},
-	{"jsonp", once, jsonp, nil},
-	{"sse", forever, sse, []string{"json", "data"}},
-	{"ws", forever, frames, []string{"json", "data"}},
+	{"refresh", immediate, refresh, nil},
+	{"multipart", streaming, multipart, []string{"json", "text", "html", "svg"}},
+	{"html", streaming, htmlPage, nil},
+	{"poll", immediate, poll, nil},
+	{"iframe", streaming, iframe, nil},
+	{"longpoll", longPoll, poll, nil},
+	{"stream", streaming, ndjson, nil},
+	{"jsonp", longPoll, jsonp, nil},
+	{"sse", streaming, sse, []string{"json", "data"}},
+	{"ws", streaming, wsFrames, []string{"json", "data"}},
 }
 
 // A framing is how a technique writes: with event, one after the other, or
 // with batch, all that are due at once.
-type framing struct {
-	event  func(b []byte, e *event) []byte
-	batch  func(b []byte, cursor int64, events []*event) []byte
-	beat   string // a heartbeat
-	mime   string
-	header map[string]string // further headers
-	head   string            // before everything
+type encoder struct {
+	event       func(b []byte, e *event) []byte
+	batch       func(b []byte, cursor int64, events []*event) []byte
+	heartbeat   string // a heartbeat
+	contentType string
+	header      map[string]string // further headers
+	preamble    string            // before everything
 }
 
-// frame appends what is due to b.
-func (f *framing) frame(b []byte, cursor int64, events ...*event) []byte {
+// encode appends what is due to b.
+func (f *encoder) encode(b []byte, cursor int64, events ...*event) []byte {
 	if f.batch != nil {
 		return f.batch(b, cursor, events)
 	}
@@ -96,16 +96,16 @@ func (f *framing) frame(b []byte, cursor int64, events ...*event) []byte {
 //
 // A poll answers at once, mostly with nothing; a long-poll (2000) is the same
 // question with a patient answer, and the next one is asked at once.
-func poll(*query) framing {
-	return framing{
-		mime: "application/json; charset=utf-8",
+func poll(*request) encoder {
+	return encoder{
+		contentType: "application/json; charset=utf-8",
 		batch: func(b []byte, cursor int64, events []*event) []byte {
-			return append(answer(b, cursor, events), '\n')
+			return append(pollBody(b, cursor, events), '\n')
 		},
 	}
 }
 
-func answer(b []byte, cursor int64, events []*event) []byte {
+func pollBody(b []byte, cursor int64, events []*event) []byte {
 	b = strconv.AppendInt(append(b, `{"cursor":`...), cursor, 10)
 	b = append(b, `,"events":[`...)
 	for i, e := range events {
@@ -124,12 +124,12 @@ func answer(b []byte, cursor int64, events []*event) []byte {
 //
 // The comment keeps a callback name from being read as another kind of file
 // (a Flash movie can be spelled in letters and digits).
-func jsonp(q *query) framing {
-	return framing{
-		mime: "application/javascript; charset=utf-8",
+func jsonp(q *request) encoder {
+	return encoder{
+		contentType: "application/javascript; charset=utf-8",
 		batch: func(b []byte, cursor int64, events []*event) []byte {
 			b = append(append(b, "/**/"...), q.callback...)
-			return append(answer(append(b, '('), cursor, events), ");\n"...)
+			return append(pollBody(append(b, '('), cursor, events), ");\n"...)
 		},
 	}
 }
@@ -139,13 +139,13 @@ func jsonp(q *query) framing {
 // empty line.
 //
 //	{"id":1795351418000042,…}
-func lines(*query) framing {
-	return framing{
-		mime: "application/x-ndjson; charset=utf-8",
+func ndjson(*request) encoder {
+	return encoder{
+		contentType: "application/x-ndjson; charset=utf-8",
 		event: func(b []byte, e *event) []byte {
 			return append(append(b, e.json...), '\n')
 		},
-		beat: "\n",
+		heartbeat: "\n",
 	}
 }
 
@@ -167,15 +167,15 @@ func lines(*query) framing {
 // so names=0 leaves them out. Some clients take every block for an event, and
 // what it says for JSON: so retry has no block of its own, and a heartbeat says
 // something. The retry differs by client, so that they don't return all at once.
-func sse(q *query) framing {
-	nameless, alone := q.nameless, q.as == "data" // and not q, which each stream would keep
+func sse(q *request) encoder {
+	nameless, alone := q.unnamedEvents, q.as == "data" // and not q, which each stream would keep
 	beat := "event: beat\ndata: " + beatJSON + "\n\n"
 	if alone {
 		beat = "event: beat\ndata:\n\n"
 	}
-	return framing{
-		mime: "text/event-stream; charset=utf-8",
-		head: fmt.Sprintf("retry: %d\n", 2000+mathrand.IntN(2000)),
+	return encoder{
+		contentType: "text/event-stream; charset=utf-8",
+		preamble:    fmt.Sprintf("retry: %d\n", 2000+mathrand.IntN(2000)),
 		event: func(b []byte, e *event) []byte {
 			if e.id != 0 || e.kind == "hello" {
 				b = strconv.AppendInt(append(b, "id: "...), e.id, 10)
@@ -186,12 +186,12 @@ func sse(q *query) framing {
 				b = append(b, '\n')
 			}
 			if alone {
-				return append(dataLines(b, asText(e.content().Data)), '\n')
+				return append(dataLines(b, asText(e.decode().Data)), '\n')
 			}
 			b = append(append(b, "data: "...), e.json...)
 			return append(b, "\n\n"...)
 		},
-		beat: beat,
+		heartbeat: beat,
 	}
 }
 
@@ -218,7 +218,7 @@ func dataLines(b []byte, text string) []byte {
 //	Content-Type: application/json
 //
 // The boundary is random, so that nobody's text can contain it.
-func multipart(q *query) framing {
+func multipart(q *request) encoder {
 	mime := map[string]string{
 		"json": "application/json; charset=utf-8",
 		"text": "text/plain; charset=utf-8",
@@ -227,10 +227,10 @@ func multipart(q *query) framing {
 	}[q.as]
 	boundary := rand.Text()
 	open := "\r\n--" + boundary + "\r\nContent-Type: " + mime + "\r\n\r\n"
-	f := framing{
-		mime: "multipart/x-mixed-replace; boundary=" + boundary,
-		head: open[2:],
-		beat: "\r\n",
+	f := encoder{
+		contentType: "multipart/x-mixed-replace; boundary=" + boundary,
+		preamble:    open[2:],
+		heartbeat:   "\r\n",
 	}
 	switch q.as {
 	case "json":
@@ -248,13 +248,13 @@ func multipart(q *query) framing {
 		var shown []*event
 		f.batch = func(b []byte, _ int64, events []*event) []byte {
 			for _, e := range events {
-				if e.erases() {
+				if e.isErasure() {
 					shown = nil
 				}
 				shown = append(shown, e)
 			}
 			shown = append([]*event(nil), shown[max(0, len(shown)-pageMessages):]...)
-			return append(page(b, q, shown), open...)
+			return append(appendPage(b, q, shown), open...)
 		}
 	}
 	return f
@@ -268,29 +268,29 @@ func multipart(q *query) framing {
 //
 // The nonce is all that may run here: an event can't bring a script of its
 // own. Only a page of an origin that may read is told: see (*origins).allow.
-func iframe(q *query) framing {
+func iframe(q *request) encoder {
 	nonce := rand.Text()
 	origin := "location.origin"
-	if q.origin != "" {
-		quoted, _ := json.Marshal(q.origin)
+	if q.foreignOrigin != "" {
+		quoted, _ := json.Marshal(q.foreignOrigin)
 		origin = string(quoted)
 	}
 	open := `<script nonce="` + nonce + `">`
 	const end = "</script>\n"
 	tell := open + "tell("
-	return framing{
-		mime:   "text/html; charset=utf-8",
-		header: map[string]string{"Content-Security-Policy": "default-src 'none'; script-src 'nonce-" + nonce + "'; base-uri 'none'; frame-ancestors " + q.ancestors},
-		head: "<!DOCTYPE html>\n<title>Cometes</title>\n" +
+	return encoder{
+		contentType: "text/html; charset=utf-8",
+		header:      map[string]string{"Content-Security-Policy": "default-src 'none'; script-src 'nonce-" + nonce + "'; base-uri 'none'; frame-ancestors " + q.frameAncestors},
+		preamble: "<!DOCTYPE html>\n<title>Cometes</title>\n" +
 			open + "const tell = event => parent.postMessage(event, " + origin + ")" + end,
 		event: func(b []byte, e *event) []byte {
 			return append(append(append(b, tell...), e.json...), ")"+end...)
 		},
-		beat: tell + beatJSON + ")" + end,
+		heartbeat: tell + beatJSON + ")" + end,
 	}
 }
 
-// frames are what a WebSocket carries (RFC 6455, 2011): a text frame an event,
+// wsFrames are what a WebSocket carries (RFC 6455, 2011): a text frame an event,
 // or for several, when many are due, with a newline between them.
 //
 //	0x81 0x7e 0x00 0xc4 {"id":1795351418000042,…}
@@ -299,26 +299,26 @@ func iframe(q *query) framing {
 // for each socket. A ping asks whether the client is there; a page can't see
 // it, so a heartbeat is a frame as well. With as=data a frame is the data of one
 // event that somebody published, and nothing else is sent.
-func frames(q *query) framing {
+func wsFrames(q *request) encoder {
 	if q.as == "data" {
-		return framing{
+		return encoder{
 			event: func(b []byte, e *event) []byte {
-				if e.at == 0 || e.kind == "presence" {
+				if e.publishedAt == 0 || e.kind == "presence" {
 					return b // the relay's own
 				}
-				text := asText(e.content().Data)
-				return append(textFrame(b, len(text)), text...)
+				text := asText(e.decode().Data)
+				return append(wsTextFrame(b, len(text)), text...)
 			},
-			beat: ping,
+			heartbeat: ping,
 		}
 	}
-	return framing{
+	return encoder{
 		batch: func(b []byte, _ int64, events []*event) []byte {
 			size := len(events) - 1
 			for _, e := range events {
 				size += len(e.json)
 			}
-			b = textFrame(b, size)
+			b = wsTextFrame(b, size)
 			for i, e := range events {
 				if i > 0 {
 					b = append(b, '\n')
@@ -327,7 +327,7 @@ func frames(q *query) framing {
 			}
 			return b
 		},
-		beat: ping + string(textFrame(nil, len(beatJSON))) + beatJSON,
+		heartbeat: ping + string(wsTextFrame(nil, len(beatJSON))) + beatJSON,
 	}
 }
 
@@ -336,9 +336,9 @@ const (
 	ping     = "\x89\x00" // a frame
 )
 
-// textFrame appends the head of a whole text frame of so many bytes (5.2): its
+// wsTextFrame appends the head of a whole text frame of so many bytes (5.2): its
 // length in one byte, or behind 126 in two, or behind 127 in eight.
-func textFrame(b []byte, size int) []byte {
+func wsTextFrame(b []byte, size int) []byte {
 	switch b = append(b, 0x81); {
 	case size < 126:
 		return append(b, byte(size))
@@ -348,15 +348,15 @@ func textFrame(b []byte, size int) []byte {
 	return binary.BigEndian.AppendUint64(append(b, 127), uint64(size))
 }
 
-// appendClose appends a frame that closes the socket (5.5.1).
-func appendClose(b []byte, code websocket.StatusCode, reason string) []byte {
+// wsCloseFrame appends a frame that closes the socket (5.5.1).
+func wsCloseFrame(b []byte, code websocket.StatusCode, reason string) []byte {
 	b = append(b, 0x88, byte(2+len(reason)))
 	return append(binary.BigEndian.AppendUint16(b, uint16(code)), reason...)
 }
 
 // Pages for people, without a script.
 
-// endless is the page that never ends, about 1995: the browser shows what it
+// htmlPage is the page that never ends, about 1995: the browser shows what it
 // has of a page while the rest is still to come, so the server just goes on.
 //
 //	<p><time>14:03</time> <b>ada</b> hi</p>
@@ -364,13 +364,13 @@ func appendClose(b []byte, code websocket.StatusCode, reason string) []byte {
 // A form in a page that still loads would end it, whatever the answer, so the
 // form is in a frame of its own. New lines come last in the page, and the
 // style sheet puts them on top.
-func endless(q *query) framing {
-	return framing{
-		mime:   "text/html; charset=utf-8",
-		header: map[string]string{"Content-Security-Policy": q.pagePolicy()},
-		head:   pageHead(q) + "<main class=\"log endless\">\n",
-		event:  func(b []byte, e *event) []byte { return append(b, e.html()...) },
-		beat:   "<!-- beat -->\n",
+func htmlPage(q *request) encoder {
+	return encoder{
+		contentType: "text/html; charset=utf-8",
+		header:      map[string]string{"Content-Security-Policy": q.pagePolicy()},
+		preamble:    pageHead(q) + "<main class=\"log endless\">\n",
+		event:       func(b []byte, e *event) []byte { return append(b, e.html()...) },
+		heartbeat:   "<!-- beat -->\n",
 	}
 }
 
@@ -381,14 +381,14 @@ func endless(q *query) framing {
 //
 // A form is lost when the page comes anew, so what takes longer to write has
 // a page of its own, with this one in a frame.
-func refresh(q *query) framing {
-	return framing{
-		mime: "text/html; charset=utf-8",
+func refresh(q *request) encoder {
+	return encoder{
+		contentType: "text/html; charset=utf-8",
 		header: map[string]string{
 			"Refresh":                 strconv.Itoa(max(1, int(q.wait/time.Second))),
 			"Content-Security-Policy": q.pagePolicy(),
 		},
-		batch: func(b []byte, _ int64, events []*event) []byte { return page(b, q, events) },
+		batch: func(b []byte, _ int64, events []*event) []byte { return appendPage(b, q, events) },
 	}
 }
 
@@ -400,27 +400,27 @@ const (
 
 	// The kernel takes what fits its buffers, so a client that reads slowly, but
 	// reads, is given a new deadline for each piece.
-	writePiece = 16 << 10
+	writeChunk = 16 << 10
 )
 
 // A desk is what it takes to write, passed from stream to stream: one with
 // nothing to say needs none, so ten thousand idle streams share a few.
-type desk struct {
-	events []*event
-	buf    []byte
-	framed []*event // those in buf
-	count  count
+type scratch struct {
+	events  []*event
+	buf     []byte
+	encoded []*event // those in buf
+	count   statsBatch
 }
 
-var desks = sync.Pool{New: func() any { return new(desk) }}
+var scratches = sync.Pool{New: func() any { return new(scratch) }}
 
-// serve answers a request for events by a technique, until there is no more to
+// serveTechnique answers a request for events by a technique, until there is no more to
 // say or the client is gone.
-func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *query) error {
-	f := t.framing(q)
+func (s *server) serveTechnique(w http.ResponseWriter, r *http.Request, t technique, q *request) error {
+	f := t.encoder(q)
 	h := w.Header()
-	if f.mime != "" {
-		h.Set("Content-Type", f.mime)
+	if f.contentType != "" {
+		h.Set("Content-Type", f.contentType)
 	}
 	for k, v := range f.header {
 		h.Set(k, v)
@@ -431,39 +431,39 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, t technique, q *q
 	switch {
 	case r.Method == http.MethodHead && t.name != "ws":
 		return nil
-	case t.hold == atOnce:
-		return s.answer(w, r, t, &f, q)
+	case t.mode == immediate:
+		return s.serveOnce(w, r, t, &f, q)
 	}
-	err := s.hold(q)
+	err := s.acquireSlot(q)
 	switch {
 	case err != nil:
-	case t.hold == once:
-		defer s.free(q.addr)
-		err = s.answer(w, r, t, &f, q)
+	case t.mode == longPoll:
+		defer s.releaseSlot(q.addr)
+		err = s.serveOnce(w, r, t, &f, q)
 	default:
-		err = s.stream(w, r, t, f, q)
+		err = s.serveStream(w, r, t, f, q)
 	}
-	if limit, ok := err.(fault); ok && limit.retry > 0 && t.name == "sse" {
+	if limit, ok := err.(httpError); ok && limit.retryAfter > 0 && t.name == "sse" {
 		// An EventSource gives up for ever on any status but 200.
-		s.refused(limit.reason)
-		return writer(w)(f.frame([]byte(f.head), 0, s.bye()))
+		s.countRefusal(limit.reason)
+		return deadlineWriter(w)(f.encode([]byte(f.preamble), 0, s.bye()))
 	}
 	return err
 }
 
-// answer reads once, after waiting for an event if the technique does, and
+// serveOnce reads once, after waiting for an event if the technique does, and
 // answers whole.
-func (s *server) answer(w http.ResponseWriter, r *http.Request, t technique, f *framing, q *query) error {
-	var rd reader
-	if err := s.relay.subscribe(&rd, q.want(t.hold)); err != nil {
+func (s *server) serveOnce(w http.ResponseWriter, r *http.Request, t technique, f *encoder, q *request) error {
+	var rd subscriber
+	if err := s.relay.subscribe(&rd, q.subscribeRequest(t.mode)); err != nil {
 		return err
 	}
-	defer rd.leave()
-	c := s.stats.tallies[t.name]
+	defer rd.unsubscribe()
+	c := s.stats.techniques[t.name]
 	c.connections.Add(1)
 	defer c.connections.Add(-1)
 	events := rd.next(nil)
-	if t.hold == once {
+	if t.mode == longPoll {
 		clock := time.NewTimer(q.wait)
 		defer clock.Stop()
 		for more := true; more && len(events) == 0; {
@@ -471,150 +471,150 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, t technique, f *
 			events = rd.next(events) // at the end, too: the relay may have stopped right behind an event
 		}
 	}
-	if q.pull && q.presence {
-		q.here = s.relay.whoIsIn(q.rooms[0]).sentence()
+	if q.refreshes && q.seesPresence {
+		q.rosterText = s.relay.roster(q.rooms[0]).describe()
 	}
-	b := f.frame(nil, rd.after, events...)
+	b := f.encode(nil, rd.cursor, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	var n count
-	n.delivered(c, events, int(headSize(len("HTTP/1.1 200 OK"), w.Header()))+len(b), time.Now().UnixMilli())
+	var n statsBatch
+	n.add(c, events, int(headSize(len("HTTP/1.1 200 OK"), w.Header()))+len(b), time.Now().UnixMilli())
 	n.flush()
-	return writer(w)(b)
+	return deadlineWriter(w)(b)
 }
 
-// hold takes a place for a request that is held, of all there are and of the
+// acquireSlot takes a place for a request that is held, of all there are and of the
 // client's address; free gives it back.
-func (s *server) hold(q *query) error {
+func (s *server) acquireSlot(q *request) error {
 	if s.relay.isStopping() {
 		return errStopping
 	}
-	if s.held.Add(1) > s.most {
-		s.held.Add(-1)
-		return errFullUp
+	if s.active.Add(1) > s.maxStreams {
+		s.active.Add(-1)
+		return errTooManyStreams
 	}
-	if !s.gate.hold(q.addr) {
-		s.held.Add(-1)
-		return errTooMany
+	if !s.addrs.acquire(q.addr) {
+		s.active.Add(-1)
+		return errTooManyPerAddr
 	}
 	return nil
 }
 
-func (s *server) free(addr netip.Addr) {
-	s.held.Add(-1)
-	s.gate.free(addr)
+func (s *server) releaseSlot(addr netip.Addr) {
+	s.active.Add(-1)
+	s.addrs.release(addr)
 }
 
-// stream begins a stream, over the request's connection if that may be taken
+// serveStream begins a stream, over the request's connection if that may be taken
 // over, else from the request itself.
-func (s *server) stream(w http.ResponseWriter, r *http.Request, t technique, f framing, q *query) error {
-	st := &stream{s: s, addr: q.addr, f: f, tally: s.stats.tallies[t.name], ws: t.name == "ws"}
+func (s *server) serveStream(w http.ResponseWriter, r *http.Request, t technique, f encoder, q *request) error {
+	st := &session{srv: s, addr: q.addr, enc: f, stats: s.stats.techniques[t.name], ws: t.name == "ws"}
 	takes := st.ws || r.ProtoMajor == 1 && r.ProtoMinor == 1
 	var err error
 	if st.ws {
-		err = upgradable(w, r)
+		err = checkUpgrade(w, r)
 	}
 	if err == nil {
 		err = st.open(q, takes)
 	}
 	switch {
 	case err != nil:
-		s.free(q.addr)
+		s.releaseSlot(q.addr)
 		return err
 	case st.ws:
 		return st.serveWebSocket(w, r, q)
 	case takes:
-		return st.takeOver(w)
+		return st.hijack(w)
 	}
 	defer st.close()
-	return st.follow(w, r)
+	return st.loop(w, r)
 }
 
 // A stream is one client that is told of events for ever.
 //
 // With ten thousand of them, what a turn costs beside the write is waiting for
 // memory; so what every turn needs comes first, and lies together.
-type stream struct {
-	turn   atomic.Int32 // whose turn it is
-	begun  bool         // hello was said
-	ended  bool         // bye was said
-	ws     bool
-	gone   atomic.Bool // the client left
-	at     int         // in pump.streams
-	s      *server
-	fd     int          // the socket, for writes that don't wait; -1 where there are none
-	until  int64        // when its token or its age ends it, in Unix nanoseconds
-	beatAt atomic.Int64 // when a heartbeat is due, in the same
-	pause  int64        // how long it is silent before, in nanoseconds
-	send   func(*stream, *desk, []byte) error
-	front  int // free bytes that send wants there
-	tally  *tally
-	f      framing
-	rd     reader
-	takeover
-	addr netip.Addr // the client's
-	away func()     // of a picture: called when nobody looks any more
+type session struct {
+	state          atomic.Int32 // whose turn it is
+	opened         bool         // hello was said
+	closed         bool         // bye was said
+	ws             bool
+	gone           atomic.Bool // the client left
+	index          int         // in pump.streams
+	srv            *server
+	fd             int          // the socket, for writes that don't wait; -1 where there are none
+	expires        int64        // when its token or its age ends it, in Unix nanoseconds
+	heartbeatAt    atomic.Int64 // when a heartbeat is due, in the same
+	heartbeatEvery int64        // how long it is silent before, in nanoseconds
+	send           func(*session, *scratch, []byte) error
+	headroom       int // free bytes that send wants there
+	stats          *techniqueStats
+	enc            encoder
+	sub            subscriber
+	hijacked
+	addr    netip.Addr // the client's
+	unwatch func()     // of a picture: called when nobody looks any more
 }
 
 // open takes the stream's place in the log. If its connection is taken over the
 // writers are woken for it, else it wakes by itself, in follow. Close gives up
 // all it holds.
-func (st *stream) open(q *query, takes bool) (err error) {
+func (st *session) open(q *request, takes bool) (err error) {
 	if q.as == "svg" {
-		if st.away, err = st.s.look(q.picture); err != nil {
+		if st.unwatch, err = st.srv.watchPicture(q.picture); err != nil {
 			return err
 		}
 	}
-	st.pause = st.s.pause()
-	w := q.want(forever)
+	st.heartbeatEvery = st.srv.jitteredBeat()
+	w := q.subscribeRequest(streaming)
 	if takes {
 		w.stream = st
 	}
-	if err = st.s.relay.subscribe(&st.rd, w); err != nil {
-		if st.away != nil {
-			st.away()
+	if err = st.srv.relay.subscribe(&st.sub, w); err != nil {
+		if st.unwatch != nil {
+			st.unwatch()
 		}
 		return err
 	}
-	st.tally.connections.Add(1)
-	st.until = q.claims.until()
-	if age := st.s.age; age > 0 {
+	st.stats.connections.Add(1)
+	st.expires = q.claims.expires()
+	if age := st.srv.maxAge; age > 0 {
 		age -= mathrand.N(age/10 + 1) // not all at once
-		st.until = min(st.until, time.Now().Add(age).UnixNano())
+		st.expires = min(st.expires, time.Now().Add(age).UnixNano())
 	}
 	return nil
 }
 
-func (st *stream) close() {
-	st.rd.leave()
-	st.tally.connections.Add(-1)
-	if st.away != nil {
-		st.away()
+func (st *session) close() {
+	st.sub.unsubscribe()
+	st.stats.connections.Add(-1)
+	if st.unwatch != nil {
+		st.unwatch()
 	}
-	st.s.free(st.addr)
+	st.srv.releaseSlot(st.addr)
 }
 
 // step says all that is due at the time now, in Unix nanoseconds: hello, what the
 // cursor asks for, the roster, whatever happened since, or that nothing did. It
 // returns io.EOF when the stream is to end and there is no more to say.
-func (st *stream) step(d *desk, now int64) error {
-	if st.ended {
+func (st *session) step(d *scratch, now int64) error {
+	if st.closed {
 		return io.EOF
 	}
-	if !st.begun {
-		st.begun = true
-		st.rd.expectRoster()
-		head, hello := st.f.head, st.hello()
-		st.f.head, st.f.header = "", nil // said once, and not kept by ten thousand
+	if !st.opened {
+		st.opened = true
+		st.sub.wantRoster()
+		head, hello := st.enc.preamble, st.hello()
+		st.enc.preamble, st.enc.header = "", nil // said once, and not kept by ten thousand
 		if err := st.emit(d, now, head, hello); err != nil {
 			return err
 		}
 	}
-	expired := now >= st.until
-	stopping := st.s.relay.isStopping() // asked before reading: what was published before the stop comes before the bye
-	for more := !expired; more; more = st.rd.cut {
-		d.events = st.rd.next(d.events[:0])
-		if st.rd.rosterDue && !st.rd.cut {
-			d.events = st.rd.rosters(d.events)
+	expired := now >= st.expires
+	stopping := st.srv.relay.isStopping() // asked before reading: what was published before the stop comes before the bye
+	for more := !expired; more; more = st.sub.more {
+		d.events = st.sub.next(d.events[:0])
+		if st.sub.needsRoster && !st.sub.more {
+			d.events = st.sub.appendRosters(d.events)
 		}
 		if len(d.events) > 0 {
 			err := st.emit(d, now, "", d.events...)
@@ -624,119 +624,119 @@ func (st *stream) step(d *desk, now int64) error {
 			}
 		}
 	}
-	if expired || stopping && !st.owes {
-		st.ended = true
-		return cmp.Or(st.emit(d, now, "", st.s.bye()), io.EOF)
+	if expired || stopping && !st.replyDue {
+		st.closed = true
+		return cmp.Or(st.emit(d, now, "", st.srv.bye()), io.EOF)
 	}
 	if st.due(now) {
-		return st.emit(d, now, st.f.beat)
+		return st.emit(d, now, st.enc.heartbeat)
 	}
 	return nil
 }
 
 // emit sends a head, or a heartbeat, as it is, and events, framed.
-func (st *stream) emit(d *desk, now int64, head string, events ...*event) error {
-	b := append(d.buf[:0], make([]byte, st.front)...)
+func (st *session) emit(d *scratch, now int64, head string, events ...*event) error {
+	b := append(d.buf[:0], make([]byte, st.headroom)...)
 	b = append(b, head...)
 	if len(events) > 0 {
-		b = st.f.frame(b, st.rd.after, events...)
+		b = st.enc.encode(b, st.sub.cursor, events...)
 	}
 	d.buf = b
-	if len(b) == st.front && !st.ended {
+	if len(b) == st.headroom && !st.closed {
 		return nil // nothing that this technique shows
 	}
-	st.beatAt.Store(now + st.pause)
-	d.count.delivered(st.tally, events, len(b), now/1e6)
-	d.framed = events
+	st.heartbeatAt.Store(now + st.heartbeatEvery)
+	d.count.add(st.stats, events, len(b), now/1e6)
+	d.encoded = events
 	err := st.send(st, d, b)
-	d.framed = nil
+	d.encoded = nil
 	return err
 }
 
 // due reports whether the stream was silent, or has lasted, as long as it may.
-func (st *stream) due(now int64) bool { return now >= min(st.beatAt.Load(), st.until) }
+func (st *session) due(now int64) bool { return now >= min(st.heartbeatAt.Load(), st.expires) }
 
-func (st *stream) hello() *event {
+func (st *session) hello() *event {
 	var rooms []string
-	for i := range st.rd.seats {
-		rooms = append(rooms, st.rd.seats[i].room.name)
+	for i := range st.sub.subscriptions {
+		rooms = append(rooms, st.sub.subscriptions[i].room.name)
 	}
 	data, _ := json.Marshal(struct {
 		Rooms    []string `json:"rooms"`
 		Beat     int      `json:"beat"`
 		Instance string   `json:"instance"`
-	}{rooms, int(st.s.beat / time.Second), st.s.instance})
-	return &event{id: st.rd.after, kind: "hello", json: fmt.Appendf(nil,
-		`{"type":"hello","id":%d,"time":%d,"data":%s}`, st.rd.after, time.Now().UnixMilli(), data)}
+	}{rooms, int(st.srv.beat / time.Second), st.srv.instance})
+	return &event{id: st.sub.cursor, kind: "hello", json: fmt.Appendf(nil,
+		`{"type":"hello","id":%d,"time":%d,"data":%s}`, st.sub.cursor, time.Now().UnixMilli(), data)}
 }
 
-// follow drives a stream the ordinary way, from its own request. It returns
+// loop drives a stream the ordinary way, from its own request. It returns
 // when the client is gone or the stream has ended.
-func (st *stream) follow(w http.ResponseWriter, r *http.Request) error {
-	write, rc := writer(w), http.NewResponseController(w)
-	st.send = func(_ *stream, _ *desk, b []byte) error {
-		defer st.s.unsent.Add(-int64(len(b)))
-		if err := st.s.owe(len(b)); err != nil {
+func (st *session) loop(w http.ResponseWriter, r *http.Request) error {
+	write, rc := deadlineWriter(w), http.NewResponseController(w)
+	st.send = func(_ *session, _ *scratch, b []byte) error {
+		defer st.srv.unsentBytes.Add(-int64(len(b)))
+		if err := st.srv.reserveUnsent(len(b)); err != nil {
 			return err
 		}
 		err := write(b)
 		if err == nil && rc.Flush() != nil {
-			err = errGone
+			err = errClientGone
 		}
 		return cmp.Or(err, rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline ends a stream that is silent, too
 	}
 	clock := time.NewTimer(0)
 	defer clock.Stop()
 	for {
-		d := desks.Get().(*desk)
+		d := scratches.Get().(*scratch)
 		err := st.step(d, time.Now().UnixNano())
 		d.count.flush()
-		desks.Put(d)
+		scratches.Put(d)
 		if err == io.EOF {
 			return nil
 		}
 		if err != nil {
 			return err
 		}
-		clock.Reset(time.Until(time.Unix(0, min(st.beatAt.Load(), st.until))))
-		if !st.rd.wait(r.Context(), clock.C) && r.Context().Err() != nil {
+		clock.Reset(time.Until(time.Unix(0, min(st.heartbeatAt.Load(), st.expires))))
+		if !st.sub.wait(r.Context(), clock.C) && r.Context().Err() != nil {
 			return nil
 		}
 	}
 }
 
-// pause is how long a stream is silent before a heartbeat: a little less than
+// jitteredBeat is how long a stream is silent before a heartbeat: a little less than
 // the beat it promises, and not the same for all.
-func (s *server) pause() int64 {
+func (s *server) jitteredBeat() int64 {
 	return int64(s.beat*14/15 - mathrand.N(s.beat/6))
 }
 
 // bye sends a client away until the retry it names, in milliseconds: a second
 // at least, and in all a hundred clients a second, but within half a minute.
 func (s *server) bye() *event {
-	spread := min(max(s.held.Load()*10, s.leaving.Load()*10, 2000), 30_000)
+	spread := min(max(s.active.Load()*10, s.activeAtStop.Load()*10, 2000), 30_000)
 	return notice{Type: "bye", Data: map[string]int64{"retry": 1000 + mathrand.Int64N(spread)}}.event()
 }
 
-// writer returns what writes an answer, in pieces that each have writeTimeout
+// deadlineWriter returns what writes an answer, in pieces that each have writeTimeout
 // to go out. The last goes when the handler returns, or is flushed; to flush
 // from deep within a handler would have the stack of each that waits grow from
 // 8 KB to 16.
-func writer(w http.ResponseWriter) func([]byte) error {
+func deadlineWriter(w http.ResponseWriter) func([]byte) error {
 	rc := http.NewResponseController(w)
 	return func(b []byte) error {
 		for {
-			piece := b[:min(len(b), writePiece)]
+			piece := b[:min(len(b), writeChunk)]
 			b = b[len(piece):]
 			rc.SetWriteDeadline(time.Now().Add(writeTimeout))
 			if _, err := w.Write(piece); err != nil {
-				return errGone
+				return errClientGone
 			}
 			if len(b) == 0 {
 				return nil
 			}
 			if err := rc.Flush(); err != nil {
-				return errGone
+				return errClientGone
 			}
 		}
 	}
@@ -744,49 +744,49 @@ func writer(w http.ResponseWriter) func([]byte) error {
 
 // The WebSocket.
 
-// upgradable says what a request for a WebSocket lacks.
-func upgradable(w http.ResponseWriter, r *http.Request) error {
+// checkUpgrade says what a request for a WebSocket lacks.
+func checkUpgrade(w http.ResponseWriter, r *http.Request) error {
 	connection := strings.ToLower(strings.Join(r.Header.Values("Connection"), ","))
 	if !r.ProtoAtLeast(1, 1) || !strings.Contains(connection, "upgrade") || !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		if r.ProtoMajor == 1 { // HTTP/2 has no such headers, nor upgrades
 			w.Header().Set("Connection", "Upgrade")
 			w.Header().Set("Upgrade", "websocket")
 		}
-		return refuse(http.StatusUpgradeRequired, "this is a WebSocket; ask for it over HTTP/1.1 with Connection: Upgrade and Upgrade: websocket")
+		return newError(http.StatusUpgradeRequired, "this is a WebSocket; ask for it over HTTP/1.1 with Connection: Upgrade and Upgrade: websocket")
 	}
 	if key, err := base64.StdEncoding.DecodeString(r.Header.Get("Sec-WebSocket-Key")); err != nil || len(key) != 16 || len(r.Header.Values("Sec-WebSocket-Key")) > 1 || r.Header.Get("Sec-WebSocket-Version") != "13" {
 		w.Header().Set("Sec-WebSocket-Version", "13")
-		return bad("a WebSocket is asked for with Sec-WebSocket-Version: 13, and 16 bytes in base64 as Sec-WebSocket-Key")
+		return badRequest("a WebSocket is asked for with Sec-WebSocket-Version: 13, and 16 bytes in base64 as Sec-WebSocket-Key")
 	}
 	return nil
 }
 
 // serveWebSocket begins a stream that speaks both ways: the writers send what is
 // framed, and a goroutine reads what the client has to say.
-func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *query) error {
-	st.send = (*stream).sendFrames
-	st.token = q.claims.until()
-	st.proxied = st.s.gate.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
+func (st *session) serveWebSocket(w http.ResponseWriter, r *http.Request, q *request) error {
+	st.send = (*session).sendFrames
+	st.tokenExpires = q.claims.expires()
+	st.proxied = st.srv.addrs.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
 	offered, _, _ := strings.Cut(strings.Join(r.Header.Values("Sec-WebSocket-Protocol"), ","), ",")
-	conn, err := websocket.Accept(hijacker{w, st}, r, &websocket.AcceptOptions{
+	conn, err := websocket.Accept(wsHijacker{w, st}, r, &websocket.AcceptOptions{
 		// The relay speaks none, but a browser that offers some fails without an answer.
 		Subprotocols: []string{strings.TrimSpace(offered)},
 		// The origin was judged by allow, as for everything else. The library
 		// compares it with Host alone, which a proxy may set to something else.
 		InsecureSkipVerify: true,
-		OnPongReceived:     func(context.Context, []byte) { st.silent.Store(false) },
+		OnPongReceived:     func(context.Context, []byte) { st.awaitingPong.Store(false) },
 	})
 	if err != nil {
 		st.close()
 		return nil // Accept has answered
 	}
-	conn.SetReadLimit(st.s.body)
-	st.s.pump.add(st)
-	sp := &speaker{user: q.user, client: q.client, claims: q.claims, addr: q.addr, quiet: q.as == "data"}
-	if len(st.rd.seats) == 1 {
-		sp.room = st.rd.seats[0].room.name // and not the request's, which would be kept for it
+	conn.SetReadLimit(st.srv.maxBody)
+	st.srv.pool.add(st)
+	sp := &wsAuthor{user: q.user, client: q.client, claims: q.claims, addr: q.addr, onlyKeyedReplies: q.as == "data"}
+	if len(st.sub.subscriptions) == 1 {
+		sp.room = st.sub.subscriptions[0].room.name // and not the request's, which would be kept for it
 	}
-	go st.listen(conn, sp)
+	go st.readFrames(conn, sp)
 	return nil
 }
 
@@ -795,44 +795,44 @@ func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *quer
 // patience, and no proxy says that it is in between, there are few.
 const (
 	pingEvery  = 3
-	pingSeldom = 12
+	pingRarely = 12
 )
 
 // sendFrames writes frames, which need nothing around them. A client that has
 // not answered the last ping when the next is due is gone, and its network
 // did not say so.
-func (st *stream) sendFrames(d *desk, b []byte) error {
+func (st *session) sendFrames(d *scratch, b []byte) error {
 	if bytes.HasPrefix(b, []byte(ping)) { // a heartbeat: a ping, and what a page can see
-		st.beats++
-		asks := st.beats%pingEvery == 1
-		if st.patient && !st.proxied {
-			asks = st.beats%pingSeldom == 0
+		st.heartbeats++
+		asks := st.heartbeats%pingEvery == 1
+		if st.kernelTimeout && !st.proxied {
+			asks = st.heartbeats%pingRarely == 0
 		}
 		if !asks {
 			b = b[len(ping):]
-		} else if st.silent.Swap(true) {
+		} else if st.awaitingPong.Swap(true) {
 			return os.ErrDeadlineExceeded
 		}
 	}
-	if st.ended && time.Now().UnixNano() >= st.token {
-		b = appendClose(b, websocket.StatusPolicyViolation, "the token has expired")
-	} else if st.ended {
-		b = appendClose(b, websocket.StatusGoingAway, "come back in a moment")
+	if st.closed && time.Now().UnixNano() >= st.tokenExpires {
+		b = wsCloseFrame(b, websocket.StatusPolicyViolation, "the token has expired")
+	} else if st.closed {
+		b = wsCloseFrame(b, websocket.StatusGoingAway, "come back in a moment")
 	}
 	return st.write(d, b)
 }
 
 // A speaker is who speaks through a WebSocket, and all that is kept of its
 // request for as long as it lasts.
-type speaker struct {
+type wsAuthor struct {
 	user, client, room string // room is the only one read, or ""
 	claims             *claims
 	addr               netip.Addr
-	quiet              bool // hears an answer only to what had a key
+	onlyKeyedReplies   bool // hears an answer only to what had a key
 }
 
-// listen takes what the client says, until it says no more.
-func (st *stream) listen(conn *websocket.Conn, sp *speaker) {
+// readFrames takes what the client says, until it says no more.
+func (st *session) readFrames(conn *websocket.Conn, sp *wsAuthor) {
 	defer conn.CloseNow()
 	defer func() { // as net/http does for a request
 		if p := recover(); p != nil {
@@ -844,13 +844,13 @@ func (st *stream) listen(conn *websocket.Conn, sp *speaker) {
 		if err != nil {
 			return
 		}
-		st.tally.in.Add(int64(len(frame)) + 6) // a head and a mask, of the shortest
-		st.hearing.Store(true)                 // what is published is answered, be it the last that is
-		if answer := st.s.hear(sp, kind, frame); answer != nil && (answer.Key != "" || !sp.quiet) {
+		st.stats.in.Add(int64(len(frame)) + 6) // a head and a mask, of the shortest
+		st.handling.Store(true)                // what is published is answered, be it the last that is
+		if answer := st.srv.handleFrame(sp, kind, frame); answer != nil && (answer.Key != "" || !sp.onlyKeyedReplies) {
 			b := answer.event().json
-			st.say(append(textFrame(nil, len(b)), b...))
+			st.enqueueFrame(append(wsTextFrame(nil, len(b)), b...))
 		}
-		if st.hearing.Store(false); st.s.relay.isStopping() {
+		if st.handling.Store(false); st.srv.relay.isStopping() {
 			st.wake()
 		}
 	}
@@ -858,19 +858,19 @@ func (st *stream) listen(conn *websocket.Conn, sp *speaker) {
 
 // maxAnswers is how many bytes of answers a client may leave unread, beside
 // what its socket holds, before it is given up.
-const maxAnswers = 16 << 10
+const maxQueuedReplies = 16 << 10
 
-// say hands frames to the writers.
-func (st *stream) say(frames []byte) {
+// enqueueFrame hands frames to the writers.
+func (st *session) enqueueFrame(frames []byte) {
 	st.mu.Lock()
-	full := len(st.answers)+len(frames) > maxAnswers
+	full := len(st.replies)+len(frames) > maxQueuedReplies
 	if !full {
-		st.answers = append(st.answers, frames...)
-		st.parting = st.parting || frames[0] == 0x88
+		st.replies = append(st.replies, frames...)
+		st.closing = st.closing || frames[0] == 0x88
 	}
 	st.mu.Unlock()
 	if full {
-		st.giveUp()
+		st.abort()
 		return
 	}
 	st.wake()
@@ -878,50 +878,50 @@ func (st *stream) say(frames []byte) {
 
 // maxControl is the size of a frame that pings, pongs or closes (5.5), which
 // must come to the writers whole.
-const maxControl = 2 + 125
+const maxControlFrame = 2 + 125
 
 // A hijacker hands the library its connection with small buffers, for mostly
 // it waits; and in a guise that leaves the writing to the writers.
-type hijacker struct {
+type wsHijacker struct {
 	http.ResponseWriter
-	st *stream
+	st *session
 }
 
-func (h hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+func (h wsHijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
 	if err != nil {
 		return nil, nil, err
 	}
 	h.st.conn = conn
-	guise := guise{conn, h.st}
+	guise := wsConn{conn, h.st}
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // a client may speak before it has our answer
 	in := bufio.NewReaderSize(bytes.NewReader(bytes.Clone(early)), max(128, len(early)))
 	in.Peek(len(early))
-	return guise, bufio.NewReadWriter(in, bufio.NewWriterSize(guise, maxControl)), nil
+	return guise, bufio.NewReadWriter(in, bufio.NewWriterSize(guise, maxControlFrame)), nil
 }
 
 // A guise is a WebSocket's connection as its library sees it. What the library
 // writes, pongs and the goodbye, goes through the writers like all else, so
 // that no frame gets into the middle of another.
-type guise struct {
+type wsConn struct {
 	net.Conn
-	st *stream
+	st *session
 }
 
-func (g guise) Write(b []byte) (int, error) {
-	g.st.say(b)
+func (g wsConn) Write(b []byte) (int, error) {
+	g.st.enqueueFrame(b)
 	return len(b), nil
 }
 
 // Close lets the writers send what is due first.
-func (g guise) Close() error {
-	g.st.leave()
+func (g wsConn) Close() error {
+	g.st.closeWhenSent()
 	return nil
 }
 
-// hear takes what a client says through its socket, and returns the answer,
+// handleFrame takes what a client says through its socket, and returns the answer,
 // if it is owed one. What can't be taken is said so, and the socket lives on.
-func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *notice {
+func (s *server) handleFrame(sp *wsAuthor, kind websocket.MessageType, frame []byte) *notice {
 	if kind != websocket.MessageText || !utf8.Valid(frame) {
 		return &notice{Type: "error", Data: "frames are text, in UTF-8"}
 	}
@@ -938,14 +938,14 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 		if err := parseObject(frame, maxDepth+1, fields); err != nil {
 			var only struct{ Key string } // for the answer, if it can be found
 			json.Unmarshal(frame, &only)
-			return s.ack(only.Key, 0, err)
+			return s.wsReply(only.Key, 0, err)
 		}
 	}
-	if !s.gate.take(sp.addr) {
-		return s.ack(said.key, 0, errTooFast)
+	if !s.addrs.allow(sp.addr) {
+		return s.wsReply(said.key, 0, errTooFast)
 	}
-	if time.Now().UnixNano() >= sp.claims.until() { // a socket that is slow to read may not have been closed yet
-		return s.ack(said.key, 0, errExpired)
+	if time.Now().UnixNano() >= sp.claims.expires() { // a socket that is slow to read may not have been closed yet
+		return s.wsReply(said.key, 0, errExpired)
 	}
 	room := sp.room
 	if said.room != nil {
@@ -954,37 +954,37 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 	if said.kind == "presence" {
 		var state string
 		if json.Unmarshal(said.data, &state) != nil {
-			return s.ack(said.key, 0, errState)
+			return s.wsReply(said.key, 0, errState)
 		}
-		if room != "" && !sp.claims.may(room, false) {
-			return s.ack(said.key, 0, errNotGood)
+		if room != "" && !sp.claims.allows(room, false) {
+			return s.wsReply(said.key, 0, errWrongRoom)
 		}
-		return s.ack(said.key, 0, s.declare(room, sp.user, sp.client, state))
+		return s.wsReply(said.key, 0, s.setPresence(room, sp.user, sp.client, state))
 	}
-	p := post{room: room, kind: cmp.Or(said.kind, "message"), from: sp.user, key: said.key, onlyIf: said.onlyIf, unmetered: sp.addr.IsLoopback()}
+	p := publishRequest{room: room, kind: cmp.Or(said.kind, "message"), from: sp.user, key: said.key, onlyIf: said.onlyIf, unlimited: sp.addr.IsLoopback()}
 	if p.onlyIf != nil && *p.onlyIf < 0 {
-		return s.ack(said.key, 0, errIf)
+		return s.wsReply(said.key, 0, errIf)
 	}
 	if said.ttl != nil {
 		p.ttl = time.Duration(*said.ttl) * time.Second
 		if *said.ttl < 1 || *said.ttl > maxTTL {
-			return s.ack(said.key, 0, errTTL)
+			return s.wsReply(said.key, 0, errTTL)
 		}
 	}
-	if room != "" && !sp.claims.may(room, true) {
-		return s.ack(said.key, 0, errNotGood)
+	if room != "" && !sp.claims.allows(room, true) {
+		return s.wsReply(said.key, 0, errWrongRoom)
 	}
 	if spoken {
-		p.data = quote(frame)
+		p.data = quoteJSON(frame)
 	} else {
-		p.data = oneLine(said.data)
+		p.data = compactJSON(said.data)
 	}
-	id, _, err := s.post(p)
-	return s.ack(said.key, id, err)
+	id, _, err := s.publishChecked(p)
+	return s.wsReply(said.key, id, err)
 }
 
-// ack is the answer to a frame that was taken, if it has a key, or could not be.
-func (s *server) ack(key string, id int64, err error) *notice {
+// wsReply is the answer to a frame that was taken, if it has a key, or could not be.
+func (s *server) wsReply(key string, id int64, err error) *notice {
 	if err == nil {
 		if key == "" {
 			return nil
@@ -999,8 +999,8 @@ func (s *server) ack(key string, id int64, err error) *notice {
 		key = ""
 	}
 	answer := &notice{Type: "error", Key: key, Data: err.Error()}
-	if f, ok := err.(fault); ok {
-		s.refused(f.reason)
+	if f, ok := err.(httpError); ok {
+		s.countRefusal(f.reason)
 		if f.status == http.StatusPreconditionFailed {
 			answer.ID = &f.newest
 		}

@@ -65,9 +65,9 @@ const (
 	tcp    = "tcp"     // HTTP/1.1 over loopback, sockets of the kernel
 )
 
-func newBed(t testing.TB, network string, tune ...func(*settings)) *testbed {
+func newBed(t testing.TB, network string, tune ...func(*config)) *testbed {
 	t.Helper()
-	c, err := parse(nil, func(string) string { return "" })
+	c, err := parseFlags(nil, func(string) string { return "" })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -167,7 +167,7 @@ func (b *testbed) settle() {
 	if b.network != tcp {
 		synctest.Wait()
 	} else if left {
-		b.until(func() bool { return b.readers() == 0 && b.held.Load() == 0 })
+		b.until(func() bool { return b.readers() == 0 && b.active.Load() == 0 })
 	}
 }
 
@@ -188,7 +188,7 @@ func (b *testbed) until(is func() bool) bool {
 // idle fails unless nobody is subscribed, which every test has to end with.
 func (b *testbed) idle() {
 	b.t.Helper()
-	if n := b.held.Load(); n != 0 {
+	if n := b.active.Load(); n != 0 {
 		b.t.Errorf("%d streams are still counted", n)
 	}
 	if n := b.readers(); n != 0 {
@@ -202,7 +202,7 @@ func (b *testbed) readers() int {
 	n := 0
 	for _, rm := range b.relay.rooms {
 		rm.mu.Lock()
-		n += len(rm.readers)
+		n += len(rm.subscriptions)
 		rm.mu.Unlock()
 	}
 	return n
@@ -405,7 +405,7 @@ func (b *testbed) tryListen(ctx context.Context, client *http.Client, k earKind,
 		}
 	}
 	if k.name == "refresh" && !q.Has("after") && !q.Has("last") && e.header.Get("Last-Event-ID") == "" {
-		q.Set("after", fmt.Sprint(b.relay.mark.Load()))
+		q.Set("after", fmt.Sprint(b.relay.lastID.Load()))
 	}
 	e.path = "/rooms/" + rooms + "/" + k.technique + "?" + q.Encode()
 	if !k.streams() {
@@ -1016,7 +1016,7 @@ func checkHello(t *testing.T, b *testbed, k earKind) {
 	if err := d.Decode(&hello); err != nil {
 		t.Fatal(err)
 	}
-	if hello.ID != b.relay.mark.Load() || hello.Data.Beat != 15 || hello.Data.Instance != b.instance || b.instance == "" {
+	if hello.ID != b.relay.lastID.Load() || hello.Data.Beat != 15 || hello.Data.Instance != b.instance || b.instance == "" {
 		t.Errorf("hello %s", h.json)
 	}
 	if !slices.Equal(hello.Data.Rooms, []string{"a", "b.c:d-e_F"}) {
@@ -1113,7 +1113,7 @@ func checkCatchUp(t *testing.T, b *testbed, k earKind) {
 }
 
 func checkGap(t *testing.T, b *testbed, k earKind) {
-	b.relay.events = 4 // are kept
+	b.relay.maxEvents = 4 // are kept
 	var ids []string
 	for i := range 10 {
 		ids = append(ids, fmt.Sprint(b.say("a", fmt.Sprintf("m%d", i))))
@@ -1123,10 +1123,10 @@ func checkGap(t *testing.T, b *testbed, k earKind) {
 	for _, test := range []struct{ after, reason, id string }{
 		{ids[1], "history", ids[5]},
 		{ids[4], "history", ids[5]},
-		{fmt.Sprint(b.relay.start), "history", ids[5]},
+		{fmt.Sprint(b.relay.epoch), "history", ids[5]},
 		{"0", "restart", ids[5]},
-		{fmt.Sprint(b.relay.start - 1), "restart", ids[5]},
-		{fmt.Sprint(b.relay.mark.Load() + 1), "future", ids[5]},
+		{fmt.Sprint(b.relay.epoch - 1), "restart", ids[5]},
+		{fmt.Sprint(b.relay.lastID.Load() + 1), "future", ids[5]},
 		{"9223372036854775807", "future", ids[5]},
 	} {
 		e := b.listen(k, "a", "after="+test.after)
@@ -1162,7 +1162,7 @@ func checkGap(t *testing.T, b *testbed, k earKind) {
 		b.settle()
 		b.relay.mu.Lock() // ten messages at once
 		for i := range 10 {
-			b.relay.append(post{room: "a", kind: "message", data: []byte(fmt.Sprintf(`"n%d"`, i))})
+			b.relay.appendLocked(publishRequest{room: "a", kind: "message", data: []byte(fmt.Sprintf(`"n%d"`, i))})
 		}
 		b.relay.mu.Unlock()
 		b.relay.rooms["a"].wake()
@@ -1171,8 +1171,8 @@ func checkGap(t *testing.T, b *testbed, k earKind) {
 }
 
 func checkSignals(t *testing.T, b *testbed, k earKind) {
-	b.relay.events = 4
-	before := fmt.Sprint(b.relay.mark.Load())
+	b.relay.maxEvents = 4
+	before := fmt.Sprint(b.relay.lastID.Load())
 	live := b.listen(k, "a").begin()
 	for i := range 4 { // as many as are kept
 		b.say("a", fmt.Sprintf("m%d", i))
@@ -1225,12 +1225,12 @@ func checkHeart(t *testing.T, b *testbed, k earKind) {
 }
 
 func checkBye(t *testing.T, b *testbed, k earKind) {
-	b.relay.events = 1000
+	b.relay.maxEvents = 1000
 	e := b.listen(k, "a").begin()
 	want := []string{}
 	for i := range 300 { // more than one batch
 		data, _ := json.Marshal(fmt.Sprint(i))
-		if _, _, err := b.post(post{room: "a", kind: "message", data: data}); err != nil {
+		if _, _, err := b.publishChecked(publishRequest{room: "a", kind: "message", data: data}); err != nil {
 			t.Fatal(err)
 		}
 		want = append(want, "message "+fmt.Sprint(i))
@@ -1279,7 +1279,7 @@ func checkHead(t *testing.T, b *testbed, k earKind) {
 			t.Errorf("%s: %q by GET, %q by HEAD", name, get, head)
 		}
 	}
-	if n := b.held.Load(); k.streams() && n > 1 {
+	if n := b.active.Load(); k.streams() && n > 1 {
 		t.Errorf("HEAD left %d streams", n-1)
 	}
 	for _, wrong := range []string{"after=x", "last=-1", "presence=2"} {
@@ -1480,11 +1480,11 @@ type visit struct {
 }
 
 func hop(t *testing.T, network string, seed uint64) {
-	b := newBed(t, network, func(c *settings) { c.events, c.roomBytes, c.allBytes = 10_000, 1<<25, 1<<26 })
+	b := newBed(t, network, func(c *config) { c.maxEvents, c.maxRoomBytes, c.maxBytes = 10_000, 1<<25, 1<<26 })
 	rooms := []string{"a", "b", "c"}
 	const publishers, each, hoppers = 3, 60, 4
 	ctx, done := context.WithCancel(t.Context()) // done when all is published
-	start := b.relay.mark.Load()
+	start := b.relay.lastID.Load()
 
 	var publishing sync.WaitGroup
 	for p := range publishers {
@@ -1518,7 +1518,7 @@ func hop(t *testing.T, network string, seed uint64) {
 				cursor = s.to
 				stays[n] = append(stays[n], s)
 			}
-			end := b.relay.mark.Load()
+			end := b.relay.lastID.Load()
 			for cursor < end && !t.Failed() { // what is left, without a cut
 				e, _ := b.tryListen(t.Context(), b.client, kindOf("poll"), "a,b,c", fmt.Sprint("after=", cursor))
 				s := visit{"poll", rooms, cursor, cursor, nil}
@@ -1705,7 +1705,7 @@ func TestLongPoll(t *testing.T) {
 			after(t, 7*time.Second, func() { b.say("b", "hi") })
 			e, took := asks(b, "")
 			e.expect("message hi")
-			if took != 7*time.Second || len(e.due) > 0 || e.after != b.relay.mark.Load() {
+			if took != 7*time.Second || len(e.due) > 0 || e.after != b.relay.lastID.Load() {
 				t.Errorf("it took %v, the cursor is %d", took, e.after)
 			}
 		}))
@@ -1715,8 +1715,8 @@ func TestLongPoll(t *testing.T) {
 			after(t, 10*time.Second, func() { b.say("c", "elsewhere") })
 			e, took := asks(b, "")
 			e.expect("beat")
-			if took != 25*time.Second || e.after != b.relay.mark.Load() {
-				t.Errorf("it took %v, the cursor is %d, want 25 s and %d", took, e.after, b.relay.mark.Load())
+			if took != 25*time.Second || e.after != b.relay.lastID.Load() {
+				t.Errorf("it took %v, the cursor is %d, want 25 s and %d", took, e.after, b.relay.lastID.Load())
 			}
 		}))
 		t.Run(name+"/after as long as it asks for, an empty answer", bubble(func(t *testing.T) {
@@ -1756,7 +1756,7 @@ func TestLongPoll(t *testing.T) {
 			after(t, 5*time.Second, b.stop)
 			e, took := asks(b, "")
 			e.expect("beat")
-			if took != 5*time.Second || e.after < b.relay.start {
+			if took != 5*time.Second || e.after < b.relay.epoch {
 				t.Errorf("it took %v, the cursor is %d", took, e.after)
 			}
 		}))
@@ -1929,8 +1929,8 @@ func comeAndGo(b *testbed, n int) {
 		}
 	}
 	b.settle()
-	if !b.until(func() bool { return int(b.held.Load()) == len(ears)+waiting }) {
-		b.t.Errorf("%d are held, want %d streams and %d requests", b.held.Load(), len(ears), waiting)
+	if !b.until(func() bool { return int(b.active.Load()) == len(ears)+waiting }) {
+		b.t.Errorf("%d are held, want %d streams and %d requests", b.active.Load(), len(ears), waiting)
 	}
 	b.say("a", "to all of you")
 	for i, e := range ears {
@@ -1953,16 +1953,16 @@ func comeAndGo(b *testbed, n int) {
 
 // A chunk may be as long as a page of fifty of the longest messages.
 func TestALongChunk(t *testing.T) {
-	s := &server{relay: testRelay(limits{allBytes: 1 << 30, roomBytes: 1 << 20})}
-	st := &stream{s: s, front: chunkHead}
+	s := &server{relay: testRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20})}
+	st := &session{srv: s, headroom: chunkHeadSize}
 	st.fd = -1
 	ours, theirs := net.Pipe()
 	body := bytes.Repeat([]byte("x"), 17<<20)
-	if err := st.sendChunk(new(desk), append(make([]byte, chunkHead), body...)); err != errFull {
+	if err := st.sendChunk(new(scratch), append(make([]byte, chunkHeadSize), body...)); err != errBlocked {
 		t.Fatal(err)
 	}
 	go func() {
-		st.rest.WriteTo(ours)
+		st.pending.WriteTo(ours)
 		io.WriteString(ours, "0\r\n\r\n")
 		ours.Close()
 	}()
@@ -1974,17 +1974,17 @@ func TestALongChunk(t *testing.T) {
 // What streams that were not taken over have to write is bounded too.
 func TestWhatIsWrittenTheOrdinaryWayIsBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe10, func(c *settings) { c.roomBytes, c.allBytes = 50_000, 100_000 })
+		b := newBed(t, pipe10, func(c *config) { c.maxRoomBytes, c.maxBytes = 50_000, 100_000 })
 		for range 20 {
 			b.listen(kindOf("stream"), "a").begin()
 		}
 		b.say("a", strings.Repeat("x", 10_000))
 		b.settle()
-		if n, dropped := b.unsent.Load(), b.stats.dropped.Load(); n == 0 || n > 100_000 || dropped == 0 {
+		if n, dropped := b.unsentBytes.Load(), b.stats.dropped.Load(); n == 0 || n > 100_000 || dropped == 0 {
 			t.Errorf("20 clients that do not read are owed %d bytes, and %d were dropped; want at most 100000", n, dropped)
 		}
 		time.Sleep(2 * writeTimeout)
-		if n, held := b.unsent.Load(), b.held.Load(); n != 0 || held != 0 {
+		if n, held := b.unsentBytes.Load(), b.active.Load(); n != 0 || held != 0 {
 			t.Errorf("when their time is up %d are held, and owed %d bytes", held, n)
 		}
 	})
@@ -2004,8 +2004,8 @@ func TestAnAnswerTakesNoLargerStack(t *testing.T) {
 		for _, conn := range conns {
 			fmt.Fprint(conn, "GET /rooms/a/longpoll?wait=55 HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
 		}
-		if !b.until(func() bool { return b.held.Load() == n }) {
-			t.Fatalf("%d wait, want %d", b.held.Load(), n)
+		if !b.until(func() bool { return b.active.Load() == n }) {
+			t.Fatalf("%d wait, want %d", b.active.Load(), n)
 		}
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
@@ -2092,11 +2092,11 @@ func TestStandstill(t *testing.T) {
 				}
 				inNoTime(t, start)
 				time.Sleep(9900 * time.Millisecond)
-				if n := b.held.Load(); n != 3 {
+				if n := b.active.Load(); n != 3 {
 					t.Errorf("after 9.9 s there are %d streams, want 3", n)
 				}
 				time.Sleep(200 * time.Millisecond)
-				if n := b.held.Load(); n != 2 {
+				if n := b.active.Load(); n != 2 {
 					t.Errorf("after 10.1 s there are %d streams, want 2", n)
 				}
 				var err error
@@ -2156,7 +2156,7 @@ func TestWhoSpeaksToAStream(t *testing.T) {
 				} else if lines.Scan() {
 					t.Errorf("%d bytes were said, and then came %q", size, lines.Text())
 				}
-				b.until(func() bool { return b.held.Load() == 0 })
+				b.until(func() bool { return b.active.Load() == 0 })
 				conn.Close()
 			}
 		})
@@ -2167,7 +2167,7 @@ func TestWhoSpeaksToAStream(t *testing.T) {
 type lateConn struct{ net.Conn }
 
 func (c lateConn) SetReadDeadline(at time.Time) error {
-	if at.Equal(past) {
+	if at.Equal(longAgo) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	return c.Conn.SetReadDeadline(at)
@@ -2195,7 +2195,7 @@ func TestALateRousingEndsNobody(t *testing.T) {
 			}
 			time.Sleep(time.Second)
 		}
-		if n := b.held.Load(); n != 1 {
+		if n := b.active.Load(); n != 1 {
 			t.Errorf("%d streams", n)
 		}
 	})
@@ -2205,7 +2205,7 @@ func TestALateRousingEndsNobody(t *testing.T) {
 // beside others in the connection.
 func TestStandstillHTTP2(t *testing.T) {
 	onNetwork(t, pipeH2, func(t *testing.T) {
-		b := newBed(t, pipeH2, func(c *settings) { c.roomBytes = 10 << 20 })
+		b := newBed(t, pipeH2, func(c *config) { c.maxRoomBytes = 10 << 20 })
 		other := b.listen(kindOf("sse"), "a").begin()
 		still := b.listen(kindOf("stream"), "a").begin()
 		for i := range 100 { // 6 MB; the client's window has 4
@@ -2215,11 +2215,11 @@ func TestStandstillHTTP2(t *testing.T) {
 			}
 		}
 		time.Sleep(9900 * time.Millisecond)
-		if n := b.held.Load(); n != 2 {
+		if n := b.active.Load(); n != 2 {
 			t.Errorf("after 9.9 s there are %d streams, want 2", n)
 		}
 		time.Sleep(200 * time.Millisecond)
-		if n := b.held.Load(); n != 1 {
+		if n := b.active.Load(); n != 1 {
 			t.Errorf("after 10.1 s there are %d streams, want 1", n)
 		}
 		b.say("a", "later")
@@ -2252,7 +2252,7 @@ func TestStandstillAnswer(t *testing.T) {
 func TestSlow(t *testing.T) {
 	for _, name := range []string{"stream", "ws"} {
 		t.Run(name, bubble(func(t *testing.T) {
-			b := newBed(t, pipe, func(c *settings) { c.events = 1000 })
+			b := newBed(t, pipe, func(c *config) { c.maxEvents = 1000 })
 			client := b.newClient(func(ctx context.Context) (net.Conn, error) {
 				conn, err := b.dial(ctx)
 				return &slowConn{Conn: conn}, err
@@ -2401,7 +2401,7 @@ func TestDataAlone(t *testing.T) {
 			t.Errorf("%q", all)
 		}
 		b.relay.stop()
-		b.pump.wakeAll()
+		b.pool.wakeAll()
 		if _, _, err := e.conn.Read(e.ctx); websocket.CloseStatus(err) != websocket.StatusGoingAway {
 			t.Errorf("when the relay stops: %v, want 1001", err)
 		}
@@ -2484,9 +2484,9 @@ func testWebSocketPublishes(t *testing.T) {
 		}
 	}
 	// A key said twice is one message, with one id.
-	mark := b.relay.mark.Load()
+	mark := b.relay.lastID.Load()
 	ws.send(`{"data":"k","key":"k1"}`)
-	if h := ws.next(); h.kind != "ack" || b.relay.mark.Load() != mark {
+	if h := ws.next(); h.kind != "ack" || b.relay.lastID.Load() != mark {
 		t.Errorf("again: %s", h.json)
 	}
 	if res, body := b.do("POST", "/rooms/a?key=k1", "k"); res.StatusCode != 200 {
@@ -2546,7 +2546,7 @@ func TestWebSocketRefusals(t *testing.T) {
 			{two, `{"type":"presence","data":"online","room":"a"}`, "", "user"},
 			{one, `{"type":"presence","data":"online","room":"_x"}`, "", "belong to the relay"},
 		} {
-			mark := b.relay.mark.Load()
+			mark := b.relay.lastID.Load()
 			if !utf8.ValidString(test.frame) { // which a client may not send as text, but can
 				one.conn.Write(one.ctx, websocket.MessageText, []byte(test.frame))
 			} else {
@@ -2562,7 +2562,7 @@ func TestWebSocketRefusals(t *testing.T) {
 			if !reflect.DeepEqual(got, want) || !strings.Contains(h.text, test.why) {
 				t.Errorf("%.100q: %s, want an error about %q", test.frame, h.json, test.why)
 			}
-			if b.relay.mark.Load() != mark {
+			if b.relay.lastID.Load() != mark {
 				t.Errorf("%.100q changed something", test.frame)
 			}
 		}
@@ -2597,12 +2597,12 @@ func TestWebSocketTooBig(t *testing.T) {
 					if h := ws.next(); h.kind != "message" || len(h.text) != 65_536-len(head)-len(tail) {
 						t.Errorf("heard %.50v of %d", h, len(h.text))
 					}
-					mark := b.relay.mark.Load()
+					mark := b.relay.lastID.Load()
 					go ws.conn.Write(ws.ctx, websocket.MessageText, []byte(head+strings.Repeat("x", 65_537-len(head)-len(tail))+tail))
 					if h, err := ws.hears(); websocket.CloseStatus(err) != websocket.StatusMessageTooBig {
 						t.Errorf("65,537 bytes: %.50v %v, want 1009", h, err)
 					}
-					if b.relay.mark.Load() != mark {
+					if b.relay.lastID.Load() != mark {
 						t.Error("65,537 bytes were published")
 					}
 					b.settle()
@@ -2635,7 +2635,7 @@ func TestWebSocketJoins(t *testing.T) {
 // A frame's length is said in one, two or eight bytes.
 func TestWebSocketLengths(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *settings) { c.body = 1 << 20 })
+		b := newBed(t, pipe, func(c *config) { c.body = 1 << 20 })
 		e := b.socket("a")
 		b.say("a", "")
 		least := len(e.next().json)
@@ -2702,13 +2702,13 @@ func TestAnAckIsNotLostToAStop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t, pipe)
 		e := b.socket("a")
-		st := b.pump.streams[0]
-		st.hearing.Store(true) // hear has published, and is on its way to say so
+		st := b.pool.sessions[0]
+		st.handling.Store(true) // hear has published, and is on its way to say so
 		b.stop()
 		synctest.Wait()
 		ack := notice{Type: "ack", Key: "k", ID: new(int64(1))}.event().json
-		st.say(append(textFrame(nil, len(ack)), ack...))
-		st.hearing.Store(false)
+		st.enqueueFrame(append(wsTextFrame(nil, len(ack)), ack...))
+		st.handling.Store(false)
 		st.wake()
 		if h := e.next(); h.kind != "ack" {
 			t.Errorf("heard %v, want the ack", h)
@@ -2742,15 +2742,15 @@ func TestWebSocketPings(t *testing.T) {
 			dead <- time.Since(start)
 		}()
 		time.Sleep(10*time.Second - time.Millisecond)
-		if n := b.held.Load(); n != 2 {
+		if n := b.active.Load(); n != 2 {
 			t.Errorf("after 10 s there are %d streams, want 2", n)
 		}
 		time.Sleep(50*time.Second + time.Millisecond)
-		if n := b.held.Load(); n != 1 {
+		if n := b.active.Load(); n != 1 {
 			t.Errorf("after a minute there are %d streams, want 1", n)
 		}
 		time.Sleep(time.Hour - 2*time.Minute)
-		if n := b.held.Load(); n != 1 {
+		if n := b.active.Load(); n != 1 {
 			t.Errorf("after an hour there are %d streams, want 1", n)
 		}
 		select {
@@ -2772,20 +2772,20 @@ func TestWebSocketPings(t *testing.T) {
 func TestLeft(t *testing.T) {
 	r := benchRelay(t)
 	big := strings.Repeat("long hair, ", 200)
-	publishPost(t, r, post{room: "lobby", kind: "message", data: []byte(`"` + big + `"`)})
-	publishPost(t, r, post{room: "lobby", kind: "message", data: []byte(`"short"`)})
-	publishPost(t, r, post{room: "lobby", kind: "comet", data: []byte(`"` + big + `"`), from: "ada"})
-	events := openReader(t, r, "lobby", r.mark.Load()-r.start-3, want{}).next(nil)
+	publishPost(t, r, publishRequest{room: "lobby", kind: "message", data: []byte(`"` + big + `"`)})
+	publishPost(t, r, publishRequest{room: "lobby", kind: "message", data: []byte(`"short"`)})
+	publishPost(t, r, publishRequest{room: "lobby", kind: "comet", data: []byte(`"` + big + `"`), from: "ada"})
+	events := openReader(t, r, "lobby", r.lastID.Load()-r.epoch-3, subscribeRequest{}).next(nil)
 	quoted := &event{id: 1, kind: "message", json: slices.Concat([]byte(`{"data":`), events[0].json, []byte("}"))} // holds the next
 	for _, technique := range techniques {
-		if technique.hold != forever {
+		if technique.mode != streaming {
 			continue
 		}
 		f := benchFraming(technique)
 		for _, due := range [][]*event{events, events[:1], events[1:2], {quoted, events[0]}, {events[0], quoted}} {
-			b := f.frame([]byte("head"), 1, due...)
+			b := f.encode([]byte("head"), 1, due...)
 			for n := range b {
-				rest := left(b, n, due)
+				rest := unwritten(b, n, due)
 				if got := bytes.Join(rest, nil); !bytes.Equal(got, b[n:]) {
 					t.Fatalf("%s, %d events, without %d bytes: %.80q, want %.80q", technique.name, len(due), n, got, b[n:])
 				}
@@ -2808,18 +2808,18 @@ func TestHowManyPings(t *testing.T) {
 		patient, proxied bool
 		pings            int
 	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
-		st := &stream{s: b.server, fd: -1}
-		st.patient, st.proxied = test.patient, test.proxied
+		st := &session{srv: b.server, fd: -1}
+		st.kernelTimeout, st.proxied = test.patient, test.proxied
 		pings := 0
 		for range 48 {
-			st.rest = nil
-			if err := st.sendFrames(&desk{}, []byte(frames(&query{}).beat)); err != errFull {
+			st.pending = nil
+			if err := st.sendFrames(&scratch{}, []byte(wsFrames(&request{}).heartbeat)); err != errBlocked {
 				t.Fatal(err)
 			}
-			if st.rest[0][0] == 0x89 {
+			if st.pending[0][0] == 0x89 {
 				pings++
 			}
-			st.silent.Store(false)
+			st.awaitingPong.Store(false)
 		}
 		if pings != test.pings {
 			t.Errorf("patient %v, proxied %v: %d pings in 48 heartbeats, want %d", test.patient, test.proxied, pings, test.pings)
@@ -2843,7 +2843,7 @@ func TestWebSocketBroken(t *testing.T) {
 			"text within a text":   "\x01\x82\x00\x00\x00\x00hi\x81\x82\x00\x00\x00\x00hi",
 			"no WebSocket at all":  "GET / HTTP/1.1\r\n\r\n",
 		} {
-			mark := b.relay.mark.Load()
+			mark := b.relay.lastID.Load()
 			conn, r := b.raw("/rooms/a/ws")
 			go conn.Write([]byte(bytes))
 			start := time.Now()
@@ -2856,7 +2856,7 @@ func TestWebSocketBroken(t *testing.T) {
 			}
 			conn.Close()
 			synctest.Wait()
-			if n := b.readers(); n != 1 || b.relay.mark.Load() != mark {
+			if n := b.readers(); n != 1 || b.relay.lastID.Load() != mark {
 				t.Errorf("%s: %d readers, want 1, and nothing published", name, n)
 			}
 		}
@@ -2907,7 +2907,7 @@ func TestWebSocketFlood(t *testing.T) {
 			}
 		}()
 		time.Sleep(9 * time.Second)
-		if n := sent.Load(); n > maxAnswers/15 {
+		if n := sent.Load(); n > maxQueuedReplies/15 {
 			t.Errorf("%d frames were taken whose answers nobody read", n)
 		}
 		time.Sleep(2 * time.Second)
@@ -3046,8 +3046,8 @@ func TestPicture(t *testing.T) {
 				e.close()
 				b.hangUp()
 				b.settle()
-				if b.idle(); len(b.drawings) != 0 {
-					t.Errorf("%d pictures are still drawn", len(b.drawings))
+				if b.idle(); len(b.pictures) != 0 {
+					t.Errorf("%d pictures are still drawn", len(b.pictures))
 				}
 			})
 		})
