@@ -603,7 +603,7 @@ var floods = []struct {
 			}
 		})
 		time.Sleep(floodFor / 4)
-		f.posts(2, func(int, int) (string, string) { return "/rooms/big", strings.Repeat("x", maxBody) })
+		f.posts(2, func(int, int) (string, string) { return "/rooms/big", strings.Repeat("x", 64<<10) })
 	}, "", false, 60, "", ""},
 
 	{"streams in all", func(f *flood) {
@@ -751,8 +751,8 @@ func TestAReaderThatTakesNothingCostsLittle(t *testing.T) {
 	}
 	const readers = 200
 	for _, tc := range []struct{ name, body string }{
-		{"of text", strings.Repeat("x", maxBody)},
-		{"of what JSON makes six times as long", strings.Repeat("<", maxBody)},
+		{"of text", strings.Repeat("x", 64<<10)},
+		{"of what JSON makes six times as long", strings.Repeat("<", 64<<10)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			c := startRelay(t, nil)

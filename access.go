@@ -1,24 +1,136 @@
-// Who may ask. A page of the relay's own origin always may; pages of other
-// origins only if they are listed. Programs that are no browser send neither
-// Origin nor Sec-Fetch-Site, and are not held up: the rule protects
-// people whose browser a foreign page would use, not the relay.
+// Who may use the relay: pages by their origin, and with a secret, clients by their
+// token. Without this file anybody may do anything.
+//
+// A page of the relay's own origin may always ask; pages of other origins only if they
+// are listed. Programs send neither Origin nor Sec-Fetch-Site and are not concerned:
+// the rule protects people whose browser a foreign page would use, not the relay.
+//
+// With a secret, a client that reads or publishes brings a token that says who it is,
+// until when, and which rooms it may read and write: a JSON Web Token (RFC 7519)
+// signed with HMAC and SHA-256 (HS256), which any backend can make with the library
+// it has.
 
 package main
 
 import (
+	"cmp"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
+	"log/slog"
+	"math"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
+	"time"
 )
+
+// access gives each request a permit.
+type access struct {
+	*origins
+	secrets [][]byte // that tokens are signed with; none if all may read and publish
+}
+
+// wrap returns a handler that gives requests their permit, and answers those about tokens.
+func (a *access) wrap(s *server, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r, p := withPermit(r)
+		rights := &accessRights{a: a, r: r}
+		p.rights, p.ancestors = rights, a.ancestors
+		if a.secrets != nil {
+			token, err := a.token(r)
+			switch {
+			case err != nil:
+			case token == "":
+				err = tokenError(http.StatusUnauthorized, "this relay asks for a token: Authorization: Bearer, the query token, or a cookie token")
+			default:
+				rights.claims, err = verifyToken(token, a.secrets, time.Now())
+			}
+			if rights.tokenErr = err; err == nil {
+				p.user, p.expiresAt = rights.claims.Sub, rights.claims.expires()
+			}
+		}
+		if strings.HasPrefix(r.URL.Path, "/rooms") {
+			a.cors(w, r)
+			p.origin, rights.originErr = a.check(r)
+			if r.Method == http.MethodOptions {
+				w = preflightWriter{w, a.origins, r}
+			}
+		}
+		if rights.inURL() {
+			s.answer(w, r, rights.moveToCookie)
+			return
+		}
+		if r.URL.Path == "/token" {
+			s.answer(w, r, func(w http.ResponseWriter, r *http.Request) error { return a.describeToken(w, r, p) })
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// accessRights are the rights of one request.
+type accessRights struct {
+	a         *access
+	r         *http.Request
+	originErr error
+	tokenErr  error
+	claims    *claims // nil without a token
+}
+
+func (ar *accessRights) ask() error              { return ar.originErr }
+func (ar *accessRights) read(room string) error  { return ar.check(room, false) }
+func (ar *accessRights) write(room string) error { return ar.check(room, true) }
+
+func (ar *accessRights) check(room string, write bool) error {
+	switch {
+	case ar.a.secrets == nil:
+		return nil
+	case ar.tokenErr != nil:
+		return ar.tokenErr
+	case !ar.claims.allows(room, write):
+		return tokenError(http.StatusForbidden, fmt.Sprintf("the token is not good for the room %q", room))
+	}
+	return nil
+}
+
+// statsRoom is the room that only operators read.
+const statsRoom = "_stats"
+
+// operate allows an operator: a client whose token names the room _stats; or, without a
+// secret, one on this machine that came through no proxy, as far as proxies say so.
+func (ar *accessRights) operate() error {
+	if ar.a.secrets != nil {
+		if ar.tokenErr != nil {
+			return ar.tokenErr
+		}
+		if ar.claims.allows(statsRoom, false) {
+			return nil
+		}
+		return tokenError(http.StatusForbidden, "this is for operators, whose token may read "+statsRoom)
+	}
+	from, _ := netip.ParseAddrPort(ar.r.RemoteAddr)
+	proxied := slices.ContainsFunc([]string{"X-Forwarded-For", "Forwarded", "Via", "X-Real-Ip", "Fly-Client-Ip"}, func(name string) bool { return ar.r.Header[name] != nil })
+	if from.Addr().Unmap().IsLoopback() && !proxied {
+		return nil
+	}
+	return newError(http.StatusForbidden, "this is for operators: ask from the machine itself, or give the relay a -secret and bring a token that may read "+statsRoom)
+}
+
+// Origins.
 
 // origins is the list of those whose pages may read and publish.
 type origins struct {
 	all        bool
 	list       []string
 	protection http.CrossOriginProtection
-	ancestors  string // whose pages may frame the relay's, as Content-Security-Policy has it
+	ancestors  string // whose pages may frame the relay's, as in a Content-Security-Policy
 }
 
 // newOrigins reads a comma separated list of origins, https://example.com or
@@ -43,17 +155,18 @@ func newOrigins(list string) (*origins, error) {
 	return o, nil
 }
 
-// listed reports whether the origin is on the list.
 func (o *origins) listed(origin string) bool {
 	return o.all || slices.Contains(o.list, origin)
 }
 
-// cors writes the headers (https://fetch.spec.whatwg.org/#http-cors-protocol)
-// that let a page of a listed origin see the answer, be it an error.
+var varyOrigin = []string{"Origin, Sec-Fetch-Site"}
+
+// cors writes the headers (https://fetch.spec.whatwg.org/#http-cors-protocol) that let a
+// page of a listed origin see the answer, even if it is an error.
 func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 	h, origin := w.Header(), r.Header.Get("Origin")
 	if origin == "" && r.Method == http.MethodPost {
-		return // no page is to see it, and no cache keeps it
+		return // no page sees the answer, and no cache keeps it
 	}
 	h["Vary"] = varyOrigin
 	if origin == "" || !o.listed(origin) {
@@ -66,15 +179,14 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// check says whether the page behind a request may make it. For a read through
-// <script>, <img> or <iframe>, which name no Origin, it goes by the Referer; so it
-// does where browsers send no Sec-Fetch-Site, to http:// elsewhere than on their
-// own machine, unless it is a page that they ask for. It returns the foreign
-// origin, "*" if it does not say which it is, or "" if the page is the relay's own
-// or there is none.
+// check says whether the page behind a request may make it. A read by <script>, <img> or
+// <iframe> names no Origin, so the Referer counts; so it does where browsers send no
+// Sec-Fetch-Site (to http:// on another machine), unless a page is asked for. It
+// returns the foreign origin, "*" if that is unknown, or "" if the page is the relay's
+// own or there is none.
 //
-// A link from anywhere to a page of the relay may be followed: the site it is
-// on sees nothing of it.
+// A link from anywhere to a page of the relay may be followed: the site it is on sees
+// nothing of that page.
 func (o *origins) check(r *http.Request) (string, error) {
 	origin, site := r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site")
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
@@ -100,13 +212,12 @@ func (o *origins) check(r *http.Request) (string, error) {
 	if reads && r.Header.Get("Sec-Fetch-Mode") == "navigate" && r.Header.Get("Sec-Fetch-Dest") == "document" {
 		return "", nil
 	}
-	// CrossOriginProtection judges what changes something. What reads is
-	// judged by the same rule.
-	asked := r
+	// CrossOriginProtection is for requests that change something. Reads are checked by the same rule.
+	checked := r
 	if reads {
-		asked = &http.Request{Method: http.MethodPost, Host: r.Host, URL: r.URL, Header: http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}}
+		checked = &http.Request{Method: http.MethodPost, Host: r.Host, URL: r.URL, Header: http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}}
 	}
-	if err := o.protection.Check(asked); err != nil {
+	if err := o.protection.Check(checked); err != nil {
 		return "", limitError(http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0)
 	}
 	return foreign, nil
@@ -117,61 +228,264 @@ func sameHost(origin, host string) bool {
 	return err == nil && strings.EqualFold(u.Host, host)
 }
 
-// preflight answers OPTIONS: what may be asked for here, and for CORS with
-// which headers. Chromium keeps the answer for two hours at most.
-func (o *origins) preflight(w http.ResponseWriter, r *http.Request, methods string) {
-	h := w.Header()
-	h.Set("Allow", methods)
-	if origin := r.Header.Get("Origin"); origin != "" && o.listed(origin) {
-		h.Set("Access-Control-Allow-Methods", methods)
-		h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key, Last-Event-ID")
+// A preflightWriter adds to the answer to OPTIONS what CORS allows. Chromium keeps it
+// for two hours at most.
+type preflightWriter struct {
+	http.ResponseWriter
+	o *origins
+	r *http.Request
+}
+
+func (w preflightWriter) WriteHeader(status int) {
+	origin := w.r.Header.Get("Origin")
+	if h := w.Header(); status == http.StatusNoContent && origin != "" && w.o.listed(origin) {
+		h.Set("Access-Control-Allow-Methods", h.Get("Allow"))
+		// A page may send headers of its own tools, for tracing or of htmx: they do no harm.
+		headers := "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
+		if asked := w.r.Header.Get("Access-Control-Request-Headers"); asked != "" {
+			headers += ", " + asked
+		}
+		h.Set("Access-Control-Allow-Headers", headers)
 		h.Set("Access-Control-Max-Age", "7200")
 	}
-	w.WriteHeader(http.StatusNoContent)
+	w.ResponseWriter.WriteHeader(status)
 }
 
-// operator returns an error unless the request is an operator's: one whose token
-// names the room _stats; or, where there are no tokens, one from the machine
-// itself that came through no proxy, as far as proxies say so.
-func (s *server) operator(r *http.Request, q *request) error {
-	if s.secrets != nil {
-		if q.claims.allows(statsRoom, false) {
-			return nil
+// Tokens.
+
+// maxToken is the size of a token in bytes; a cookie holds no more.
+const maxToken = 4096
+
+// claims are what a token says.
+type claims struct {
+	Sub   string   `json:"sub,omitempty"`   // the user: the client cannot speak or be seen as anybody else
+	Exp   *float64 `json:"exp,omitempty"`   // Unix seconds; the token is good until then
+	Nbf   float64  `json:"nbf,omitempty"`   // and from then on
+	Read  []string `json:"read,omitempty"`  // rooms, or the beginnings of their names followed by *
+	Write []string `json:"write,omitempty"` // the same
+}
+
+const tokenHead = `{"alg":"HS256","typ":"JWT"}`
+
+var base64url = base64.RawURLEncoding
+
+// signToken returns a token.
+func signToken(c claims, secret []byte) string {
+	body, _ := json.Marshal(c)
+	signed := base64url.EncodeToString([]byte(tokenHead)) + "." + base64url.EncodeToString(body)
+	return signed + "." + base64url.EncodeToString(hmacSHA256(signed, secret))
+}
+
+func hmacSHA256(s string, secret []byte) []byte {
+	h := hmac.New(sha256.New, secret)
+	h.Write([]byte(s))
+	return h.Sum(nil)
+}
+
+func tokenError(status int, message string) error { return limitError(status, message, "token", 0) }
+
+// verifyToken returns what a token says if it is signed with one of the secrets (several
+// are good while they are changed) and good at the time now.
+func verifyToken(token string, secrets [][]byte, now time.Time) (*claims, error) {
+	unauthorized := func(message string) (*claims, error) { return nil, tokenError(http.StatusUnauthorized, message) }
+	parts := strings.Split(token, ".")
+	if len(token) > maxToken || len(parts) != 3 {
+		return unauthorized("the token is no JWT")
+	}
+	var alg string
+	var crit any
+	sum, err := base64url.Strict().DecodeString(parts[2])
+	if err != nil || decodePart(parts[0], map[string]any{"alg": &alg, "crit": &crit}) != nil || alg != "HS256" || crit != nil {
+		return unauthorized("the token is no JWT of the algorithm HS256")
+	}
+	signed := false
+	for _, secret := range secrets {
+		signed = hmac.Equal(sum, hmacSHA256(parts[0]+"."+parts[1], secret)) || signed
+	}
+	if !signed {
+		return unauthorized("the token is not signed with this relay's secret")
+	}
+	var c claims
+	if decodePart(parts[1], map[string]any{"sub": &c.Sub, "exp": &c.Exp, "nbf": &c.Nbf, "read": &c.Read, "write": &c.Write}) != nil {
+		return unauthorized("the token's claims can't be read")
+	}
+	at := float64(now.UnixMilli()) / 1000
+	switch {
+	case c.Exp != nil && at >= *c.Exp:
+		return unauthorized("the token has expired")
+	case at < c.Nbf:
+		return unauthorized("the token is not good yet")
+	case !validUser(c.Sub):
+		return unauthorized("the token's sub is no name for a user")
+	}
+	return &c, nil
+}
+
+func decodePart(part string, fields map[string]any) error {
+	b, err := base64url.Strict().DecodeString(part)
+	if err != nil {
+		return err
+	}
+	return parseObject(b, maxDepth, fields)
+}
+
+// expires returns when the token expires, in Unix nanoseconds.
+func (c *claims) expires() int64 {
+	if c.Exp == nil || *c.Exp > 9e9 {
+		return math.MaxInt64
+	}
+	return int64(*c.Exp * 1e9)
+}
+
+// allows reports whether the token is good for the room.
+func (c *claims) allows(room string, write bool) bool {
+	if write {
+		return matchesRoom(c.Write, room)
+	}
+	return matchesRoom(c.Read, room)
+}
+
+// matchesRoom reports whether a room is in the list. A room of the relay's own must be
+// named with its _; a * alone does not cover it.
+func matchesRoom(list []string, room string) bool {
+	for _, pattern := range list {
+		prefix, wildcard := strings.CutSuffix(pattern, "*")
+		if pattern == room || wildcard && strings.HasPrefix(room, prefix) && (room[0] != '_' || prefix != "") {
+			return true
 		}
-		return tokenError(http.StatusForbidden, "this is for operators, whose token may read "+statsRoom)
 	}
-	proxied := slices.ContainsFunc([]string{"X-Forwarded-For", "Forwarded", "Via", "X-Real-Ip", "Fly-Client-Ip"}, func(name string) bool { return r.Header[name] != nil })
-	if q.addr.IsLoopback() && !proxied {
-		return nil
-	}
-	return newError(http.StatusForbidden, "this is for operators: ask from the machine itself, or give the relay a -secret and bring a token that may read "+statsRoom)
+	return false
 }
 
-// listRooms is GET /rooms.
-func (s *server) listRooms(w http.ResponseWriter, r *http.Request, q *request) error {
-	if err := s.operator(r, q); err != nil {
-		return err
+// token returns the token of a request: a bearer token, for programs; the parameter
+// token, for EventSource and WebSocket, which cannot set a header; or a cookie, for
+// pages. Another site of the same domain may have set a cookie too: a good one counts.
+func (a *access) token(r *http.Request) (string, error) {
+	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); strings.EqualFold(scheme, "Bearer") {
+		return strings.TrimSpace(token), nil
 	}
-	prefix := q.param("prefix")
-	if q.err != nil {
+	if strings.Contains(r.URL.RawQuery, "token") {
+		switch tokens := r.URL.Query()["token"]; {
+		case len(tokens) > 1:
+			return "", badRequest("token is given twice")
+		case len(tokens) == 1 && tokens[0] != "":
+			return tokens[0], nil
+		}
+	}
+	token := ""
+	for _, c := range r.CookiesNamed("token") {
+		if _, err := verifyToken(c.Value, a.secrets, time.Now()); err == nil {
+			return c.Value, nil
+		}
+		token = cmp.Or(token, c.Value)
+	}
+	return token, nil
+}
+
+// inURL reports whether a good token is in the URL of a page.
+func (ar *accessRights) inURL() bool {
+	if ar.claims == nil || ar.originErr != nil || !wantsHTML(ar.r) || !isPage(ar.r.URL.Path) || ar.r.URL.Query().Get("token") == "" {
+		return false
+	}
+	path, isRoom := strings.CutPrefix(ar.r.URL.EscapedPath(), "/rooms/")
+	if !isRoom {
+		return true
+	}
+	names, _, _ := strings.Cut(path, "/")
+	rooms, err := parseRooms(names)
+	return err == nil && !slices.ContainsFunc(rooms, func(room string) bool { return ar.read(room) != nil })
+}
+
+// moveToCookie moves the token from the URL of a page into a cookie, and sends the
+// browser to the URL without it: what is in the address bar gets into histories,
+// screenshots and links.
+func (ar *accessRights) moveToCookie(w http.ResponseWriter, r *http.Request) error {
+	query := r.URL.Query()
+	c := &http.Cookie{
+		Name: "token", Value: query.Get("token"), Path: "/", HttpOnly: true, SameSite: http.SameSiteLaxMode,
+		Secure: r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https",
+	}
+	if ar.claims.Exp != nil {
+		c.Expires = time.Unix(int64(*ar.claims.Exp), 0)
+	}
+	http.SetCookie(w, c)
+	query.Del("token")
+	redirect(w, "./"+r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:], query)
+	return nil
+}
+
+// describeToken is GET /token: what the token of a page is good for, since a script
+// cannot see its cookie. The parameter room says for which room.
+func (a *access) describeToken(w http.ResponseWriter, r *http.Request, p *permit) error {
+	q := &request{values: r.URL.Query()}
+	room := q.param("room")
+	rights := p.rights.(*accessRights)
+	switch {
+	case rights.tokenErr != nil:
+		return rights.tokenErr
+	case q.err != nil:
 		return q.err
+	case room != "" && !validName(room):
+		return badRoom(room)
 	}
-	rooms, more := s.relay.list(prefix, maxListed)
-	writeJSON(w, http.StatusOK, map[string]any{"rooms": rooms, "more": more})
+	answer := map[string]any{"required": a.secrets != nil}
+	if room != "" {
+		answer["read"], answer["write"] = rights.read(room) == nil, rights.write(room) == nil
+	}
+	if c := rights.claims; c != nil {
+		if c.Sub != "" {
+			answer["user"] = c.Sub
+		}
+		if c.Exp != nil {
+			answer["exp"] = *c.Exp
+		}
+	}
+	writeJSON(w, http.StatusOK, answer)
 	return nil
 }
 
-// erase is DELETE /rooms/{room}.
-func (s *server) erase(w http.ResponseWriter, r *http.Request, q *request) error {
-	if q.rooms[0][0] == '_' {
-		return errReserved
-	}
-	if err := s.operator(r, q); err != nil {
+// tokenCommand is cometes token: it prints one.
+func tokenCommand(args []string, getenv func(string) string) error {
+	fs := flag.NewFlagSet("cometes token", flag.ContinueOnError)
+	secret := fs.String("secret", "", "the relay's secret; of several the first (COMETES_SECRET)")
+	sub := fs.String("sub", "", "the user")
+	read := fs.String("read", "", "rooms to read: a `list`, such as lobby,team-*")
+	write := fs.String("write", "", "rooms to publish to")
+	ttl := fs.Duration("ttl", time.Hour, "how long the token is good")
+	if err := fs.Parse(args); err != nil {
 		return err
 	}
-	if err := s.relay.erase(q.rooms[0]); err != nil {
-		return err
+	secrets := parseSecrets(cmp.Or(*secret, getenv("COMETES_SECRET"))) // a default would be shown in the help
+	switch {
+	case secrets == nil:
+		return errors.New("a token needs the relay's secret, in -secret or COMETES_SECRET")
+	case fs.NArg() > 0:
+		return fmt.Errorf("%q is not a flag; -help lists them", fs.Arg(0))
+	case !validUser(*sub):
+		return errors.New("-sub is no name for a user")
+	case *ttl <= 0:
+		return errors.New("-ttl must be more than 0")
 	}
-	w.WriteHeader(http.StatusNoContent)
+	list := func(s string) []string {
+		return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
+	}
+	exp := float64(time.Now().Add(*ttl).Unix())
+	fmt.Println(signToken(claims{Sub: *sub, Exp: &exp, Read: list(*read), Write: list(*write)}, secrets[0]))
 	return nil
+}
+
+// parseSecrets reads the list of -secret.
+func parseSecrets(list string) (secrets [][]byte) {
+	for s := range strings.SplitSeq(list, ",") {
+		s = strings.TrimSpace(s)
+		if s == "" {
+			continue
+		}
+		if len(s) < sha256.Size {
+			// RFC 7518, 3.2: a key at least as long as the hash.
+			slog.Warn("a secret is short, and can be guessed; openssl rand -hex 32 makes a good one", "characters", len(s))
+		}
+		secrets = append(secrets, []byte(s))
+	}
+	return secrets
 }

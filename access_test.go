@@ -37,7 +37,7 @@ import (
 // The hall.
 
 type hall struct {
-	*server
+	*app
 	t     testing.TB
 	conns chan net.Conn
 	shut  chan struct{}
@@ -57,11 +57,11 @@ func openHall(t testing.TB, args ...string) *hall {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := newServer(c)
+	s, err := newApp(c)
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &hall{server: s, t: t, conns: make(chan net.Conn), shut: make(chan struct{}), clients: map[string]*http.Transport{}}
+	h := &hall{app: s, t: t, conns: make(chan net.Conn), shut: make(chan struct{}), clients: map[string]*http.Transport{}}
 	srv := s.http(c.h2c)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
@@ -252,7 +252,7 @@ func tellSocket(t testing.TB, c *websocket.Conn, frame string) string {
 func (h *hall) metric(name string) float64 {
 	h.t.Helper()
 	w := httptest.NewRecorder()
-	h.metrics(w)
+	h.stats.metrics(w)
 	return metricOf(h.t, w.Body.String(), name)
 }
 
@@ -752,8 +752,8 @@ func TestTheSubOfATokenIsWhoSpeaksAndIsSeen(t *testing.T) {
 		hearSocket(t, c, "hello")
 		for _, tc := range []struct{ frame, want string }{
 			{`{"type":"message","room":"lobby","data":"hi","key":"1"}`, `"ack"`},
-			{`{"type":"message","room":"b","data":"hi","key":"2"}`, "the token is not good for this room"},
-			{`{"type":"message","room":"c","data":"hi","key":"3"}`, "the token is not good for this room"},
+			{`{"type":"message","room":"b","data":"hi","key":"2"}`, "the token is not good for the room \\\"b\\\""},
+			{`{"type":"message","room":"c","data":"hi","key":"3"}`, "the token is not good for the room \\\"c\\\""},
 			{`{"type":"presence","room":"b","data":"away","key":"4"}`, `"ack"`},
 			{`{"type":"presence","room":"_stats","data":"away","key":"5"}`, "not good"},
 			{`{"type":"message","room":"lobby","from":"bob","user":"bob","data":"hi","key":"6"}`, `"ack"`},
@@ -857,6 +857,26 @@ func TestAFormWithTheCookiePublishesAndStaysOnItsPage(t *testing.T) {
 	})
 }
 
+// Another site of the same domain, or on another port of the same machine, may
+// have set a cookie of that name.
+func TestOfSeveralCookiesTheGoodOneCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t, "-secret", firstSecret)
+		good := "token=" + signedToken(`{"sub":"ada","read":["lobby"]}`)
+		for cookies, status := range map[string]int{
+			"token=another; " + good:           200,
+			good + "; token=another":           200,
+			"token=; " + good:                  200,
+			"token=another; token=yet":         401,
+			"token=another; other=" + good[6:]: 401,
+		} {
+			if r, body := h.ask("192.0.2.1", "GET /rooms/lobby/poll", "", "Cookie: "+cookies); r.StatusCode != status {
+				t.Errorf("%s: %d %s, want %d", cookies, r.StatusCode, body, status)
+			}
+		}
+	})
+}
+
 func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := openHall(t, "-secret", firstSecret)
@@ -865,7 +885,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 		auth := "Authorization: Bearer " + signedToken(`{"read":["*"],"exp":`+unixIn(good)+`}`)
 		late := func() string {
 			d := time.Since(start) - good
-			if d < 0 || d > h.beat/15 {
+			if d < 0 || d > h.heartbeat/15 {
 				return fmt.Sprintf("it ended %v after its token", d)
 			}
 			return ""
@@ -881,7 +901,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 				body := r.rest() // and it ends as an answer should
 				bye := `"type":"bye","data":{"retry":`
 				if tech.name == "html" {
-					bye = "this page will come again"
+					bye = "this page comes back by itself"
 				}
 				if wrong := late(); wrong != "" || strings.Count(body, bye) != 1 {
 					t.Errorf("%s: %s, and said\n%s", tech.name, wrong, body)
@@ -907,7 +927,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 		}
 		wg.Wait()
 		time.Sleep(time.Second)
-		if n := h.active.Load(); n != 0 {
+		if n := h.active(); n != 0 {
 			t.Errorf("%d streams are held", n)
 		}
 		if got := h.status("192.0.2.1", "GET /rooms/lobby/sse", auth); got != 401 {

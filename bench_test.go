@@ -5,7 +5,7 @@ package main
 
 import (
 	"fmt"
-	"math"
+	"net/url"
 	"slices"
 	"testing"
 	"time"
@@ -16,7 +16,7 @@ var typical = publishRequest{room: "lobby", kind: "message", from: "ada", data: 
 
 // benchRelay has the default limits, and a room whose history is full.
 func benchRelay(tb testing.TB) *relay {
-	r := newRelay(limits{maxEvents: 256, maxRoomBytes: 1 << 20, maxBytes: 32 << 20, maxRooms: 10_000, maxUsers: 20_000, maxRoomRate: math.Inf(1), roomIdle: time.Hour, presenceTTL: time.Minute})
+	r := newRelay(limits{maxEvents: 256, maxRoomBytes: 1 << 20, maxBytes: 32 << 20, maxRooms: 10_000, maxUsers: 20_000, roomIdle: time.Hour, presenceTTL: time.Minute})
 	for range 2 * r.maxEvents {
 		publishTypical(tb, r)
 	}
@@ -73,17 +73,23 @@ func BenchmarkRead(b *testing.B) {
 }
 
 // benchFraming is a technique's framing for a usual query.
-func benchFraming(t technique) encoder {
-	return t.encoder(&request{rooms: []string{"lobby"}, user: "ada", as: "json", callback: "comet.told", wait: 10 * time.Second})
+func benchFraming(tb testing.TB, t *technique) encoder {
+	q := &request{rooms: []string{"lobby"}, user: "ada", permit: &permit{}, values: url.Values{"callback": {"comet.told"}}}
+	defer func() {
+		if q.err != nil {
+			tb.Fatal(q.err)
+		}
+	}()
+	return t.encoder(newServer(newRelay(defaultLimits)), q)
 }
 
 // BenchmarkFrame measures the framing of one event into a buffer that has room.
 func BenchmarkFrame(b *testing.B) {
 	r := benchRelay(b)
 	events := openReader(b, r, "lobby", r.lastID.Load()-r.epoch-1, subscribeRequest{}).next(nil)
-	for _, t := range techniques {
+	for _, t := range newTechniques() {
 		b.Run(t.name, func(b *testing.B) {
-			f := benchFraming(t)
+			f := benchFraming(b, t)
 			buf := make([]byte, 0, 64<<10)
 			b.ReportAllocs()
 			for b.Loop() {
@@ -117,11 +123,11 @@ func TestFramingAllocatesNothing(t *testing.T) {
 		t.Fatalf("read %d events, want a message and a signal", len(events))
 	}
 	buf := make([]byte, 0, 64<<10)
-	for _, technique := range techniques {
+	for _, technique := range newTechniques() {
 		if technique.mode != streaming {
 			continue
 		}
-		f := benchFraming(technique)
+		f := benchFraming(t, technique)
 		for _, due := range [][]*event{events[:1], events[1:], events} {
 			if n := testing.AllocsPerRun(100, func() { f.encode(buf, 1, due...) }); n > 0 {
 				t.Errorf("framing %d events as %s is %v allocations, want none", len(due), technique.name, n)

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"math"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -23,13 +24,13 @@ import (
 )
 
 // fuzzBed is a server that does not listen.
-func fuzzBed(t testing.TB) *server {
+func fuzzBed(t testing.TB) *app {
 	c, err := parseFlags(nil, func(string) string { return "" })
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.maxRoomRate, c.rate = 1e12, 1e12
-	s, err := newServer(c)
+	c.roomRate, c.rate = 1e12, 1e12
+	s, err := newApp(c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,7 +100,7 @@ func FuzzQuery(f *testing.F) {
 		}
 	}
 	s := fuzzBed(f)
-	s.publishChecked(publishRequest{room: "a", kind: "message", data: []byte(`"hi"`)})
+	s.checkAndPublish(&permit{}, publishRequest{room: "a", kind: "message", data: []byte(`"hi"`)})
 	f.Fuzz(func(t *testing.T, n uint8, query, last string) {
 		answers := []string{"refresh", "poll", "jsonp"}
 		technique := answers[int(n)%len(answers)]
@@ -162,7 +163,7 @@ func safeEvent(t *testing.T, line string) {
 }
 
 // newestEvent is what a poll says is the newest of a room.
-func newestEvent(t *testing.T, s *server, after int64) string {
+func newestEvent(t *testing.T, s *app, after int64) string {
 	t.Helper()
 	w := newRecorder()
 	s.ServeHTTP(w, httptest.NewRequest("GET", fmt.Sprint("/rooms/a,b/poll?after=", after), nil))
@@ -279,7 +280,7 @@ func FuzzFrame(f *testing.F) {
 // checkFrame is one case of FuzzFrame.
 func checkFrame(t *testing.T, text, two bool, frame []byte) {
 	s := fuzzBed(t)
-	q := &wsAuthor{room: "a", user: "ada"}
+	q := &author{room: "a", user: "ada", permit: &permit{expiresAt: math.MaxInt64}}
 	if two {
 		q.room = ""
 	}
@@ -288,7 +289,7 @@ func checkFrame(t *testing.T, text, two bool, frame []byte) {
 		kind = websocket.MessageBinary
 	}
 	before := s.relay.lastID.Load()
-	answer := s.handleFrame(q, kind, frame)
+	answer := s.handleMessage(q, kind, frame)
 	published := s.relay.lastID.Load() - before
 	if answer != nil {
 		safeEvent(t, string(answer.event().json))

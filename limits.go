@@ -1,10 +1,9 @@
-// Limits. A small container stays up because everything it holds for others is
-// bounded, and a bound is met with an answer: 429 to one who asks for too
-// much, 503 when there is no room, or no request yet to answer, with the time to
-// try again.
+// Limits. A small container stays up because everything that clients take is bounded,
+// and a bound is met with an answer: 429 for a client that asks for too much, 503 when
+// there is no room, with the time to try again. Without this file only what the relay
+// keeps is bounded.
 //
-// The machine itself, a loopback address, is not limited: there it is a proxy
-// that asks, or a test.
+// Loopback addresses are not limited: on the machine itself a proxy asks, or a test.
 
 package main
 
@@ -21,8 +20,77 @@ import (
 	"time"
 )
 
-// A bucket is a token bucket: it fills with rate tokens a second, up to two
-// seconds' worth.
+var (
+	errTooFast        = limitError(http.StatusTooManyRequests, "this address publishes too fast", "rate", 1)
+	errRoomTooFast    = limitError(http.StatusTooManyRequests, "this room is published to too fast", "room", 1)
+	errTooManyPerAddr = limitError(http.StatusTooManyRequests, "this address holds too many connections", "address", 10)
+	errTooManyStreams = limitError(http.StatusServiceUnavailable, "the relay holds as many connections as it may; try again later", "streams", 10)
+)
+
+// A limiter bounds what clients take together, and each address.
+type limiter struct {
+	addrs      addrLimiter
+	maxStreams int64 // streams and waiting long-polls
+	streams    atomic.Int64
+	roomRate   float64 // publishes a second to a room
+
+	mu    sync.Mutex // guards rooms
+	rooms map[string]*tokenBucket
+}
+
+// wrap returns a handler that gives requests their quota.
+func (l *limiter) wrap(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r, p := withPermit(r)
+		p.quota = &clientQuota{l, l.addrs.clientAddr(r)}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// A clientQuota is the quota of one client.
+type clientQuota struct {
+	l    *limiter
+	addr netip.Addr
+}
+
+func (q *clientQuota) publish() error {
+	if !q.l.addrs.allow(q.addr) {
+		return errTooFast
+	}
+	return nil
+}
+
+func (q *clientQuota) publishTo(room string) error {
+	if q.addr.IsLoopback() || q.l.allowRoom(room) {
+		return nil
+	}
+	return errRoomTooFast
+}
+
+func (q *clientQuota) hold() error {
+	if q.l.streams.Add(1) > q.l.maxStreams {
+		q.l.streams.Add(-1)
+		return errTooManyStreams
+	}
+	if !q.l.addrs.acquire(q.addr) {
+		q.l.streams.Add(-1)
+		return errTooManyPerAddr
+	}
+	return nil
+}
+
+func (q *clientQuota) release() {
+	q.l.streams.Add(-1)
+	q.l.addrs.release(q.addr)
+}
+
+func (l *limiter) allowRoom(room string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return bucketOf(&l.rooms, room).allow(l.roomRate, time.Now())
+}
+
+// A tokenBucket fills with rate tokens a second, up to those of two seconds.
 type tokenBucket struct {
 	tokens   float64
 	filledAt time.Time
@@ -44,10 +112,10 @@ func (b *tokenBucket) allow(rate float64, now time.Time) bool {
 	return true
 }
 
-// A gate counts what each client address has, and refuses more.
+// An addrLimiter bounds what each client address has.
 type addrLimiter struct {
 	trustProxy bool
-	fly        bool    // that is Fly's
+	fly        bool    // the proxy is Fly.io's
 	perAddr    int     // connections, and requests held, of one address
 	rate       float64 // publishes a second of one address
 
@@ -56,16 +124,28 @@ type addrLimiter struct {
 	buckets map[netip.Addr]*tokenBucket
 }
 
-// maxAddrs is how many addresses a gate keeps buckets for. When there are more,
-// all begin anew.
-const maxAddrs = 1 << 16
+// maxBuckets is how many addresses, or rooms, have a bucket. When there are more, all
+// begin again with full ones.
+const maxBuckets = 1 << 16
 
-// clientAddr is the client's address: that of the connection; or, behind a proxy that
-// is to be trusted, what the proxy says. Of X-Forwarded-For the last hop is the
-// proxy's own word, and all before it the client's. Fly says it in a header of
-// its own (https://fly.io/docs/networking/request-headers/), which elsewhere a
-// client can send too, so there it is heard only if nothing else is said. IPv6
-// counts by /64, which is what one customer is given.
+func bucketOf[K comparable](buckets *map[K]*tokenBucket, key K) *tokenBucket {
+	b := (*buckets)[key]
+	if b == nil {
+		if len(*buckets) >= maxBuckets || *buckets == nil {
+			*buckets = map[K]*tokenBucket{}
+		}
+		b = &tokenBucket{}
+		(*buckets)[key] = b
+	}
+	return b
+}
+
+// clientAddr returns the client's address: that of the connection; or, behind a trusted
+// proxy, what the proxy says. The last entry of X-Forwarded-For is from the proxy, all
+// before it from the client. Fly has a header of its own
+// (https://fly.io/docs/networking/request-headers/), which elsewhere a client can send
+// too, so there it counts only without X-Forwarded-For. IPv6 counts by /64, which is
+// what one customer gets.
 func (g *addrLimiter) clientAddr(r *http.Request) netip.Addr {
 	from, _ := netip.ParseAddrPort(r.RemoteAddr)
 	if g.trustProxy {
@@ -80,7 +160,7 @@ func (g *addrLimiter) clientAddr(r *http.Request) netip.Addr {
 		if a, err := netip.ParseAddrPort(hop); err == nil { // as some proxies write it
 			return addrKey(a.Addr())
 		}
-		if said != "" { // and can't be read: one address for all such, and not the machine's own
+		if said != "" { // but unreadable: one address for all such clients, and not the machine's own
 			return netip.IPv6Unspecified()
 		}
 	}
@@ -95,7 +175,7 @@ func addrKey(a netip.Addr) netip.Addr {
 	return a
 }
 
-// acquire takes one of the address's places; free gives it back.
+// acquire takes one of the address's places; release gives it back.
 func (g *addrLimiter) acquire(a netip.Addr) bool {
 	if a.IsLoopback() || !a.IsValid() {
 		return true
@@ -123,34 +203,25 @@ func (g *addrLimiter) release(a netip.Addr) {
 	}
 }
 
-// allow takes a token of the address's bucket.
+// allow takes a token from the address's bucket.
 func (g *addrLimiter) allow(a netip.Addr) bool {
 	if a.IsLoopback() || !a.IsValid() {
 		return true
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	b := g.buckets[a]
-	if b == nil {
-		if len(g.buckets) >= maxAddrs || g.buckets == nil {
-			g.buckets = map[netip.Addr]*tokenBucket{}
-		}
-		b = &tokenBucket{}
-		g.buckets[a] = b
-	}
-	return b.allow(g.rate, time.Now())
+	return bucketOf(&g.buckets, a).allow(g.rate, time.Now())
 }
 
-// A doorman is a listener that lets in so many connections, and so many from one
-// address, and tells the others so; and does that still when the process has
-// no descriptor left.
+// A limitListener accepts so many connections, and so many from one address. It answers
+// the others with 503, even when the process has no descriptor left.
 type limitListener struct {
 	net.Listener
 	maxConns     int64       // connections in all
 	addrs        addrLimiter // by the address of the connection
 	open         atomic.Int64
 	rejecting    atomic.Int64 // connections that are being refused
-	spareFD      *os.File     // given up for the moment it takes to refuse
+	spareFD      *os.File     // closed for the moment it takes to answer
 	countRefusal func(reason string)
 }
 
@@ -164,7 +235,7 @@ func (d *limitListener) Accept() (net.Conn, error) {
 				d.spareFD.Close()
 				if conn, err = d.Listener.Accept(); err == nil {
 					d.reject(conn, "descriptors")
-					conn.Close() // at once, for there is none for the next
+					conn.Close() // at once: the next connection needs the descriptor
 				}
 			}
 			d.spareFD, _ = os.Open(os.DevNull)
@@ -190,17 +261,16 @@ func (d *limitListener) Accept() (net.Conn, error) {
 const tooManyConns = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nRetry-After: 10\r\nConnection: close\r\n\r\n" +
 	`{"error":"there are too many connections; try again later"}` + "\n"
 
-// reject answers a connection that can't be let in.
+// reject answers a connection that is not accepted.
 func (d *limitListener) reject(conn net.Conn, reason string) {
 	d.countRefusal(reason)
 	conn.SetDeadline(time.Now().Add(time.Second))
 	conn.Write([]byte(tooManyConns))
 }
 
-// rejectGently refuses a connection the polite way: it waits a second for the request,
-// since some clients take no answer that comes before it, and another for the
-// client to close, since to close on what is unread would take the answer from it.
-// In a flood it does not wait.
+// rejectGently waits a second for the request, since some clients take no answer that
+// comes before it, and then for the client to close: closing on unread bytes would
+// take the answer from it. In a flood it does not wait.
 func (d *limitListener) rejectGently(conn net.Conn, reason string) {
 	if d.rejecting.Add(1) > 100 {
 		d.rejecting.Add(-1)
@@ -224,7 +294,7 @@ func (d *limitListener) rejectGently(conn net.Conn, reason string) {
 	}()
 }
 
-// A visitor is a connection that was let in, and gives its place back.
+// A limitedConn is an accepted connection. It gives its place back when it is closed.
 type limitedConn struct {
 	net.Conn
 	listener *limitListener

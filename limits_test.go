@@ -337,7 +337,7 @@ func TestAnEventSourceThatIsRefusedIsSentAwayToComeBack(t *testing.T) {
 				if tc.reason != "" && h.refusals(tc.reason) != 1 {
 					t.Errorf("%d refusals are counted under %s", h.refusals(tc.reason), tc.reason)
 				}
-				if held := h.active.Load(); held > 1 {
+				if held := h.active(); held > 1 {
 					t.Errorf("%d streams are held", held)
 				}
 			})
@@ -416,7 +416,7 @@ func TestAStreamIsSentAwayAtAJitteredAge(t *testing.T) {
 			mu.Lock()
 			defer mu.Unlock()
 			d := time.Since(start)
-			if ends[d]++; d < age*9/10 || d > age+h.beat/15 {
+			if ends[d]++; d < age*9/10 || d > age+h.heartbeat/15 {
 				t.Errorf("%s ended after %v, want 90 to 100 s", name, d)
 			}
 		}
@@ -425,7 +425,7 @@ func TestAStreamIsSentAwayAtAJitteredAge(t *testing.T) {
 			wg.Go(func() {
 				r := h.open("192.0.2.1", "GET /rooms/a/"+tech, "")
 				defer r.stop()
-				if body := r.rest(); !strings.Contains(body, `"type":"bye","data":{"retry":`) && !strings.Contains(body, "this page will come again") {
+				if body := r.rest(); !strings.Contains(body, `"type":"bye","data":{"retry":`) && !strings.Contains(body, "this page comes back by itself") {
 					t.Errorf("%s ended without a bye:\n%s", tech, body)
 				}
 				ended(tech)
@@ -641,7 +641,7 @@ func TestWhoLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
 		stream.Close()
 		socket.Close()
 		time.Sleep(time.Minute)
-		if n, held := h.metric("dropped_total"), h.active.Load(); n != 0 || held != 0 {
+		if n, held := h.metric("dropped_total"), h.active(); n != 0 || held != 0 {
 			t.Errorf("%v are counted as dropped, %d are still there", n, held)
 		}
 	})
@@ -733,11 +733,11 @@ func TestNothingFollowsAGoodbye(t *testing.T) {
 		h.pool.mu.Unlock()
 		go io.CopyN(io.Discard, c, 16) // let it begin
 		synctest.Wait()
-		st.enqueueFrame(wsCloseFrame(nil, websocket.StatusNormalClosure, ""))
+		st.enqueueFrames(appendClose(nil, websocket.StatusNormalClosure, ""))
 		h.status("192.0.2.2", "POST /rooms/a")
 		c.SetReadDeadline(time.Now().Add(time.Minute))
 		b, err := io.ReadAll(c)
-		if err != nil || !bytes.HasSuffix(b, wsCloseFrame(nil, websocket.StatusNormalClosure, "")) {
+		if err != nil || !bytes.HasSuffix(b, appendClose(nil, websocket.StatusNormalClosure, "")) {
 			t.Errorf("the socket ended with %v after %q", err, b)
 		}
 	})
@@ -783,7 +783,7 @@ func TestASocketThatIsSilentAndDoesNotAnswerPingsIsDropped(t *testing.T) {
 		defer c.Close()
 		start := time.Now()
 		io.Copy(io.Discard, c) // takes all, and says nothing
-		if d := time.Since(start); d < 3*h.beat || d > 5*h.beat {
+		if d := time.Since(start); d < 3*h.heartbeat || d > 5*h.heartbeat {
 			t.Errorf("it was dropped after %v; the second ping is due after four beats, 60 s", d)
 		}
 	})

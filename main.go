@@ -9,7 +9,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"flag"
 	"fmt"
@@ -100,6 +99,7 @@ type config struct {
 	streams     int
 	perAddr     int
 	rate        float64
+	roomRate    float64
 	body        int64
 	limits
 }
@@ -122,8 +122,8 @@ func parseFlags(args []string, getenv func(string) string) (config, error) {
 	fs.IntVar(&c.streams, "streams", 10_000, "streams and waiting polls there may be")
 	fs.IntVar(&c.perAddr, "per-addr", 256, "connections, and streams and waiting polls, that one client address may have")
 	fs.Float64Var(&c.rate, "rate", 50, "publishes a second of one client address")
-	fs.Float64Var(&c.maxRoomRate, "room-rate", 1000, "publishes a second to one room")
-	fs.Int64Var(&c.body, "body", maxBody, "`bytes` of a publish")
+	fs.Float64Var(&c.roomRate, "room-rate", 1000, "publishes a second to one room")
+	fs.Int64Var(&c.body, "body", 64<<10, "`bytes` of a publish")
 	fs.IntVar(&c.maxUsers, "users", 20_000, "users there may be present, counted by room")
 	fs.IntVar(&c.maxEvents, "events", 256, "messages that a room keeps")
 	fs.IntVar(&c.maxRoomBytes, "room-bytes", 1<<20, "`bytes` of messages that a room keeps")
@@ -157,7 +157,7 @@ func parseFlags(args []string, getenv func(string) string) (config, error) {
 		err = errors.New("-age is not less than nothing")
 	case c.maxEvents < 1 || c.maxRooms < 1 || c.maxUsers < 1 || c.streams < 1 || c.perAddr < 1 || c.body < 1:
 		err = errors.New("-events, -rooms, -users, -streams, -per-addr and -body are 1 or more")
-	case !(c.rate > 0) || !(c.maxRoomRate > 0):
+	case !(c.rate > 0) || !(c.roomRate > 0):
 		err = errors.New("-rate and -room-rate are more than nothing")
 	case c.maxRoomBytes < 1 || c.maxBytes < c.maxRoomBytes:
 		err = errors.New("-room-bytes is 1 or more, and -all-bytes no less")
@@ -184,7 +184,7 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 		return healthcheck(c.addr)
 	}
 	limitMemory(getenv)
-	s, err := newServer(c)
+	a, err := newApp(c)
 	if err != nil {
 		return err
 	}
@@ -193,28 +193,28 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 		return err
 	}
 	if c.metricsAddr != "" {
-		stop, err := serveMetrics(s, c.metricsAddr)
+		stop, err := serveMetrics(a.stats, c.metricsAddr)
 		if err != nil {
 			return err
 		}
 		defer stop()
 	}
 	if isTerminal(os.Stderr) {
-		fmt.Fprintln(os.Stderr, greeting(listener.Addr().String(), s.secrets != nil))
-		return serve(ctx, s, s.http(c.h2c), s.limitListener(listener))
+		fmt.Fprintln(os.Stderr, greeting(listener.Addr().String(), a.access.secrets != nil))
+		return serve(ctx, a, a.http(c.h2c), a.limitListener(listener))
 	}
-	slog.Info("listening", "addr", listener.Addr().String(), "version", version(), "instance", s.instance,
-		"streams", c.streams, "all-bytes", c.maxBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", s.secrets != nil)
-	if s.secrets == nil {
+	slog.Info("listening", "addr", listener.Addr().String(), "version", version(), "instance", a.instance,
+		"streams", c.streams, "all-bytes", c.maxBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", a.access.secrets != nil)
+	if a.access.secrets == nil {
 		slog.Warn("the relay is open: anybody may read and publish; -secret closes it")
 	}
-	return serve(ctx, s, s.http(c.h2c), s.limitListener(listener))
+	return serve(ctx, a, a.http(c.h2c), a.limitListener(listener))
 }
 
-// http is the server as run makes it, with HTTP/2 without TLS or not.
-func (s *server) http(h2c bool) *http.Server {
+// http returns the HTTP server.
+func (a *app) http(h2c bool) *http.Server {
 	srv := &http.Server{
-		Handler:           s,
+		Handler:           a,
 		ReadHeaderTimeout: headTimeout,
 		ReadTimeout:       requestTimeout, // net/http lifts it when there is no more to read
 		IdleTimeout:       idleTimeout,
@@ -230,9 +230,10 @@ func (s *server) http(h2c bool) *http.Server {
 
 // limitListener guards the listener. Beside what is held there are requests that
 // come and go; a tenth is for them, and 100 at least.
-func (s *server) limitListener(l net.Listener) net.Listener {
-	d := &limitListener{Listener: l, maxConns: s.maxStreams + max(s.maxStreams/10, 100), countRefusal: s.countRefusal}
-	if d.addrs.perAddr = s.addrs.perAddr; s.addrs.trustProxy {
+func (a *app) limitListener(l net.Listener) net.Listener {
+	most := a.limiter.maxStreams
+	d := &limitListener{Listener: l, maxConns: most + max(most/10, 100), countRefusal: a.refused}
+	if d.addrs.perAddr = a.config.perAddr; a.config.trustProxy {
 		d.addrs.perAddr = math.MaxInt // all come from the proxy
 	}
 	d.spareFD, _ = os.Open(os.DevNull)
@@ -240,13 +241,13 @@ func (s *server) limitListener(l net.Listener) net.Listener {
 }
 
 // serveMetrics serves /metrics on an address of its own, for who may see it.
-func serveMetrics(s *server, addr string) (stop func() error, err error) {
+func serveMetrics(st *stats, addr string) (stop func() error, err error) {
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, err
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { s.metrics(w) })
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { st.metrics(w) })
 	srv := &http.Server{
 		Handler:      mux,
 		ReadTimeout:  requestTimeout,
@@ -315,70 +316,85 @@ func version() string {
 	return info.Main.Version
 }
 
-// newServer makes a server that does not listen yet.
-func newServer(c config) (*server, error) {
+// An app is the relay with all layers.
+type app struct {
+	*server
+	config   config
+	handler  http.Handler
+	limiter  *limiter
+	access   *access
+	pool     *writerPool // layer: async.go
+	pictures *pictures   // layer: picture.go
+	stats    *stats      // layer: stats.go
+}
+
+func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.handler.ServeHTTP(w, r) }
+
+// newApp puts the layers together. To remove one, delete its file and the lines that name it.
+func newApp(c config) (*app, error) {
 	origins, err := newOrigins(c.origins)
 	if err != nil {
 		return nil, err
 	}
-	s := &server{
-		relay:            newRelay(c.limits),
-		origins:          origins,
-		beat:             c.beat,
-		instance:         rand.Text()[:8],
-		secrets:          parseSecrets(c.secret),
-		maxAge:           c.age,
-		maxStreams:       int64(c.streams),
-		maxBody:          c.body,
-		metricsElsewhere: c.metricsAddr != "",
-		pictures:         map[pictureKey]*renderer{},
-	}
-	if c.secret != "" && s.secrets == nil {
+	s := newServer(newRelay(c.limits))
+	s.heartbeat, s.maxAge, s.maxBody = c.beat, c.age, c.body
+	a := &app{server: s, config: c, handler: s}
+	a.pool = newWriterPool(s, c.trustProxy)                // layer: async.go
+	a.pictures = newPictures(s)                            // layer: picture.go
+	a.stats = newStats(s)                                  // layer: stats.go
+	a.stats.elsewhere = c.metricsAddr != ""                // layer: stats.go
+	a.handler = a.stats.wrap(a.handler)                    // layer: stats.go
+	a.pictures.skipped = func() { a.stats.skipped.Add(1) } // layer: stats.go picture.go
+	a.pool.received = a.stats.received                     // layer: stats.go async.go
+	a.handler = wrapPages(s, a.handler)
+	a.limiter = &limiter{maxStreams: int64(c.streams), roomRate: c.roomRate}
+	a.limiter.addrs = addrLimiter{trustProxy: c.trustProxy, fly: c.fly, perAddr: c.perAddr, rate: c.rate}
+	a.handler = a.limiter.wrap(a.handler)
+	a.access = &access{origins: origins, secrets: parseSecrets(c.secret)}
+	if c.secret != "" && a.access.secrets == nil {
 		return nil, errors.New("-secret is blank")
 	}
-	s.addrs.trustProxy, s.addrs.fly, s.addrs.perAddr, s.addrs.rate = c.trustProxy, c.fly, c.perAddr, c.rate
-	s.stats.start()
-	return s, nil
+	a.handler = a.access.wrap(s, a.handler)
+	return a, nil
 }
 
 // serve answers on the listener until ctx is done.
-func serve(ctx context.Context, s *server, srv *http.Server, listener net.Listener) error {
+func serve(ctx context.Context, a *app, srv *http.Server, listener net.Listener) error {
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(listener) }()
-	sweep := time.NewTicker(s.relay.roomIdle / 10)
+	sweep := time.NewTicker(a.relay.roomIdle / 10)
 	defer sweep.Stop()
 	for ctx.Err() == nil {
 		select {
 		case now := <-sweep.C:
-			s.relay.sweep(now)
+			a.relay.sweep(now)
 		case err := <-failed:
 			return err
 		case <-ctx.Done():
 		}
 	}
 
-	slog.Info("stopping", "held", s.active.Load())
+	slog.Info("stopping", "held", a.active())
 	// The listener is closed first, so that who is sent away doesn't come back
 	// to us; then the streams end, and the requests that wait.
-	srv.RegisterOnShutdown(s.stopStreams)
+	srv.RegisterOnShutdown(a.stop)
 	within, cancel := context.WithTimeout(context.Background(), stopTimeout)
 	defer cancel()
 	err := srv.Shutdown(within)
 	// A stream that was taken over is no request any more; Shutdown does not wait for it.
-	for s.active.Load() > 0 && within.Err() == nil {
+	for a.active() > 0 && within.Err() == nil {
 		time.Sleep(10 * time.Millisecond)
 	}
 	if err != nil {
 		err = srv.Close()
 	}
-	slog.Info("stopped", "held", s.active.Load(), "published", s.stats.published.Load())
+	slog.Info("stopped", "held", a.active())
 	return err
 }
 
-// stopStreams ends every stream.
-func (s *server) stopStreams() {
-	s.activeAtStop.Store(s.active.Load())
-	s.drawPictures()
-	s.relay.stop()
-	s.pool.wakeAll()
+// stop ends every stream.
+func (a *app) stop() {
+	a.pictures.drawAll() // layer: picture.go
+	a.server.stop()
+	a.pool.wakeAll() // layer: async.go
 }

@@ -1,25 +1,23 @@
-// Pages: the files of static/, which are part of the binary, and those that the
-// relay writes for people without JavaScript. No user's text gets into a
-// page but through html.EscapeString, and no page may run a script that is
-// not one of our files.
+// Pages: the files of static/, which are part of the binary, and what people without
+// JavaScript see around the events. Without this file the relay serves rooms alone,
+// and its pages without JavaScript are bare.
+//
+// No user's text gets into a page but through html.EscapeString, and no page may run a
+// script that is not one of our files.
 
 package main
 
 import (
-	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
 	"embed"
 	"encoding/hex"
-	"encoding/json"
 	"html"
 	"io"
 	"io/fs"
 	"net/http"
 	"net/url"
 	"path"
-	"slices"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -27,7 +25,7 @@ import (
 //go:embed static
 var embedded embed.FS
 
-// fileTypes is ours, since the system's table takes .ts for video.
+// fileTypes replaces the system's table, which takes .ts for video.
 var fileTypes = map[string]string{
 	".html": "text/html; charset=utf-8",
 	".css":  "text/css; charset=utf-8",
@@ -38,8 +36,8 @@ var fileTypes = map[string]string{
 
 // A file is one of static/.
 type file struct {
-	kind, etag string
-	data       string
+	contentType, etag string
+	data              string
 }
 
 var files = readFiles()
@@ -53,9 +51,9 @@ func readFiles() map[string]file {
 		b, err := embedded.ReadFile(name)
 		sum := sha256.Sum256(b)
 		files[strings.TrimPrefix(name, "static")] = file{
-			kind: fileTypes[path.Ext(name)],
-			etag: `"` + hex.EncodeToString(sum[:8]) + `"`,
-			data: string(b),
+			contentType: fileTypes[path.Ext(name)],
+			etag:        `"` + hex.EncodeToString(sum[:8]) + `"`,
+			data:        string(b),
 		}
 		return err
 	})
@@ -66,160 +64,108 @@ func readFiles() map[string]file {
 // shortcuts are addresses that people type for pages.
 var shortcuts = map[string]string{"/lab": "./lab.html", "/stats": "./stats.html", "/rooms": "./stats.html", "/rooms/": "../stats.html"}
 
-// handlePage answers everything outside of /rooms/.
-func (s *server) handlePage(w http.ResponseWriter, r *http.Request) error {
-	f, ok := files[r.URL.Path]
-	if to := shortcuts[r.URL.Path]; to != "" && wantsHTML(r) {
-		redirect(w, to, r.URL.Query())
-		return nil
-	}
-	if !ok && r.URL.Path != "/healthz" && r.URL.Path != "/token" && (r.URL.Path != "/metrics" || s.metricsElsewhere) {
-		return newError(http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}")
-	}
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		w.Header().Set("Allow", "GET, HEAD")
-		return newError(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
-	}
-	switch r.URL.Path {
-	case "/metrics":
-		if err := s.authorize(r, &request{rooms: []string{statsRoom}, values: r.URL.Query()}); err != nil {
-			return err
+const pageMethods = "GET, HEAD, OPTIONS"
+
+// isPage reports whether a path is that of a page, static or not.
+func isPage(p string) bool {
+	verb := path.Base(p)
+	return strings.HasPrefix(files[p].contentType, "text/html") || strings.HasPrefix(p, "/rooms/") && (verb == "html" || verb == "refresh" || verb == "form")
+}
+
+// wrapPages returns a handler that answers for pages, and adds to the server what pages need.
+func wrapPages(s *server, next http.Handler) http.Handler {
+	s.pageHead = s.fullHead
+	for _, t := range s.techniques {
+		if t.name == "multipart" {
+			t.as = append(t.as, representation{"text", multipartText}, representation{"html", multipartHTML})
 		}
-		s.metrics(w)
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
+		name, verb, _ := strings.Cut(path, "/")
+		switch {
+		case shortcuts[r.URL.Path] != "" && wantsHTML(r):
+			redirect(w, shortcuts[r.URL.Path], r.URL.Query())
+		case isRoom && verb == "" && wantsHTML(r): // a person who typed the address
+			s.answer(w, r, func(w http.ResponseWriter, r *http.Request) error {
+				rooms, err := parseRooms(name)
+				if err == nil {
+					redirect(w, strings.Repeat("../", strings.Count(path, "/")+1), url.Values{"room": rooms[:1]}, r.URL.Query())
+				}
+				return err
+			})
+		case isRoom && verb == "form":
+			s.answer(w, r, func(w http.ResponseWriter, r *http.Request) error {
+				rooms, err := parseRooms(name)
+				if err != nil {
+					return err
+				}
+				_, p := withPermit(r)
+				return s.handle(w, r, &request{rooms: rooms, permit: p}, readMethods, s.handleForm)
+			})
+		case r.URL.Path == "/healthz" || files[r.URL.Path].data != "":
+			s.answer(w, r, s.handlePage)
+		default:
+			next.ServeHTTP(w, r)
+		}
+	})
+}
+
+// wantsHTML reports whether a person's browser asks for a page.
+func wantsHTML(r *http.Request) bool {
+	return (r.Method == http.MethodGet || r.Method == http.MethodHead) && strings.Contains(r.Header.Get("Accept"), "text/html")
+}
+
+// redirect sends a browser to another page. The address is relative, since a proxy may
+// serve the relay under a prefix.
+func redirect(w http.ResponseWriter, path string, query ...url.Values) {
+	all := url.Values{}
+	for _, values := range query {
+		for name, v := range values {
+			if !all.Has(name) {
+				all[name] = v
+			}
+		}
+	}
+	to := url.URL{Path: path, RawQuery: all.Encode()}
+	w.Header().Set("Location", to.String())
+	w.WriteHeader(http.StatusSeeOther)
+}
+
+// handlePage is GET of a static file, and of /healthz.
+func (s *server) handlePage(w http.ResponseWriter, r *http.Request) error {
+	h := w.Header()
+	switch r.Method {
+	case http.MethodGet, http.MethodHead:
+	case http.MethodOptions: // HAProxy asks so whether the relay is there
+		h.Set("Allow", pageMethods)
+		w.WriteHeader(http.StatusNoContent)
 		return nil
-	case "/token":
-		return s.tokenInfo(w, r)
-	case "/healthz":
+	default:
+		h.Set("Allow", pageMethods)
+		return newError(http.StatusMethodNotAllowed, r.Method+" is not for this path; "+pageMethods+" are")
+	}
+	if r.URL.Path == "/healthz" {
 		if s.relay.isStopping() {
 			return errStopping
 		}
 		writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 		return nil
 	}
-	if q := (&request{values: r.URL.Query()}); q.values.Has("token") && wantsHTML(r) && s.authorize(r, q) == nil && s.moveTokenToCookie(w, r, q) {
-		return nil
-	}
-	h := w.Header()
-	h.Set("Content-Type", f.kind)
+	f := files[r.URL.Path]
+	h.Set("Content-Type", f.contentType)
 	h.Set("ETag", f.etag)
-	h.Set("Access-Control-Allow-Origin", "*") // a module is always asked for with CORS, and there is nothing here to hide
+	h.Set("Access-Control-Allow-Origin", "*") // a module is always loaded with CORS, and there is nothing to hide here
 	h.Set("Cache-Control", "no-cache")        // keep it, but ask whether it is still the same
 	h.Set("Content-Security-Policy", "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'")
 	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(f.data))
 	return nil
 }
 
-// What an event says to people.
-
-// decode is what its JSON holds.
-func (e *event) decode() (c struct {
-	Room, Type, From string
-	Time             int64
-	Data             json.RawMessage
-}) {
-	json.Unmarshal(e.json, &c) // it is our own
-	return c
-}
-
-// asText is data for people: a string is itself, anything else its JSON.
-func asText(data json.RawMessage) string {
-	var text string
-	if !bytes.HasPrefix(data, []byte(`"`)) || json.Unmarshal(data, &text) != nil {
-		return string(data)
-	}
-	return text
-}
-
-// text is the event as a line of plain text.
-func (e *event) text() string {
-	c := e.decode()
-	switch e.kind {
-	case "hello":
-		return "Connected.\n"
-	case "message":
-		if c.From == "" {
-			return asText(c.Data) + "\n"
-		}
-		return c.From + ": " + asText(c.Data) + "\n"
-	}
-	return e.kind + " " + c.From + " " + asText(c.Data) + "\n"
-}
-
-// html is the event as a line of a page. It is made once, however many read it.
-func (e *event) html() []byte {
-	e.htmlOnce.Do(func() {
-		c := e.decode()
-		at := time.UnixMilli(c.Time).UTC()
-		clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04") + `</time> `
-		from := "<bdi>" + html.EscapeString(c.From) + "</bdi>"
-		text := html.EscapeString(asText(c.Data))
-		line := func(class, s string) { e.htmlCache = []byte(`<p class="` + class + `">` + s + "</p>\n") }
-		switch e.kind {
-		case "hello":
-			line("note", "Connected.")
-		case "message":
-			if c.From == "" {
-				from = "<bdi>somebody</bdi>"
-			}
-			line("message", clock+"<b>"+from+`</b> <span dir="auto">`+text+"</span>")
-		case "gap":
-			if e.isErasure() {
-				line("gap", "The messages before this were erased.")
-			} else {
-				line("gap", "Some messages may be missing here.")
-			}
-		case "bye":
-			var bye struct{ Retry int }
-			json.Unmarshal(c.Data, &bye)
-			line("note", `The relay is going away for a moment; this page will come again by itself.`+
-				`<meta http-equiv="refresh" content="`+strconv.Itoa(1+bye.Retry/1000)+`">`)
-		case "presence":
-			var ros roster
-			if c.From != "" {
-				line("note", clock+"<b>"+from+"</b> is "+text)
-			} else if json.Unmarshal(c.Data, &ros) == nil {
-				line("note", ros.describe())
-			}
-		default:
-			line("note", clock+"<i>"+e.kind+"</i> <b>"+from+`</b> <span dir="auto">`+text+"</span>")
-		}
-	})
-	return e.htmlCache
-}
-
-// describe is the roster in words, as HTML.
-func (ros roster) describe() string {
-	names := make([]string, 0, len(ros.Users))
-	for user, state := range ros.Users {
-		user = "<bdi>" + html.EscapeString(user) + "</bdi>"
-		if state != "online" {
-			user += " (" + state + ")"
-		}
-		names = append(names, user)
-	}
-	if len(names) == 0 || len(names) > maxRosterUsers {
-		return strconv.Itoa(ros.Count) + " here"
-	}
-	slices.Sort(names)
-	if len(names) == 1 {
-		return names[0] + " is here"
-	}
-	return strings.Join(names, ", ") + " are here"
-}
-
-// Pages without a script.
-
-// pageMessages is how many of the last messages such a page shows.
-const pageMessages = 50
-
-// pagePolicy is their Content-Security-Policy.
-func (q *request) pagePolicy() string {
-	return "default-src 'none'; style-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.frameAncestors
-}
+// Pages without JavaScript.
 
 func (q *request) title() string { return html.EscapeString(strings.Join(q.rooms, ", ")) }
 
-// pageStart is how a page begins.
 func pageStart(title string) string {
 	return `<!DOCTYPE html>
 <html lang="en">
@@ -230,45 +176,34 @@ func pageStart(title string) string {
 `
 }
 
-// pageHead is a page's beginning, with the form to write with: of its own in a
-// frame, or, in a page that comes anew as a whole, as part of it.
-func pageHead(q *request) string {
+// fullHead begins a page, with a form: in a page that refreshes itself as part of it,
+// else in a frame of its own.
+func (s *server) fullHead(q *request, refresh string) string {
 	user := url.Values{"user": {q.user}}.Encode()
 	head, form := "<header>\n<h1>"+q.title()+"</h1>\n", ""
 	switch {
-	case q.withoutForm:
+	case q.param("form") == "0":
 		head = "<body class=\"bare\">\n<header>\n"
-	case q.refreshes:
-		head += `<p>This page comes anew every ` + strconv.Itoa(int(q.wait/time.Second)) + ` seconds.
-<a href="form?live=refresh&amp;` + user + `">Write at leisure</a></p>
+	case refresh != "":
+		head += `<p>This page refreshes itself every ` + refresh + ` seconds.
+<a href="form?live=refresh&amp;` + user + `">Write without haste</a></p>
 `
 		form = formHTML(q.rooms[0], q.user, "refresh")
 	default:
-		head += `<p>This page never ends: what is said appears on top.
-<a href="refresh?` + user + `">A page that comes anew instead</a></p>
+		head += `<p>This page never ends: new messages appear on top.
+<a href="refresh?` + user + `">A page that refreshes itself instead</a></p>
 `
 		form = `<iframe class="form" title="Write a message" src="form?` + user + `"></iframe>
 `
 	}
-	if q.rosterText != "" {
-		head += `<p>` + q.rosterText + ".</p>\n"
+	if refresh != "" && q.seesPresence {
+		head += `<p>` + s.relay.roster(q.rooms[0]).sentence() + ".</p>\n"
 	}
 	return pageStart(q.title()) + head + "</header>\n" + form
 }
 
-// appendPage appends a whole page, the newest message first.
-func appendPage(b []byte, q *request, events []*event) []byte {
-	b = append(append(b, pageHead(q)...), "<main class=\"log\">\n"...)
-	for _, e := range slices.Backward(events[max(0, len(events)-pageMessages):]) {
-		if e.kind != "hello" {
-			b = append(b, e.html()...)
-		}
-	}
-	return append(b, "</main>\n"...)
-}
-
-// formHTML is the form that posts to a room and then shows the page named. Its
-// key makes a double click one message.
+// formHTML returns a form that posts to a room and then shows a page. Its key makes
+// a double click one message.
 func formHTML(room, user, then string) string {
 	return `<form method="post" action="../` + room + `">
 <label>Name <input name="user" value="` + html.EscapeString(user) + `" pattern="\S(.*\S)?" title="a name, without spaces around it" maxlength="64" size="10" autocomplete="nickname"></label>
@@ -280,20 +215,16 @@ func formHTML(room, user, then string) string {
 `
 }
 
-// handleForm is GET /rooms/{room}/form: the form alone, for a frame in a page that
-// never ends, or, with live, above a frame with that page.
+// handleForm is GET /rooms/{room}/form: the form alone, for a frame in a page that never
+// ends, or with live above a frame with that page.
 func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) error {
-	user := q.userParam()
-	if q.err != nil {
-		return q.err
+	if err := q.mayRead(); err != nil {
+		return err
 	}
-	if s.moveTokenToCookie(w, r, q) {
-		return nil
-	}
-	user = q.effectiveUser(user)
+	user := q.effectiveUser(q.userParam())
 	live := q.param("live")
 	if live != "" && live != "refresh" {
-		q.setError(badRequest("live is refresh"))
+		q.fail(badRequest("live is refresh"))
 	}
 	if q.err != nil {
 		return q.err
@@ -305,11 +236,52 @@ func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) 
 	if live != "" {
 		form = `<header>
 <h1>` + q.title() + `</h1>
-<p>What is said comes anew every few seconds; what you write stays.</p>
+<p>The messages below refresh themselves every few seconds; what you write stays.</p>
 </header>
 ` + form + `<iframe class="live" title="Messages" src="refresh?form=0&amp;` + url.Values{"user": {user}}.Encode() + `"></iframe>
 `
 	}
 	io.WriteString(w, pageStart("Write to "+q.title())+"<body class=\"bare\">\n"+form)
 	return nil
+}
+
+// Server push for windows and frames, in Firefox.
+
+// multipartText is multipart with as=text: each part is one event.
+func multipartText(*server, *request) encoder {
+	enc, next := multipartOf("text/plain; charset=utf-8")
+	enc.event = func(b []byte, e *event) []byte { return append(append(b, e.text()...), next...) }
+	return enc
+}
+
+// text returns the event as a line of plain text.
+func (e *event) text() string {
+	f := e.decode()
+	switch {
+	case e.kind == "hello":
+		return "Connected.\n"
+	case e.kind != "message":
+		return e.kind + " " + f.From + " " + asText(f.Data) + "\n"
+	case f.From != "":
+		return f.From + ": " + asText(f.Data) + "\n"
+	}
+	return asText(f.Data) + "\n"
+}
+
+// multipartHTML is multipart with as=html: each part is a whole page.
+func multipartHTML(s *server, q *request) encoder {
+	enc, next := multipartOf("text/html; charset=utf-8")
+	enc.last = pageMessages
+	var shown []*event
+	enc.batch = func(b []byte, _ int64, events []*event) []byte {
+		for _, e := range events {
+			if e.isErasure() {
+				shown = nil
+			}
+			shown = append(shown, e)
+		}
+		shown = append([]*event(nil), shown[max(0, len(shown)-pageMessages):]...)
+		return append(appendPage(append(b, s.pageHead(q, "")...), shown), next...)
+	}
+	return enc
 }

@@ -1,12 +1,11 @@
-// Live pictures. Server push was made for images, and an <img> still shows
-// them in every browser, without a script: GET /rooms/{room}/multipart?as=svg
-// is the room as a picture, a graph where it carries numbers, its last lines
-// where it carries talk.
+// Live pictures. Server push was made for images, and an <img> still shows them in every
+// browser, without a script: GET /rooms/{room}/multipart?as=svg is the room as a
+// picture. It is a graph where the room carries numbers, else its last lines. Without
+// this file multipart has no as=svg.
 //
-// Pictures are events. Whoever looks reads a room of pictures, one for each room
-// and size; while somebody does, one goroutine reads the room itself and
-// publishes a picture of it when it has changed, at most ten times a second.
-// So a picture is drawn once, however many look at it.
+// Pictures are events in a log of their own, with a room for each room and size that
+// somebody watches. One goroutine reads the room itself and publishes a picture when it
+// has changed, at most ten times a second. So a picture is drawn once for all viewers.
 
 package main
 
@@ -27,7 +26,7 @@ import (
 const (
 	drawEvery    = 100 * time.Millisecond
 	drawMessages = 120 // at most, in a picture
-	maxPictures  = 100 // rooms and sizes that are looked at; each has a goroutine
+	maxPictures  = 100 // rooms and sizes that are watched; each has a goroutine
 
 	minImageBytes = 1024 // bytes of an image of another origin that Chromium waits for before it shows it
 
@@ -35,70 +34,117 @@ const (
 	pictureWidth, pictureHeight = 480, 240
 )
 
-// A pictureOf is a room and a size.
+// pictures draws rooms while somebody watches.
+type pictures struct {
+	server  *server
+	log     *relay // of pictures
+	skipped func() // counts messages that a graph of numbers cannot show
+
+	mu        sync.Mutex // guards renderers
+	renderers map[pictureKey]*renderer
+}
+
+// A pictureKey is a room and a size.
 type pictureKey struct {
 	room string
 	w, h int
 }
 
-// name is that of the room of pictures: one that nobody can ask for, since
-// a room's name has no space in it.
-func (p pictureKey) name() string { return fmt.Sprintf(" %s %d %d", p.room, p.w, p.h) }
+func (k pictureKey) String() string { return fmt.Sprintf("%s %d %d", k.room, k.w, k.h) }
 
-// watchPicture begins to draw p, unless that goes on already. The caller calls the
-// function returned when it looks no more.
-func (s *server) watchPicture(p pictureKey) (away func(), err error) {
-	s.picturesMu.Lock()
-	defer s.picturesMu.Unlock()
-	c := s.pictures[p]
-	if c == nil {
-		if len(s.pictures) >= maxPictures {
-			return nil, limitError(http.StatusServiceUnavailable, "too many pictures are looked at; try again later", "pictures", 10)
+// newPictures adds the representation svg to the technique multipart.
+func newPictures(s *server) *pictures {
+	p := &pictures{server: s, skipped: func() {}, renderers: map[pictureKey]*renderer{}}
+	p.log = newRelay(limits{maxEvents: 1, maxRoomBytes: 1 << 20, maxBytes: s.relay.maxBytes, maxRooms: maxPictures, maxUsers: s.relay.maxUsers})
+	p.log.wakeAll = s.relay.wakeAll
+	for _, t := range s.techniques {
+		if t.name == "multipart" {
+			t.as = append(t.as, representation{"svg", p.svg})
 		}
-		c = &renderer{pictureKey: p, s: s}
-		if err := s.relay.subscribe(&c.rd, subscribeRequest{rooms: []string{p.room}, cursor: -1, last: drawMessages, maxBatchBytes: 1 << 20}); err != nil {
+	}
+	return p
+}
+
+// svg is multipart with as=svg.
+func (p *pictures) svg(_ *server, q *request) encoder {
+	key := pictureKey{q.rooms[0], int(q.intParam("w", minSide, maxSide, pictureWidth)), int(q.intParam("h", minSide, maxSide, pictureHeight))}
+	if len(q.rooms) > 1 {
+		q.fail(badRequest("a picture is of one room"))
+	}
+	enc, next := multipartOf("image/svg+xml")
+	enc.only = func(e *event) bool { return e.kind == "picture" }
+	enc.event = func(b []byte, e *event) []byte { return append(append(b, e.json...), next...) }
+	enc.subscribe = func(sub *subscriber, req subscribeRequest) (func(), error) { return p.watch(key, sub, req) }
+	return enc
+}
+
+// watch subscribes to a picture, and has it drawn meanwhile. The caller calls unwatch
+// after it has unsubscribed.
+func (p *pictures) watch(key pictureKey, sub *subscriber, req subscribeRequest) (unwatch func(), err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	c := p.renderers[key]
+	if c == nil {
+		if len(p.renderers) >= maxPictures {
+			return nil, limitError(http.StatusServiceUnavailable, "too many pictures are watched; try again later", "pictures", 10)
+		}
+		c = &renderer{pictureKey: key, p: p}
+		if err := p.server.relay.subscribe(&c.sub, subscribeRequest{rooms: []string{key.room}, cursor: -1, last: drawMessages, maxBatchBytes: 1 << 20}); err != nil {
 			return nil, err
 		}
 		var ctx context.Context
 		ctx, c.stop = context.WithCancel(context.Background())
-		s.pictures[p] = c
-		c.draw() // the first is there before anybody looks
+		p.renderers[key] = c
+		c.draw() // the first is there before anybody watches
 		go c.run(ctx)
 	}
-	c.viewers++
-	return func() {
-		s.picturesMu.Lock()
-		defer s.picturesMu.Unlock()
-		if c.viewers--; c.viewers == 0 {
-			c.stop()
-			delete(s.pictures, p)
+	unwatch = func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if c.viewers--; c.viewers > 0 {
+			return
 		}
-	}, nil
+		c.stop()
+		delete(p.renderers, key)
+		p.log.mu.Lock()
+		defer p.log.mu.Unlock()
+		if rm := p.log.rooms[key.String()]; rm != nil && rm.lruElem != nil {
+			p.log.dropHistory(rm)
+		}
+	}
+	c.viewers++
+	req.rooms, req.cursor, req.last, req.user, req.seesPresence = []string{key.String()}, -1, 1, "", false
+	if err := p.log.subscribe(sub, req); err != nil {
+		go unwatch()
+		return nil, err
+	}
+	return unwatch, nil
 }
 
-// drawPictures has every picture drawn as things are, before the relay stops.
-func (s *server) drawPictures() {
-	s.picturesMu.Lock()
-	defer s.picturesMu.Unlock()
-	for _, c := range s.pictures {
+// drawAll draws every picture as things are, before the relay stops, and stops their log.
+func (p *pictures) drawAll() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.renderers {
 		c.draw()
 	}
+	p.log.stop()
 }
 
-// A canvas draws one room while it is looked at.
+// A renderer draws one room while it is watched.
 type renderer struct {
 	pictureKey
-	s       *server
-	rd      subscriber
-	viewers int // guarded by s.drawingMu
+	p       *pictures
+	viewers int // guarded by p.mu
 	stop    context.CancelFunc
 
-	mu     sync.Mutex // guards what follows, and rd
+	mu     sync.Mutex // guards what follows
+	sub    subscriber
 	events []*event
 	points []point
 }
 
-// A remark is one message.
+// A point is one message.
 type point struct {
 	from, text string
 	number     float64
@@ -107,8 +153,8 @@ type point struct {
 
 // run draws the room whenever it has changed, until ctx is done.
 func (c *renderer) run(ctx context.Context) {
-	defer c.rd.unsubscribe()
-	for c.rd.wait(ctx, nil) {
+	defer c.sub.unsubscribe()
+	for c.sub.wait(ctx, nil) {
 		c.draw()
 		select {
 		case <-time.After(drawEvery):
@@ -121,8 +167,8 @@ func (c *renderer) run(ctx context.Context) {
 func (c *renderer) draw() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for more := true; more; more = c.rd.more {
-		c.events = c.rd.next(c.events[:0])
+	for more := true; more; more = c.sub.more {
+		c.events = c.sub.next(c.events[:0])
 		for _, e := range c.events {
 			switch {
 			case e.kind == "message":
@@ -133,17 +179,25 @@ func (c *renderer) draw() {
 		}
 	}
 	clear(c.events)
-	c.s.relay.publish(publishRequest{room: c.name(), kind: "picture", picture: c.svg(), unlimited: true})
+	log := c.p.log
+	log.mu.Lock()
+	if log.isStopping() {
+		log.mu.Unlock()
+		return
+	}
+	rm := log.append(c.String(), &event{id: log.lastID.Load() + 1, kind: "picture", publishedAt: time.Now().UnixMilli(), json: c.svg()})
+	log.mu.Unlock()
+	log.wake(rm)
 }
 
-// addPoint takes note of a message.
+// addPoint adds a message.
 func (c *renderer) addPoint(e *event) {
-	said := e.decode()
-	m := point{from: said.From, text: asText(said.Data)}
+	f := e.decode()
+	m := point{from: f.From, text: asText(f.Data)}
 	n, err := strconv.ParseFloat(strings.TrimSpace(m.text), 64)
 	m.number, m.isNumber = n, err == nil && math.Abs(n) < 1e15 // beyond, a difference of two may overflow
 	if !m.isNumber && len(c.numbers()) > 0 {
-		c.s.stats.skippedPoints.Add(1)
+		c.p.skipped()
 	}
 	if len(c.points) == drawMessages {
 		c.points = slices.Delete(c.points, 0, 1)
@@ -151,7 +205,7 @@ func (c *renderer) addPoint(e *event) {
 	c.points = append(c.points, m)
 }
 
-// numbers are those of the room, or none if it is one that talks.
+// numbers returns the numbers of the room, or none if less than half of it are.
 func (c *renderer) numbers() (numbers []float64) {
 	for _, m := range c.points {
 		if m.isNumber {
@@ -166,7 +220,7 @@ func (c *renderer) numbers() (numbers []float64) {
 
 const lineHeight, margin = 20, 12
 
-// svg is the picture: a graph of numbers, or talk.
+// svg returns the picture: a graph of numbers, or lines of text.
 func (c *renderer) svg() []byte {
 	b := fmt.Appendf(nil, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" role="img">`+
 		`<title>%s</title><style>svg{font:13px system-ui,sans-serif}rect{fill:#fbfaf7}text{fill:#3a3733}.faint{fill:#6b665d}`+
@@ -212,10 +266,10 @@ func (c *renderer) drawGraph(b []byte, numbers []float64) []byte {
 		x, y(last), right+8, min(max(y(last)+4, top+18), bottom-12), formatNumber(last))
 }
 
-// formatNumber is a number in few digits.
+// formatNumber returns a number in few digits.
 func formatNumber(n float64) string { return strconv.FormatFloat(n, 'g', 5, 64) }
 
-// drawText writes the last lines that have room, the newest at the bottom.
+// drawText writes the last lines that fit, the newest at the bottom.
 func (c *renderer) drawText(b []byte) []byte {
 	fit := (c.h - margin) / lineHeight
 	wide := (c.w - 2*margin) / 7 // characters of 13 pixels are about 7 wide
@@ -232,8 +286,8 @@ func (c *renderer) drawText(b []byte) []byte {
 	return b
 }
 
-// truncate is at most n characters of s, without those that XML has no place for,
-// and those that would turn around what is next to it.
+// truncate returns at most n characters of s, without those that XML does not allow,
+// and those that would reverse what is next to it.
 func truncate(s string, n int) string {
 	runes := []rune(strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0xfffe || r == 0xffff || unicode.Is(unicode.Bidi_Control, r) {

@@ -1,7 +1,7 @@
-// Presence. Who is in a room is a set of leases with a time to live. A stream
-// or long-poll that names a user holds their lease while it lasts; whoever polls
-// renews it each time. What a lease is worth is decided by the clock at the moment of
-// reading; timers only announce it, since a platform may stop them (Cloud Run
+// Presence: who is online, typing or away in a room. Each user has a lease with a
+// time to live. A stream or long-poll that names a user holds the lease while it is
+// open; a poll renews it. Whether a lease is good is decided by the clock at the
+// moment of reading. Timers only announce it: a platform may stop them (Cloud Run
 // does between requests).
 
 package main
@@ -17,88 +17,87 @@ import (
 
 const (
 	leaveGrace       = 10 * time.Second // from a closed connection to offline: a reload, or the pause between two long-polls
-	typingTTL        = 5 * time.Second  // then typing falls back to online
-	announceInterval = time.Second      // at most one event in this time by user, and one count by room
-	maxRosterUsers   = 100              // users; above, comings and goings would grow with the square, so only counts are told
-
-	// A presence event is kept so long for whoever polls. Readers of streams
-	// that missed one are sent the roster.
-	presenceEventTTL = time.Minute
+	typingTTL        = 5 * time.Second  // then typing becomes online again
+	announceInterval = time.Second      // at most one event in this time for a user, and one count for a room
+	maxRosterUsers   = 100              // above, single events would grow with the square; only counts are announced
+	presenceEventTTL = time.Minute      // for clients that poll; a stream that missed an event is sent the roster
+	maxClients       = 16               // clients of a user that are told apart while they have no connection
 )
 
-var errTooManyUsers = limitError(503, "there are too many users; try again when some have left", "users", 60)
+var (
+	presenceStates  = []string{"online", "typing", "away", "offline"}
+	errTooManyUsers = limitError(503, "there are too many users; try again when some have left", "users", 60)
+)
 
-// A lease is a user's stay in a room. It is guarded by relay.mu.
+// A lease is a user's presence in a room. It is guarded by relay.mu.
 type lease struct {
 	clients     []presenceClient
 	state       string    // online, away or offline
 	typingUntil time.Time // typing until then
 
-	counted     bool      // counted in room.here
-	announced   string    // what the room was last told
-	announcedAt time.Time // and when, unless it was that they came
-	joinedAt    time.Time // when it was last told that they are here
+	counted     bool      // in room.online
+	announced   string    // the state last announced
+	announcedAt time.Time // and when; not set by joining, so typing may follow at once
+	joinedAt    time.Time // when it was last announced that the user came
 	timer       *time.Timer
 }
 
-// A stay is what one client, a page or program of the user, adds to a lease.
+// A presenceClient is one page or program of a user.
 type presenceClient struct {
-	client      string    // as it calls itself; "" stands for all that do not say
+	name        string    // as it calls itself; "" stands for all that give no name
 	connections int       // streams and long-polls
-	goodbyes    int       // of those, how many have said goodbye: no grace for them
-	expiresAt   time.Time // without them, here until then
+	goodbyes    int       // how many of them have said offline, and get no grace when they close
+	expiresAt   time.Time // without a connection, present until then
 }
 
-// maxClients is how many clients of a user are kept apart when their connections
-// are closed. Of more, the one without a name is here for them.
-const maxClients = 16
-
-// client returns the client's stay, made if need be. The pointer is good until the next call.
-func (l *lease) client(client string) *presenceClient {
-	i := slices.IndexFunc(l.clients, func(c presenceClient) bool { return c.client == client })
-	if i < 0 {
-		i = len(l.clients)
-		l.clients = append(l.clients, presenceClient{client: strings.Clone(client)}) // not to keep the request it is part of
-	}
-	return &l.clients[i]
-}
-
-// connections is how many streams and long-polls name the user, and until when the
-// user is here without them.
-func (l *lease) connections() (held int, until time.Time) {
-	for _, c := range l.clients {
-		held += c.connections
-		if until.Before(c.expiresAt) {
-			until = c.expiresAt
-		}
-	}
-	return held, until
-}
-
-// prune forgets the clients that are gone.
-func (l *lease) prune(now time.Time) {
-	many := len(l.clients) > maxClients
-	_, until := l.connections()
-	l.clients = slices.DeleteFunc(l.clients, func(c presenceClient) bool {
-		return c.connections == 0 && (many || !now.Before(c.expiresAt))
-	})
-	if many {
-		l.client("").expiresAt = until
-	}
-}
-
-// A crowd is a room's state above crowdAbove users.
+// A summary is the state of a room with more than maxRosterUsers users.
 type summary struct {
-	active      bool // only counts are told
-	announced   int  // the count last told
+	active      bool // only counts are announced
+	announced   int  // the count last announced
 	announcedAt time.Time
 	timer       *time.Timer
 }
 
-// stateAt is the user's state at the time t.
+// client returns the lease's client of that name, created if necessary. The pointer
+// is good until the next call.
+func (l *lease) client(name string) *presenceClient {
+	i := slices.IndexFunc(l.clients, func(c presenceClient) bool { return c.name == name })
+	if i < 0 {
+		i = len(l.clients)
+		l.clients = append(l.clients, presenceClient{name: strings.Clone(name)})
+	}
+	return &l.clients[i]
+}
+
+// connections returns how many connections hold the lease, and until when it is good
+// without them.
+func (l *lease) connections() (n int, expiresAt time.Time) {
+	for _, c := range l.clients {
+		n += c.connections
+		if expiresAt.Before(c.expiresAt) {
+			expiresAt = c.expiresAt
+		}
+	}
+	return n, expiresAt
+}
+
+// prune removes the clients that are gone. Above maxClients, those without a
+// connection are kept as one without a name.
+func (l *lease) prune(now time.Time) {
+	_, expiresAt := l.connections()
+	tooMany := len(l.clients) > maxClients
+	l.clients = slices.DeleteFunc(l.clients, func(c presenceClient) bool {
+		return c.connections == 0 && (tooMany || !now.Before(c.expiresAt))
+	})
+	if tooMany {
+		l.client("").expiresAt = expiresAt
+	}
+}
+
+// stateAt returns the user's state at the time t.
 func (l *lease) stateAt(t time.Time) string {
-	switch held, until := l.connections(); {
-	case held == 0 && !t.Before(until), l.state == "offline":
+	switch n, expiresAt := l.connections(); {
+	case n == 0 && !t.Before(expiresAt), l.state == "offline":
 		return "offline"
 	case t.Before(l.typingUntil):
 		return "typing"
@@ -106,28 +105,41 @@ func (l *lease) stateAt(t time.Time) string {
 	return l.state
 }
 
-// nextChange is when the state next changes by itself, or the zero time.
+// nextChange returns when the state next changes by itself, or the zero time.
 func (l *lease) nextChange(t time.Time) time.Time {
-	held, due := l.connections()
-	if held > 0 {
-		due = time.Time{}
+	n, next := l.connections()
+	if n > 0 {
+		next = time.Time{}
 	}
-	if t.Before(l.typingUntil) && (due.IsZero() || l.typingUntil.Before(due)) {
-		due = l.typingUntil
+	if t.Before(l.typingUntil) && (next.IsZero() || l.typingUntil.Before(next)) {
+		next = l.typingUntil
 	}
-	return due
+	return next
 }
 
-// acquireLease takes a lease for the user: for as long as the connection is held, or until
-// they should have asked again. It reports whether the room was told of it.
-// The caller holds r.mu.
-func (r *relay) acquireLease(rm *room, user, client string, holds bool) bool {
+// leaseFor returns the user's lease, created if necessary. The caller holds r.mu.
+func (r *relay) leaseFor(rm *room, user string) *lease {
+	l := rm.leases[user]
+	if l == nil {
+		if rm.leases == nil {
+			rm.leases = map[string]*lease{}
+		}
+		l = &lease{state: "offline", announced: "offline"}
+		rm.leases[strings.Clone(user)] = l
+		r.leases++
+	}
+	return l
+}
+
+// acquireLease makes the user present: while the connection is open, or for
+// presenceTTL. It reports whether that was announced. The caller holds r.mu.
+func (r *relay) acquireLease(rm *room, user, client string, longLived bool) bool {
 	now := time.Now()
 	l := r.leaseFor(rm, user)
 	if l.stateAt(now) == "offline" {
 		l.state = "online"
 	}
-	if holds {
+	if longLived {
 		l.client(client).connections++
 	} else {
 		l.client(client).expiresAt = now.Add(r.presenceTTL)
@@ -135,7 +147,7 @@ func (r *relay) acquireLease(rm *room, user, client string, holds bool) bool {
 	return r.announceChange(rm, user, l, now)
 }
 
-// releaseLease ends one of the user's streams or long-polls. The caller holds r.mu.
+// releaseLease ends one of the user's connections. The caller holds r.mu.
 func (r *relay) releaseLease(rm *room, user, client string) bool {
 	now := time.Now()
 	l := rm.leases[user]
@@ -150,26 +162,23 @@ func (r *relay) releaseLease(rm *room, user, client string) bool {
 }
 
 // setPresence sets the user's state: online, typing, away or offline. Offline is the
-// goodbye of one client, which may come before its streams have ended or after.
-// If it does not say which, it is that of a stream that has just ended, or else of one
-// of several, or the user's.
-func (r *relay) setPresence(name, user, client, state string) error {
+// goodbye of one client. It may come before the client's connections close or after.
+func (r *relay) setPresence(room, user, client, state string) error {
 	r.mu.Lock()
-	rm, err := r.setPresenceLocked(name, user, client, state)
+	rm, err := r.setPresenceLocked(room, user, client, state)
 	r.mu.Unlock()
 	if rm != nil {
-		rm.wake()
+		r.wake(rm)
 	}
 	return err
 }
 
-// setPresenceLocked is declare under r.mu. It returns the room to wake, or nil if it was
-// told nothing.
-func (r *relay) setPresenceLocked(name, user, client, state string) (*room, error) {
+// setPresenceLocked returns the room to wake, or nil if nothing was announced.
+func (r *relay) setPresenceLocked(room, user, client, state string) (*room, error) {
 	if r.isStopping() {
 		return nil, errStopping
 	}
-	rm := r.rooms[name]
+	rm := r.rooms[room]
 	known := rm != nil && rm.leases[user] != nil
 	if state == "offline" && !known {
 		return nil, nil
@@ -177,40 +186,21 @@ func (r *relay) setPresenceLocked(name, user, client, state string) (*room, erro
 	if !known && r.leases >= r.limits.maxUsers {
 		return nil, errTooManyUsers
 	}
-	rm = r.openRoom(name)
+	rm = r.openRoom(room)
 	now := time.Now()
 	l := r.leaseFor(rm, user)
-	held, until := l.connections()
-	switch {
-	case state != "offline":
+	if state == "offline" {
+		l.goodbye(client, now)
+	} else {
 		c := l.client(client)
 		c.goodbyes = 0
-		if held == 0 {
+		if n, _ := l.connections(); n == 0 {
 			c.expiresAt = now.Add(r.presenceTTL)
 		}
-		l.typingUntil = time.Time{}
-		if l.state = state; state == "typing" {
+		l.state, l.typingUntil = state, time.Time{}
+		if state == "typing" {
 			l.state, l.typingUntil = "online", now.Add(typingTTL)
 		}
-	case client != "":
-		c := l.client(client)
-		c.goodbyes, c.expiresAt = c.connections, now
-		others := slices.ContainsFunc(l.clients, func(c presenceClient) bool { return c.connections > c.goodbyes || now.Before(c.expiresAt) })
-		if !others {
-			l.state, l.typingUntil = state, time.Time{}
-		}
-	case held > 0 && now.Before(until): // of one that has just gone: no grace for it
-		for i := range l.clients {
-			l.clients[i].expiresAt = now
-		}
-	case held > 1:
-		c := l.client("")
-		c.goodbyes = min(c.goodbyes+1, c.connections)
-	default:
-		for i := range l.clients {
-			l.clients[i].goodbyes, l.clients[i].expiresAt = l.clients[i].connections, now
-		}
-		l.state, l.typingUntil = state, time.Time{}
 	}
 	if !r.announceChange(rm, user, l, now) {
 		return nil, nil
@@ -218,103 +208,117 @@ func (r *relay) setPresenceLocked(name, user, client, state string) (*room, erro
 	return rm, nil
 }
 
-// leaseFor returns the user's lease, made if need be.
-func (r *relay) leaseFor(rm *room, user string) *lease {
-	l := rm.leases[user]
-	if l == nil {
-		if rm.leases == nil {
-			rm.leases = map[string]*lease{}
+// goodbye ends the presence of one client. A client without a name cannot be told
+// from others: its goodbye is for a connection that has just closed; or else for
+// one of several; or else for the user.
+func (l *lease) goodbye(client string, now time.Time) {
+	n, expiresAt := l.connections()
+	switch {
+	case client != "":
+		c := l.client(client)
+		c.goodbyes, c.expiresAt = c.connections, now
+	case n > 0 && now.Before(expiresAt):
+		for i := range l.clients {
+			l.clients[i].expiresAt = now
 		}
-		l = &lease{state: "offline", announced: "offline"}
-		rm.leases[strings.Clone(user)] = l
-		r.leases++
+		return
+	case n > 1:
+		c := l.client("")
+		c.goodbyes = min(c.goodbyes+1, c.connections)
+		return
+	default:
+		for i := range l.clients {
+			l.clients[i].goodbyes, l.clients[i].expiresAt = l.clients[i].connections, now
+		}
 	}
-	return l
+	others := slices.ContainsFunc(l.clients, func(c presenceClient) bool {
+		return c.connections > c.goodbyes || now.Before(c.expiresAt)
+	})
+	if !others {
+		l.state, l.typingUntil = "offline", time.Time{}
+	}
 }
 
-// announceChange tells the room what has changed of a lease, sees to it that what will
-// change is told in time, and drops a lease that is over. Leaving is told at once,
-// coming and any other change at most once a second. It reports whether anything
-// was told.
-func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) (told bool) {
+// announceChange publishes what has changed of a lease, sets the timer for what will
+// change, and removes a lease that is over. Leaving is announced at once, joining and
+// any other change at most once a second. It reports whether it published.
+func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) (announced bool) {
 	l.prune(now)
 	state, next := l.stateAt(now), l.nextChange(now)
-	if here := state != "offline"; here != l.counted {
-		l.counted = here
-		if here {
+	if online := state != "offline"; online != l.counted {
+		l.counted = online
+		if online {
 			rm.online++
 		} else {
 			rm.online--
 		}
 	}
-	rest := l.announcedAt.Add(announceInterval)
+	allowedAt := l.announcedAt.Add(announceInterval)
+	joins := l.announced == "offline" && !now.Before(l.joinedAt.Add(announceInterval))
 	switch {
 	case state == l.announced:
 	case rm.summary.active || rm.online > maxRosterUsers:
 		l.announced = state
-		told = r.announceCount(rm, now)
-	case state == "offline" || !now.Before(rest) || l.announced == "offline" && !now.Before(l.joinedAt.Add(announceInterval)):
+		announced = r.announceCount(rm, now)
+	case state == "offline" || joins || !now.Before(allowedAt):
 		if l.announced == "offline" {
 			l.joinedAt = now
 		}
-		if l.announced != "offline" || state == "offline" { // typing may follow on coming online at once
-			l.announcedAt = now
-			rest = now.Add(announceInterval)
+		if l.announced != "offline" || state == "offline" {
+			l.announcedAt, allowedAt = now, now.Add(announceInterval)
 		}
 		l.announced = state
-		told = r.announce(rm, user, strconv.AppendQuote(nil, state))
-	default:
-		if next.IsZero() || rest.Before(next) {
-			next = rest
-		}
+		announced = r.announce(rm, user, strconv.AppendQuote(nil, state))
+	case next.IsZero() || allowedAt.Before(next):
+		next = allowedAt
 	}
-	if held, _ := l.connections(); state == "offline" && held == 0 {
-		if !now.Before(rest) {
+	if n, _ := l.connections(); state == "offline" && n == 0 {
+		if !now.Before(allowedAt) {
 			if l.timer != nil {
 				l.timer.Stop()
 			}
 			delete(rm.leases, user)
 			r.leases--
 			r.closeIfUnused(rm)
-			return told
+			return announced
 		}
-		next = rest // remembered so long, or leaving and returning would go round the limit
+		next = allowedAt // kept until then, or leaving and returning would avoid the limit
 	}
-	if !next.IsZero() {
-		if l.timer == nil {
-			user := strings.Clone(user) // not to keep the request it is part of
-			l.timer = time.AfterFunc(next.Sub(now), func() {
-				r.onTimer(rm, func(now time.Time) bool { return rm.leases[user] == l && r.announceChange(rm, user, l, now) })
-			})
-		} else {
-			l.timer.Reset(next.Sub(now))
-		}
+	switch {
+	case next.IsZero():
+	case l.timer != nil:
+		l.timer.Reset(next.Sub(now))
+	default:
+		user := strings.Clone(user)
+		l.timer = time.AfterFunc(next.Sub(now), func() {
+			r.onTimer(rm, func(now time.Time) bool { return rm.leases[user] == l && r.announceChange(rm, user, l, now) })
+		})
 	}
-	return told
+	return announced
 }
 
-// announceCount tells a crowded room how many are here, at most once a second;
-// and when they are few again, who.
+// announceCount publishes how many users a crowded room has, at most once a second;
+// and when they are few again, who they are.
 func (r *relay) announceCount(rm *room, now time.Time) bool {
-	c := &rm.summary
-	c.active = true
-	if rest := c.announcedAt.Add(announceInterval); now.Before(rest) {
-		if c.timer == nil {
-			c.timer = time.AfterFunc(rest.Sub(now), func() {
-				r.onTimer(rm, func(now time.Time) bool { c.timer = nil; return r.announceCount(rm, now) })
+	s := &rm.summary
+	s.active = true
+	if allowedAt := s.announcedAt.Add(announceInterval); now.Before(allowedAt) {
+		if s.timer == nil {
+			s.timer = time.AfterFunc(allowedAt.Sub(now), func() {
+				r.onTimer(rm, func(now time.Time) bool { s.timer = nil; return r.announceCount(rm, now) })
 			})
 		}
 		return false
 	}
-	if rm.online == c.announced {
+	if rm.online == s.announced {
 		return false
 	}
-	c.announced, c.announcedAt = rm.online, now
+	s.announced, s.announcedAt = rm.online, now
 	if rm.online <= maxRosterUsers {
-		if c.timer != nil {
-			c.timer.Stop()
+		if s.timer != nil {
+			s.timer.Stop()
 		}
-		*c = summary{}
+		*s = summary{}
 		for _, l := range rm.leases {
 			l.announced = l.stateAt(now)
 		}
@@ -323,32 +327,31 @@ func (r *relay) announceCount(rm *room, now time.Time) bool {
 	return r.announce(rm, "", data)
 }
 
-// onTimer is what a timer calls: do, under r.mu, and wake the room if it told anything.
+// onTimer calls do under r.mu, and wakes the room if it returns true.
 func (r *relay) onTimer(rm *room, do func(now time.Time) bool) {
 	r.mu.Lock()
-	told := r.rooms[rm.name] == rm && do(time.Now()) // it may be forgotten
+	announced := r.rooms[rm.name] == rm && do(time.Now()) // the room may be forgotten
 	r.mu.Unlock()
-	if told {
-		rm.wake()
+	if announced {
+		r.wake(rm)
 	}
 }
 
-// announce appends a presence event to the room. It can fail, when the relay stops
-// or has no place for another room; presence is then only told to who asks.
+// announce publishes a presence event. It fails while the relay stops, or when there
+// are too many rooms; presence is then only visible to those who ask for it.
 func (r *relay) announce(rm *room, user string, data []byte) bool {
-	_, _, err := r.appendLocked(publishRequest{room: rm.name, kind: "presence", from: user, ttl: presenceEventTTL, data: data, unlimited: true})
+	_, _, err := r.publishLocked(publishRequest{room: rm.name, kind: "presence", from: user, ttl: presenceEventTTL, data: data})
 	return err == nil
 }
 
-// A roster is who is in a room, and how many. In a crowd it has no names.
+// A roster is who is present in a room, and how many. In a crowd it has no names.
 type roster struct {
 	Count int               `json:"count"`
 	Users map[string]string `json:"users,omitzero"`
 }
 
-// roster is what a room is told of who is in it at the time now. A join that is
-// held back for its rate is left out: it will be told, and not twice. The caller
-// holds relay.mu.
+// roster returns who is present as far as it was announced: a join that is held back
+// for its rate is left out, since it will be announced. The caller holds relay.mu.
 func (rm *room) roster(now time.Time) roster {
 	if rm.summary.active {
 		return roster{Count: rm.online}
@@ -356,11 +359,11 @@ func (rm *room) roster(now time.Time) roster {
 	return newRoster(rm.leases, now, true)
 }
 
-// newRoster is who is here by the clock; of them those the room was told of, or all.
-func newRoster(leases map[string]*lease, now time.Time, told bool) roster {
+// newRoster returns who is present by the clock: only those announced, or all.
+func newRoster(leases map[string]*lease, now time.Time, onlyAnnounced bool) roster {
 	ros := roster{Users: map[string]string{}}
 	for user, l := range leases {
-		if state := l.stateAt(now); state != "offline" && !(told && l.announced == "offline") {
+		if state := l.stateAt(now); state != "offline" && !(onlyAnnounced && l.announced == "offline") {
 			ros.Users[user] = state
 		}
 	}
@@ -368,7 +371,7 @@ func newRoster(leases map[string]*lease, now time.Time, told bool) roster {
 	return ros
 }
 
-// roster returns who is in the named room now, crowd or not. Asking doesn't create it.
+// roster returns everybody who is present in the named room. It does not create the room.
 func (r *relay) roster(name string) roster {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -379,25 +382,38 @@ func (r *relay) roster(name string) roster {
 	return newRoster(leases, time.Now(), false)
 }
 
-// wantRoster has a stream's next full batch end with the roster; presence
+// wantsSignal reports whether a signal is still to be delivered. Presence events are
+// for those who asked for them, unless a roster has them already; one that expired
+// unread makes a new roster necessary.
+func (sub *subscriber) wantsSignal(e *event, now int64) bool {
+	presence := e.kind == "presence"
+	if presence && (!sub.seesPresence || e.id <= sub.rosterAsOf) {
+		return false
+	}
+	expired := e.expiresAt <= now
+	sub.needsRoster = sub.needsRoster || expired && presence && sub.rosterAsOf != 0
+	return !expired
+}
+
+// wantRoster has the first complete batch of a stream end with the roster. Presence
 // events before it would only repeat it.
-func (rd *subscriber) wantRoster() {
-	if rd.presence {
-		rd.needsRoster, rd.rosterAsOf = true, math.MaxInt64
+func (sub *subscriber) wantRoster() {
+	if sub.seesPresence {
+		sub.needsRoster, sub.rosterAsOf = true, math.MaxInt64
 	}
 }
 
-// appendRosters returns the roster of each of the reader's rooms, and lets next pass
-// over the presence events that are in it: none is lost or told twice between
-// the roster and what follows, for both are of one moment under r.mu.
-func (rd *subscriber) appendRosters(batch []*event) []*event {
-	r := rd.relay
+// appendRosters appends the roster of each room, and lets next skip the presence
+// events that are in it. Both are read under r.mu, so none is lost or sent twice.
+func (sub *subscriber) appendRosters(batch []*event) []*event {
+	r := sub.relay
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	rd.rosterAsOf, rd.needsRoster = r.lastID.Load(), false
+	sub.rosterAsOf, sub.needsRoster = r.lastID.Load(), false
 	now := time.Now()
-	for i := range rd.subscriptions {
-		batch = append(batch, notice{Type: "presence", Room: rd.subscriptions[i].room.name, Data: rd.subscriptions[i].room.roster(now)}.event())
+	for i := range sub.subscriptions {
+		rm := sub.subscriptions[i].room
+		batch = append(batch, notice{Type: "presence", Room: rm.name, Data: rm.roster(now)}.event())
 	}
 	return batch
 }

@@ -31,7 +31,7 @@ type house struct {
 // newHouse opens a house, whose watcher sees presence and is not seen.
 func newHouse(t *testing.T, l limits) *house {
 	h := &house{T: t, relay: testRelay(l), start: time.Now()}
-	rd := openReader(t, h.relay, "a", -1, subscribeRequest{presence: true, longLived: true})
+	rd := openReader(t, h.relay, "a", -1, subscribeRequest{seesPresence: true, longLived: true})
 	rd.wantRoster()
 	ctx, cancel := context.WithCancel(context.Background())
 	watching := make(chan struct{})
@@ -58,18 +58,18 @@ func newHouse(t *testing.T, l limits) *house {
 // stream opens a stream that names the user; who calls leave closes it.
 func (h *house) stream(user string) *subscriber {
 	h.Helper()
-	return openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, presence: true, longLived: true})
+	return openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, seesPresence: true, longLived: true})
 }
 
 func (h *house) poll(user string) {
 	h.Helper()
-	openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, presence: true}).unsubscribe()
+	openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, seesPresence: true}).unsubscribe()
 }
 
 // client opens a stream of one of the user's clients.
 func (h *house) client(user, client string) *subscriber {
 	h.Helper()
-	return openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, client: client, presence: true, longLived: true})
+	return openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, client: client, seesPresence: true, longLived: true})
 }
 
 // goodbye says that one of the user's clients leaves.
@@ -203,7 +203,7 @@ func TestPresence(t *testing.T) {
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:offline"}},
 		{"and when it polls", func(h *house) {
-			openReader(h.T, h.relay, "a", -1, subscribeRequest{user: "ada", client: "tab1", presence: true}).unsubscribe()
+			openReader(h.T, h.relay, "a", -1, subscribeRequest{user: "ada", client: "tab1", seesPresence: true}).unsubscribe()
 			h.at("2s")
 			h.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "2s ada:offline"}},
@@ -479,10 +479,10 @@ func TestPresence(t *testing.T) {
 func TestAUserIsSeenInEachRoomOfTheirStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := testRelay(limits{})
-		watcher := openReader(t, r, "a,b,c", -1, subscribeRequest{presence: true})
+		watcher := openReader(t, r, "a,b,c", -1, subscribeRequest{seesPresence: true})
 		watcher.wantRoster()
 		wantRead(t, watcher, "{} {} {}")
-		ada := openReader(t, r, "a,b", -1, subscribeRequest{user: "ada", presence: true, longLived: true})
+		ada := openReader(t, r, "a,b", -1, subscribeRequest{user: "ada", seesPresence: true, longLived: true})
 		wantRead(t, watcher, "ada:online ada:online")
 		if a, c := r.roster("a").Count, r.roster("c").Count; a != 1 || c != 0 {
 			t.Errorf("%d in a and %d in c, want 1 and 0", a, c)
@@ -507,12 +507,12 @@ func TestWhoSeesPresence(t *testing.T) {
 
 		blind := openReader(t, h.relay, "a", mark, subscribeRequest{longLived: true})
 		wantRead(t, blind, "2:a:hi")
-		poller := openReader(t, h.relay, "a", mark, subscribeRequest{user: "pol", presence: true})
+		poller := openReader(t, h.relay, "a", mark, subscribeRequest{user: "pol", seesPresence: true})
 		wantRead(t, poller, "ada:online 2:a:hi pol:online")
-		unseen := openReader(t, h.relay, "a", mark, subscribeRequest{presence: true, longLived: true})
+		unseen := openReader(t, h.relay, "a", mark, subscribeRequest{seesPresence: true, longLived: true})
 		unseen.wantRoster()
 		wantRead(t, unseen, "2:a:hi {ada:online pol:online}")
-		eve := openReader(t, h.relay, "a", mark, subscribeRequest{user: "eve", presence: true, longLived: true})
+		eve := openReader(t, h.relay, "a", mark, subscribeRequest{user: "eve", seesPresence: true, longLived: true})
 		eve.wantRoster()
 		wantRead(t, eve, "2:a:hi {ada:online eve:online pol:online}")
 
@@ -535,7 +535,7 @@ func TestTheRosterComesBehindTheBacklog(t *testing.T) {
 			publishText(t, h.relay, "a", "x")
 		}
 		h.stream("ada")
-		rd := openReader(t, h.relay, "a", 0, subscribeRequest{presence: true, longLived: true})
+		rd := openReader(t, h.relay, "a", 0, subscribeRequest{seesPresence: true, longLived: true})
 		rd.wantRoster()
 		batch := rd.next(nil)
 		h.stream("bob")
@@ -588,7 +588,7 @@ func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 		h.wantHere("ada:online bob:online")
 		h.at("1m")
 		h.wantHere("bob:online")
-		rd := openReader(t, h.relay, "a", -1, subscribeRequest{presence: true})
+		rd := openReader(t, h.relay, "a", -1, subscribeRequest{seesPresence: true})
 		rd.wantRoster()
 		wantRead(t, rd, "{bob:online}")
 		h.wantTold("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing")
@@ -736,7 +736,7 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 	})
 }
 
-var wantPresence = subscribeRequest{presence: true, longLived: true}
+var wantPresence = subscribeRequest{seesPresence: true, longLived: true}
 
 // Everybody comes, and goes, and the room is told of it a few hundred times.
 func TestTenThousandComeAndGo(t *testing.T) {
@@ -745,7 +745,7 @@ func TestTenThousandComeAndGo(t *testing.T) {
 		r := testRelay(limits{})
 		var streams []*subscriber
 		for i := range n { // over 20 s
-			streams = append(streams, openReader(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), presence: true, longLived: true}))
+			streams = append(streams, openReader(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), seesPresence: true, longLived: true}))
 			time.Sleep(2 * time.Millisecond)
 		}
 		time.Sleep(time.Second)
@@ -794,7 +794,7 @@ func TestTooManyUsers(t *testing.T) {
 		if err := r.setPresence("a", "user7", "", "away"); err != nil {
 			t.Errorf("one who is here: %v", err)
 		}
-		openReader(t, r, "a", 0, subscribeRequest{presence: true}).unsubscribe() // who is not seen may read
+		openReader(t, r, "a", 0, subscribeRequest{seesPresence: true}).unsubscribe() // who is not seen may read
 		checkBooks(t, r)
 		time.Sleep(time.Minute + time.Second)
 		synctest.Wait()
@@ -985,7 +985,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 					acting.Go(func() {
 						rnd := rand.New(rand.NewPCG(uint64(i), 4))
 						var streams []*subscriber
-						w := subscribeRequest{user: user, presence: true}
+						w := subscribeRequest{user: user, seesPresence: true}
 						for range 40 {
 							pause(rnd, 4*time.Second)
 							switch n := rnd.IntN(8); {

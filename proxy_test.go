@@ -260,7 +260,7 @@ type goer struct {
 	c          *child
 	base, room string
 	client     *http.Client
-	tech       technique
+	tech       *technique
 }
 
 func (g *goer) url(query string) string {
@@ -458,7 +458,7 @@ func TestWithoutHeartbeatsAProxyCutsAStreamButALeavingIsStillNoticed(t *testing.
 			c := startRelay(t, nil, "-h2c", "-beat", "1m")
 			ways := startProxy(t, p.name, p.config, c.addr, len(p.ways), p.args)
 			open := func(name, query string) (*goer, *syncedLog, chan error, func()) {
-				i := slices.IndexFunc(techniques, func(t technique) bool { return t.name == name })
+				i := slices.IndexFunc(techniques, func(t *technique) bool { return t.name == name })
 				g := &goer{t: t, c: c, base: "http://" + ways[0], client: &http.Client{Transport: &http.Transport{}}, tech: techniques[i], room: "a"}
 				said, over, leave := g.open(query)
 				return g, said, over, leave

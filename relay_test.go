@@ -35,9 +35,6 @@ func testRelay(l limits) *relay {
 	set(&l.maxBytes, 1<<40)
 	set(&l.maxRooms, 1000)
 	set(&l.maxUsers, 20_000)
-	if l.maxRoomRate == 0 {
-		l.maxRoomRate = math.Inf(1)
-	}
 	if l.roomIdle == 0 {
 		l.roomIdle = 10 * time.Minute
 	}
@@ -599,7 +596,7 @@ func TestReadingCreatesNoRoom(t *testing.T) {
 	r := testRelay(limits{maxRooms: 1})
 	var readers []*subscriber
 	for i := range 100 {
-		rd := openReader(t, r, fmt.Sprintf("room%d,room%d", i, i+1), int64(i%2)-1, subscribeRequest{presence: true})
+		rd := openReader(t, r, fmt.Sprintf("room%d,room%d", i, i+1), int64(i%2)-1, subscribeRequest{seesPresence: true})
 		rd.wantRoster()
 		readAll(rd)
 		readers = append(readers, rd)
@@ -696,7 +693,7 @@ func TestBooksAreRight(t *testing.T) {
 						t.Fatal(err)
 					}
 				case 0:
-					w := subscribeRequest{rooms: []string{name()}, cursor: r.lastID.Load() - rnd.Int64N(50), presence: true}
+					w := subscribeRequest{rooms: []string{name()}, cursor: r.lastID.Load() - rnd.Int64N(50), seesPresence: true}
 					if other := name(); other != w.rooms[0] {
 						w.rooms = append(w.rooms, other)
 					}
@@ -859,9 +856,11 @@ func TestOneKeyAtOnceIsOneEvent(t *testing.T) {
 // Presence has its own bounds, and a retry is no publish.
 func TestARoomsRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxRoomRate: 5})
+		r := testRelay(limits{})
+		quota := &clientQuota{l: &limiter{roomRate: 5}}
 		put := func(room, key string) error {
-			_, _, err := r.publish(publishRequest{room: room, kind: "message", key: key, data: []byte("1")})
+			allow := func() error { return quota.publishTo(room) }
+			_, _, err := r.publish(publishRequest{room: room, kind: "message", key: key, data: []byte("1"), allow: allow})
 			return err
 		}
 		for i := range 10 {
@@ -971,7 +970,8 @@ func TestAStreamIsWokenInPlaceOfTheToken(t *testing.T) {
 	r := testRelay(limits{})
 	st := new(session)
 	st.state.Store(stateWriting)
-	rd := openReader(t, r, "a", -1, subscribeRequest{stream: st})
+	r.wakeAll = new(writerPool).wakeSubscriptions
+	rd := openReader(t, r, "a", -1, subscribeRequest{driver: st})
 	publishScript(t, r, "b:x a:x")
 	if turn := st.state.Load(); turn != stateDirty || len(rd.wakeup) != 0 {
 		t.Errorf("the stream's turn is %d, with %d tokens beside, want %d and none", turn, len(rd.wakeup), stateDirty)

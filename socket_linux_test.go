@@ -13,7 +13,7 @@ import (
 func TestPatience(t *testing.T) {
 	for beat, want := range map[time.Duration]time.Duration{15 * time.Second: 30 * time.Second, time.Second: 20 * time.Second} {
 		b := newBed(t, tcp)
-		b.beat = beat
+		b.heartbeat = beat
 		b.listen(kindOf("sse"), "a").begin()
 		b.listen(kindOf("ws"), "a").begin()
 		_, r := b.raw("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")

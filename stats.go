@@ -1,13 +1,15 @@
-// Counting: what each technique costs, for /metrics, for the room _stats, and
-// for whoever wants to compare. Bytes are those of requests and answers with
-// their heads, as far as net/http lets one know them; of connections taken
-// over every byte is known.
+// Counting: what each technique costs, for /metrics, for the room _stats, and for
+// operators, who can list the rooms. Without this file nothing is counted.
+//
+// Bytes are those of requests and answers with their heads, as far as net/http lets one
+// know them.
 
 package main
 
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"runtime"
@@ -18,14 +20,29 @@ import (
 	"time"
 )
 
-// A tally is what one technique did since the start.
+// stats are all counters.
+type stats struct {
+	server         *server
+	started        time.Time
+	published      atomic.Int64
+	publishedBytes atomic.Int64 // of requests to publish
+	gaps           atomic.Int64 // sent to subscribers
+	dropped        atomic.Int64 // clients that took nothing for writeTimeout, or had too much waiting for them
+	skipped        atomic.Int64 // messages that a graph of numbers could not show
+	ticking        atomic.Bool  // the room _stats is published to
+	readAt         atomic.Int64 // when _stats was last asked for, Unix nanoseconds
+	techniques     map[*technique]*techniqueStats
+	refused        map[string]*atomic.Int64 // by reason
+	elsewhere      bool                     // /metrics has an address of its own
+}
+
+// techniqueStats are what one technique did since the start.
 type techniqueStats struct {
-	requests    atomic.Int64
-	connections atomic.Int64 // open now
-	events      atomic.Int64 // delivered
-	in, out     atomic.Int64 // bytes
-	delays      [len(delayBounds) + 1]atomic.Int64
-	delaySum    atomic.Int64 // milliseconds
+	requests atomic.Int64
+	events   atomic.Int64 // delivered
+	in, out  atomic.Int64 // bytes
+	delays   [len(delayBounds) + 1]atomic.Int64
+	delaySum atomic.Int64 // milliseconds
 }
 
 // delayBounds are the upper ends of the histogram of delivery delay, in
@@ -33,88 +50,154 @@ type techniqueStats struct {
 // in its batch.
 var delayBounds = [...]int64{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000}
 
-// stats are all that is counted.
-type stats struct {
-	started       time.Time
-	published     atomic.Int64
-	in            atomic.Int64 // bytes of publishes
-	dropped       atomic.Int64 // clients that took nothing for writeTimeout, or had too much waiting for them
-	skippedPoints atomic.Int64 // messages that a graph of numbers could not show
-	ticking       atomic.Bool  // the room _stats is published to
-	statsReadAt   atomic.Int64 // when it was last asked for, Unix nanoseconds
-	techniques    map[string]*techniqueStats
-	refused       map[string]*atomic.Int64 // by reason
-}
-
 // reasons are what a request or connection is refused for.
 var reasons = []string{"address", "body", "connections", "descriptors", "origin", "pictures", "rate", "room", "rooms", "streams", "token", "users"}
 
-// countRefusal counts a refusal.
-func (s *server) countRefusal(reason string) {
-	if n := s.stats.refused[reason]; n != nil { // there is none for what is no limit, such as a name that is not well formed
+// newStats counts what the server does.
+func newStats(s *server) *stats {
+	st := &stats{server: s, started: time.Now(), techniques: map[*technique]*techniqueStats{}, refused: map[string]*atomic.Int64{}}
+	for _, t := range s.techniques {
+		st.techniques[t] = &techniqueStats{}
+	}
+	for _, reason := range reasons {
+		st.refused[reason] = &atomic.Int64{}
+	}
+	s.counter = func() func(*technique, []*event, int) { return (&statsBatch{all: st}).add }
+	s.refused = st.countRefusal
+	s.dropped = func() { st.dropped.Add(1) }
+	publish := s.publish
+	s.publish = func(p publishRequest) (int64, bool, error) {
+		id, isNew, err := publish(p)
+		if isNew {
+			st.published.Add(1)
+		}
+		return id, isNew, err
+	}
+	return st
+}
+
+// countRefusal counts a refusal. A reason that is no limit, such as a bad name, is not counted.
+func (st *stats) countRefusal(reason string) {
+	if n := st.refused[reason]; n != nil {
 		n.Add(1)
 	}
 }
 
-// start sets all to nothing.
-func (st *stats) start() {
-	st.started = time.Now()
-	st.techniques = map[string]*techniqueStats{}
-	for _, t := range techniques {
-		st.techniques[t.name] = &techniqueStats{}
-	}
-	st.refused = map[string]*atomic.Int64{}
-	for _, reason := range reasons {
-		st.refused[reason] = &atomic.Int64{}
-	}
-}
-
-// A count is what a writer adds up before it tells the tally: two writers that
-// add to one number for each event wait for each other's cache.
+// A statsBatch is what one writer counts before it adds to the techniqueStats: two
+// writers that add to one number for each event would wait for each other's cache.
 type statsBatch struct {
-	stats       *techniqueStats
+	all         *stats
+	of          *techniqueStats
+	t           *technique
 	events, out int64
+	gaps        int64
 	delays      [len(delayBounds) + 1]int64
 	delaySum    int64
 }
 
-// add counts events of a technique that were written at the time now, in
-// Unix milliseconds, in so many bytes.
-func (c *statsBatch) add(t *techniqueStats, events []*event, bytes int, now int64) {
-	if c.stats != t {
-		c.flush()
-		c.stats = t
+// add counts events of a technique that were written in so many bytes. Without a
+// technique it ends the batch.
+func (b *statsBatch) add(t *technique, events []*event, bytes int) {
+	if b.t != t {
+		b.flush()
+		b.t, b.of = t, b.all.techniques[t]
 	}
-	c.out += int64(bytes)
+	b.out += int64(bytes)
+	now := int64(0)
 	for _, e := range events {
 		if e.publishedAt == 0 {
-			continue // a notice
+			if e.kind == "gap" {
+				b.gaps++
+			}
+			continue
 		}
-		c.events++
+		if now == 0 {
+			now = time.Now().UnixMilli()
+		}
+		b.events++
 		delay := now - e.publishedAt
 		i := 0
 		for i < len(delayBounds) && delay > delayBounds[i] {
 			i++
 		}
-		c.delays[i]++
-		c.delaySum += delay
+		b.delays[i]++
+		b.delaySum += delay
 	}
 }
 
-// flush tells the tally.
-func (c *statsBatch) flush() {
-	if c.stats == nil {
+func (b *statsBatch) flush() {
+	if b.of == nil {
 		return
 	}
-	c.stats.events.Add(c.events)
-	c.stats.out.Add(c.out)
-	c.stats.delaySum.Add(c.delaySum)
-	for i, n := range c.delays {
+	b.of.events.Add(b.events)
+	b.of.out.Add(b.out)
+	b.of.delaySum.Add(b.delaySum)
+	b.all.gaps.Add(b.gaps)
+	for i, n := range b.delays {
 		if n > 0 {
-			c.stats.delays[i].Add(n)
+			b.of.delays[i].Add(n)
 		}
 	}
-	*c = statsBatch{}
+	*b = statsBatch{all: b.all}
+}
+
+// received counts bytes that a WebSocket's client sent.
+func (st *stats) received(t *technique, bytes int) { st.techniques[t].in.Add(int64(bytes)) }
+
+// wrap returns a handler that counts requests, and answers /metrics and GET /rooms.
+func (st *stats) wrap(next http.Handler) http.Handler {
+	s := st.server
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/metrics" && !st.elsewhere {
+			s.answer(w, r, st.handleMetrics)
+			return
+		}
+		path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms")
+		if isRoom && path == "" {
+			s.answer(w, r, func(w http.ResponseWriter, r *http.Request) error {
+				_, p := withPermit(r)
+				return s.handle(w, r, &request{permit: p}, readMethods, st.listRooms)
+			})
+			return
+		}
+		if !isRoom {
+			next.ServeHTTP(w, r)
+			return
+		}
+		verb := path[strings.LastIndexByte(path, '/')+1:]
+		if r.Method == http.MethodPost || r.Method == http.MethodPut {
+			if strings.Count(path, "/") == 1 {
+				st.publishedBytes.Add(requestSize(r))
+				r.Body = &countedBody{r.Body, &st.publishedBytes}
+			}
+		} else if i := slices.IndexFunc(s.techniques, func(t *technique) bool { return t.name == verb }); i >= 0 && r.Method != http.MethodOptions {
+			t := s.techniques[i]
+			c := st.techniques[t]
+			c.requests.Add(1)
+			c.in.Add(requestSize(r))
+			if strings.Contains(path, statsRoom) {
+				st.start(r)
+			}
+			defer func() {
+				if w.Header()["Transfer-Encoding"] == nil && t.name != "ws" { // else the connection was taken over
+					c.out.Add(headSize(len("HTTP/1.1 200 OK"), w.Header()))
+				}
+			}()
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// A countedBody counts the bytes that were read of a body.
+type countedBody struct {
+	io.ReadCloser
+	n *atomic.Int64
+}
+
+func (b *countedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.n.Add(int64(n))
+	return n, err
 }
 
 // headSize is how many bytes a head has on the wire, with a first line of so many.
@@ -175,7 +258,7 @@ func (r *relay) list(prefix string, most int) (rooms []roomStatus, more bool) {
 			return
 		}
 		v := rm.history.Load()
-		info := roomStatus{rm.name, len(rm.subscriptions), rm.online, len(v.messages), rm.messageBytes + rm.signalBytes, rm.newest(), 0}
+		info := roomStatus{rm.name, len(rm.subscriptions), rm.online, len(v.messages), rm.messageBytes + rm.signalBytes, v.newest(), 0}
 		for _, log := range [][]*event{v.messages, v.signals} {
 			if len(log) > 0 {
 				info.Time = max(info.Time, log[len(log)-1].publishedAt)
@@ -194,26 +277,57 @@ func (r *relay) list(prefix string, most int) (rooms []roomStatus, more bool) {
 	return rooms, more
 }
 
-// metrics is GET /metrics, in Prometheus' text format
+// listRooms is GET /rooms, for operators.
+func (st *stats) listRooms(w http.ResponseWriter, r *http.Request, q *request) error {
+	if q.permit.rights != nil {
+		if err := q.permit.rights.operate(); err != nil {
+			return err
+		}
+	}
+	prefix := q.param("prefix")
+	if q.err != nil {
+		return q.err
+	}
+	rooms, more := st.server.relay.list(prefix, maxListed)
+	writeJSON(w, http.StatusOK, map[string]any{"rooms": rooms, "more": more})
+	return nil
+}
+
+// handleMetrics is GET /metrics, for those who may read _stats.
+func (st *stats) handleMetrics(w http.ResponseWriter, r *http.Request) error {
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		w.Header().Set("Allow", "GET, HEAD")
+		return newError(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
+	}
+	if _, p := withPermit(r); p.rights != nil {
+		if err := p.rights.read(statsRoom); err != nil {
+			return err
+		}
+	}
+	st.metrics(w)
+	return nil
+}
+
+// metrics writes all counters in Prometheus' text format
 // (https://prometheus.io/docs/instrumenting/exposition_formats/).
-func (s *server) metrics(w http.ResponseWriter) {
+func (st *stats) metrics(w http.ResponseWriter) {
 	var b strings.Builder
 	one := func(name, kind, help string, value any) {
 		fmt.Fprintf(&b, "# HELP cometes_%s %s\n# TYPE cometes_%[1]s %[3]s\ncometes_%[1]s %[4]v\n", name, help, kind, value)
 	}
-	each := func(name, kind, help string, value func(*techniqueStats) int64) {
+	each := func(name, kind, help string, value func(*technique, *techniqueStats) int64) {
 		fmt.Fprintf(&b, "# HELP cometes_%s %s\n# TYPE cometes_%[1]s %[3]s\n", name, help, kind)
-		for _, t := range techniques {
-			fmt.Fprintf(&b, "cometes_%s{technique=%q} %d\n", name, t.name, value(s.stats.techniques[t.name]))
+		for _, t := range st.server.techniques {
+			fmt.Fprintf(&b, "cometes_%s{technique=%q} %d\n", name, t.name, value(t, st.techniques[t]))
 		}
 	}
-	rooms, users, bytes := s.relay.size()
-	one("start_time_seconds", "gauge", "When the relay started, Unix time.", s.stats.started.Unix())
-	one("published_total", "counter", "Events published.", s.stats.published.Load())
-	one("published_bytes_total", "counter", "Bytes of requests to publish, heads included.", s.stats.in.Load())
-	one("gaps_total", "counter", "Gaps told to readers.", s.relay.gaps.Load())
-	one("dropped_total", "counter", "Clients dropped because they took nothing for too long or, with all others, had too much waiting for them.", s.stats.dropped.Load())
-	one("skipped_total", "counter", "Messages that a graph of numbers could not show.", s.stats.skippedPoints.Load())
+	rooms, users, bytes := st.server.relay.size()
+	one("start_time_seconds", "gauge", "When the relay started, Unix time.", st.started.Unix())
+	one("published_total", "counter", "Events published.", st.published.Load())
+	one("published_bytes_total", "counter", "Bytes of requests to publish, heads included.", st.publishedBytes.Load())
+	one("gaps_total", "counter", "Gaps sent to subscribers.", st.gaps.Load())
+	one("dropped_total", "counter", "Clients dropped because they took nothing for too long or, with all others, had too much waiting for them.", st.dropped.Load())
+	one("skipped_total", "counter", "Messages that a graph of numbers could not show.", st.skipped.Load())
 	one("rooms", "gauge", "Rooms with a history.", rooms)
 	one("users", "gauge", "Users present, counted by room.", users)
 	one("history_bytes", "gauge", "Bytes of events kept.", bytes)
@@ -221,18 +335,18 @@ func (s *server) metrics(w http.ResponseWriter) {
 	one("goroutines", "gauge", "Goroutines.", runtime.NumGoroutine())
 	fmt.Fprintf(&b, "# HELP cometes_refused_total Requests and connections refused.\n# TYPE cometes_refused_total counter\n")
 	for _, reason := range reasons {
-		fmt.Fprintf(&b, "cometes_refused_total{reason=%q} %d\n", reason, s.stats.refused[reason].Load())
+		fmt.Fprintf(&b, "cometes_refused_total{reason=%q} %d\n", reason, st.refused[reason].Load())
 	}
-	each("requests_total", "counter", "Requests.", func(t *techniqueStats) int64 { return t.requests.Load() })
-	each("connections", "gauge", "Requests and streams that are held open.", func(t *techniqueStats) int64 { return t.connections.Load() })
-	each("delivered_total", "counter", "Events written to clients.", func(t *techniqueStats) int64 { return t.events.Load() })
-	each("received_bytes_total", "counter", "Bytes of requests, heads included.", func(t *techniqueStats) int64 { return t.in.Load() })
-	each("sent_bytes_total", "counter", "Bytes of answers, heads included.", func(t *techniqueStats) int64 { return t.out.Load() })
+	each("requests_total", "counter", "Requests.", func(_ *technique, c *techniqueStats) int64 { return c.requests.Load() })
+	each("connections", "gauge", "Requests and streams that are held open.", func(t *technique, _ *techniqueStats) int64 { return t.open.Load() })
+	each("delivered_total", "counter", "Events written to clients.", func(_ *technique, c *techniqueStats) int64 { return c.events.Load() })
+	each("received_bytes_total", "counter", "Bytes of requests, heads included.", func(_ *technique, c *techniqueStats) int64 { return c.in.Load() })
+	each("sent_bytes_total", "counter", "Bytes of answers, heads included.", func(_ *technique, c *techniqueStats) int64 { return c.out.Load() })
 
 	const delay = "cometes_delivery_delay_seconds"
 	fmt.Fprintf(&b, "# HELP %s From publishing to writing.\n# TYPE %[1]s histogram\n", delay)
-	for _, technique := range techniques {
-		t := s.stats.techniques[technique.name]
+	for _, technique := range st.server.techniques {
+		t := st.techniques[technique]
 		n := int64(0)
 		for i, bound := range delayBounds {
 			n += t.delays[i].Load()
@@ -248,25 +362,25 @@ func (s *server) metrics(w http.ResponseWriter) {
 	w.Write([]byte(b.String()))
 }
 
-// statsRoom is where the relay publishes what it counts, once a second, while
-// somebody reads it.
-const (
-	statsRoom  = "_stats"
-	statsEvery = time.Second
-)
+// statsEvery is how often the relay publishes to the room _stats, while somebody reads it.
+const statsEvery = time.Second
 
-// startStats begins to publish to the room _stats, unless that goes on already.
-func (s *server) startStats() {
-	s.stats.statsReadAt.Store(time.Now().UnixNano())
-	if s.stats.ticking.CompareAndSwap(false, true) {
-		time.AfterFunc(0, s.publishStats)
+// start begins to publish to the room _stats, unless that goes on already, if the
+// request may read it.
+func (st *stats) start(r *http.Request) {
+	if _, p := withPermit(r); p.rights != nil && p.rights.read(statsRoom) != nil {
+		return
+	}
+	st.readAt.Store(time.Now().UnixNano())
+	if st.ticking.CompareAndSwap(false, true) {
+		time.AfterFunc(0, st.publish)
 	}
 }
 
-// publishStats publishes what was counted, and again after statsEvery, for as
-// long as the room is read.
-func (s *server) publishStats() {
-	rooms, users, bytes := s.relay.size()
+// publish publishes the counters, and again after statsEvery while the room is read.
+func (st *stats) publish() {
+	r := st.server.relay
+	rooms, users, bytes := r.size()
 	type total struct {
 		Connections int64 `json:"connections"`
 		Requests    int64 `json:"requests"`
@@ -275,41 +389,40 @@ func (s *server) publishStats() {
 		Out         int64 `json:"out"`
 	}
 	techniques := map[string]total{}
-	for name, t := range s.stats.techniques {
-		techniques[name] = total{t.connections.Load(), t.requests.Load(), t.events.Load(), t.in.Load(), t.out.Load()}
+	for t, c := range st.techniques {
+		techniques[t.name] = total{t.open.Load(), c.requests.Load(), c.events.Load(), c.in.Load(), c.out.Load()}
 	}
 	data, _ := json.Marshal(map[string]any{
 		"techniques": techniques,
-		"published":  s.stats.published.Load(),
-		"in":         s.stats.in.Load(),
-		"gaps":       s.relay.gaps.Load(),
-		"dropped":    s.stats.dropped.Load(),
-		"skipped":    s.stats.skippedPoints.Load(),
+		"published":  st.published.Load(),
+		"in":         st.publishedBytes.Load(),
+		"gaps":       st.gaps.Load(),
+		"dropped":    st.dropped.Load(),
+		"skipped":    st.skipped.Load(),
 		"rooms":      rooms,
 		"users":      users,
 		"history":    bytes,
 		"memory":     memory(),
 		"goroutines": runtime.NumGoroutine(),
-		"uptime":     int64(time.Since(s.stats.started).Seconds()),
+		"uptime":     int64(time.Since(st.started).Seconds()),
 	})
-	_, _, err := s.relay.publish(publishRequest{room: statsRoom, kind: "stats", data: data, unlimited: true})
-	if err == nil && s.statsWanted() {
-		time.AfterFunc(statsEvery, s.publishStats)
+	_, _, err := r.publish(publishRequest{room: statsRoom, kind: "stats", data: data})
+	if err == nil && st.wanted() {
+		time.AfterFunc(statsEvery, st.publish)
 		return
 	}
-	s.stats.ticking.Store(false)
-	if err == nil && s.statsWanted() { // by who came in between
-		s.startStats()
+	st.ticking.Store(false)
+	if err == nil && st.wanted() && st.ticking.CompareAndSwap(false, true) { // by somebody who came in between
+		time.AfterFunc(0, st.publish)
 	}
 }
 
-// statsWanted reports whether somebody reads the room _stats, or asked for it
-// lately: who polls, and who has not its place in the room yet.
-func (s *server) statsWanted() bool {
-	return s.relay.isRead(statsRoom) || time.Since(time.Unix(0, s.stats.statsReadAt.Load())) < 5*statsEvery
+// wanted reports whether somebody reads the room _stats, or asked for it lately.
+func (st *stats) wanted() bool {
+	return st.server.relay.isRead(statsRoom) || time.Since(time.Unix(0, st.readAt.Load())) < 5*statsEvery
 }
 
-// isRead reports whether the room has readers.
+// isRead reports whether the room has subscribers.
 func (r *relay) isRead(name string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()

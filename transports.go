@@ -1,102 +1,117 @@
-// The techniques. Each is a way of writing the same events: what goes out
-// before the first of them, how one is framed, what a heartbeat looks like. One
-// function, step, drives all that stream; the rest read once, in answer.
+// The techniques. Each is a way to write the same events: what goes out before the
+// first, how one event is framed, what a heartbeat looks like. The table lists them
+// in the order of their age; one function each shows the framing. Below it is the
+// loop that drives all that stream, then WebSocket, then what requests mean and
+// which are refused.
 //
-// The table below is in the order of their age; the functions begin with the
-// simplest. To learn comet, read each beside what `curl -N` shows of it. What a
-// stream has of turns and of a takeover is told in takeover.go: on a first
-// reading, pass it over.
+// To learn comet, read each technique beside what curl -N shows of it.
 
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"html"
 	"io"
 	"log/slog"
+	"math"
 	mathrand "math/rand/v2"
-	"net"
+	"mime"
 	"net/http"
-	"net/netip"
+	"net/url"
 	"os"
-	"runtime/debug"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/coder/websocket"
 )
 
-// How long a technique holds the request.
+// A technique is a name in the URL, how long it holds a request, and how it writes.
+type technique struct {
+	name    string
+	mode    mode
+	encoder func(*server, *request) encoder
+	as      []representation // what as= may ask for
+	open    atomic.Int64     // requests that are held now
+}
+
+// A mode is how long a technique holds a request.
 type mode int
 
 const (
 	immediate mode = iota // the answer comes at once
-	longPoll              // with the first event
-	streaming             // and never ends
+	longPoll              // the answer comes with the first event
+	streaming             // the answer never ends
 )
 
-// A technique is a name in the URL, how long it holds, and how it writes.
-type technique struct {
+// A representation is another encoder of a technique, with a name for as=.
+type representation struct {
 	name    string
-	mode    mode
-	encoder func(*request) encoder
-	as      []string // what as= may say, if anything; the first if it says nothing
+	encoder func(*server, *request) encoder
 }
 
-var techniques = []technique{
-	{"refresh", immediate, refresh, nil},
-	{"multipart", streaming, multipart, []string{"json", "text", "html", "svg"}},
-	{"html", streaming, htmlPage, nil},
-	{"poll", immediate, poll, nil},
-	{"iframe", streaming, iframe, nil},
-	{"longpoll", longPoll, poll, nil},
-	{"stream", streaming, ndjson, nil},
-	{"jsonp", longPoll, jsonp, nil},
-	{"sse", streaming, sse, []string{"json", "data"}},
-	{"ws", streaming, wsFrames, []string{"json", "data"}},
+func newTechniques() []*technique {
+	return []*technique{
+		{name: "refresh", mode: immediate, encoder: refresh},
+		{name: "multipart", mode: streaming, encoder: multipart, as: []representation{{"json", multipart}}},
+		{name: "html", mode: streaming, encoder: endlessPage},
+		{name: "poll", mode: immediate, encoder: poll},
+		{name: "iframe", mode: streaming, encoder: iframe},
+		{name: "longpoll", mode: longPoll, encoder: poll},
+		{name: "stream", mode: streaming, encoder: ndjson},
+		{name: "jsonp", mode: longPoll, encoder: jsonp},
+		{name: "sse", mode: streaming, encoder: sse, as: []representation{{"json", sse}, {"data", sse}}},
+		{name: "ws", mode: streaming, encoder: frames, as: []representation{{"json", frames}, {"data", frames}}},
+	}
 }
 
-// A framing is how a technique writes: with event, one after the other, or
-// with batch, all that are due at once.
+// An encoder is how a technique writes: with event, one after the other, or with
+// batch, all that are due at once. Both append to b.
 type encoder struct {
 	event       func(b []byte, e *event) []byte
 	batch       func(b []byte, cursor int64, events []*event) []byte
-	heartbeat   string // a heartbeat
 	contentType string
-	header      map[string]string // further headers
+	header      map[string]string // more headers
 	preamble    string            // before everything
+	heartbeat   string
+	last        int               // messages to begin with, unless the request says how many
+	only        func(*event) bool // leaves out other events, if not nil
+	single      bool              // writes events one by one
+
+	// Subscribes in place of the relay, if not nil; for a representation with a log of its own.
+	subscribe func(*subscriber, subscribeRequest) (unsubscribed func(), err error)
 }
 
-// encode appends what is due to b.
-func (f *encoder) encode(b []byte, cursor int64, events ...*event) []byte {
-	if f.batch != nil {
-		return f.batch(b, cursor, events)
+func (enc *encoder) encode(b []byte, cursor int64, events ...*event) []byte {
+	if enc.batch != nil {
+		return enc.batch(b, cursor, events)
 	}
 	for _, e := range events {
-		b = f.event(b, e)
+		b = enc.event(b, e)
 	}
 	return b
 }
 
-// poll, and longpoll: the page asks again and again. One JSON object:
+// poll and longpoll: the page asks again and again. The answer is one JSON object:
 //
 //	{"cursor":1795351418000042,"events":[{"id":1795351418000042,…}]}
 //
-// A poll answers at once, mostly with nothing; a long-poll (2000) is the same
-// question with a patient answer, and the next one is asked at once.
-func poll(*request) encoder {
+// A poll is answered at once, usually without an event. A long-poll (about 2000) is held
+// until there is one, and the next is asked at once.
+func poll(*server, *request) encoder {
 	return encoder{
 		contentType: "application/json; charset=utf-8",
 		batch: func(b []byte, cursor int64, events []*event) []byte {
@@ -117,29 +132,32 @@ func pollBody(b []byte, cursor int64, events []*event) []byte {
 	return append(b, `]}`...)
 }
 
-// jsonp, 2005: a long-poll through a <script> tag, the only request that once
-// went across origins. The answer is a program that calls the page's function.
+// jsonp, 2005: a long-poll by a <script> tag, once the only request that a page could
+// make to another origin. The answer is a program that calls the page's function.
 //
 //	/**/callback({"cursor":1795351418000042,"events":[…]});
 //
-// The comment keeps a callback name from being read as another kind of file
-// (a Flash movie can be spelled in letters and digits).
-func jsonp(q *request) encoder {
+// The comment keeps a callback's name from being read as another kind of file: a Flash
+// movie can be spelled in letters and digits.
+func jsonp(_ *server, q *request) encoder {
+	callback := q.param("callback")
+	if !validCallback(callback) {
+		q.fail(badRequest("callback is the name of a function: a JavaScript name, or several with dots between them, of at most %d characters", maxName))
+	}
 	return encoder{
 		contentType: "application/javascript; charset=utf-8",
 		batch: func(b []byte, cursor int64, events []*event) []byte {
-			b = append(append(b, "/**/"...), q.callback...)
+			b = append(append(b, "/**/"...), callback...)
 			return append(pollBody(append(b, '('), cursor, events), ");\n"...)
 		},
 	}
 }
 
-// lines, the technique stream: an answer that never ends, one line an event, read
-// with fetch or at XMLHttpRequest's readyState 3 (about 2004). A heartbeat is an
-// empty line.
+// stream: an answer that never ends, one line an event. A page reads it with fetch, or
+// at readyState 3 of an XMLHttpRequest (about 2004). A heartbeat is an empty line.
 //
 //	{"id":1795351418000042,…}
-func ndjson(*request) encoder {
+func ndjson(*server, *request) encoder {
 	return encoder{
 		contentType: "application/x-ndjson; charset=utf-8",
 		event: func(b []byte, e *event) []byte {
@@ -149,9 +167,9 @@ func ndjson(*request) encoder {
 	}
 }
 
-// sse, 2006 and HTML5: the same with a format that browsers read by themselves
-// (https://html.spec.whatwg.org/multipage/server-sent-events.html). They
-// reconnect by themselves too, and send the last id as Last-Event-ID.
+// sse, 2006: the same in a format that browsers read by themselves
+// (https://html.spec.whatwg.org/multipage/server-sent-events.html). They also
+// reconnect by themselves, and send the last id as Last-Event-ID.
 //
 //	retry: 2718
 //	id: 1795351418000041
@@ -159,56 +177,51 @@ func ndjson(*request) encoder {
 //	data: {"type":"hello",…}
 //
 //	id: 1795351418000042
-//	event: typing
 //	data: {"id":1795351418000042,…}
 //
-// With as=data an event is its data alone. A comment would do for a heartbeat,
-// but a page can't see a comment; nor an event whose name it doesn't listen for,
-// so names=0 leaves them out. Some clients take every block for an event, and
-// what it says for JSON: so retry has no block of its own, and a heartbeat says
-// something. The retry differs by client, so that they don't return all at once.
-func sse(q *request) encoder {
-	nameless, alone := q.unnamedEvents, q.as == "data" // and not q, which each stream would keep
-	beat := "event: beat\ndata: " + beatJSON + "\n\n"
-	if alone {
-		beat = "event: beat\ndata:\n\n"
+// With as=data an event is its data alone. A page cannot see a comment, so a heartbeat
+// is an event; nor an event whose name it does not know, so names=0 leaves out names.
+// Some clients take every block for an event, and its data for JSON: so retry has
+// no block of its own, and a heartbeat has data. The retry differs from client to
+// client, so that they do not all return at once.
+func sse(_ *server, q *request) encoder {
+	unnamed := q.intParam("names", 0, 1, 1) == 0
+	dataOnly := q.as == "data"
+	heartbeat := "event: beat\ndata: " + beatJSON + "\n\n"
+	if dataOnly {
+		heartbeat = "event: beat\ndata:\n\n"
 	}
 	return encoder{
 		contentType: "text/event-stream; charset=utf-8",
 		preamble:    fmt.Sprintf("retry: %d\n", 2000+mathrand.IntN(2000)),
 		event: func(b []byte, e *event) []byte {
 			if e.id != 0 || e.kind == "hello" {
-				b = strconv.AppendInt(append(b, "id: "...), e.id, 10)
-				b = append(b, '\n')
+				b = append(strconv.AppendInt(append(b, "id: "...), e.id, 10), '\n')
 			}
-			if e.kind != "message" && !nameless {
-				b = append(append(b, "event: "...), e.kind...)
-				b = append(b, '\n')
+			if e.kind != "message" && !unnamed {
+				b = append(append(append(b, "event: "...), e.kind...), '\n')
 			}
-			if alone {
-				return append(dataLines(b, asText(e.decode().Data)), '\n')
+			if !dataOnly {
+				return append(append(append(b, "data: "...), e.json...), "\n\n"...)
 			}
-			b = append(append(b, "data: "...), e.json...)
-			return append(b, "\n\n"...)
+			text := lineEnds.Replace(asText(e.decode().Data))
+			for line := range strings.SplitSeq(text, "\n") {
+				b = append(append(append(b, "data: "...), line...), '\n')
+			}
+			return append(b, '\n')
 		},
-		heartbeat: beat,
+		heartbeat: heartbeat,
 	}
 }
 
-// dataLines appends text, a field for each line of it; a line may end in any of
-// the ways that the standard knows.
-func dataLines(b []byte, text string) []byte {
-	for line := range strings.SplitSeq(strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(text), "\n") {
-		b = append(append(append(b, "data: "...), line...), '\n')
-	}
-	return b
-}
+// lineEnds are those of the format: a carriage return would end a field.
+var lineEnds = strings.NewReplacer("\r\n", "\n", "\r", "\n")
 
-// multipart, Netscape's server push of 1995: each part replaces the one before.
-// A browser shows a part when it sees the boundary that ends it, so that is
-// sent right behind the part, and the next part's headers with it: without
-// them Chromium shows every picture one late. Inside a part that has begun,
-// an empty line says nothing and keeps the connection alive.
+// multipart, Netscape's server push of 1995: each part replaces the one before. A
+// browser shows a part when it sees the boundary that ends it, so the boundary is sent
+// right behind the part, and the next part's headers with it: without them
+// Chromium shows every picture one late. In a part that has begun, an empty line
+// is a heartbeat.
 //
 //	--8b1f…
 //	Content-Type: application/json
@@ -217,72 +230,46 @@ func dataLines(b []byte, text string) []byte {
 //	--8b1f…
 //	Content-Type: application/json
 //
-// The boundary is random, so that nobody's text can contain it.
-func multipart(q *request) encoder {
-	mime := map[string]string{
-		"json": "application/json; charset=utf-8",
-		"text": "text/plain; charset=utf-8",
-		"html": "text/html; charset=utf-8",
-		"svg":  "image/svg+xml",
-	}[q.as]
-	boundary := rand.Text()
-	open := "\r\n--" + boundary + "\r\nContent-Type: " + mime + "\r\n\r\n"
-	f := encoder{
-		contentType: "multipart/x-mixed-replace; boundary=" + boundary,
-		preamble:    open[2:],
-		heartbeat:   "\r\n",
-	}
-	switch q.as {
-	case "json":
-		f.event = func(b []byte, e *event) []byte { return append(append(b, e.json...), open...) }
-	case "text":
-		f.event = func(b []byte, e *event) []byte { return append(append(b, e.text()...), open...) }
-	case "svg":
-		f.event = func(b []byte, e *event) []byte {
-			if e.kind != "picture" {
-				return b
-			}
-			return append(append(b, e.json...), open...)
-		}
-	case "html":
-		var shown []*event
-		f.batch = func(b []byte, _ int64, events []*event) []byte {
-			for _, e := range events {
-				if e.isErasure() {
-					shown = nil
-				}
-				shown = append(shown, e)
-			}
-			shown = append([]*event(nil), shown[max(0, len(shown)-pageMessages):]...)
-			return append(appendPage(b, q, shown), open...)
-		}
-	}
-	return f
+// The boundary is random, so no event can contain it.
+func multipart(*server, *request) encoder {
+	enc, next := multipartOf("application/json; charset=utf-8")
+	enc.event = func(b []byte, e *event) []byte { return append(append(b, e.json...), next...) }
+	return enc
 }
 
-// iframe, the forever frame, about 2000: a page in a hidden frame that never ends.
-// The browser runs each <script> as it arrives, and that hands the event to
-// the page around it.
+// multipartOf returns an encoder for parts of one type, and what goes between them.
+func multipartOf(contentType string) (enc encoder, next string) {
+	boundary := rand.Text()
+	next = "\r\n--" + boundary + "\r\nContent-Type: " + contentType + "\r\n\r\n"
+	return encoder{
+		contentType: "multipart/x-mixed-replace; boundary=" + boundary,
+		preamble:    next[2:],
+		heartbeat:   "\r\n",
+	}, next
+}
+
+// iframe, the forever frame (about 2000): a page in a hidden frame that never ends. The
+// browser runs each <script> as it arrives, and that hands the event to the page
+// around the frame.
 //
 //	<script nonce="8b1f…">tell({"id":1795351418000042,…})</script>
 //
-// The nonce is all that may run here: an event can't bring a script of its
-// own. Only a page of an origin that may read is told: see (*origins).allow.
-func iframe(q *request) encoder {
+// Only scripts with the nonce run here: an event cannot bring one of its own.
+func iframe(_ *server, q *request) encoder {
 	nonce := rand.Text()
-	origin := "location.origin"
-	if q.foreignOrigin != "" {
-		quoted, _ := json.Marshal(q.foreignOrigin)
-		origin = string(quoted)
+	target := "location.origin"
+	if q.permit.origin != "" {
+		quoted, _ := json.Marshal(q.permit.origin)
+		target = string(quoted)
 	}
 	open := `<script nonce="` + nonce + `">`
 	const end = "</script>\n"
 	tell := open + "tell("
 	return encoder{
 		contentType: "text/html; charset=utf-8",
-		header:      map[string]string{"Content-Security-Policy": "default-src 'none'; script-src 'nonce-" + nonce + "'; base-uri 'none'; frame-ancestors " + q.frameAncestors},
+		header:      map[string]string{"Content-Security-Policy": "default-src 'none'; script-src 'nonce-" + nonce + "'; base-uri 'none'; frame-ancestors " + q.permit.ancestors},
 		preamble: "<!DOCTYPE html>\n<title>Cometes</title>\n" +
-			open + "const tell = event => parent.postMessage(event, " + origin + ")" + end,
+			open + "const tell = event => parent.postMessage(event, " + target + ")" + end,
 		event: func(b []byte, e *event) []byte {
 			return append(append(append(b, tell...), e.json...), ")"+end...)
 		},
@@ -290,35 +277,19 @@ func iframe(q *request) encoder {
 	}
 }
 
-// wsFrames are what a WebSocket carries (RFC 6455, 2011): a text frame an event,
-// or for several, when many are due, with a newline between them.
-//
-//	0x81 0x7e 0x00 0xc4 {"id":1795351418000042,…}
-//
-// They are written here and not by the library, which has a writer of its own
-// for each socket. A ping asks whether the client is there; a page can't see
-// it, so a heartbeat is a frame as well. With as=data a frame is the data of one
+// ws: what a message on a WebSocket holds (RFC 6455, 2011). It is an event, or several
+// that are due at once with newlines between them. With as=data it is the data of one
 // event that somebody published, and nothing else is sent.
-func wsFrames(q *request) encoder {
+func frames(_ *server, q *request) encoder {
 	if q.as == "data" {
 		return encoder{
-			event: func(b []byte, e *event) []byte {
-				if e.publishedAt == 0 || e.kind == "presence" {
-					return b // the relay's own
-				}
-				text := asText(e.decode().Data)
-				return append(wsTextFrame(b, len(text)), text...)
-			},
-			heartbeat: ping,
+			single: true,
+			only:   func(e *event) bool { return e.publishedAt != 0 && e.kind != "presence" },
+			event:  func(b []byte, e *event) []byte { return append(b, asText(e.decode().Data)...) },
 		}
 	}
 	return encoder{
 		batch: func(b []byte, _ int64, events []*event) []byte {
-			size := len(events) - 1
-			for _, e := range events {
-				size += len(e.json)
-			}
-			b = wsTextFrame(b, size)
 			for i, e := range events {
 				if i > 0 {
 					b = append(b, '\n')
@@ -327,336 +298,512 @@ func wsFrames(q *request) encoder {
 			}
 			return b
 		},
-		heartbeat: ping + string(wsTextFrame(nil, len(beatJSON))) + beatJSON,
+		heartbeat: beatJSON,
 	}
 }
 
-const (
-	beatJSON = `{"type":"beat"}`
-	ping     = "\x89\x00" // a frame
-)
+const beatJSON = `{"type":"beat"}`
 
-// wsTextFrame appends the head of a whole text frame of so many bytes (5.2): its
-// length in one byte, or behind 126 in two, or behind 127 in eight.
-func wsTextFrame(b []byte, size int) []byte {
-	switch b = append(b, 0x81); {
-	case size < 126:
-		return append(b, byte(size))
-	case size < 1<<16:
-		return binary.BigEndian.AppendUint16(append(b, 126), uint16(size))
-	}
-	return binary.BigEndian.AppendUint64(append(b, 127), uint64(size))
-}
+// Pages for people, without JavaScript.
 
-// wsCloseFrame appends a frame that closes the socket (5.5.1).
-func wsCloseFrame(b []byte, code websocket.StatusCode, reason string) []byte {
-	b = append(b, 0x88, byte(2+len(reason)))
-	return append(binary.BigEndian.AppendUint16(b, uint16(code)), reason...)
-}
-
-// Pages for people, without a script.
-
-// htmlPage is the page that never ends, about 1995: the browser shows what it
-// has of a page while the rest is still to come, so the server just goes on.
+// html, the page that never ends (about 1995): a browser shows what it has of a page
+// while the rest is still to come, so the server just goes on.
 //
 //	<p><time>14:03</time> <b>ada</b> hi</p>
-//
-// A form in a page that still loads would end it, whatever the answer, so the
-// form is in a frame of its own. New lines come last in the page, and the
-// style sheet puts them on top.
-func htmlPage(q *request) encoder {
+func endlessPage(s *server, q *request) encoder {
 	return encoder{
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Content-Security-Policy": q.pagePolicy()},
-		preamble:    pageHead(q) + "<main class=\"log endless\">\n",
+		preamble:    s.pageHead(q, "") + "<main class=\"log endless\">\n",
 		event:       func(b []byte, e *event) []byte { return append(b, e.html()...) },
 		heartbeat:   "<!-- beat -->\n",
+		last:        pageMessages,
 	}
 }
 
-// refresh is client pull, Netscape 1995: a whole page, and a header that has
-// the browser fetch it again.
+// refresh is client pull (Netscape, 1995): a whole page, and a header that has the
+// browser load it again.
 //
 //	Refresh: 10
-//
-// A form is lost when the page comes anew, so what takes longer to write has
-// a page of its own, with this one in a frame.
-func refresh(q *request) encoder {
+func refresh(s *server, q *request) encoder {
+	wait := strconv.FormatInt(q.intParam("wait", 1, maxWait, 10), 10) // with 0 a browser asks thirty times a second
 	return encoder{
 		contentType: "text/html; charset=utf-8",
-		header: map[string]string{
-			"Refresh":                 strconv.Itoa(max(1, int(q.wait/time.Second))),
-			"Content-Security-Policy": q.pagePolicy(),
+		header:      map[string]string{"Refresh": wait, "Content-Security-Policy": q.pagePolicy()},
+		batch: func(b []byte, _ int64, events []*event) []byte {
+			return appendPage(append(b, s.pageHead(q, wait)...), events)
 		},
-		batch: func(b []byte, _ int64, events []*event) []byte { return appendPage(b, q, events) },
+		last: pageMessages,
 	}
+}
+
+// pageMessages is how many of the newest messages a page begins with.
+const pageMessages = 50
+
+// appendPage appends the body of a page, the newest message first.
+func appendPage(b []byte, events []*event) []byte {
+	b = append(b, "<main class=\"log\">\n"...)
+	for _, e := range slices.Backward(events[max(0, len(events)-pageMessages):]) {
+		if e.kind != "hello" {
+			b = append(b, e.html()...)
+		}
+	}
+	return append(b, "</main>\n"...)
+}
+
+// pagePolicy is the Content-Security-Policy of a page: no script runs in it.
+func (q *request) pagePolicy() string {
+	return "default-src 'none'; style-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.permit.ancestors
+}
+
+// plainHead begins a page, with a form if it is one that refreshes itself: to post a
+// form from a page that is still loading would end it.
+func plainHead(q *request, refresh string) string {
+	room := q.rooms[0]
+	head := "<!DOCTYPE html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>" + room + "</title>\n"
+	user := html.EscapeString(q.user)
+	if refresh == "" {
+		return head + `<p><a href="refresh?user=` + url.QueryEscape(q.user) + "\">Write a message</a></p>\n"
+	}
+	return head + `<form method="post" action="../` + room + `">
+<label>Name <input name="user" value="` + user + `"></label>
+<label>Message <input name="data" required></label>
+<input type="hidden" name="then" value="refresh">
+<button>Send</button>
+</form>
+`
+}
+
+// decode returns the fields of the event's JSON.
+func (e *event) decode() (fields struct {
+	Room, Type, From string
+	Time             int64
+	Data             json.RawMessage
+}) {
+	json.Unmarshal(e.json, &fields) // it is our own
+	return fields
+}
+
+// asText returns data for people: a string as it is, anything else as JSON.
+func asText(data json.RawMessage) string {
+	var text string
+	if !bytes.HasPrefix(data, []byte(`"`)) || json.Unmarshal(data, &text) != nil {
+		return string(data)
+	}
+	return text
+}
+
+// html returns the event as a line of a page. It is made once for all subscribers.
+func (e *event) html() []byte {
+	e.htmlOnce.Do(func() {
+		f := e.decode()
+		at := time.UnixMilli(f.Time).UTC()
+		clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04") + `</time> `
+		from := "<b><bdi>" + html.EscapeString(cmp.Or(f.From, "somebody")) + "</bdi></b> "
+		text := html.EscapeString(asText(f.Data))
+		line := func(class, s string) { e.htmlCache = []byte(`<p class="` + class + `">` + s + "</p>\n") }
+		switch e.kind {
+		case "message":
+			line("message", clock+from+`<span dir="auto">`+text+"</span>")
+		case "hello":
+			line("note", "Connected.")
+		case "bye":
+			var bye struct{ Retry int }
+			json.Unmarshal(f.Data, &bye)
+			line("note", fmt.Sprintf(`The relay is going away for a moment; this page comes back by itself.<meta http-equiv="refresh" content="%d">`, 1+bye.Retry/1000))
+		case "gap":
+			if e.isErasure() {
+				line("gap", "The messages before this were erased.")
+			} else {
+				line("gap", "Some messages may be missing here.")
+			}
+		case "presence":
+			var ros roster
+			if f.From != "" {
+				line("note", clock+from+"is "+text)
+			} else if json.Unmarshal(f.Data, &ros) == nil {
+				line("note", ros.sentence())
+			}
+		default:
+			line("note", clock+"<i>"+e.kind+"</i> "+from+`<span dir="auto">`+text+"</span>")
+		}
+	})
+	return e.htmlCache
+}
+
+// sentence returns the roster in words, as HTML.
+func (ros roster) sentence() string {
+	names := make([]string, 0, len(ros.Users))
+	for user, state := range ros.Users {
+		user = "<bdi>" + html.EscapeString(user) + "</bdi>"
+		if state != "online" {
+			user += " (" + state + ")"
+		}
+		names = append(names, user)
+	}
+	slices.Sort(names)
+	switch {
+	case len(names) == 0 || len(names) > maxRosterUsers:
+		return strconv.Itoa(ros.Count) + " here"
+	case len(names) == 1:
+		return names[0] + " is here"
+	}
+	return strings.Join(names, ", ") + " are here"
 }
 
 // The loop.
+
+// A server is the relay as HTTP clients see it. Its function values are where other
+// files attach.
+type server struct {
+	relay      *relay
+	techniques []*technique
+	heartbeat  time.Duration // a stream is never silent for longer
+	maxAge     time.Duration // of a stream; 0 for no limit
+	maxBody    int64         // bytes of a publish
+	instance   string        // names this process in hello
+
+	publish  func(publishRequest) (id int64, isNew bool, err error)
+	pageHead func(q *request, refresh string) string
+	takeOver func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
+	counter  func() func(t *technique, events []*event, bytes int)                               // counts what is written; without a technique it ends a batch
+	dropped  func()                                                                              // counts clients that are too slow
+	refused  func(reason string)                                                                 // counts what is refused
+
+	activeAtStop atomic.Int64
+	unsentBytes  atomic.Int64 // that are being written, or that full sockets did not take; bounded by relay.maxBytes
+	scratches    sync.Pool
+}
+
+func newServer(r *relay) *server {
+	s := &server{
+		relay:      r,
+		techniques: newTechniques(),
+		heartbeat:  15 * time.Second,
+		maxBody:    64 << 10,
+		instance:   rand.Text()[:8],
+		publish:    r.publish,
+		pageHead:   plainHead,
+		counter:    func() func(*technique, []*event, int) { return func(*technique, []*event, int) {} },
+		refused:    func(string) {},
+		dropped:    func() {},
+	}
+	s.scratches.New = func() any { return &scratch{count: s.counter()} }
+	return s
+}
+
+// A scratch is the memory it takes to write. A stream with nothing to say needs none.
+type scratch struct {
+	events  []*event
+	buf     []byte
+	encoded []*event // those in buf
+	count   func(t *technique, events []*event, bytes int)
+}
 
 const (
 	// A write that makes no progress in this time ends its client.
 	writeTimeout = 10 * time.Second
 
-	// The kernel takes what fits its buffers, so a client that reads slowly, but
-	// reads, is given a new deadline for each piece.
+	// A slow client gets a new deadline for each chunk of this size.
 	writeChunk = 16 << 10
 )
 
-// A desk is what it takes to write, passed from stream to stream: one with
-// nothing to say needs none, so ten thousand idle streams share a few.
-type scratch struct {
-	events  []*event
-	buf     []byte
-	encoded []*event // those in buf
-	count   statsBatch
-}
-
-var scratches = sync.Pool{New: func() any { return new(scratch) }}
-
-// serveTechnique answers a request for events by a technique, until there is no more to
-// say or the client is gone.
-func (s *server) serveTechnique(w http.ResponseWriter, r *http.Request, t technique, q *request) error {
-	f := t.encoder(q)
+// serve answers a request for events, until there is no more to say or the client
+// is gone.
+func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *technique) error {
+	enc := q.parseSubscribe(s, r, t)
+	if q.err != nil {
+		return q.err
+	}
 	h := w.Header()
-	if f.contentType != "" {
-		h.Set("Content-Type", f.contentType)
+	h.Set("Cache-Control", "no-store, no-transform")
+	h.Set("X-Accel-Buffering", "no") // nginx
+	if enc.contentType != "" {
+		h.Set("Content-Type", enc.contentType)
 	}
-	for k, v := range f.header {
-		h.Set(k, v)
+	for name, value := range enc.header {
+		h.Set(name, value)
 	}
-	if slices.Contains(q.rooms, statsRoom) {
-		s.startStats()
-	}
-	switch {
-	case r.Method == http.MethodHead && t.name != "ws":
+	if r.Method == http.MethodHead && t.name != "ws" {
 		return nil
-	case t.mode == immediate:
-		return s.serveOnce(w, r, t, &f, q)
 	}
-	err := s.acquireSlot(q)
+	if t.mode == immediate {
+		return s.serveOnce(w, r, q, t, &enc)
+	}
+	err := s.hold(q.permit, t)
 	switch {
 	case err != nil:
 	case t.mode == longPoll:
-		defer s.releaseSlot(q.addr)
-		err = s.serveOnce(w, r, t, &f, q)
+		defer s.release(q.permit, t)
+		err = s.serveOnce(w, r, q, t, &enc)
 	default:
-		err = s.serveStream(w, r, t, f, q)
+		err = s.serveStream(w, r, q, t, enc)
 	}
 	if limit, ok := err.(httpError); ok && limit.retryAfter > 0 && t.name == "sse" {
-		// An EventSource gives up for ever on any status but 200.
-		s.countRefusal(limit.reason)
-		return deadlineWriter(w)(f.encode([]byte(f.preamble), 0, s.bye()))
+		// Any status but 200 would end an EventSource for good.
+		s.refused(limit.reason)
+		return writer(w)(enc.encode([]byte(enc.preamble), 0, s.bye()))
 	}
 	return err
 }
 
-// serveOnce reads once, after waiting for an event if the technique does, and
-// answers whole.
-func (s *server) serveOnce(w http.ResponseWriter, r *http.Request, t technique, f *encoder, q *request) error {
-	var rd subscriber
-	if err := s.relay.subscribe(&rd, q.subscribeRequest(t.mode)); err != nil {
+// hold takes a place for a request that is held; release gives it back.
+func (s *server) hold(p *permit, t *technique) error {
+	if s.relay.isStopping() {
+		return errStopping
+	}
+	if p.quota != nil {
+		if err := p.quota.hold(); err != nil {
+			return err
+		}
+	}
+	t.open.Add(1)
+	return nil
+}
+
+func (s *server) release(p *permit, t *technique) {
+	t.open.Add(-1)
+	if p.quota != nil {
+		p.quota.release()
+	}
+}
+
+// active is how many requests are held.
+func (s *server) active() (n int64) {
+	for _, t := range s.techniques {
+		n += t.open.Load()
+	}
+	return n
+}
+
+// serveOnce reads once, after waiting for an event if the technique does, and answers.
+func (s *server) serveOnce(w http.ResponseWriter, r *http.Request, q *request, t *technique, enc *encoder) error {
+	var sub subscriber
+	if err := s.relay.subscribe(&sub, q.subscribeRequest(t, 256<<10)); err != nil {
 		return err
 	}
-	defer rd.unsubscribe()
-	c := s.stats.techniques[t.name]
-	c.connections.Add(1)
-	defer c.connections.Add(-1)
-	events := rd.next(nil)
+	defer sub.unsubscribe()
+	events := sub.next(nil)
 	if t.mode == longPoll {
 		clock := time.NewTimer(q.wait)
 		defer clock.Stop()
 		for more := true; more && len(events) == 0; {
-			more = rd.wait(r.Context(), clock.C)
-			events = rd.next(events) // at the end, too: the relay may have stopped right behind an event
+			more = sub.wait(r.Context(), clock.C)
+			events = sub.next(events) // at the end, too: the relay may have stopped right after an event
 		}
 	}
-	if q.refreshes && q.seesPresence {
-		q.rosterText = s.relay.roster(q.rooms[0]).describe()
-	}
-	b := f.encode(nil, rd.cursor, events...)
+	b := enc.encode(nil, sub.cursor, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	var n statsBatch
-	n.add(c, events, int(headSize(len("HTTP/1.1 200 OK"), w.Header()))+len(b), time.Now().UnixMilli())
-	n.flush()
-	return deadlineWriter(w)(b)
+	sc := s.scratches.Get().(*scratch)
+	sc.count(t, events, len(b))
+	sc.count(nil, nil, 0)
+	s.scratches.Put(sc)
+	return writer(w)(b)
 }
 
-// acquireSlot takes a place for a request that is held, of all there are and of the
-// client's address; free gives it back.
-func (s *server) acquireSlot(q *request) error {
-	if s.relay.isStopping() {
-		return errStopping
-	}
-	if s.active.Add(1) > s.maxStreams {
-		s.active.Add(-1)
-		return errTooManyStreams
-	}
-	if !s.addrs.acquire(q.addr) {
-		s.active.Add(-1)
-		return errTooManyPerAddr
-	}
-	return nil
-}
-
-func (s *server) releaseSlot(addr netip.Addr) {
-	s.active.Add(-1)
-	s.addrs.release(addr)
-}
-
-// serveStream begins a stream, over the request's connection if that may be taken
-// over, else from the request itself.
-func (s *server) serveStream(w http.ResponseWriter, r *http.Request, t technique, f encoder, q *request) error {
-	st := &session{srv: s, addr: q.addr, enc: f, stats: s.stats.techniques[t.name], ws: t.name == "ws"}
-	takes := st.ws || r.ProtoMajor == 1 && r.ProtoMinor == 1
-	var err error
-	if st.ws {
-		err = checkUpgrade(w, r)
-	}
-	if err == nil {
-		err = st.open(q, takes)
-	}
-	switch {
-	case err != nil:
-		s.releaseSlot(q.addr)
-		return err
-	case st.ws:
-		return st.serveWebSocket(w, r, q)
-	case takes:
-		return st.hijack(w)
-	}
-	defer st.close()
-	return st.loop(w, r)
-}
-
-// A stream is one client that is told of events for ever.
-//
-// With ten thousand of them, what a turn costs beside the write is waiting for
-// memory; so what every turn needs comes first, and lies together.
-type session struct {
-	state          atomic.Int32 // whose turn it is
-	opened         bool         // hello was said
-	closed         bool         // bye was said
-	ws             bool
-	gone           atomic.Bool // the client left
-	index          int         // in pump.streams
-	srv            *server
-	fd             int          // the socket, for writes that don't wait; -1 where there are none
-	expires        int64        // when its token or its age ends it, in Unix nanoseconds
-	heartbeatAt    atomic.Int64 // when a heartbeat is due, in the same
-	heartbeatEvery int64        // how long it is silent before, in nanoseconds
-	send           func(*session, *scratch, []byte) error
-	headroom       int // free bytes that send wants there
-	stats          *techniqueStats
+// A stream is one client that is sent events until it leaves.
+type stream struct {
+	server         *server
+	technique      *technique
 	enc            encoder
 	sub            subscriber
-	hijacked
-	addr    netip.Addr // the client's
-	unwatch func()     // of a picture: called when nobody looks any more
+	permit         *permit
+	opened, closed bool         // hello, and bye, were sent
+	expiresAt      int64        // when its permit or its age ends it, Unix nanoseconds
+	heartbeatAt    atomic.Int64 // when a heartbeat is due, Unix nanoseconds
+	heartbeatEvery int64        // nanoseconds
+
+	send         func(sc *scratch, b []byte) error
+	headroom     int          // free bytes that send needs at the front of b
+	unsubscribed func()       // see encoder.subscribe
+	ping         func() error // of a WebSocket, before a heartbeat
+	busy         func() bool  // of a WebSocket: a message is being answered, so it must not end yet
 }
 
-// open takes the stream's place in the log. If its connection is taken over the
-// writers are woken for it, else it wakes by itself, in follow. Close gives up
-// all it holds.
-func (st *session) open(q *request, takes bool) (err error) {
-	if q.as == "svg" {
-		if st.unwatch, err = st.srv.watchPicture(q.picture); err != nil {
+// serveStream sends events for ever.
+func (s *server) serveStream(w http.ResponseWriter, r *http.Request, q *request, t *technique, enc encoder) error {
+	st := &stream{server: s, technique: t, enc: enc, permit: q.permit}
+	if t.name == "ws" {
+		if err := checkUpgrade(w, r); err != nil {
+			s.release(q.permit, t)
 			return err
 		}
 	}
-	st.heartbeatEvery = st.srv.jitteredBeat()
-	w := q.subscribeRequest(streaming)
-	if takes {
-		w.stream = st
-	}
-	if err = st.srv.relay.subscribe(&st.sub, w); err != nil {
-		if st.unwatch != nil {
-			st.unwatch()
+	if s.takeOver != nil {
+		if taken, err := s.takeOver(w, r, st, q); taken {
+			return err
 		}
+	}
+	if err := st.open(q, nil); err != nil {
 		return err
 	}
-	st.stats.connections.Add(1)
-	st.expires = q.claims.expires()
-	if age := st.srv.maxAge; age > 0 {
+	defer st.close()
+	if t.name == "ws" {
+		return st.webSocket(w, r, q)
+	}
+	write, rc := writer(w), http.NewResponseController(w)
+	st.send = func(_ *scratch, b []byte) error {
+		defer s.unsentBytes.Add(-int64(len(b)))
+		if err := s.reserveUnsent(len(b)); err != nil {
+			return err
+		}
+		err := write(b)
+		if err == nil && rc.Flush() != nil {
+			err = errClientGone
+		}
+		return cmp.Or(err, rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline would end a silent stream, too
+	}
+	return st.loop(r.Context())
+}
+
+// open subscribes the stream. After an error it holds nothing any more; otherwise the
+// caller calls close.
+func (st *stream) open(q *request, driver any) error {
+	s := st.server
+	req := q.subscribeRequest(st.technique, writeChunk) // what a client with a full socket keeps, at most
+	req.driver = driver
+	var err error
+	if st.enc.subscribe != nil {
+		st.unsubscribed, err = st.enc.subscribe(&st.sub, req)
+	} else {
+		err = s.relay.subscribe(&st.sub, req)
+	}
+	if err != nil {
+		s.release(st.permit, st.technique)
+		return err
+	}
+	st.heartbeatEvery = int64(s.heartbeat*14/15 - mathrand.N(s.heartbeat/6)) // not the same for all
+	st.expiresAt = st.permit.expiresAt
+	if age := s.maxAge; age > 0 {
 		age -= mathrand.N(age/10 + 1) // not all at once
-		st.expires = min(st.expires, time.Now().Add(age).UnixNano())
+		st.expiresAt = min(st.expiresAt, time.Now().Add(age).UnixNano())
 	}
 	return nil
 }
 
-func (st *session) close() {
+func (st *stream) close() {
 	st.sub.unsubscribe()
-	st.stats.connections.Add(-1)
-	if st.unwatch != nil {
-		st.unwatch()
+	if st.unsubscribed != nil {
+		st.unsubscribed()
 	}
-	st.srv.releaseSlot(st.addr)
+	st.server.release(st.permit, st.technique)
 }
 
-// step says all that is due at the time now, in Unix nanoseconds: hello, what the
-// cursor asks for, the roster, whatever happened since, or that nothing did. It
-// returns io.EOF when the stream is to end and there is no more to say.
-func (st *session) step(d *scratch, now int64) error {
+// loop drives a stream: it writes what is due, and waits.
+func (st *stream) loop(ctx context.Context) error {
+	clock := time.NewTimer(0)
+	defer clock.Stop()
+	for {
+		sc := st.server.scratches.Get().(*scratch)
+		err := st.step(sc, time.Now().UnixNano())
+		sc.count(nil, nil, 0)
+		st.server.scratches.Put(sc)
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		clock.Reset(time.Until(time.Unix(0, min(st.heartbeatAt.Load(), st.expiresAt))))
+		if !st.sub.wait(ctx, clock.C) && ctx.Err() != nil {
+			return nil
+		}
+	}
+}
+
+// step writes all that is due at the time now, in Unix nanoseconds: hello, what the
+// cursor asks for, the roster, what happened since, or a heartbeat if nothing did. It
+// returns io.EOF when the stream is to end and all was written.
+func (st *stream) step(sc *scratch, now int64) error {
 	if st.closed {
 		return io.EOF
 	}
-	if !st.opened {
-		st.opened = true
-		st.sub.wantRoster()
-		head, hello := st.enc.preamble, st.hello()
-		st.enc.preamble, st.enc.header = "", nil // said once, and not kept by ten thousand
-		if err := st.emit(d, now, head, hello); err != nil {
+	if err := st.begin(sc, now); err != nil {
+		return err
+	}
+	expired := now >= st.expiresAt
+	stopping := st.server.relay.isStopping() // asked before reading: what was published before the stop comes before the bye
+	for more := !expired; more; more = st.sub.more {
+		sc.events = st.sub.next(sc.events[:0])
+		if st.sub.needsRoster && !st.sub.more {
+			sc.events = st.sub.appendRosters(sc.events)
+		}
+		if err := st.emitAll(sc, now); err != nil {
 			return err
 		}
 	}
-	expired := now >= st.expires
-	stopping := st.srv.relay.isStopping() // asked before reading: what was published before the stop comes before the bye
-	for more := !expired; more; more = st.sub.more {
-		d.events = st.sub.next(d.events[:0])
-		if st.sub.needsRoster && !st.sub.more {
-			d.events = st.sub.appendRosters(d.events)
-		}
-		if len(d.events) > 0 {
-			err := st.emit(d, now, "", d.events...)
-			clear(d.events) // not to keep what the log drops
-			if err != nil {
-				return err
-			}
-		}
-	}
-	if expired || stopping && !st.replyDue {
+	if expired || stopping && (st.busy == nil || !st.busy()) {
 		st.closed = true
-		return cmp.Or(st.emit(d, now, "", st.srv.bye()), io.EOF)
+		return cmp.Or(st.emit(sc, now, "", st.server.bye()), io.EOF)
 	}
-	if st.due(now) {
-		return st.emit(d, now, st.enc.heartbeat)
-	}
-	return nil
-}
-
-// emit sends a head, or a heartbeat, as it is, and events, framed.
-func (st *session) emit(d *scratch, now int64, head string, events ...*event) error {
-	b := append(d.buf[:0], make([]byte, st.headroom)...)
-	b = append(b, head...)
-	if len(events) > 0 {
-		b = st.enc.encode(b, st.sub.cursor, events...)
-	}
-	d.buf = b
-	if len(b) == st.headroom && !st.closed {
-		return nil // nothing that this technique shows
+	if !st.due(now) {
+		return nil
 	}
 	st.heartbeatAt.Store(now + st.heartbeatEvery)
-	d.count.add(st.stats, events, len(b), now/1e6)
-	d.encoded = events
-	err := st.send(st, d, b)
-	d.encoded = nil
+	if st.ping != nil {
+		if err := st.ping(); err != nil {
+			return err
+		}
+	}
+	return st.emit(sc, now, st.enc.heartbeat)
+}
+
+// begin writes hello, once.
+func (st *stream) begin(sc *scratch, now int64) error {
+	if st.opened {
+		return nil
+	}
+	st.opened = true
+	st.sub.wantRoster()
+	preamble := st.enc.preamble
+	st.enc.preamble, st.enc.header = "", nil // not needed again
+	return st.emit(sc, now, preamble, st.hello())
+}
+
+// due reports whether the stream was silent, or has lasted, as long as it may. If the
+// heartbeat is further off than it should be, the clock was set back.
+func (st *stream) due(now int64) bool {
+	at := st.heartbeatAt.Load()
+	return now >= min(at, st.expiresAt) || at-now > st.heartbeatEvery
+}
+
+// emitAll writes the events of sc.
+func (st *stream) emitAll(sc *scratch, now int64) (err error) {
+	defer clear(sc.events) // they must not be kept when the log drops them
+	if !st.enc.single {
+		return st.emit(sc, now, "", sc.events...)
+	}
+	for _, e := range sc.events { // all of them, since a full socket is no end: what it did not take is kept
+		if e := st.emit(sc, now, "", e); err == nil {
+			err = e
+		}
+	}
 	return err
 }
 
-// due reports whether the stream was silent, or has lasted, as long as it may.
-func (st *session) due(now int64) bool { return now >= min(st.heartbeatAt.Load(), st.expires) }
+// emit writes text, such as a preamble or a heartbeat, and events.
+func (st *stream) emit(sc *scratch, now int64, text string, events ...*event) error {
+	if st.enc.only != nil {
+		events = slices.DeleteFunc(events, func(e *event) bool { return !st.enc.only(e) })
+	}
+	if text == "" && len(events) == 0 && !st.closed {
+		return nil
+	}
+	b := append(sc.buf[:0], make([]byte, st.headroom)...)
+	b = append(b, text...)
+	if len(events) > 0 {
+		b = st.enc.encode(b, st.sub.cursor, events...)
+	}
+	sc.buf = b
+	st.heartbeatAt.Store(now + st.heartbeatEvery)
+	sc.count(st.technique, events, len(b))
+	sc.encoded = events
+	err := st.send(sc, b)
+	sc.encoded = nil
+	return err
+}
 
-func (st *session) hello() *event {
+func (st *stream) hello() *event {
 	var rooms []string
 	for i := range st.sub.subscriptions {
 		rooms = append(rooms, st.sub.subscriptions[i].room.name)
@@ -665,71 +812,45 @@ func (st *session) hello() *event {
 		Rooms    []string `json:"rooms"`
 		Beat     int      `json:"beat"`
 		Instance string   `json:"instance"`
-	}{rooms, int(st.srv.beat / time.Second), st.srv.instance})
+	}{rooms, int(st.server.heartbeat / time.Second), st.server.instance})
 	return &event{id: st.sub.cursor, kind: "hello", json: fmt.Appendf(nil,
 		`{"type":"hello","id":%d,"time":%d,"data":%s}`, st.sub.cursor, time.Now().UnixMilli(), data)}
 }
 
-// loop drives a stream the ordinary way, from its own request. It returns
-// when the client is gone or the stream has ended.
-func (st *session) loop(w http.ResponseWriter, r *http.Request) error {
-	write, rc := deadlineWriter(w), http.NewResponseController(w)
-	st.send = func(_ *session, _ *scratch, b []byte) error {
-		defer st.srv.unsentBytes.Add(-int64(len(b)))
-		if err := st.srv.reserveUnsent(len(b)); err != nil {
-			return err
-		}
-		err := write(b)
-		if err == nil && rc.Flush() != nil {
-			err = errClientGone
-		}
-		return cmp.Or(err, rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline ends a stream that is silent, too
-	}
-	clock := time.NewTimer(0)
-	defer clock.Stop()
-	for {
-		d := scratches.Get().(*scratch)
-		err := st.step(d, time.Now().UnixNano())
-		d.count.flush()
-		scratches.Put(d)
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		clock.Reset(time.Until(time.Unix(0, min(st.heartbeatAt.Load(), st.expires))))
-		if !st.sub.wait(r.Context(), clock.C) && r.Context().Err() != nil {
-			return nil
-		}
-	}
-}
-
-// jitteredBeat is how long a stream is silent before a heartbeat: a little less than
-// the beat it promises, and not the same for all.
-func (s *server) jitteredBeat() int64 {
-	return int64(s.beat*14/15 - mathrand.N(s.beat/6))
-}
-
-// bye sends a client away until the retry it names, in milliseconds: a second
-// at least, and in all a hundred clients a second, but within half a minute.
+// bye sends a client away for so many milliseconds: a second at least, and in all a
+// hundred clients a second, but within half a minute.
 func (s *server) bye() *event {
-	spread := min(max(s.active.Load()*10, s.activeAtStop.Load()*10, 2000), 30_000)
+	spread := min(max(s.active()*10, s.activeAtStop.Load()*10, 2000), 30_000)
 	return notice{Type: "bye", Data: map[string]int64{"retry": 1000 + mathrand.Int64N(spread)}}.event()
 }
 
-// deadlineWriter returns what writes an answer, in pieces that each have writeTimeout
-// to go out. The last goes when the handler returns, or is flushed; to flush
-// from deep within a handler would have the stack of each that waits grow from
-// 8 KB to 16.
-func deadlineWriter(w http.ResponseWriter) func([]byte) error {
+// stop ends every stream.
+func (s *server) stop() {
+	s.activeAtStop.Store(s.active())
+	s.relay.stop()
+}
+
+// reserveUnsent counts bytes that a client has not taken yet. It returns
+// errClientGone when all who are slow have no room left.
+func (s *server) reserveUnsent(n int) error {
+	if s.unsentBytes.Add(int64(n)) > int64(s.relay.maxBytes) {
+		s.dropped()
+		return errClientGone
+	}
+	return nil
+}
+
+// writer returns a function that writes an answer in chunks, each with writeTimeout
+// to go out. The last chunk goes out when the handler returns, or is flushed: to
+// flush from deep within a handler would grow the stack of each that waits.
+func writer(w http.ResponseWriter) func([]byte) error {
 	rc := http.NewResponseController(w)
 	return func(b []byte) error {
 		for {
-			piece := b[:min(len(b), writeChunk)]
-			b = b[len(piece):]
+			chunk := b[:min(len(b), writeChunk)]
+			b = b[len(chunk):]
 			rc.SetWriteDeadline(time.Now().Add(writeTimeout))
-			if _, err := w.Write(piece); err != nil {
+			if _, err := w.Write(chunk); err != nil {
 				return errClientGone
 			}
 			if len(b) == 0 {
@@ -742,268 +863,1007 @@ func deadlineWriter(w http.ResponseWriter) func([]byte) error {
 	}
 }
 
-// The WebSocket.
+// WebSocket.
 
 // checkUpgrade says what a request for a WebSocket lacks.
 func checkUpgrade(w http.ResponseWriter, r *http.Request) error {
 	connection := strings.ToLower(strings.Join(r.Header.Values("Connection"), ","))
 	if !r.ProtoAtLeast(1, 1) || !strings.Contains(connection, "upgrade") || !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
-		if r.ProtoMajor == 1 { // HTTP/2 has no such headers, nor upgrades
+		if r.ProtoMajor == 1 { // HTTP/2 has no such headers
 			w.Header().Set("Connection", "Upgrade")
 			w.Header().Set("Upgrade", "websocket")
 		}
 		return newError(http.StatusUpgradeRequired, "this is a WebSocket; ask for it over HTTP/1.1 with Connection: Upgrade and Upgrade: websocket")
 	}
-	if key, err := base64.StdEncoding.DecodeString(r.Header.Get("Sec-WebSocket-Key")); err != nil || len(key) != 16 || len(r.Header.Values("Sec-WebSocket-Key")) > 1 || r.Header.Get("Sec-WebSocket-Version") != "13" {
+	keys := r.Header.Values("Sec-WebSocket-Key")
+	if key, err := base64.StdEncoding.DecodeString(strings.Join(keys, "")); err != nil || len(key) != 16 || len(keys) != 1 || r.Header.Get("Sec-WebSocket-Version") != "13" {
 		w.Header().Set("Sec-WebSocket-Version", "13")
 		return badRequest("a WebSocket is asked for with Sec-WebSocket-Version: 13, and 16 bytes in base64 as Sec-WebSocket-Key")
 	}
 	return nil
 }
 
-// serveWebSocket begins a stream that speaks both ways: the writers send what is
-// framed, and a goroutine reads what the client has to say.
-func (st *session) serveWebSocket(w http.ResponseWriter, r *http.Request, q *request) error {
-	st.send = (*session).sendFrames
-	st.tokenExpires = q.claims.expires()
-	st.proxied = st.srv.addrs.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
+// acceptOptions are those of every WebSocket. The origin was checked before, like that
+// of every request. The relay speaks no subprotocol, but a browser that offers some
+// fails unless one is chosen.
+func acceptOptions(r *http.Request) *websocket.AcceptOptions {
 	offered, _, _ := strings.Cut(strings.Join(r.Header.Values("Sec-WebSocket-Protocol"), ","), ",")
-	conn, err := websocket.Accept(wsHijacker{w, st}, r, &websocket.AcceptOptions{
-		// The relay speaks none, but a browser that offers some fails without an answer.
-		Subprotocols: []string{strings.TrimSpace(offered)},
-		// The origin was judged by allow, as for everything else. The library
-		// compares it with Host alone, which a proxy may set to something else.
-		InsecureSkipVerify: true,
-		OnPongReceived:     func(context.Context, []byte) { st.awaitingPong.Store(false) },
-	})
+	return &websocket.AcceptOptions{InsecureSkipVerify: true, Subprotocols: []string{strings.TrimSpace(offered)}}
+}
+
+// webSocket drives a stream over a WebSocket: a goroutine reads what the client sends,
+// and the loop writes.
+func (st *stream) webSocket(w http.ResponseWriter, r *http.Request, q *request) error {
+	conn, err := websocket.Accept(w, r, acceptOptions(r))
 	if err != nil {
-		st.close()
 		return nil // Accept has answered
 	}
-	conn.SetReadLimit(st.srv.maxBody)
-	st.srv.pool.add(st)
-	sp := &wsAuthor{user: q.user, client: q.client, claims: q.claims, addr: q.addr, onlyKeyedReplies: q.as == "data"}
-	if len(st.sub.subscriptions) == 1 {
-		sp.room = st.sub.subscriptions[0].room.name // and not the request's, which would be kept for it
-	}
-	go st.readFrames(conn, sp)
-	return nil
-}
-
-// To every so many heartbeats there is a ping, which asks the client itself; and
-// its pong costs more than the heartbeat. Where the kernel asks already, see
-// patience, and no proxy says that it is in between, there are few.
-const (
-	pingEvery  = 3
-	pingRarely = 12
-)
-
-// sendFrames writes frames, which need nothing around them. A client that has
-// not answered the last ping when the next is due is gone, and its network
-// did not say so.
-func (st *session) sendFrames(d *scratch, b []byte) error {
-	if bytes.HasPrefix(b, []byte(ping)) { // a heartbeat: a ping, and what a page can see
-		st.heartbeats++
-		asks := st.heartbeats%pingEvery == 1
-		if st.kernelTimeout && !st.proxied {
-			asks = st.heartbeats%pingRarely == 0
-		}
-		if !asks {
-			b = b[len(ping):]
-		} else if st.awaitingPong.Swap(true) {
-			return os.ErrDeadlineExceeded
-		}
-	}
-	if st.closed && time.Now().UnixNano() >= st.tokenExpires {
-		b = wsCloseFrame(b, websocket.StatusPolicyViolation, "the token has expired")
-	} else if st.closed {
-		b = wsCloseFrame(b, websocket.StatusGoingAway, "come back in a moment")
-	}
-	return st.write(d, b)
-}
-
-// A speaker is who speaks through a WebSocket, and all that is kept of its
-// request for as long as it lasts.
-type wsAuthor struct {
-	user, client, room string // room is the only one read, or ""
-	claims             *claims
-	addr               netip.Addr
-	onlyKeyedReplies   bool // hears an answer only to what had a key
-}
-
-// readFrames takes what the client says, until it says no more.
-func (st *session) readFrames(conn *websocket.Conn, sp *wsAuthor) {
 	defer conn.CloseNow()
-	defer func() { // as net/http does for a request
-		if p := recover(); p != nil {
-			slog.Error("a socket failed", "panic", p, "stack", string(debug.Stack()))
+	conn.SetReadLimit(st.server.maxBody)
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	write := func(b []byte) error {
+		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+		defer cancel()
+		return conn.Write(ctx, websocket.MessageText, b)
+	}
+	var mu sync.Mutex // held while a message is answered
+	st.busy = func() bool { mu.Lock(); defer mu.Unlock(); return false }
+	author := st.author(q)
+	go func() {
+		defer cancel()
+		for {
+			kind, message, err := conn.Read(ctx)
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			reply := st.server.handleMessage(author, kind, message)
+			if reply != nil && write(reply.event().json) != nil {
+				cancel()
+			}
+			mu.Unlock()
 		}
 	}()
-	for {
-		kind, frame, err := conn.Read(context.Background())
-		if err != nil {
-			return
-		}
-		st.stats.in.Add(int64(len(frame)) + 6) // a head and a mask, of the shortest
-		st.handling.Store(true)                // what is published is answered, be it the last that is
-		if answer := st.srv.handleFrame(sp, kind, frame); answer != nil && (answer.Key != "" || !sp.onlyKeyedReplies) {
-			b := answer.event().json
-			st.enqueueFrame(append(wsTextFrame(nil, len(b)), b...))
-		}
-		if st.handling.Store(false); st.srv.relay.isStopping() {
-			st.wake()
-		}
+	st.ping = func() error {
+		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+		defer cancel()
+		return conn.Ping(ctx)
 	}
-}
-
-// maxAnswers is how many bytes of answers a client may leave unread, beside
-// what its socket holds, before it is given up.
-const maxQueuedReplies = 16 << 10
-
-// enqueueFrame hands frames to the writers.
-func (st *session) enqueueFrame(frames []byte) {
-	st.mu.Lock()
-	full := len(st.replies)+len(frames) > maxQueuedReplies
-	if !full {
-		st.replies = append(st.replies, frames...)
-		st.closing = st.closing || frames[0] == 0x88
-	}
-	st.mu.Unlock()
-	if full {
-		st.abort()
-		return
-	}
-	st.wake()
-}
-
-// maxControl is the size of a frame that pings, pongs or closes (5.5), which
-// must come to the writers whole.
-const maxControlFrame = 2 + 125
-
-// A hijacker hands the library its connection with small buffers, for mostly
-// it waits; and in a guise that leaves the writing to the writers.
-type wsHijacker struct {
-	http.ResponseWriter
-	st *session
-}
-
-func (h wsHijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	if err != nil {
-		return nil, nil, err
-	}
-	h.st.conn = conn
-	guise := wsConn{conn, h.st}
-	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // a client may speak before it has our answer
-	in := bufio.NewReaderSize(bytes.NewReader(bytes.Clone(early)), max(128, len(early)))
-	in.Peek(len(early))
-	return guise, bufio.NewReadWriter(in, bufio.NewWriterSize(guise, maxControlFrame)), nil
-}
-
-// A guise is a WebSocket's connection as its library sees it. What the library
-// writes, pongs and the goodbye, goes through the writers like all else, so
-// that no frame gets into the middle of another.
-type wsConn struct {
-	net.Conn
-	st *session
-}
-
-func (g wsConn) Write(b []byte) (int, error) {
-	g.st.enqueueFrame(b)
-	return len(b), nil
-}
-
-// Close lets the writers send what is due first.
-func (g wsConn) Close() error {
-	g.st.closeWhenSent()
-	return nil
-}
-
-// handleFrame takes what a client says through its socket, and returns the answer,
-// if it is owed one. What can't be taken is said so, and the socket lives on.
-func (s *server) handleFrame(sp *wsAuthor, kind websocket.MessageType, frame []byte) *notice {
-	if kind != websocket.MessageText || !utf8.Valid(frame) {
-		return &notice{Type: "error", Data: "frames are text, in UTF-8"}
-	}
-	var said struct {
-		kind, key string
-		room      *string
-		ttl       *int64
-		onlyIf    *int64
-		data      json.RawMessage
-	}
-	spoken := !bytes.HasPrefix(frame, []byte("{"))
-	if !spoken {
-		fields := map[string]any{"type": &said.kind, "room": &said.room, "key": &said.key, "ttl": &said.ttl, "if": &said.onlyIf, "data": &said.data}
-		if err := parseObject(frame, maxDepth+1, fields); err != nil {
-			var only struct{ Key string } // for the answer, if it can be found
-			json.Unmarshal(frame, &only)
-			return s.wsReply(only.Key, 0, err)
-		}
-	}
-	if !s.addrs.allow(sp.addr) {
-		return s.wsReply(said.key, 0, errTooFast)
-	}
-	if time.Now().UnixNano() >= sp.claims.expires() { // a socket that is slow to read may not have been closed yet
-		return s.wsReply(said.key, 0, errExpired)
-	}
-	room := sp.room
-	if said.room != nil {
-		room = *said.room
-	}
-	if said.kind == "presence" {
-		var state string
-		if json.Unmarshal(said.data, &state) != nil {
-			return s.wsReply(said.key, 0, errState)
-		}
-		if room != "" && !sp.claims.allows(room, false) {
-			return s.wsReply(said.key, 0, errWrongRoom)
-		}
-		return s.wsReply(said.key, 0, s.setPresence(room, sp.user, sp.client, state))
-	}
-	p := publishRequest{room: room, kind: cmp.Or(said.kind, "message"), from: sp.user, key: said.key, onlyIf: said.onlyIf, unlimited: sp.addr.IsLoopback()}
-	if p.onlyIf != nil && *p.onlyIf < 0 {
-		return s.wsReply(said.key, 0, errIf)
-	}
-	if said.ttl != nil {
-		p.ttl = time.Duration(*said.ttl) * time.Second
-		if *said.ttl < 1 || *said.ttl > maxTTL {
-			return s.wsReply(said.key, 0, errTTL)
-		}
-	}
-	if room != "" && !sp.claims.allows(room, true) {
-		return s.wsReply(said.key, 0, errWrongRoom)
-	}
-	if spoken {
-		p.data = quoteJSON(frame)
-	} else {
-		p.data = compactJSON(said.data)
-	}
-	id, _, err := s.publishChecked(p)
-	return s.wsReply(said.key, id, err)
-}
-
-// wsReply is the answer to a frame that was taken, if it has a key, or could not be.
-func (s *server) wsReply(key string, id int64, err error) *notice {
-	if err == nil {
-		if key == "" {
+	st.send = func(sc *scratch, b []byte) error {
+		if len(b) == 0 && len(sc.encoded) == 0 { // a bye that this client does not see
 			return nil
 		}
-		answer := &notice{Type: "ack", Key: key}
-		if id != 0 {
-			answer.ID = &id
-		}
-		return answer
+		return write(b)
 	}
+	if err = st.loop(ctx); err == nil && st.closed {
+		conn.Close(st.closeCode())
+	}
+	return err
+}
+
+// closeCode says why the relay ends a WebSocket.
+func (st *stream) closeCode() (websocket.StatusCode, string) {
+	if time.Now().UnixNano() >= st.permit.expiresAt {
+		return websocket.StatusPolicyViolation, "the token has expired"
+	}
+	return websocket.StatusGoingAway, "come back in a moment"
+}
+
+// An author is who publishes through a WebSocket. It is all that is kept of the request.
+type author struct {
+	user, client, room string // room is the only one that the WebSocket reads, or ""
+	permit             *permit
+	onlyKeyed          bool // gets a reply only to a message that has a key
+}
+
+func (st *stream) author(q *request) *author {
+	a := &author{user: q.user, client: q.client, permit: q.permit, onlyKeyed: q.as == "data"}
+	if len(st.sub.subscriptions) == 1 {
+		a.room = st.sub.subscriptions[0].room.name // not the request's, which would keep the request
+	}
+	return a
+}
+
+// handleMessage takes what a client sends through its WebSocket, and returns the reply
+// that is due, if any. What cannot be taken gets an error, and the WebSocket stays open.
+func (s *server) handleMessage(a *author, kind websocket.MessageType, message []byte) *notice {
+	key, id, err := s.takeMessage(a, kind, message)
 	if len(key) > maxKey {
 		key = ""
 	}
-	answer := &notice{Type: "error", Key: key, Data: err.Error()}
-	if f, ok := err.(httpError); ok {
-		s.countRefusal(f.reason)
-		if f.status == http.StatusPreconditionFailed {
-			answer.ID = &f.newest
+	if key == "" && (err == nil || a.onlyKeyed) {
+		return nil
+	}
+	reply := &notice{Type: "ack", Key: key}
+	if id != 0 {
+		reply.ID = &id
+	}
+	if err != nil {
+		reply.Type, reply.ID, reply.Data = "error", nil, err.Error()
+		if e, ok := err.(httpError); ok {
+			s.refused(e.reason)
+			if e.status == http.StatusPreconditionFailed {
+				reply.ID = &e.newest
+			}
 		}
 	}
-	return answer
+	return reply
+}
+
+func (s *server) takeMessage(a *author, kind websocket.MessageType, message []byte) (key string, id int64, err error) {
+	if kind != websocket.MessageText || !utf8.Valid(message) {
+		return "", 0, badRequest("frames are text, in UTF-8")
+	}
+	p := publishRequest{room: a.room, from: a.user, kind: "message"}
+	var ttl *int64
+	var data json.RawMessage
+	if bytes.HasPrefix(message, []byte("{")) {
+		fields := map[string]any{"type": &p.kind, "room": &p.room, "key": &p.key, "ttl": &ttl, "if": &p.onlyIf, "data": &data}
+		if err := parseObject(message, maxDepth+1, fields); err != nil {
+			var only struct{ Key string } // for the reply, if it can be found
+			json.Unmarshal(message, &only)
+			return only.Key, 0, err
+		}
+		p.data = compactJSON(data)
+	} else {
+		p.data = quoteJSON(message)
+	}
+	key = p.key
+	if a.permit.quota != nil {
+		if err := a.permit.quota.publish(); err != nil {
+			return key, 0, err
+		}
+	}
+	if time.Now().UnixNano() >= a.permit.expiresAt { // a slow WebSocket may still be open
+		return key, 0, errExpired
+	}
+	if p.kind == "presence" {
+		var state string
+		if json.Unmarshal(data, &state) != nil {
+			return key, 0, errState
+		}
+		return key, 0, s.setPresence(a.permit, p.room, a.user, a.client, state)
+	}
+	p.kind = cmp.Or(p.kind, "message")
+	switch {
+	case p.onlyIf != nil && *p.onlyIf < 0:
+		return key, 0, errIf
+	case ttl != nil && (*ttl < 1 || *ttl > maxTTL):
+		return key, 0, errTTL
+	case ttl != nil:
+		p.ttl = time.Duration(*ttl) * time.Second
+	}
+	id, _, err = s.checkAndPublish(a.permit, p)
+	return key, id, err
+}
+
+// Requests. What enters is checked here, once; everything behind relies on it.
+
+const (
+	maxName  = 64        // bytes of the name of a room, type or client, of a callback; characters of a user
+	maxKey   = 128       // bytes of a publish key
+	maxRooms = 32        // in one request
+	maxDepth = 64        // of nested JSON: parsers of other languages give up soon after
+	maxTTL   = 24 * 3600 // seconds of a signal
+	maxWait  = 55        // seconds of a long-poll: many proxies cut at 60
+)
+
+// A permit says what the client behind a request may do. A layer puts one into the
+// request's context; without one a client may do anything, for ever.
+type permit struct {
+	user      string // if not empty, the only user that the client speaks as
+	expiresAt int64  // Unix nanoseconds
+	origin    string // the foreign origin whose page asks; "*" if it does not say which
+	ancestors string // whose pages may frame the relay's, as in a Content-Security-Policy
+	rights    rights // nil: all
+	quota     quota  // nil: no limits
+}
+
+// rights say which rooms a client may use.
+type rights interface {
+	ask() error // at all
+	read(room string) error
+	write(room string) error
+	operate() error // to list rooms, and to erase them
+}
+
+// A quota bounds what a client takes.
+type quota interface {
+	publish() error              // before a publish, or a change of presence, is read
+	publishTo(room string) error // before it is appended; may not block
+	hold() error                 // a stream or long-poll
+	release()
+}
+
+type permitKey struct{}
+
+// withPermit returns the request and its permit, which a layer may change.
+func withPermit(r *http.Request) (*http.Request, *permit) {
+	p, ok := r.Context().Value(permitKey{}).(*permit)
+	if !ok {
+		p = &permit{expiresAt: math.MaxInt64, ancestors: "*"}
+		r = r.WithContext(context.WithValue(r.Context(), permitKey{}, p))
+	}
+	return r, p
+}
+
+// An httpError is an error that the client can do something about.
+type httpError struct {
+	status     int
+	message    string
+	reason     string // counted under, if it is a limit or about access
+	retryAfter int    // seconds
+	newest     int64  // of 412: the id of the room's newest message
+}
+
+func (e httpError) Error() string { return e.message }
+
+func newError(status int, message string) httpError {
+	return httpError{status: status, message: message}
+}
+
+func badRequest(format string, args ...any) error {
+	return newError(http.StatusBadRequest, fmt.Sprintf(format, args...))
+}
+
+func limitError(status int, message, reason string, retryAfter int) httpError {
+	return httpError{status: status, message: message, reason: reason, retryAfter: retryAfter}
+}
+
+// conflict answers a publish whose if was not the newest message.
+func conflict(newest int64) error {
+	e := newError(http.StatusPreconditionFailed, "another message was published to this room since; its id is the one to go on from")
+	e.newest = newest
+	return e
+}
+
+var (
+	errClientGone = errors.New("the client left, or takes nothing")
+	errReserved   = newError(http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another")
+	errTooBig     = limitError(http.StatusRequestEntityTooLarge, "the body is too big; -body of the relay is its limit", "body", 0)
+	errSlow       = limitError(http.StatusRequestTimeout, "the body did not arrive in time", "body", 0)
+	errExpired    = limitError(http.StatusUnauthorized, "the token has expired", "token", 0)
+	errState      = badRequest("the state is one of online, typing, away, offline")
+	errUser       = badRequest("user is 1 to %d characters of UTF-8: none of them a control character, a line separator or a bidirectional control; not blank, and no space at either end", maxName)
+	errClient     = badRequest("client is 1 to %d of A-Z a-z 0-9 _ . : -", maxName)
+	errTTL        = badRequest("ttl is 1 to %d seconds", maxTTL)
+	errIf         = badRequest("if is the id of a message, or 0")
+	errUTF8       = badRequest("this is not UTF-8")
+)
+
+// Values of headers that most answers have, made once.
+var (
+	nosniff    = []string{"nosniff"}
+	sameOrigin = []string{"same-origin"}
+	noStore    = []string{"no-store"}
+	jsonUTF8   = []string{"application/json; charset=utf-8"}
+)
+
+// ServeHTTP answers a request, and says what is wrong when it cannot.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.answer(w, r, s.route) }
+
+// answer calls do, and answers with its error if it returns one.
+func (s *server) answer(w http.ResponseWriter, r *http.Request, do func(http.ResponseWriter, *http.Request) error) {
+	h := w.Header()
+	h["X-Content-Type-Options"] = nosniff
+	if r.Method != http.MethodPost { // no cache keeps the answer to a POST, and it has no links
+		h["Cache-Control"] = noStore
+		h["Referrer-Policy"] = sameOrigin // a URL may hold a token
+	}
+	err := do(w, r)
+	if err == nil {
+		return
+	}
+	e, ok := err.(httpError)
+	if !ok {
+		if r.Context().Err() != nil || errors.Is(err, errClientGone) {
+			return
+		}
+		id := rand.Text()[:8]
+		e = newError(http.StatusInternalServerError, "the relay failed; its log says more under "+id)
+		slog.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "error", err)
+	}
+	s.refused(e.reason)
+	if e.retryAfter > 0 {
+		h.Set("Retry-After", strconv.Itoa(e.retryAfter))
+	}
+	if e.status == http.StatusUnauthorized {
+		h.Set("WWW-Authenticate", "Bearer")
+	}
+	body := map[string]any{"error": e.message}
+	if e.status == http.StatusPreconditionFailed {
+		body["id"] = e.newest
+	}
+	writeJSON(w, e.status, body)
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	b, _ := json.Marshal(v)
+	w.Header()["Content-Type"] = jsonUTF8
+	w.WriteHeader(status)
+	w.Write(append(b, '\n'))
+}
+
+var readMethods = []string{"GET", "HEAD", "OPTIONS"}
+
+// route finds what a path and method ask for. It uses the escaped path, so a slash
+// within a name is seen for what it is, and nothing is redirected.
+func (s *server) route(w http.ResponseWriter, r *http.Request) error {
+	path, ok := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
+	if !ok {
+		return newError(http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}")
+	}
+	name, verb, _ := strings.Cut(path, "/")
+	rooms, err := parseRooms(name)
+	if err != nil {
+		return err
+	}
+	_, p := withPermit(r)
+	q := &request{rooms: rooms, permit: p}
+	switch verb {
+	case "":
+		return s.handle(w, r, q, []string{"POST", "PUT", "DELETE", "OPTIONS"}, s.handleRoom)
+	case "presence":
+		return s.handle(w, r, q, []string{"GET", "HEAD", "POST", "OPTIONS"}, s.handlePresence)
+	}
+	for _, t := range s.techniques {
+		if t.name == verb {
+			return s.handle(w, r, q, readMethods, func(w http.ResponseWriter, r *http.Request, q *request) error {
+				if err := q.mayRead(); err != nil {
+					return err
+				}
+				return s.serve(w, r, q, t)
+			})
+		}
+	}
+	return newError(http.StatusNotFound, "there is no such technique; there are "+s.techniqueNames())
+}
+
+func (s *server) techniqueNames() string {
+	var names []string
+	for _, t := range s.techniques {
+		names = append(names, t.name)
+	}
+	return strings.Join(names, " ")
+}
+
+// handle calls do if the method is one of methods and the client may ask. It answers
+// OPTIONS itself.
+func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, do func(http.ResponseWriter, *http.Request, *request) error) error {
+	allowed := strings.Join(methods, ", ")
+	if !slices.Contains(methods, r.Method) {
+		w.Header().Set("Allow", allowed)
+		message := r.Method + " is not for this path; " + allowed + " are"
+		if slices.Contains(methods, "PUT") {
+			message += ". Events are read from /rooms/{room}/{technique}: " + s.techniqueNames()
+		}
+		return newError(http.StatusMethodNotAllowed, message)
+	}
+	if q.permit.rights != nil {
+		if err := q.permit.rights.ask(); err != nil {
+			return err
+		}
+	}
+	if r.Method == http.MethodOptions {
+		w.Header().Set("Allow", allowed)
+		w.WriteHeader(http.StatusNoContent)
+		return nil
+	}
+	if r.URL.RawQuery != "" {
+		var err error
+		if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
+			return badRequest("the query is not well formed: %v", err)
+		}
+	}
+	return do(w, r, q)
+}
+
+// A request is what an HTTP request asks for, as far as it was checked.
+type request struct {
+	rooms  []string
+	values url.Values
+	permit *permit
+	err    error // the first thing that is wrong
+
+	user, client string
+	visible      bool // is present as user
+	seesPresence bool
+	cursor       int64 // -1 for none
+	last         int
+	wait         time.Duration
+	as           string
+}
+
+func (q *request) subscribeRequest(t *technique, maxBatchBytes int) subscribeRequest {
+	user := ""
+	if q.visible {
+		user = q.user
+	}
+	return subscribeRequest{
+		rooms: q.rooms, cursor: q.cursor, last: q.last, maxBatchBytes: maxBatchBytes,
+		user: user, client: q.client, seesPresence: q.seesPresence, longLived: t.mode != immediate,
+	}
+}
+
+// fail keeps the first error, so a request can be read to its end before anybody looks.
+func (q *request) fail(err error) { q.err = cmp.Or(q.err, err) }
+
+// param returns a parameter of the query, or "". Given twice it is an error.
+func (q *request) param(name string) string { return q.single(name, q.values[name]) }
+
+// single returns the value of what may be given once, or "".
+func (q *request) single(name string, values []string) string {
+	if len(values) == 0 {
+		return ""
+	}
+	if len(values) > 1 {
+		q.fail(badRequest("%s is given twice", name))
+	}
+	return values[0]
+}
+
+// paramOrForm returns a parameter of the query or the form; both may say the same.
+func (q *request) paramOrForm(form url.Values, name string) string {
+	v := q.param(name)
+	f, ok := form[name]
+	if !ok {
+		return v
+	}
+	if len(f) > 1 || v != "" && v != f[0] {
+		q.fail(badRequest("%s is given twice", name))
+	}
+	return f[0]
+}
+
+// intParam returns a parameter as an integer from low to high, or absent.
+func (q *request) intParam(name string, low, high, absent int64) int64 {
+	return q.parseInt(name, q.param(name), low, high, absent)
+}
+
+func (q *request) parseInt(name, v string, low, high, absent int64) int64 {
+	if v == "" {
+		return absent
+	}
+	n, err := strconv.ParseInt(v, 10, 64)
+	if err != nil || n < low || n > high || v[0] == '+' {
+		q.fail(badRequest("%s is an integer from %d to %d", name, low, high))
+	}
+	return n
+}
+
+// parseSubscribe reads what a technique takes, and returns its encoder.
+func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encoder {
+	q.user, q.client = q.userParam(), q.clientParam()
+	const header = "Last-Event-ID"
+	q.cursor = q.intParam("after", 0, math.MaxInt64, -1)
+	q.cursor = q.parseInt("lastEventId", q.lastEventID(), 0, math.MaxInt64, q.cursor)
+	q.cursor = q.parseInt(header, q.single(header, r.Header.Values(header)), 0, math.MaxInt64, q.cursor)
+	q.wait = time.Duration(q.intParam("wait", 0, maxWait, 25)) * time.Second
+	q.wait = min(q.wait, time.Until(time.Unix(0, q.permit.expiresAt)))
+	switch presence := q.param("presence"); presence {
+	case "":
+		q.visible = q.user != ""
+		q.seesPresence = q.visible
+	case "0", "1":
+		q.seesPresence = presence == "1"
+	default:
+		q.fail(badRequest("presence is 1, to see it, or 0"))
+	}
+	q.user = q.effectiveUser(q.user)
+	enc := q.representation(t)(s, q)
+	q.last = int(q.intParam("last", 0, math.MaxInt32, int64(enc.last)))
+	return enc
+}
+
+// representation returns the encoder that as= asks for. A representation of another
+// technique is ignored like any other parameter, but for data: its lack would be missed.
+func (q *request) representation(t *technique) func(*server, *request) encoder {
+	q.as = q.param("as")
+	var names []string
+	for _, rep := range t.as {
+		if rep.name == q.as {
+			return rep.encoder
+		}
+		names = append(names, rep.name)
+	}
+	switch {
+	case q.as == "data" && t.as == nil:
+		q.fail(badRequest("%s has no as=data; sse and ws have", t.name))
+	case q.as == "data", q.as != "" && t.name == "multipart":
+		q.fail(badRequest("as is one of %s", strings.Join(names, ", ")))
+	}
+	q.as = ""
+	return t.encoder
+}
+
+// lastEventID returns the cursor of clients that cannot set the header, such as
+// EventSource polyfills and Mercure's clients. Each spells it differently:
+// lastEventId, lastEventID, Last-Event-ID.
+func (q *request) lastEventID() string {
+	var ids []string
+	for name, values := range q.values {
+		if strings.EqualFold(strings.NewReplacer("-", "", "_", "").Replace(name), "lastEventId") {
+			ids = append(ids, values...)
+		}
+	}
+	slices.Sort(ids)
+	return q.single("lastEventId", slices.Compact(ids))
+}
+
+func (q *request) userParam() string {
+	user := q.param("user")
+	if !validUser(user) {
+		q.fail(errUser)
+	}
+	return user
+}
+
+func (q *request) clientParam() string {
+	client := q.param("client")
+	if client != "" && !validName(client) {
+		q.fail(errClient)
+	}
+	return client
+}
+
+// effectiveUser returns whom the request speaks as.
+func (q *request) effectiveUser(user string) string {
+	if q.permit.user == "" {
+		return user
+	}
+	if user != "" && user != q.permit.user {
+		q.fail(limitError(http.StatusForbidden, fmt.Sprintf("the token is for %q; it cannot speak as anybody else", q.permit.user), "token", 0))
+	}
+	return q.permit.user
+}
+
+func (q *request) mayRead() error {
+	for _, room := range q.rooms {
+		if q.permit.rights != nil {
+			if err := q.permit.rights.read(room); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func badRoom(name string) error {
+	return badRequest("%.80q is no name for a room: that is 1 to %d of A-Z a-z 0-9 _ . : -", name, maxName)
+}
+
+func parseRooms(escaped string) ([]string, error) {
+	list, err := url.PathUnescape(escaped)
+	if err != nil {
+		return nil, badRequest("the path is not well formed: %v", err)
+	}
+	rooms := strings.Split(list, ",")
+	if len(rooms) > maxRooms {
+		return nil, badRequest("these are %d rooms; one request names at most %d", len(rooms), maxRooms)
+	}
+	for i, room := range rooms {
+		if !validName(room) {
+			return nil, badRoom(room)
+		}
+		if slices.Contains(rooms[:i], room) {
+			return nil, badRequest("the room %q is named twice", room)
+		}
+	}
+	return rooms, nil
+}
+
+var namePattern = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,64}$`)
+
+// validName reports whether s can name a room, a type or a client.
+func validName(s string) bool { return namePattern.MatchString(s) }
+
+var callbackPattern = regexp.MustCompile(`^[A-Za-z_$][A-Za-z0-9_$]*(\.[A-Za-z_$][A-Za-z0-9_$]*)*$`)
+
+// validCallback reports whether s is a JavaScript name, or several with dots between
+// them, in ASCII.
+func validCallback(s string) bool { return len(s) <= maxName && callbackPattern.MatchString(s) }
+
+// validUser reports whether s can name a user; "" names none. A name is shown beside
+// others, so it must be visible, and must not reverse what is next to it.
+func validUser(s string) bool {
+	return utf8.ValidString(s) && utf8.RuneCountInString(s) <= maxName && strings.TrimSpace(s) == s &&
+		(s == "" || strings.ContainsFunc(s, visible)) &&
+		!strings.ContainsFunc(s, func(r rune) bool {
+			return unicode.IsControl(r) || unicode.In(r, unicode.Bidi_Control, unicode.Zl, unicode.Zp)
+		})
+}
+
+// visible reports whether r alone would be seen.
+func visible(r rune) bool {
+	const brailleBlank = 0x2800
+	return unicode.IsGraphic(r) && !unicode.IsSpace(r) && !unicode.Is(unicode.Other_Default_Ignorable_Code_Point, r) && r != brailleBlank
+}
+
+// reservedTypes are published by the relay alone.
+var reservedTypes = []string{"hello", "presence", "gap", "beat", "ack", "error", "bye"}
+
+// checkAndPublish publishes what was not checked yet, but for its data.
+func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew bool, err error) {
+	switch {
+	case p.room == "":
+		return 0, false, badRequest("this reads several rooms; name the one that is meant")
+	case !validName(p.room):
+		return 0, false, badRoom(p.room)
+	case !validName(p.kind):
+		return 0, false, badRequest("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
+	case slices.Contains(reservedTypes, p.kind):
+		return 0, false, badRequest("the type %s is the relay's own; publish another", p.kind)
+	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
+		return 0, false, badRequest("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
+	}
+	if err := by.mayWrite(p.room); err != nil {
+		return 0, false, err
+	}
+	if by.quota != nil {
+		p.allow = func() error { return by.quota.publishTo(p.room) }
+	}
+	return s.publish(p)
+}
+
+func (p *permit) mayWrite(room string) error {
+	if p.rights != nil {
+		if err := p.rights.write(room); err != nil {
+			return err
+		}
+	}
+	if room[0] == '_' {
+		return errReserved
+	}
+	return nil
+}
+
+// setPresence sets the state of a user in a room, none of it checked yet.
+func (s *server) setPresence(by *permit, room, user, client, state string) error {
+	switch {
+	case !validName(room):
+		return badRequest("presence is in one room; name it")
+	}
+	if by.rights != nil {
+		if err := by.rights.read(room); err != nil {
+			return err
+		}
+	}
+	switch {
+	case room[0] == '_':
+		return errReserved
+	case user == "":
+		return badRequest("presence is a user's; name one")
+	case !validUser(user):
+		return errUser
+	case !slices.Contains(presenceStates, state):
+		return errState
+	}
+	return s.relay.setPresence(room, user, client, state)
+}
+
+// handleRoom is POST, PUT and DELETE /rooms/{room}.
+func (s *server) handleRoom(w http.ResponseWriter, r *http.Request, q *request) error {
+	if len(q.rooms) > 1 {
+		return badRequest("publish to one room at a time, and erase one")
+	}
+	if r.Method != http.MethodDelete {
+		return s.handlePublish(w, r, q)
+	}
+	if err := q.permit.mayWrite(q.rooms[0]); err != nil {
+		return err
+	}
+	if q.permit.rights != nil {
+		if err := q.permit.rights.operate(); err != nil {
+			return err
+		}
+	}
+	if err := s.relay.erase(q.rooms[0]); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *request) error {
+	if q.permit.rights != nil {
+		if err := q.permit.rights.write(q.rooms[0]); err != nil {
+			return err
+		}
+	}
+	if q.permit.quota != nil {
+		if err := q.permit.quota.publish(); err != nil {
+			return err
+		}
+	}
+	p, then, err := s.parsePublish(w, r, q)
+	if err != nil {
+		return err
+	}
+	id, isNew, err := s.checkAndPublish(q.permit, p)
+	if err != nil {
+		return err
+	}
+	if then != "" { // a person's form: back to its page, by a relative address since a proxy may add a prefix
+		w.Header().Set("Location", "./"+q.rooms[0]+"/"+then+"?"+url.Values{"user": {p.from}}.Encode())
+		w.WriteHeader(http.StatusSeeOther)
+		return nil
+	}
+	status := http.StatusOK
+	if isNew {
+		status = http.StatusCreated
+	}
+	w.Header()["Content-Type"] = jsonUTF8
+	w.WriteHeader(status)
+	w.Write(append(strconv.AppendInt([]byte(`{"id":`), id, 10), "}\n"...))
+	return nil
+}
+
+// parsePublish reads a publish from a request's query, headers and body. A form of our
+// pages also says which page to go to then.
+func (s *server) parsePublish(w http.ResponseWriter, r *http.Request, q *request) (p publishRequest, then string, err error) {
+	b, contentType, form, err := s.readBody(w, r, "data")
+	if err != nil {
+		return p, "", err
+	}
+	p.room = q.rooms[0]
+	p.kind = cmp.Or(q.paramOrForm(form, "type"), "message")
+	p.from = q.paramOrForm(form, "user")
+	p.key = q.paramOrForm(form, "key")
+	const header = "Idempotency-Key"
+	if key := q.single(header, r.Header.Values(header)); key != "" {
+		if p.key != "" && p.key != key {
+			q.fail(badRequest("key and Idempotency-Key differ"))
+		}
+		p.key = key
+	}
+	if !validUser(p.from) {
+		q.fail(errUser)
+	}
+	p.from = q.effectiveUser(p.from)
+	p.ttl = time.Duration(q.parseInt("ttl", q.paramOrForm(form, "ttl"), 1, maxTTL, 0)) * time.Second
+	if q.values.Has("if") || form.Has("if") {
+		newest, err := strconv.ParseUint(q.paramOrForm(form, "if"), 10, 63)
+		if err != nil {
+			q.fail(errIf)
+		}
+		p.onlyIf = new(int64(newest))
+	}
+	switch {
+	case q.err != nil:
+		err = q.err
+	case len(form["data"]) > 1:
+		err = badRequest("data is given twice")
+	case !utf8.ValidString(form.Get("data")):
+		err = errUTF8
+	case form != nil:
+		p.data = quoteJSON([]byte(form.Get("data")))
+		if then = form.Get("then"); then != "form" && then != "refresh" {
+			then = ""
+		}
+	case isJSON(contentType):
+		if err = checkJSON(b, maxDepth); err == nil {
+			p.data = compactJSON(b)
+		}
+	case !utf8.Valid(b):
+		err = badRequest("the body is not UTF-8; the relay carries text and JSON")
+	default:
+		p.data = quoteJSON(b)
+	}
+	return p, then, err
+}
+
+// handlePresence is GET and POST /rooms/{room}/presence.
+func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *request) error {
+	if err := q.mayRead(); err != nil {
+		return err
+	}
+	if len(q.rooms) > 1 {
+		return badRequest("presence is in one room; name it")
+	}
+	room := q.rooms[0]
+	if r.Method != http.MethodPost {
+		writeJSON(w, http.StatusOK, struct {
+			Room string `json:"room"`
+			roster
+		}{room, s.relay.roster(room)})
+		return nil
+	}
+	user, client := q.userParam(), q.clientParam()
+	if q.err != nil {
+		return q.err
+	}
+	if q.permit.quota != nil {
+		if err := q.permit.quota.publish(); err != nil {
+			return err
+		}
+	}
+	b, contentType, form, err := s.readBody(w, r, "state")
+	if err != nil {
+		return err
+	}
+	state := strings.TrimSpace(string(b))
+	if form != nil {
+		state, user = q.paramOrForm(form, "state"), q.paramOrForm(form, "user")
+	} else if isJSON(contentType) || strings.HasPrefix(state, "{") {
+		state = ""
+		if err := parseObject(b, maxDepth, map[string]any{"state": &state}); err != nil {
+			return err
+		}
+	}
+	if user = q.effectiveUser(user); q.err != nil {
+		return q.err
+	}
+	if err := s.setPresence(q.permit, room, user, client, state); err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, map[string]string{"room": room, "user": user, "state": state})
+	return nil
+}
+
+// readBody reads a bounded body, its media type, and the form in it if it is one with
+// that field. curl -d sends any text as a form; such text is taken for what it is.
+func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) (b []byte, contentType string, form url.Values, err error) {
+	given := r.Header.Get("Content-Type")
+	contentType, params, err := mime.ParseMediaType(given)
+	if err != nil { // the type alone may be well formed: application/json; utf-8
+		contentType, params = strings.ToLower(strings.TrimSpace(given[:strings.IndexAny(given+";", ";,")])), nil
+	}
+	encoding := r.Header.Get("Content-Encoding")
+	charset := strings.ToLower(params["charset"])
+	switch {
+	case encoding != "" && encoding != "identity":
+		return nil, "", nil, newError(http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Encoding %q is not taken; send UTF-8, not encoded", encoding))
+	case !slices.Contains([]string{"", "utf-8", "utf8", "us-ascii"}, charset):
+		return nil, "", nil, newError(http.StatusUnsupportedMediaType, fmt.Sprintf("charset %q is not taken; send UTF-8, not encoded", charset))
+	case r.ContentLength > s.maxBody:
+		return nil, "", nil, errTooBig // before a client that expects 100 is told to continue
+	}
+	b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.maxBody))
+	switch _, tooBig := errors.AsType[*http.MaxBytesError](err); {
+	case tooBig:
+		return nil, "", nil, errTooBig
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		w.Header().Set("Connection", "close")
+		return nil, "", nil, errSlow
+	case err != nil:
+		return nil, "", nil, badRequest("the body did not arrive whole")
+	}
+	b = bytes.TrimPrefix(b, []byte("\ufeff")) // a byte order mark, which files of Windows begin with
+	switch contentType {
+	case "application/x-www-form-urlencoded":
+		if form := parseForm(string(b)); form.Has(field) && bytes.Contains(b, []byte(field+"=")) {
+			return b, contentType, form, nil
+		}
+	case "multipart/form-data":
+		r.Body = io.NopCloser(bytes.NewReader(b))
+		if err := r.ParseMultipartForm(s.maxBody); err != nil || !url.Values(r.MultipartForm.Value).Has(field) {
+			return nil, "", nil, badRequest("this is no form with a field %s", field)
+		}
+		return b, contentType, r.MultipartForm.Value, nil
+	}
+	return b, contentType, nil, nil
+}
+
+// parseForm reads a form as browsers do (https://url.spec.whatwg.org/#urlencoded-parsing):
+// what people write with curl -d may hold a ; or a % that encodes nothing.
+func parseForm(body string) url.Values {
+	form := url.Values{}
+	for field := range strings.SplitSeq(body, "&") {
+		name, value, _ := strings.Cut(field, "=")
+		name, value = unescapeForm(name), unescapeForm(value)
+		form[name] = append(form[name], value)
+	}
+	return form
+}
+
+var escaped = regexp.MustCompile(`%[0-9A-Fa-f]{2}`)
+
+func unescapeForm(s string) string {
+	return escaped.ReplaceAllStringFunc(strings.ReplaceAll(s, "+", " "), func(e string) string {
+		c, _ := strconv.ParseUint(e[1:], 16, 8)
+		return string([]byte{byte(c)})
+	})
+}
+
+// JSON, as others can be given it to parse.
+
+func isJSON(contentType string) bool {
+	return contentType == "application/json" || contentType == "text/json" || strings.HasSuffix(contentType, "+json") // RFC 6839
+}
+
+// quoteJSON returns text as a JSON string. Most text needs nothing but the quotes.
+func quoteJSON(text []byte) []byte {
+	for _, c := range text {
+		if c < ' ' || c > '~' || strings.IndexByte(`"\<>&`, c) >= 0 {
+			b, _ := json.Marshal(string(text))
+			return escapeNEL(b)
+		}
+	}
+	return slices.Concat([]byte(`"`), text, []byte(`"`))
+}
+
+// compactJSON returns valid JSON as json.Marshal writes it: on one line, and escaped.
+func compactJSON(data []byte) []byte {
+	if data == nil {
+		return []byte("null")
+	}
+	b, _ := json.Marshal(json.RawMessage(data))
+	return escapeNEL(b)
+}
+
+// escapeNEL escapes U+0085 as json.Marshal does U+2028: some clients read lines with
+// Python's str.splitlines, which ends a line there.
+func escapeNEL(b []byte) []byte {
+	return bytes.ReplaceAll(b, []byte("\u0085"), []byte(`\u0085`))
+}
+
+var (
+	goodEscapes   = regexp.MustCompile(`\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}`)
+	loneSurrogate = regexp.MustCompile(`\\u[dD][89a-fA-F]`)
+)
+
+// checkJSON refuses JSON that a parser stricter than Go's would refuse (I-JSON, RFC 7493):
+// half of a surrogate pair, a number beyond a double, a name twice in one object,
+// objects and arrays nested deeper than maxDepth.
+func checkJSON(b []byte, maxDepth int) error {
+	switch {
+	case !utf8.Valid(b):
+		return errUTF8
+	case !json.Valid(b):
+		return badRequest("this is not JSON; text goes as text/plain")
+	case loneSurrogate.Match(b) && loneSurrogate.Match(goodEscapes.ReplaceAll(b, nil)):
+		return badRequest("this JSON has half of a surrogate pair")
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.UseNumber()
+	return checkValue(d, maxDepth)
+}
+
+func checkValue(d *json.Decoder, maxDepth int) error {
+	token, _ := d.Token()
+	switch v := token.(type) {
+	case json.Number:
+		if _, err := v.Float64(); err != nil {
+			return badRequest("this JSON has a number beyond what a double holds: %.80s", v)
+		}
+	case json.Delim:
+		if maxDepth == 0 {
+			return badRequest("this JSON is nested deeper than it may be")
+		}
+		names := map[string]bool{}
+		for d.More() {
+			if v == '{' {
+				name, _ := d.Token()
+				if names[name.(string)] {
+					return badRequest("this JSON has the name %.80q twice in one object", name)
+				}
+				names[name.(string)] = true
+			}
+			if err := checkValue(d, maxDepth-1); err != nil {
+				return err
+			}
+		}
+		d.Token()
+	}
+	return nil
+}
+
+// parseObject reads fields of a JSON object by their exact names; encoding/json alone
+// would ignore case.
+func parseObject(b []byte, maxDepth int, fields map[string]any) error {
+	if err := checkJSON(b, maxDepth); err != nil {
+		return err
+	}
+	var raw map[string]json.RawMessage
+	err := json.Unmarshal(b, &raw)
+	for name, to := range fields {
+		if v, ok := raw[name]; ok && err == nil {
+			err = json.Unmarshal(v, to)
+		}
+	}
+	if err != nil {
+		return badRequest("a field of this JSON is of the wrong type")
+	}
+	return nil
 }

@@ -16,6 +16,7 @@ import (
 	"html"
 	"io"
 	"log/slog"
+	"math"
 	mathrand "math/rand/v2"
 	"mime"
 	"net"
@@ -43,7 +44,7 @@ import (
 
 // A testbed is a relay that serves, with the connections made to it.
 type testbed struct {
-	*server
+	*app
 	t       testing.TB
 	network string
 	tattle  bool   // that a client left while something was written to it
@@ -65,6 +66,9 @@ const (
 	tcp    = "tcp"     // HTTP/1.1 over loopback, sockets of the kernel
 )
 
+// techniques are those of every server.
+var techniques = newTechniques()
+
 func newBed(t testing.TB, network string, tune ...func(*config)) *testbed {
 	t.Helper()
 	c, err := parseFlags(nil, func(string) string { return "" })
@@ -74,12 +78,12 @@ func newBed(t testing.TB, network string, tune ...func(*config)) *testbed {
 	for _, change := range tune {
 		change(&c)
 	}
-	s, err := newServer(c)
+	s, err := newApp(c)
 	if err != nil {
 		t.Fatal(err)
 	}
 	before := slog.Default()
-	b := &testbed{server: s, t: t, network: network, url: "http://cometes.test", served: make(chan error, 1)}
+	b := &testbed{app: s, t: t, network: network, url: "http://cometes.test", served: make(chan error, 1)}
 	slog.SetDefault(slog.New(tattler{b}))
 	var listener net.Listener
 	if network == tcp {
@@ -167,7 +171,7 @@ func (b *testbed) settle() {
 	if b.network != tcp {
 		synctest.Wait()
 	} else if left {
-		b.until(func() bool { return b.readers() == 0 && b.active.Load() == 0 })
+		b.until(func() bool { return b.readers() == 0 && b.active() == 0 })
 	}
 }
 
@@ -188,7 +192,7 @@ func (b *testbed) until(is func() bool) bool {
 // idle fails unless nobody is subscribed, which every test has to end with.
 func (b *testbed) idle() {
 	b.t.Helper()
-	if n := b.active.Load(); n != 0 {
+	if n := b.active(); n != 0 {
 		b.t.Errorf("%d streams are still counted", n)
 	}
 	if n := b.readers(); n != 0 {
@@ -1162,10 +1166,10 @@ func checkGap(t *testing.T, b *testbed, k earKind) {
 		b.settle()
 		b.relay.mu.Lock() // ten messages at once
 		for i := range 10 {
-			b.relay.appendLocked(publishRequest{room: "a", kind: "message", data: []byte(fmt.Sprintf(`"n%d"`, i))})
+			b.relay.publishLocked(publishRequest{room: "a", kind: "message", data: []byte(fmt.Sprintf(`"n%d"`, i))})
 		}
 		b.relay.mu.Unlock()
-		b.relay.rooms["a"].wake()
+		b.relay.wake(b.relay.rooms["a"])
 		e.expect("gap", "message n6", "message n7", "message n8", "message n9")
 	}
 }
@@ -1230,7 +1234,7 @@ func checkBye(t *testing.T, b *testbed, k earKind) {
 	want := []string{}
 	for i := range 300 { // more than one batch
 		data, _ := json.Marshal(fmt.Sprint(i))
-		if _, _, err := b.publishChecked(publishRequest{room: "a", kind: "message", data: data}); err != nil {
+		if _, _, err := b.checkAndPublish(&permit{}, publishRequest{room: "a", kind: "message", data: data}); err != nil {
 			t.Fatal(err)
 		}
 		want = append(want, "message "+fmt.Sprint(i))
@@ -1279,7 +1283,7 @@ func checkHead(t *testing.T, b *testbed, k earKind) {
 			t.Errorf("%s: %q by GET, %q by HEAD", name, get, head)
 		}
 	}
-	if n := b.active.Load(); k.streams() && n > 1 {
+	if n := b.active(); k.streams() && n > 1 {
 		t.Errorf("HEAD left %d streams", n-1)
 	}
 	for _, wrong := range []string{"after=x", "last=-1", "presence=2"} {
@@ -1929,8 +1933,8 @@ func comeAndGo(b *testbed, n int) {
 		}
 	}
 	b.settle()
-	if !b.until(func() bool { return int(b.active.Load()) == len(ears)+waiting }) {
-		b.t.Errorf("%d are held, want %d streams and %d requests", b.active.Load(), len(ears), waiting)
+	if !b.until(func() bool { return int(b.active()) == len(ears)+waiting }) {
+		b.t.Errorf("%d are held, want %d streams and %d requests", b.active(), len(ears), waiting)
 	}
 	b.say("a", "to all of you")
 	for i, e := range ears {
@@ -1953,12 +1957,12 @@ func comeAndGo(b *testbed, n int) {
 
 // A chunk may be as long as a page of fifty of the longest messages.
 func TestALongChunk(t *testing.T) {
-	s := &server{relay: testRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20})}
-	st := &session{srv: s, headroom: chunkHeadSize}
+	s := newServer(testRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20}))
+	st := &session{stream: &stream{server: s, headroom: chunkHeadSize}}
 	st.fd = -1
 	ours, theirs := net.Pipe()
 	body := bytes.Repeat([]byte("x"), 17<<20)
-	if err := st.sendChunk(new(scratch), append(make([]byte, chunkHeadSize), body...)); err != errBlocked {
+	if err := st.sendChunk(s.scratches.New().(*scratch), append(make([]byte, chunkHeadSize), body...)); err != errBlocked {
 		t.Fatal(err)
 	}
 	go func() {
@@ -1984,7 +1988,7 @@ func TestWhatIsWrittenTheOrdinaryWayIsBounded(t *testing.T) {
 			t.Errorf("20 clients that do not read are owed %d bytes, and %d were dropped; want at most 100000", n, dropped)
 		}
 		time.Sleep(2 * writeTimeout)
-		if n, held := b.unsentBytes.Load(), b.active.Load(); n != 0 || held != 0 {
+		if n, held := b.unsentBytes.Load(), b.active(); n != 0 || held != 0 {
 			t.Errorf("when their time is up %d are held, and owed %d bytes", held, n)
 		}
 	})
@@ -2004,8 +2008,8 @@ func TestAnAnswerTakesNoLargerStack(t *testing.T) {
 		for _, conn := range conns {
 			fmt.Fprint(conn, "GET /rooms/a/longpoll?wait=55 HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
 		}
-		if !b.until(func() bool { return b.active.Load() == n }) {
-			t.Fatalf("%d wait, want %d", b.active.Load(), n)
+		if !b.until(func() bool { return b.active() == n }) {
+			t.Fatalf("%d wait, want %d", b.active(), n)
 		}
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
@@ -2092,11 +2096,11 @@ func TestStandstill(t *testing.T) {
 				}
 				inNoTime(t, start)
 				time.Sleep(9900 * time.Millisecond)
-				if n := b.active.Load(); n != 3 {
+				if n := b.active(); n != 3 {
 					t.Errorf("after 9.9 s there are %d streams, want 3", n)
 				}
 				time.Sleep(200 * time.Millisecond)
-				if n := b.active.Load(); n != 2 {
+				if n := b.active(); n != 2 {
 					t.Errorf("after 10.1 s there are %d streams, want 2", n)
 				}
 				var err error
@@ -2156,7 +2160,7 @@ func TestWhoSpeaksToAStream(t *testing.T) {
 				} else if lines.Scan() {
 					t.Errorf("%d bytes were said, and then came %q", size, lines.Text())
 				}
-				b.until(func() bool { return b.active.Load() == 0 })
+				b.until(func() bool { return b.active() == 0 })
 				conn.Close()
 			}
 		})
@@ -2179,7 +2183,7 @@ func TestALateRousingEndsNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t, pipe)
 		l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
-		srv := b.server.http(false)
+		srv := b.http(false)
 		go srv.Serve(l)
 		defer srv.Close()
 		conn, theirs := net.Pipe()
@@ -2195,7 +2199,7 @@ func TestALateRousingEndsNobody(t *testing.T) {
 			}
 			time.Sleep(time.Second)
 		}
-		if n := b.active.Load(); n != 1 {
+		if n := b.active(); n != 1 {
 			t.Errorf("%d streams", n)
 		}
 	})
@@ -2215,11 +2219,11 @@ func TestStandstillHTTP2(t *testing.T) {
 			}
 		}
 		time.Sleep(9900 * time.Millisecond)
-		if n := b.active.Load(); n != 2 {
+		if n := b.active(); n != 2 {
 			t.Errorf("after 9.9 s there are %d streams, want 2", n)
 		}
 		time.Sleep(200 * time.Millisecond)
-		if n := b.active.Load(); n != 1 {
+		if n := b.active(); n != 1 {
 			t.Errorf("after 10.1 s there are %d streams, want 1", n)
 		}
 		b.say("a", "later")
@@ -2707,7 +2711,7 @@ func TestAnAckIsNotLostToAStop(t *testing.T) {
 		b.stop()
 		synctest.Wait()
 		ack := notice{Type: "ack", Key: "k", ID: new(int64(1))}.event().json
-		st.enqueueFrame(append(wsTextFrame(nil, len(ack)), ack...))
+		st.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), ack...)))
 		st.handling.Store(false)
 		st.wake()
 		if h := e.next(); h.kind != "ack" {
@@ -2742,15 +2746,15 @@ func TestWebSocketPings(t *testing.T) {
 			dead <- time.Since(start)
 		}()
 		time.Sleep(10*time.Second - time.Millisecond)
-		if n := b.active.Load(); n != 2 {
+		if n := b.active(); n != 2 {
 			t.Errorf("after 10 s there are %d streams, want 2", n)
 		}
 		time.Sleep(50*time.Second + time.Millisecond)
-		if n := b.active.Load(); n != 1 {
+		if n := b.active(); n != 1 {
 			t.Errorf("after a minute there are %d streams, want 1", n)
 		}
 		time.Sleep(time.Hour - 2*time.Minute)
-		if n := b.active.Load(); n != 1 {
+		if n := b.active(); n != 1 {
 			t.Errorf("after an hour there are %d streams, want 1", n)
 		}
 		select {
@@ -2781,7 +2785,7 @@ func TestLeft(t *testing.T) {
 		if technique.mode != streaming {
 			continue
 		}
-		f := benchFraming(technique)
+		f := benchFraming(t, technique)
 		for _, due := range [][]*event{events, events[:1], events[1:2], {quoted, events[0]}, {events[0], quoted}} {
 			b := f.encode([]byte("head"), 1, due...)
 			for n := range b {
@@ -2808,15 +2812,15 @@ func TestHowManyPings(t *testing.T) {
 		patient, proxied bool
 		pings            int
 	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
-		st := &session{srv: b.server, fd: -1}
+		st := &session{stream: &stream{server: b.server, enc: frames(b.server, &request{})}, fd: -1}
 		st.kernelTimeout, st.proxied = test.patient, test.proxied
 		pings := 0
 		for range 48 {
 			st.pending = nil
-			if err := st.sendFrames(&scratch{}, []byte(wsFrames(&request{}).heartbeat)); err != errBlocked {
+			if err := st.sendPing(); err != nil {
 				t.Fatal(err)
 			}
-			if st.pending[0][0] == 0x89 {
+			if st.sendMessage(new(scratch), append(make([]byte, maxFrameHead), beatJSON...)); st.pending[0][0] == 0x89 {
 				pings++
 			}
 			st.awaitingPong.Store(false)
@@ -2970,6 +2974,24 @@ func TestWebSocketHandshake(t *testing.T) {
 	})
 }
 
+// Hello is first, however soon the client speaks.
+func TestHelloIsBeforeAnyAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		st := &session{ws: true, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), headroom: maxFrameHead, expiresAt: math.MaxInt64}}
+		st.send = st.sendMessage
+		if err := b.relay.subscribe(&st.sub, subscribeRequest{rooms: []string{"a"}, cursor: -1, maxBatchBytes: 1, driver: st}); err != nil {
+			t.Fatal(err)
+		}
+		defer st.sub.unsubscribe()
+		st.replies = []byte("an answer")
+		st.writeDue(b.scratches.New().(*scratch), time.Now().UnixNano()) // its first turn, on a socket that takes nothing
+		if first := string(slices.Concat(st.pending...)); !strings.Contains(first, `"hello"`) {
+			t.Errorf("the first it says is %q", first)
+		}
+	})
+}
+
 // A client may speak before it has read the answer to its handshake.
 func TestWebSocketEarly(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
@@ -3046,10 +3068,23 @@ func TestPicture(t *testing.T) {
 				e.close()
 				b.hangUp()
 				b.settle()
-				if b.idle(); len(b.pictures) != 0 {
-					t.Errorf("%d pictures are still drawn", len(b.pictures))
+				if b.idle(); len(b.pictures.renderers) != 0 {
+					t.Errorf("%d pictures are still drawn", len(b.pictures.renderers))
 				}
 			})
 		})
+	}
+}
+
+// A clock that is set back, as when a machine finds out the time, silences nobody.
+func TestAHeartbeatIsDueWhenTheClockWasSetBack(t *testing.T) {
+	now := time.Now().UnixNano()
+	st := &stream{heartbeatEvery: int64(14 * time.Second), expiresAt: math.MaxInt64}
+	st.heartbeatAt.Store(now + st.heartbeatEvery)
+	if st.due(now) || st.due(now+st.heartbeatEvery-1) || !st.due(now+st.heartbeatEvery) {
+		t.Error("a heartbeat is due when its pause is over, and not before")
+	}
+	if back := now - int64(time.Hour); !st.due(back) {
+		t.Error("the clock is an hour back, and for an hour there is no heartbeat")
 	}
 }

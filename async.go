@@ -1,0 +1,765 @@
+// Streams without a goroutine each. For every connection net/http keeps two buffers
+// of 4 KB and a goroutine with a stack of 8 KB, or two while a request is served: some
+// 26 KB, which is right for requests, and too much for ten thousand clients that are
+// sent something now and then. This file takes a stream's connection over with
+// http.Hijacker and keeps what a silent stream needs: the socket, a subscriber, and a
+// goroutine that waits to read, which is how one notices that a client left.
+//
+// A few writers serve all these streams, since waking a goroutine for each reader of
+// each message costs more than the write. Writers never wait: a full socket is left
+// to the goroutine that reads (for a WebSocket, to one of its own) until it has room
+// again, or its time is up.
+//
+// Without this file every stream is driven by its own request, in (*stream).loop. That
+// is also how HTTP/2 and HTTP/1.0 are served, which have no connection of their own or
+// no chunks.
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coder/websocket"
+)
+
+const (
+	// How long a stream that has ended waits for its client to close first. To close
+	// while the client still sends would take the end of the stream from it.
+	lingerTimeout = time.Second
+
+	// Bytes that the kernel may keep for a client that is slow to take them. Left to
+	// itself, Linux would keep megabytes.
+	socketBuffer = 32 << 10
+
+	// An event of this size, in bytes, is kept once for all clients that are slow to
+	// take it, and not copied for each.
+	shareFrom = 512
+
+	// Bytes that the client of a stream may send, which are discarded.
+	maxDiscarded = 16 << 10
+
+	// Bytes of replies that the client of a WebSocket may leave unread, beside what its
+	// socket holds.
+	maxQueuedReplies = 16 << 10
+
+	// With so many streams, memory is worth more than time. To deliver an event
+	// allocates nothing, so collecting garbage more often costs little.
+	gcThreshold = 100
+
+	// How many streams are queued, or taken from the queue, at once.
+	wakeBatchSize = 32
+
+	// Every so many heartbeats a WebSocket is sent a ping, whose pong costs more than the
+	// heartbeat. Where the kernel asks already, and no proxy is in between, there are few.
+	pingEvery  = 3
+	pingRarely = 12
+)
+
+// errBlocked says that a socket took only a part, and the rest is kept.
+var errBlocked = errors.New("the socket is full")
+
+// A session is a stream whose connection was taken over.
+type session struct {
+	state atomic.Int32
+	gone  atomic.Bool // the client left
+	ws    bool
+	index int // in pool.sessions
+	*stream
+	pool          *writerPool
+	fd            int // the socket, for writes that do not wait; -1 where there are none
+	conn          net.Conn
+	head          []byte      // the head of the answer, sent before everything
+	pending       net.Buffers // what a full socket did not take
+	kernelTimeout bool        // the kernel ends the connection when the client acknowledges nothing
+
+	// Of a WebSocket.
+	proxied      bool // there is, or may be, a proxy in between
+	heartbeats   int
+	pingDue      bool
+	awaitingPong atomic.Bool
+	handling     atomic.Bool // a message is being answered
+	replyDue     bool        // the same, when the writer's turn began
+	mu           sync.Mutex  // guards what follows
+	replies      []byte      // frames that are to be sent
+	closing      bool        // the last of them closes the WebSocket; nothing may follow (RFC 6455, 5.5.1)
+}
+
+// The states of a session. What is not atomic is touched only by whoever serves it: the
+// writer that took it from the queue, or the goroutine that waits for its full socket.
+const (
+	stateNew = iota // not in the pool yet
+	stateIdle
+	stateQueued  // a writer will come
+	stateWriting // a writer serves it
+	stateDirty   // the same, and there is more to do
+	stateBlocked // its socket is full; no writer comes
+	stateClosed
+)
+
+// A writerPool is the writers, and the sessions they serve. Writers live while there is
+// something to write, so a pool needs neither start nor stop.
+type writerPool struct {
+	server     *server
+	trustProxy bool
+	received   func(t *technique, bytes int) // counts what WebSockets send
+
+	mu       sync.Mutex // guards what follows
+	queue    []*session
+	taken    int // so many at the front of the queue were taken
+	writers  int
+	sessions []*session
+	ticking  bool // a tick is due
+}
+
+// newWriterPool has the server's streams served by a pool.
+func newWriterPool(s *server, trustProxy bool) *writerPool {
+	p := &writerPool{server: s, trustProxy: trustProxy, received: func(*technique, int) {}}
+	s.takeOver = p.takeOver
+	s.relay.wakeAll = p.wakeSubscriptions
+	publish := s.publish
+	s.publish = func(req publishRequest) (int64, bool, error) {
+		id, isNew, err := publish(req)
+		if isNew {
+			p.throttle()
+		}
+		return id, isNew, err
+	}
+	return p
+}
+
+// takeOver serves a stream by the pool if it has a connection of its own.
+func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream, q *request) (taken bool, err error) {
+	ses := &session{stream: st, pool: p, ws: st.technique.name == "ws"}
+	if !ses.ws && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
+		return false, nil
+	}
+	if err := st.open(q, ses); err != nil {
+		return true, err
+	}
+	if ses.ws {
+		return true, ses.upgrade(w, r, q)
+	}
+	return true, ses.hijack(w)
+}
+
+// hijack takes over the connection of a stream. The handler is done then.
+func (ses *session) hijack(w http.ResponseWriter) error {
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		ses.close()
+		return err
+	}
+	h := w.Header()
+	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
+	h.Set("Transfer-Encoding", "chunked")
+	h.Set("Connection", "close")
+	var head bytes.Buffer
+	head.WriteString("HTTP/1.1 200 OK\r\n")
+	h.Write(&head)
+	head.WriteString("\r\n")
+	ses.conn, ses.head = conn, head.Bytes()
+	ses.headroom, ses.send = chunkHeadSize, ses.sendChunk
+	ses.pool.add(ses)
+	go ses.watch()
+	return nil
+}
+
+// watch waits for the client to leave or, interrupted by a deadline, for its socket to
+// take what is pending. A client has no reason to send anything; what it sends is
+// discarded.
+func (ses *session) watch() {
+	var b [64]byte
+	for received := 0; ; {
+		n, err := ses.conn.Read(b[:])
+		received += n
+		interrupted := errors.Is(err, os.ErrDeadlineExceeded)
+		if interrupted { // before state is read, or the next interruption would be undone
+			ses.conn.SetReadDeadline(time.Time{})
+		}
+		if ses.state.Load() == stateBlocked {
+			ses.writePending()
+		} else if err != nil && !interrupted || received > maxDiscarded {
+			ses.abort()
+			ses.releaseBlocked()
+			return
+		}
+	}
+}
+
+var longAgo = time.Unix(1, 0)
+
+// abort has the session released, and ends all waiting for its socket. The socket is
+// closed in the session's turn, or after its end, never beside it: its number would
+// be the next connection's, and a write could go there.
+func (ses *session) abort() {
+	ses.gone.Store(true)
+	ses.conn.SetDeadline(longAgo)
+	ses.closeWhenSent()
+}
+
+// closeWhenSent has the session released when what is due was sent.
+func (ses *session) closeWhenSent() {
+	ses.gone.Store(true)
+	ses.wake()
+	if ses.state.Load() == stateClosed {
+		ses.conn.Close()
+	}
+}
+
+// chunkHeadSize is the size of a chunk in hexadecimal and a line end (RFC 9112, 7.1).
+// Leading zeros are allowed, so the size can be filled in last.
+const chunkHeadSize = len("00000000\r\n")
+
+// sendChunk writes b, whose first chunkHeadSize bytes are free, as a chunk.
+func (ses *session) sendChunk(sc *scratch, b []byte) error {
+	const hex = "0123456789abcdef"
+	copy(b[chunkHeadSize-2:], "\r\n")
+	for i, n := chunkHeadSize-3, len(b)-chunkHeadSize; i >= 0; i, n = i-1, n>>4 {
+		b[i] = hex[n&15]
+	}
+	if b = append(b, "\r\n"...); len(b) == chunkHeadSize+len("\r\n") {
+		b = b[:0] // an empty chunk would be the end
+	}
+	if ses.closed {
+		b = append(b, "0\r\n\r\n"...)
+	}
+	sc.count(ses.technique, nil, chunkHeadSize+len("\r\n"))
+	if ses.head != nil {
+		sc.count(ses.technique, nil, len(ses.head))
+		b = append(ses.head, b...)
+		ses.head = nil
+	}
+	return ses.write(b, sc.encoded)
+}
+
+// write gives the socket what it takes, and keeps the rest.
+func (ses *session) write(b []byte, events []*event) error {
+	n := 0
+	if ses.fd >= 0 && len(ses.pending) == 0 {
+		var err error
+		if n, err = tryWrite(ses.fd, b); err != nil {
+			return err
+		}
+	}
+	if n == len(b) {
+		return nil
+	}
+	ses.pending = append(ses.pending, unwritten(b, n, events)...)
+	return cmp.Or(ses.server.reserveUnsent(len(b)-n), errBlocked)
+}
+
+// unwritten returns b, which holds the events, without its first n bytes. What is
+// around the events is copied, since b is reused; a big event is shared.
+func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
+	copied := func(b []byte) {
+		if n < len(b) {
+			rest = append(rest, bytes.Clone(b[n:]))
+		}
+		n = max(0, n-len(b))
+	}
+	for _, e := range events {
+		if len(e.json) < shareFrom {
+			continue
+		}
+		i := bytes.Index(b, e.json)
+		if i < 0 {
+			break // this technique writes something else, and it would cost to look for all
+		}
+		copied(b[:i])
+		if b = b[i+len(e.json):]; n < len(e.json) {
+			rest = append(rest, e.json[n:])
+		}
+		n = max(0, n-len(e.json))
+	}
+	copied(b)
+	return rest
+}
+
+// The pool.
+
+// add begins to serve a session.
+func (p *writerPool) add(ses *session) {
+	if c, ok := ses.conn.(interface{ SetWriteBuffer(int) error }); ok {
+		c.SetWriteBuffer(socketBuffer)
+	}
+	if ses.fd = fdOf(ses.conn); ses.fd >= 0 {
+		ses.kernelTimeout = setUserTimeout(ses.fd, 2*max(p.server.heartbeat, writeTimeout))
+	}
+	p.mu.Lock()
+	ses.index = len(p.sessions)
+	if p.sessions = append(p.sessions, ses); len(p.sessions) == gcThreshold {
+		go setGCPercent(25)
+	}
+	if !p.ticking {
+		p.ticking = true
+		p.tick()
+	}
+	ses.state.Store(stateQueued)
+	p.pushLocked(ses)
+	p.mu.Unlock()
+}
+
+// setGCPercent sets how much garbage there may be, in percent of the memory in use,
+// unless GOGC does.
+func setGCPercent(percent int) {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(percent)
+	}
+}
+
+// tick queues the sessions that are due a heartbeat, while there are any sessions. One
+// walk now and then costs less than a timer for each.
+func (p *writerPool) tick() {
+	time.AfterFunc(p.server.heartbeat/15, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		now := time.Now().UnixNano()
+		for _, ses := range p.sessions {
+			if ses.due(now) && ses.state.CompareAndSwap(stateIdle, stateQueued) {
+				p.pushLocked(ses)
+			}
+		}
+		if p.ticking = len(p.sessions) > 0; p.ticking {
+			p.tick()
+		}
+	})
+}
+
+// wakeSubscriptions wakes the subscribers of a room.
+func (p *writerPool) wakeSubscriptions(subscriptions []*subscription) {
+	var batch wakeBatch
+	defer batch.flush()
+	for _, s := range subscriptions {
+		if ses, ok := s.subscriber.driver.(*session); ok {
+			ses.wakeIn(&batch)
+		} else {
+			s.subscriber.wake()
+		}
+	}
+}
+
+// wakeAll has all sessions served, so they see that the relay stops.
+func (p *writerPool) wakeAll() {
+	p.mu.Lock()
+	all := slices.Clone(p.sessions) // to wake takes the lock
+	p.mu.Unlock()
+	var batch wakeBatch
+	for _, ses := range all {
+		ses.wakeIn(&batch)
+	}
+	batch.flush()
+}
+
+// wake has the session served, now or once more.
+func (ses *session) wake() {
+	var batch wakeBatch
+	ses.wakeIn(&batch)
+	batch.flush()
+}
+
+// wakeIn is wake when the batch is flushed.
+func (ses *session) wakeIn(batch *wakeBatch) {
+	for {
+		switch ses.state.Load() {
+		case stateIdle:
+			if ses.state.CompareAndSwap(stateIdle, stateQueued) {
+				batch.add(ses)
+				return
+			}
+		case stateWriting:
+			if ses.state.CompareAndSwap(stateWriting, stateDirty) {
+				return
+			}
+		default:
+			return
+		}
+	}
+}
+
+// A wakeBatch carries a few sessions to the queue at once, so that whoever wakes ten
+// thousand and the writers do not wait for each other at each.
+type wakeBatch struct {
+	sessions [wakeBatchSize]*session
+	n        int
+}
+
+func (b *wakeBatch) add(ses *session) {
+	b.sessions[b.n] = ses
+	if b.n++; b.n == len(b.sessions) {
+		b.flush()
+	}
+}
+
+func (b *wakeBatch) flush() {
+	if b.n > 0 {
+		b.sessions[0].pool.enqueue(b.sessions[:b.n]...)
+		b.n = 0
+	}
+}
+
+// enqueue puts sessions whose state is stateQueued into the queue.
+func (p *writerPool) enqueue(sessions ...*session) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.pushLocked(sessions...)
+}
+
+func (p *writerPool) pushLocked(sessions ...*session) {
+	if p.taken > 0 && p.taken >= len(p.queue)/2 {
+		n := copy(p.queue, p.queue[p.taken:])
+		clear(p.queue[n:])
+		p.queue, p.taken = p.queue[:n], 0
+	}
+	p.queue = append(p.queue, sessions...)
+	if p.writers < runtime.GOMAXPROCS(0) {
+		p.writers++
+		go p.run()
+	}
+}
+
+// throttle holds a publisher up, for a tenth of a second at most, while the session that
+// waits longest is a quarter of a history behind. Without it a few that publish as
+// fast as they can would run away from a thousand that read.
+func (p *writerPool) throttle() {
+	r := p.server.relay
+	for range 100 {
+		p.mu.Lock()
+		waiting := p.queue[p.taken:]
+		behind := len(waiting) > 0 && waiting[0].sub.relay == r && r.lastID.Load()-waiting[0].sub.cursor > int64(r.maxEvents)/4
+		p.mu.Unlock()
+		if !behind {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// run is a writer: it serves what is in the queue until there is nothing.
+func (p *writerPool) run() {
+	sc := p.server.scratches.Get().(*scratch)
+	defer p.server.scratches.Put(sc)
+	var array [wakeBatchSize]*session
+	for {
+		p.mu.Lock()
+		batch := array[:copy(array[:], p.queue[p.taken:])]
+		p.taken += len(batch)
+		if len(batch) == 0 {
+			clear(p.queue)
+			p.queue, p.taken = p.queue[:0], 0
+			p.writers--
+		}
+		p.mu.Unlock()
+		if len(batch) == 0 {
+			return
+		}
+		now := time.Now().UnixNano()
+		for _, ses := range batch {
+			ses.state.Store(stateWriting)
+			ses.afterWrite(ses.writeDue(sc, now))
+		}
+		sc.count(nil, nil, 0)
+		clear(batch)
+	}
+}
+
+// writeDue writes what is due.
+func (ses *session) writeDue(sc *scratch, now int64) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			slog.Error("a stream failed", "panic", p, "stack", string(debug.Stack()))
+			err = errors.New("panic")
+		}
+	}()
+	if ses.ws {
+		if err := ses.begin(sc, now); err != nil { // a client may send at once, and hello is first
+			return err
+		}
+		ses.replyDue = ses.handling.Load() // read before the replies are taken
+		ses.mu.Lock()
+		replies, closing := ses.replies, ses.closing
+		ses.replies = nil
+		ses.mu.Unlock()
+		if len(replies) > 0 && !ses.closed { // after a second close frame Chromium reports that the connection failed
+			if err := ses.write(replies, nil); err != nil {
+				return err
+			}
+		}
+		if closing {
+			return net.ErrClosed
+		}
+	}
+	if ses.gone.Load() {
+		return net.ErrClosed
+	}
+	return ses.step(sc, now)
+}
+
+// afterWrite ends a turn.
+func (ses *session) afterWrite(err error) {
+	switch {
+	case err == errBlocked && ses.ws: // whose reading goroutine is in the library
+		ses.state.Store(stateBlocked)
+		go ses.writePending()
+	case err == errBlocked:
+		ses.state.Store(stateBlocked)
+		ses.conn.SetReadDeadline(longAgo)
+		if ses.gone.Load() {
+			ses.releaseBlocked()
+		}
+	case err != nil:
+		ses.release(err == io.EOF)
+	case !ses.state.CompareAndSwap(stateWriting, stateIdle):
+		ses.requeue()
+	}
+}
+
+func (ses *session) requeue() {
+	ses.state.Store(stateQueued)
+	ses.pool.enqueue(ses)
+}
+
+// releaseBlocked releases a session whose socket is full when nobody watches it any more.
+func (ses *session) releaseBlocked() {
+	if ses.state.CompareAndSwap(stateBlocked, stateWriting) {
+		ses.release(false)
+	}
+}
+
+// writePending waits for a full socket to take the rest. Each time it takes something it
+// gets a new writeTimeout.
+func (ses *session) writePending() {
+	for len(ses.pending) > 0 {
+		ses.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
+		n, err := ses.conn.Write(ses.pending[0])
+		ses.server.unsentBytes.Add(-int64(n))
+		if ses.pending[0] = ses.pending[0][n:]; len(ses.pending[0]) == 0 {
+			ses.pending = ses.pending[1:]
+		}
+		if err != nil && (n == 0 || ses.gone.Load()) {
+			if !ses.gone.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
+				ses.server.dropped()
+			}
+			ses.release(false)
+			return
+		}
+	}
+	ses.pending = nil
+	ses.conn.SetWriteDeadline(time.Time{})
+	ses.requeue()
+}
+
+// release gives up all that the session holds. After a bye the client is to close.
+func (ses *session) release(byeSent bool) {
+	ses.state.Store(stateClosed)
+	for _, b := range ses.pending {
+		ses.server.unsentBytes.Add(-int64(len(b)))
+	}
+	p := ses.pool
+	p.mu.Lock()
+	last := p.sessions[len(p.sessions)-1]
+	p.sessions[ses.index], last.index = last, ses.index
+	p.sessions[len(p.sessions)-1] = nil
+	if p.sessions = p.sessions[:len(p.sessions)-1]; len(p.sessions) == gcThreshold/2 {
+		go setGCPercent(100)
+	}
+	p.mu.Unlock()
+	ses.close()
+	if !byeSent {
+		ses.conn.Close()
+		return
+	}
+	if c, ok := ses.conn.(interface{ CloseWrite() error }); ok {
+		c.CloseWrite()
+	}
+	time.AfterFunc(lingerTimeout, func() { ses.conn.Close() })
+}
+
+// WebSocket. The library does the handshake and reads. Frames to the client are written
+// here, since the library has a writer of its own for each connection.
+
+// upgrade begins a stream over a WebSocket: the pool writes, and a goroutine reads.
+func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) error {
+	ses.headroom, ses.send = maxFrameHead, ses.sendMessage
+	ses.ping = ses.sendPing
+	ses.busy = func() bool { return ses.replyDue }
+	ses.proxied = ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
+	options := acceptOptions(r)
+	options.OnPongReceived = func(context.Context, []byte) { ses.awaitingPong.Store(false) }
+	conn, err := websocket.Accept(wsHijacker{w, ses}, r, options)
+	if err != nil {
+		ses.close()
+		return nil // Accept has answered
+	}
+	conn.SetReadLimit(ses.server.maxBody)
+	ses.pool.add(ses)
+	go ses.readMessages(conn, ses.author(q))
+	return nil
+}
+
+// maxFrameHead is the size of the head of a frame of eight bytes of length.
+const maxFrameHead = 10
+
+// textFrame writes the head of a text frame (RFC 6455, 5.2) into the last of the
+// maxFrameHead free bytes at the front of b, and returns the frame: the length in one
+// byte, or after 126 in two, or after 127 in eight.
+func textFrame(b []byte) []byte {
+	switch size := len(b) - maxFrameHead; {
+	case size < 126:
+		b = b[maxFrameHead-2:]
+		b[1] = byte(size)
+	case size < 1<<16:
+		b = b[maxFrameHead-4:]
+		b[1] = 126
+		binary.BigEndian.PutUint16(b[2:], uint16(size))
+	default:
+		b[1] = 127
+		binary.BigEndian.PutUint64(b[2:], uint64(size))
+	}
+	b[0] = 0x81
+	return b
+}
+
+// appendClose appends a close frame (5.5.1).
+func appendClose(b []byte, code websocket.StatusCode, reason string) []byte {
+	b = append(b, 0x88, byte(2+len(reason)))
+	return append(binary.BigEndian.AppendUint16(b, uint16(code)), reason...)
+}
+
+// sendMessage writes b, whose first maxFrameHead bytes are free, as a message.
+func (ses *session) sendMessage(sc *scratch, b []byte) error {
+	if len(b) > maxFrameHead || len(sc.encoded) > 0 {
+		b = textFrame(b)
+	} else {
+		b = b[:0] // a bye that this client does not see
+	}
+	if ses.pingDue {
+		ses.pingDue = false
+		b = append(pingFrame[:2:2], b...)
+	}
+	if ses.closed {
+		code, reason := ses.closeCode()
+		b = appendClose(b, code, reason)
+	}
+	return ses.write(b, sc.encoded)
+}
+
+// sendPing asks now and then whether the client is still there. A client that has not
+// answered the last ping is gone.
+func (ses *session) sendPing() error {
+	ses.heartbeats++
+	due := ses.heartbeats%pingEvery == 1
+	if ses.kernelTimeout && !ses.proxied {
+		due = ses.heartbeats%pingRarely == 0
+	}
+	if !due {
+		return nil
+	}
+	if ses.awaitingPong.Swap(true) {
+		return os.ErrDeadlineExceeded
+	}
+	if ses.enc.heartbeat == "" {
+		return ses.write(pingFrame, nil)
+	}
+	ses.pingDue = true // with the heartbeat, in one write
+	return nil
+}
+
+var pingFrame = []byte("\x89\x00")
+
+// readMessages takes what the client sends, until it closes.
+func (ses *session) readMessages(conn *websocket.Conn, a *author) {
+	defer conn.CloseNow()
+	defer func() { // as net/http does for a request
+		if p := recover(); p != nil {
+			slog.Error("a WebSocket failed", "panic", p, "stack", string(debug.Stack()))
+		}
+	}()
+	for {
+		kind, message, err := conn.Read(context.Background())
+		if err != nil {
+			return
+		}
+		ses.pool.received(ses.technique, len(message)+6) // with the shortest head and a mask
+		ses.handling.Store(true)                         // what is published is answered, even if the relay stops meanwhile
+		if reply := ses.server.handleMessage(a, kind, message); reply != nil {
+			ses.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), reply.event().json...)))
+		}
+		if ses.handling.Store(false); ses.server.relay.isStopping() {
+			ses.wake()
+		}
+	}
+}
+
+// enqueueFrames has whole frames written by the pool. A client that leaves too many
+// unread is dropped.
+func (ses *session) enqueueFrames(frames []byte) {
+	ses.mu.Lock()
+	full := len(ses.replies)+len(frames) > maxQueuedReplies
+	if !full {
+		ses.replies = append(ses.replies, frames...)
+		ses.closing = ses.closing || frames[0] == 0x88
+	}
+	ses.mu.Unlock()
+	if full {
+		ses.abort()
+		return
+	}
+	ses.wake()
+}
+
+// maxControlFrame is the size of a frame that pings, pongs or closes (5.5), which must
+// reach enqueueFrames whole.
+const maxControlFrame = 2 + 125
+
+// A wsHijacker gives the library its connection with small buffers, since most of the
+// time it waits.
+type wsHijacker struct {
+	http.ResponseWriter
+	ses *session
+}
+
+func (h wsHijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	h.ses.conn = conn
+	c := wsConn{conn, h.ses}
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // a client may send before it has our answer
+	in := bufio.NewReaderSize(bytes.NewReader(bytes.Clone(early)), max(128, len(early)))
+	in.Peek(len(early))
+	return c, bufio.NewReadWriter(in, bufio.NewWriterSize(c, maxControlFrame)), nil
+}
+
+// A wsConn is the connection as the library sees it. What the library writes, such as
+// pongs, goes through the pool, so no frame gets into the middle of another.
+type wsConn struct {
+	net.Conn
+	ses *session
+}
+
+func (c wsConn) Write(b []byte) (int, error) {
+	c.ses.enqueueFrames(b)
+	return len(b), nil
+}
+
+func (c wsConn) Close() error {
+	c.ses.closeWhenSent()
+	return nil
+}

@@ -1,0 +1,16 @@
+//go:build ignore
+
+// The smallest program around the relay: go run relay.go transports.go presence.go minimal.go
+
+package main
+
+import (
+	"cmp"
+	"log"
+	"net/http"
+	"os"
+)
+
+func main() {
+	log.Fatal(http.ListenAndServe(":"+cmp.Or(os.Getenv("PORT"), "8080"), newServer(newRelay(defaultLimits))))
+}
