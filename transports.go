@@ -552,10 +552,8 @@ func (s *server) hold(p *permit, t *technique) error {
 	if s.relay.isStopping() {
 		return errStopping
 	}
-	if p.quota != nil {
-		if err := p.quota.hold(); err != nil {
-			return err
-		}
+	if err := p.quota.hold(); err != nil {
+		return err
 	}
 	t.open.Add(1)
 	return nil
@@ -563,9 +561,7 @@ func (s *server) hold(p *permit, t *technique) error {
 
 func (s *server) release(p *permit, t *technique) {
 	t.open.Add(-1)
-	if p.quota != nil {
-		p.quota.release()
-	}
+	p.quota.release()
 }
 
 // active is how many requests are held.
@@ -1010,10 +1006,8 @@ func (s *server) takeMessage(a *author, kind websocket.MessageType, message []by
 		p.data = quoteJSON(message)
 	}
 	key = p.key
-	if a.permit.quota != nil {
-		if err := a.permit.quota.publish(); err != nil {
-			return key, 0, err
-		}
+	if err := a.permit.quota.publish(); err != nil {
+		return key, 0, err
 	}
 	if time.Now().UnixNano() >= a.permit.expiresAt { // a slow WebSocket may still be open
 		return key, 0, errExpired
@@ -1056,8 +1050,8 @@ type permit struct {
 	expiresAt int64  // Unix nanoseconds
 	origin    string // the foreign origin whose page asks; "*" if it does not say which
 	ancestors string // whose pages may frame the relay's, as in a Content-Security-Policy
-	rights    rights // nil: all
-	quota     quota  // nil: no limits
+	rights    rights
+	quota     quota
 }
 
 // rights say which rooms a client may use.
@@ -1076,13 +1070,29 @@ type quota interface {
 	release()
 }
 
+// unlimited is the rights and the quota of a client that nobody limits.
+type unlimited struct{}
+
+func (unlimited) ask() error             { return nil }
+func (unlimited) read(string) error      { return nil }
+func (unlimited) write(string) error     { return nil }
+func (unlimited) operate() error         { return nil }
+func (unlimited) publish() error         { return nil }
+func (unlimited) publishTo(string) error { return nil }
+func (unlimited) hold() error            { return nil }
+func (unlimited) release()               {}
+
+func newPermit() *permit {
+	return &permit{expiresAt: math.MaxInt64, ancestors: "*", rights: unlimited{}, quota: unlimited{}}
+}
+
 type permitKey struct{}
 
 // withPermit returns the request and its permit, which a layer may change.
 func withPermit(r *http.Request) (*http.Request, *permit) {
 	p, ok := r.Context().Value(permitKey{}).(*permit)
 	if !ok {
-		p = &permit{expiresAt: math.MaxInt64, ancestors: "*"}
+		p = newPermit()
 		r = r.WithContext(context.WithValue(r.Context(), permitKey{}, p))
 	}
 	return r, p
@@ -1240,10 +1250,8 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, meth
 		}
 		return newError(http.StatusMethodNotAllowed, message)
 	}
-	if q.permit.rights != nil {
-		if err := q.permit.rights.ask(); err != nil {
-			return err
-		}
+	if err := q.permit.rights.ask(); err != nil {
+		return err
 	}
 	if r.Method == http.MethodOptions {
 		w.Header().Set("Allow", allowed)
@@ -1420,10 +1428,8 @@ func (q *request) effectiveUser(user string) string {
 
 func (q *request) mayRead() error {
 	for _, room := range q.rooms {
-		if q.permit.rights != nil {
-			if err := q.permit.rights.read(room); err != nil {
-				return err
-			}
+		if err := q.permit.rights.read(room); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -1500,17 +1506,13 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 	if err := by.mayWrite(p.room); err != nil {
 		return 0, false, err
 	}
-	if by.quota != nil {
-		p.allow = func() error { return by.quota.publishTo(p.room) }
-	}
+	p.allow = func() error { return by.quota.publishTo(p.room) }
 	return s.publish(p)
 }
 
 func (p *permit) mayWrite(room string) error {
-	if p.rights != nil {
-		if err := p.rights.write(room); err != nil {
-			return err
-		}
+	if err := p.rights.write(room); err != nil {
+		return err
 	}
 	if room[0] == '_' {
 		return errReserved
@@ -1524,10 +1526,8 @@ func (s *server) setPresence(by *permit, room, user, client, state string) error
 	case !validName(room):
 		return badRequest("presence is in one room; name it")
 	}
-	if by.rights != nil {
-		if err := by.rights.read(room); err != nil {
-			return err
-		}
+	if err := by.rights.read(room); err != nil {
+		return err
 	}
 	switch {
 	case room[0] == '_':
@@ -1553,10 +1553,8 @@ func (s *server) handleRoom(w http.ResponseWriter, r *http.Request, q *request) 
 	if err := q.permit.mayWrite(q.rooms[0]); err != nil {
 		return err
 	}
-	if q.permit.rights != nil {
-		if err := q.permit.rights.operate(); err != nil {
-			return err
-		}
+	if err := q.permit.rights.operate(); err != nil {
+		return err
 	}
 	if err := s.relay.erase(q.rooms[0]); err != nil {
 		return err
@@ -1566,15 +1564,11 @@ func (s *server) handleRoom(w http.ResponseWriter, r *http.Request, q *request) 
 }
 
 func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *request) error {
-	if q.permit.rights != nil {
-		if err := q.permit.rights.write(q.rooms[0]); err != nil {
-			return err
-		}
+	if err := q.permit.rights.write(q.rooms[0]); err != nil {
+		return err
 	}
-	if q.permit.quota != nil {
-		if err := q.permit.quota.publish(); err != nil {
-			return err
-		}
+	if err := q.permit.quota.publish(); err != nil {
+		return err
 	}
 	p, then, err := s.parsePublish(w, r, q)
 	if err != nil {
@@ -1673,10 +1667,8 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 	if q.err != nil {
 		return q.err
 	}
-	if q.permit.quota != nil {
-		if err := q.permit.quota.publish(); err != nil {
-			return err
-		}
+	if err := q.permit.quota.publish(); err != nil {
+		return err
 	}
 	b, contentType, form, err := s.readBody(w, r, "state")
 	if err != nil {
