@@ -502,14 +502,18 @@ test('a long history comes whole, in as many answers as it takes', async () => {
 })
 
 test('jsonp calls the page; a script that does not call, or does not come, is a failure', async () => {
-  const scripts = []
-  globalThis.document = { createElement: () => ({ remove() { this.gone = true } }), head: { append: s => scripts.push(s) } }
+  const scripts = [], frames = []
+  const page = { createElement: () => ({ remove() { this.gone = true } }), head: { append: s => scripts.push(s) } }
+  globalThis.document = {
+    createElement: () => ({ contentWindow: {}, contentDocument: page, remove() { this.gone = true } }),
+    body: { append: f => frames.push(f) && soon(() => f.onload()) },
+  }
   const { comet, got, statuses } = alone({ via: ['jsonp'], after: relay.mark })
   await settle()
   const serve = script => {
     const url = new URL(script.src)
     assert.equal(kindOf(url), 'jsonp')
-    globalThis[url.searchParams.get('callback')](relay.reader(url).next())
+    frames.at(-1).contentWindow[url.searchParams.get('callback')](relay.reader(url).next())
     script.onload()
     return url
   }
@@ -523,9 +527,11 @@ test('jsonp calls the page; a script that does not call, or does not come, is a 
   assert.deepEqual(got, ['hi'])
   assert(scripts[0].gone && scripts[1].gone)
   assert(!(url.searchParams.get('callback') in globalThis))
+  assert(!frames[0].gone, 'one frame for all')
   scripts[2].onload()
   await settle()
   assert.match(statuses.at(-1).error.message, /did not call/)
+  assert(frames[0].gone, 'and with it what it loads')
   await pass(2e3)
   scripts[3].onerror()
   await settle()

@@ -14,8 +14,6 @@
  *     link.on(event)    when an event came
  *     link.at(cursor)   when all up to there has come
  *     link.done(error)  when it is over
- *
- * @type {Record<string, (link: import('./comet').Link) => () => void>}
  */
 export const techniques = {
   // 2011. Both ways. A frame is an event, or several, a line each.
@@ -44,13 +42,9 @@ export const techniques = {
 
   // ~2000. A hidden page that never ends; its scripts post the events to us.
   iframe({ url, on, done }) {
-    const frame = document.createElement('iframe')
     const hear = e => e.source === frame.contentWindow && on(e.data)
     addEventListener('message', hear)
-    frame.onload = () => done(new CometError('the frame ended'))
-    frame.hidden = true
-    frame.src = url()
-    document.body.append(frame)
+    const frame = embed({ src: url() }, () => done(new CometError('the frame ended')))
     return () => {
       removeEventListener('message', hear)
       frame.remove()
@@ -60,19 +54,27 @@ export const techniques = {
   // ~2000. An answer that waits for news; then ask again.
   longpoll: link => ask(link, (wait, signal) => json(link.url({ wait }), { signal })),
 
-  // 2005. The same by a <script> that calls us, even if it was removed.
-  jsonp: link => ask(link, wait => new Promise((answer, fail) => {
-    const callback = 'comet' + unique()
-    const script = document.createElement('script')
-    globalThis[callback] = answer
-    script.onload = script.onerror = () => {
-      fail(new CometError('the script did not call')) // no effect if it did
-      delete globalThis[callback]
-      script.remove()
+  // 2005. The same by a <script> that calls us. It's in a frame, for a script that is only removed is still loaded.
+  jsonp(link) {
+    let stop
+    const frame = embed({ srcdoc: '<p>' }, () => {
+      const { contentDocument: page, contentWindow: view } = frame
+      stop = ask(link, wait => new Promise((answer, fail) => {
+        const script = page.createElement('script')
+        view.comet = data => answer(structuredClone(data))
+        script.onload = script.onerror = () => {
+          fail(new CometError('the script did not call')) // no effect if it did
+          script.remove()
+        }
+        script.src = link.url({ wait, callback: 'comet' })
+        page.head.append(script)
+      }))
+    })
+    return () => {
+      stop?.()
+      frame.remove()
     }
-    script.src = link.url({ wait, callback })
-    document.head.append(script)
-  })),
+  },
 
   // Always.
   poll: link => ask(link, (_, signal) => json(link.url(), { signal }), () => link.nap(hidden() ? 25e3 : link.every * 1e3)),
@@ -95,6 +97,12 @@ const ask = (link, question, pause) => run(link, async signal => {
     if (!events.length) await pause?.()
   }
 })
+
+function embed(what, onload) {
+  const frame = Object.assign(document.createElement('iframe'), { hidden: true, onload, ...what })
+  document.body.append(frame)
+  return frame
+}
 
 function run({ done }, go) {
   const abort = new AbortController()
@@ -157,10 +165,10 @@ function known(list) {
 }
 
 export class Comet extends EventTarget {
-  /** All up to here was dispatched. @type {number | undefined} */ cursor
-  /** @type {import('./comet').Status} */ status = 'connecting'
-  /** The technique in use. @type {string | undefined} */ via
-  /** This tab has the connection. */ leader = false
+  cursor // all up to here was dispatched
+  status = 'connecting'
+  via // the technique in use
+  leader = false // this tab has the connection
 
   #base; #options; #list // the techniques to use
   #link; #trial; #round // the connection; what may replace it; what to try next
@@ -170,7 +178,6 @@ export class Comet extends EventTarget {
   #id = unique(); #client = this.#id; #session; #channel; #others = new Set; #behind; #missed = []
   #detail; #closed
 
-  /** @param {string} url  @param {import('./comet').Options} [options] */
   constructor(url, { via = ['ws', 'sse', 'stream', 'longpoll', 'poll'], user, presence = !!user, shared = true, every = 5, ...options } = {}) {
     super()
     const base = this.#base = new URL(home ? url.replace(/^\/(?!\/)/, '') : url, home ?? globalThis.location?.href)
@@ -189,7 +196,6 @@ export class Comet extends EventTarget {
   /**
    * One message goes after the other, so their order is kept; each has a key, so it may be sent twice and is
    * published once.
-   * @param {any} data  @param {import('./comet').How} [how]  @returns {Promise<number>}
    */
   send(data, { type, ttl, room, if: newest, key = unique() } = {}) {
     const promise = new Promise((resolve, reject) => {
@@ -212,7 +218,6 @@ export class Comet extends EventTarget {
     this.presence('typing', room)
   }
 
-  /** @param {import('./comet').State} state */
   presence(state, room) {
     if (state !== 'typing') this.#state = state
     if (!this.user || this.status !== 'open') return
