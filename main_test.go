@@ -442,7 +442,7 @@ func (b *testbed) whileStopping(method, path, body string) recorder {
 
 func (b *testbed) saysBye(w recorder) {
 	b.t.Helper()
-	if w.Code != 200 || w.Header().Get("Content-Type") != "text/event-stream; charset=utf-8" || !regexp.MustCompile(`^retry: \d{4}\n\nevent: bye\ndata: \{"type":"bye","data":\{"retry":\d+\}\}\n\n$`).MatchString(w.Body.String()) {
+	if w.Code != 200 || w.Header().Get("Content-Type") != "text/event-stream; charset=utf-8" || !regexp.MustCompile(`^retry: \d{4}\nevent: bye\ndata: \{"type":"bye","data":\{"retry":\d+\}\}\n\n$`).MatchString(w.Body.String()) {
 		b.t.Errorf("sse: %d %q, want 200, retry and bye", w.Code, w.Body)
 	}
 }
@@ -531,4 +531,21 @@ func TestAskedWhileStopping(t *testing.T) {
 		}
 		b.relay.mu.Unlock()
 	})
+}
+
+// Somebody at a terminal is told an address to open, and who may.
+func TestGreeting(t *testing.T) {
+	for _, tc := range []struct {
+		addr   string
+		tokens bool
+		want   string
+	}{
+		{"[::]:8080", false, "Cometes is at http://localhost:8080\nOpen to anybody who can reach this machine; -secret asks for tokens."},
+		{"127.0.0.1:80", false, "Cometes is at http://localhost:80\nOpen to anybody on this machine; -secret asks for tokens."},
+		{"192.0.2.1:8080", true, "Cometes is at http://192.0.2.1:8080\nOpen to those with a token; `cometes token` makes one."},
+	} {
+		if got := greeting(tc.addr, tc.tokens); got != tc.want {
+			t.Errorf("%s: %q, want %q", tc.addr, got, tc.want)
+		}
+	}
 }

@@ -579,14 +579,16 @@ func (e *ear) hearSSE() error {
 		}
 		fields[name] = strings.TrimPrefix(value, " ")
 	}
-	data, ok := fields["data"]
-	switch {
-	case !ok && fields["retry"] != "" && len(fields) == 1:
-		e.retry = fields["retry"]
-		return nil
-	case ok && data == "" && fields["event"] == "beat" && len(fields) == 2:
+	data := fields["data"]
+	if data == `{"type":"beat"}` && fields["event"] == "beat" && len(fields) == 2 {
 		e.add(heard{kind: "beat"})
 		return nil
+	}
+	if retry, ok := fields["retry"]; ok { // in the first block, and not in one of its own, which some clients take for an event
+		if e.retry != "" || data == "" {
+			return garble("sse: retry in %q", fields)
+		}
+		e.retry = retry
 	}
 	if err := e.addJSON(data); err != nil {
 		return err
@@ -774,7 +776,7 @@ func (e *ear) addPage(page string) error {
 
 var (
 	paragraphForm = regexp.MustCompile(`^<p class="(message|note|gap)">(.*)</p>$`)
-	speechForm    = regexp.MustCompile(`^<time datetime="[0-9TZ:-]{20}">\d\d:\d\d</time> (?:<i>([\w.:-]+)</i> )?<b>([^<]*)</b> <span>([^<]*)</span>$`)
+	speechForm    = regexp.MustCompile(`^<time datetime="[0-9TZ:-]{20}">\d\d:\d\d</time> (?:<i>([\w.:-]+)</i> )?<b><bdi>([^<]*)</bdi></b> <span dir="auto">([^<]*)</span>$`)
 	byeForm       = regexp.MustCompile(`^The relay is going away.*<meta http-equiv="refresh" content="\d+">$`)
 )
 
@@ -798,7 +800,7 @@ func (e *ear) addParagraph(line string) error {
 		}
 		e.add(heard{kind: kind, from: html.UnescapeString(speech[2]), text: html.UnescapeString(speech[3])})
 	default:
-		e.add(heard{kind: "presence", text: html.UnescapeString(m[2])})
+		e.add(heard{kind: "presence", text: html.UnescapeString(strings.NewReplacer("<bdi>", "", "</bdi>", "").Replace(m[2]))})
 	}
 	return nil
 }
@@ -1469,8 +1471,8 @@ func (b *testbed) frail(rng *mathrand.Rand, h2 bool) *http.Client {
 	}, h2)
 }
 
-// A stay is what a hopper heard at one place.
-type stay struct {
+// A visit is what a hopper heard at one place.
+type visit struct {
 	by       string
 	rooms    []string
 	from, to int64 // cursors
@@ -1506,7 +1508,7 @@ func hop(t *testing.T, network string, seed uint64) {
 		})
 	}
 	var hopping sync.WaitGroup
-	stays := make([][]stay, hoppers)
+	stays := make([][]visit, hoppers)
 	for n := range hoppers {
 		rng := mathrand.New(mathrand.NewPCG(seed, uint64(100+n)))
 		hopping.Go(func() {
@@ -1519,7 +1521,7 @@ func hop(t *testing.T, network string, seed uint64) {
 			end := b.relay.mark.Load()
 			for cursor < end && !t.Failed() { // what is left, without a cut
 				e, _ := b.tryListen(t.Context(), b.client, kindOf("poll"), "a,b,c", fmt.Sprint("after=", cursor))
-				s := stay{"poll", rooms, cursor, cursor, nil}
+				s := visit{"poll", rooms, cursor, cursor, nil}
 				s.hear(t, e, 1000)
 				cursor = s.to
 				stays[n] = append(stays[n], s)
@@ -1614,7 +1616,7 @@ func (b *testbed) insist(rng *mathrand.Rand, h2 bool, room, key, text string) bo
 }
 
 // stay listens for a while, by any technique, in some of the rooms.
-func (b *testbed) stay(ctx context.Context, t *testing.T, rng *mathrand.Rand, h2 bool, rooms []string, cursor int64) stay {
+func (b *testbed) stay(ctx context.Context, t *testing.T, rng *mathrand.Rand, h2 bool, rooms []string, cursor int64) visit {
 	var k earKind
 	for k.name == "" || k.people {
 		k = earKinds[rng.IntN(len(earKinds))]
@@ -1633,7 +1635,7 @@ func (b *testbed) stay(ctx context.Context, t *testing.T, rng *mathrand.Rand, h2
 	if rng.IntN(2) == 0 {
 		ask = []string{"wait=20", "after=1", fmt.Sprint("Last-Event-ID: ", cursor)}
 	}
-	s := stay{k.name, some, cursor, cursor, nil}
+	s := visit{k.name, some, cursor, cursor, nil}
 	e, err := b.tryListen(ctx, client, k, strings.Join(some, ","), ask...)
 	if err == nil {
 		defer e.close()
@@ -1645,7 +1647,7 @@ func (b *testbed) stay(ctx context.Context, t *testing.T, rng *mathrand.Rand, h2
 }
 
 // hear takes at most n things.
-func (s *stay) hear(t *testing.T, e *ear, n int) {
+func (s *visit) hear(t *testing.T, e *ear, n int) {
 	for ; n > 0; n-- {
 		h, err := e.hears()
 		if err != nil {
@@ -1798,7 +1800,7 @@ func TestRefresh(t *testing.T) {
 		if strings.Index(page, ">59<") > strings.Index(page, ">10<") || strings.Contains(page, ">9<") {
 			t.Error("the page does not begin with the newest message and end with the fiftieth")
 		}
-		if !strings.Contains(page, `<form method="post" action="/rooms/a">`) || !strings.Contains(page, `name="data"`) {
+		if !strings.Contains(page, `<form method="post" action="../a">`) || !strings.Contains(page, `name="data"`) {
 			t.Error("the page has no form")
 		}
 		if res, _ := b.do("GET", "/rooms/a/refresh?wait=3&last=1", ""); res.Header.Get("Refresh") != "3" {
@@ -2320,6 +2322,115 @@ func (b *testbed) socket(rooms string, ask ...string) *ear {
 	return b.listen(kindOf("ws"), rooms, ask...).begin()
 }
 
+// With as=data an event is its data alone: text as it is, line by line, and
+// anything else as JSON.
+func TestDataAlone(t *testing.T) {
+	texts := []string{`"hi"`, `"two\nlines"`, `"\r\na\rb\n"`, `""`, `" <b> & é\u2028"`, `{"a":["<"]}`, "42", "null"}
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		sse := b.listen(kindOf("sse"), "a", "as=data", "user=ada")
+		ws, r := b.raw("/rooms/a/ws?as=data&presence=1")
+		for _, text := range texts {
+			b.do("POST", "/rooms/a?type=x", text, jsonKind)
+		}
+		b.say("a", "the last")
+		// By WebSocket each is a frame of its own, and there is nothing else but pings.
+		var frames []string
+		for len(frames) < len(texts)+1 {
+			var head [2]byte
+			if _, err := io.ReadFull(r, head[:]); err != nil {
+				t.Fatal(err)
+			}
+			body := make([]byte, head[1])
+			io.ReadFull(r, body)
+			if head[0] == 0x81 {
+				frames = append(frames, string(body))
+			} else if head[0] != 0x89 {
+				t.Errorf("a frame that begins with %x", head[0])
+			}
+		}
+		if want := []string{"hi", "two\nlines", "\r\na\rb\n", "", " <b> & é\u2028", `{"a":["\u003c"]}`, "42", "null", "the last"}; !slices.Equal(frames, want) {
+			t.Errorf("ws: %q\nwant %q", frames, want)
+		}
+		ws.Close()
+
+		want := strings.Join([]string{
+			"event: hello\ndata: " + `{"rooms":["a"],"beat":15,"instance":"` + b.instance + `"}`,
+			"event: presence\ndata: " + `{"count":1,"users":{"ada":"online"}}`,
+			"event: x\ndata: hi",
+			"event: x\ndata: two\ndata: lines",
+			"event: x\ndata: \ndata: a\ndata: b\ndata: ",
+			"event: x\ndata: ",
+			"event: x\ndata:  <b> & é\u2028",
+			"event: x\ndata: " + `{"a":["\u003c"]}`,
+			"event: x\ndata: 42",
+			"event: x\ndata: null",
+			"data: the last",
+		}, "\n\n") + "\n\nevent: beat\ndata:\n\n"
+		var got strings.Builder
+		for !strings.HasSuffix(got.String(), "beat\ndata:\n\n") {
+			line, err := sse.line()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !strings.HasPrefix(line, "id: ") && !strings.HasPrefix(line, "retry: ") {
+				got.WriteString(line + "\n")
+			}
+		}
+		if got.String() != want {
+			t.Errorf("sse: %q\nwant %q", got.String(), want)
+		}
+
+		// An answer has only who asks for it; what can't be taken is not told to others.
+		e := b.listen(kindOf("ws"), "a", "as=data")
+		e.send(`{"data":`)
+		e.send("hi")
+		e.send(`{"data":"with a key","key":"k"}`)
+		e.send(`{"data":"","room":"_x","key":"k2"}`)
+		e.send("bye")
+		var all []string
+		for range 5 {
+			_, frame, err := e.conn.Read(e.ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, string(frame))
+		}
+		slices.Sort(all)
+		if !slices.Equal(all[:3], []string{"bye", "hi", "with a key"}) || !strings.Contains(all[3], `"ack"`) || !strings.Contains(all[4], `"error"`) {
+			t.Errorf("%q", all)
+		}
+		b.relay.stop()
+		b.pump.wakeAll()
+		if _, _, err := e.conn.Read(e.ctx); websocket.CloseStatus(err) != websocket.StatusGoingAway {
+			t.Errorf("when the relay stops: %v, want 1001", err)
+		}
+	})
+}
+
+// The relay speaks no subprotocol, but to a browser that offers some it has to name one.
+func TestSubprotocols(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		hundred := strings.TrimSuffix(strings.Repeat("p, ", 100), ", ")
+		for offered, want := range map[string]string{"": "", "chat": "chat", "mqtt, chat": "mqtt", "x," + hundred: "x", " a ,b": "a", ",b": ""} {
+			headers := http.Header{}
+			if offered != "" {
+				headers.Set("Sec-WebSocket-Protocol", offered)
+			}
+			conn, res, err := websocket.Dial(t.Context(), b.url+"/rooms/a/ws", &websocket.DialOptions{HTTPClient: b.client, HTTPHeader: headers, Subprotocols: []string{want}})
+			if err != nil {
+				t.Errorf("%.20q: %v", offered, err)
+				continue
+			}
+			if got := res.Header.Get("Sec-WebSocket-Protocol"); got != want {
+				t.Errorf("%.20q is answered %q, want %q", offered, got, want)
+			}
+			conn.CloseNow()
+		}
+	})
+}
+
 func (e *ear) send(frame string) {
 	e.t.Helper()
 	if err := e.conn.Write(e.ctx, websocket.MessageText, []byte(frame)); err != nil {
@@ -2595,7 +2706,7 @@ func TestAnAckIsNotLostToAStop(t *testing.T) {
 		st.hearing.Store(true) // hear has published, and is on its way to say so
 		b.stop()
 		synctest.Wait()
-		ack := notice{Type: "ack", Key: "k", ID: 1}.event().json
+		ack := notice{Type: "ack", Key: "k", ID: new(int64(1))}.event().json
 		st.say(append(textFrame(nil, len(ack)), ack...))
 		st.hearing.Store(false)
 		st.wake()
@@ -2702,7 +2813,7 @@ func TestHowManyPings(t *testing.T) {
 		pings := 0
 		for range 48 {
 			st.rest = nil
-			if err := st.sendFrames(&desk{}, []byte(frames(nil).beat)); err != errFull {
+			if err := st.sendFrames(&desk{}, []byte(frames(&query{}).beat)); err != errFull {
 				t.Fatal(err)
 			}
 			if st.rest[0][0] == 0x89 {
