@@ -490,6 +490,8 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
       }
       const distance = (a, b) => Math.hypot(...a.map((v, i) => v - b[i]))
       for (const [i, a] of colours.all.entries()) for (const b of colours.all.slice(0, i)) assert.ok(distance(a.tail, b.tail) > 20, `${scheme}: ${a.tail} and ${b.tail}`)
+      const ofAda = await page.evaluate(() => ['#here li', '#outbox .head'].map(selector => getComputedStyle(document.querySelector(selector)).color))
+      assert.equal(ofAda[0], ofAda[1], 'the same in the list and in the log')
       assert.equal(new Set(colours.used.map(([, colour]) => colour)).size, names.length, 'each name has a colour of its own')
     }
     assert.deepEqual(page.errors, [])

@@ -45,7 +45,7 @@ const button = (label, press) => {
   return Object.assign(el, { type: 'button', onclick: () => press(el) })
 }
 
-/** What is stored: in this tab, or in the browser for all of them. */
+/** What is stored: in this tab, which keeps its name so (a duplicate of it is the same person), or in the browser. */
 const store = area => ({
   get(key) { try { return window[area].getItem('cometes ' + key) || '' } catch { return '' } },
   set(key, value) { try { window[area].setItem('cometes ' + key, value) } catch { } },
@@ -83,7 +83,8 @@ let me = clean(new URLSearchParams(location.search).get('user') ?? '') || tab.ge
 
 /** What the relay takes for a name: without control characters and those that change the direction of text. */
 function clean(name) {
-  return name.replace(/[\p{Cc}\u061C\u200E\u200F\u2028-\u202E\u2066-\u2069]/gu, '').trim()
+  const plain = name.replace(/[\p{Cc}\u061C\u200E\u200F\u2028-\u202E\u2066-\u2069]/gu, '').trim()
+  return [...plain].slice(0, 64).join('').trim()
 }
 let unread, below, gaps, tally // messages since the page was hidden; below what is seen; gaps; messages by technique
 
