@@ -124,7 +124,13 @@ func (o *origins) preflight(w http.ResponseWriter, r *http.Request, methods stri
 	h.Set("Allow", methods)
 	if origin := r.Header.Get("Origin"); origin != "" && o.listed(origin) {
 		h.Set("Access-Control-Allow-Methods", methods)
-		h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, Idempotency-Key, Last-Event-ID")
+		// Beside the headers that the relay reads a page may send those of its own
+		// tools, for tracing or of htmx: they mean nothing here, and do no harm.
+		headers := "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
+		if asked := r.Header.Get("Access-Control-Request-Headers"); asked != "" {
+			headers += ", " + asked
+		}
+		h.Set("Access-Control-Allow-Headers", headers)
 		h.Set("Access-Control-Max-Age", "7200")
 	}
 	w.WriteHeader(http.StatusNoContent)

@@ -857,6 +857,26 @@ func TestAFormWithTheCookiePublishesAndStaysOnItsPage(t *testing.T) {
 	})
 }
 
+// Another site of the same domain, or on another port of the same machine, may
+// have set a cookie of that name.
+func TestOfSeveralCookiesTheGoodOneCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t, "-secret", firstSecret)
+		good := "token=" + signedToken(`{"sub":"ada","read":["lobby"]}`)
+		for cookies, status := range map[string]int{
+			"token=another; " + good:           200,
+			good + "; token=another":           200,
+			"token=; " + good:                  200,
+			"token=another; token=yet":         401,
+			"token=another; other=" + good[6:]: 401,
+		} {
+			if r, body := h.ask("192.0.2.1", "GET /rooms/lobby/poll", "", "Cookie: "+cookies); r.StatusCode != status {
+				t.Errorf("%s: %d %s, want %d", cookies, r.StatusCode, body, status)
+			}
+		}
+	})
+}
+
 func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := openHall(t, "-secret", firstSecret)

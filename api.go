@@ -790,7 +790,7 @@ func quote(text []byte) []byte {
 	for _, c := range text {
 		if c < ' ' || c > '~' || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' {
 			b, _ := json.Marshal(string(text))
-			return b
+			return escapeNEL(b)
 		}
 	}
 	return slices.Concat([]byte(`"`), text, []byte(`"`))
@@ -802,15 +802,23 @@ func oneLine(data []byte) []byte {
 		return []byte("null")
 	}
 	b, _ := json.Marshal(json.RawMessage(data))
-	return b
+	return escapeNEL(b)
+}
+
+// escapeNEL escapes U+0085, as json.Marshal does U+2028: some clients read lines
+// with Python's str.splitlines, for which one ends there.
+func escapeNEL(b []byte) []byte {
+	return bytes.ReplaceAll(b, []byte("\u0085"), []byte(`\u0085`))
 }
 
 // readBody reads a bounded body, its media type, and the form in it if it is one
 // with the field. curl -d sends any text as a form; that is taken for what it is.
 func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) (b []byte, kind string, form url.Values, err error) {
-	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	if err != nil {
-		kind, params = "", nil
+	given := r.Header.Get("Content-Type")
+	kind, params, err := mime.ParseMediaType(given)
+	if err != nil { // the type may still be plain: application/json; utf-8
+		kind = strings.ToLower(strings.TrimSpace(given[:strings.IndexAny(given+";", ";,")]))
+		params = nil
 	}
 	unsupported := func(what string) error {
 		return refuse(http.StatusUnsupportedMediaType, what+" is not taken; send UTF-8, not encoded")
@@ -836,9 +844,10 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 	case err != nil:
 		return nil, "", nil, bad("the body did not arrive whole")
 	}
+	b = bytes.TrimPrefix(b, []byte("\ufeff")) // a byte order mark, which files of Windows begin with
 	switch kind {
 	case "application/x-www-form-urlencoded":
-		if form, err := url.ParseQuery(string(b)); err == nil && form.Has(field) && bytes.Contains(b, []byte(field+"=")) {
+		if form := parseForm(string(b)); form.Has(field) && bytes.Contains(b, []byte(field+"=")) {
 			return b, kind, form, nil
 		}
 	case "multipart/form-data":
@@ -849,6 +858,34 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 		return b, kind, r.MultipartForm.Value, nil
 	}
 	return b, kind, nil, nil
+}
+
+// parseForm reads a form as browsers do (https://url.spec.whatwg.org/#urlencoded-parsing):
+// what people write with curl -d may hold a ; or a % that encodes nothing.
+func parseForm(body string) url.Values {
+	form := url.Values{}
+	for field := range strings.SplitSeq(body, "&") {
+		name, value, _ := strings.Cut(field, "=")
+		name, value = unescape(name), unescape(value)
+		form[name] = append(form[name], value)
+	}
+	return form
+}
+
+func unescape(s string) string {
+	var b strings.Builder
+	for i, part := range strings.Split(strings.ReplaceAll(s, "+", " "), "%") {
+		switch c, err := strconv.ParseUint(part[:min(2, len(part))], 16, 8); {
+		case i == 0:
+			b.WriteString(part)
+		case err == nil && len(part) >= 2:
+			b.WriteByte(byte(c))
+			b.WriteString(part[2:])
+		default:
+			b.WriteString("%" + part)
+		}
+	}
+	return b.String()
 }
 
 // presence is GET and POST /rooms/{room}/presence.

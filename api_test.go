@@ -13,6 +13,7 @@ import (
 	mimemultipart "mime/multipart"
 	"net/http"
 	"net/url"
+	"reflect"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -81,6 +82,14 @@ func TestPublish(t *testing.T) {
 			{"JSON", "?user=%C3%A9&type=a.b:c-d_E9", jsonKind, " {\n\t\"a\" : [ 1 , null , \"<\" ] }\n", `{"data":{"a":[1,null,"\u003c"]},"from":"é","type":"a.b:c-d_E9"}`},
 			{"JSON with a charset", "", jsonKind + "; charset=utf-8", `"hi"`, `{"data":"hi","type":"message"}`},
 			{"JSON by another name", "", "Content-Type: text/json", `[1]`, `{"data":[1],"type":"message"}`},
+			{"JSON behind a byte order mark", "", jsonKind, "\ufeff[1]", `{"data":[1],"type":"message"}`},
+			{"text behind a byte order mark", "", textKind, "\ufeffhi", `{"data":"hi","type":"message"}`},
+			{"a form behind a byte order mark", "", formKind, "\ufeffdata=hi", `{"data":"hi","type":"message"}`},
+			{"JSON with a parameter that is none", "", jsonKind + "; utf-8", "[1]", `{"data":[1],"type":"message"}`},
+			{"JSON with an empty parameter", "", jsonKind + ";;", "[1]", `{"data":[1],"type":"message"}`},
+			{"JSON whose type a proxy joined with another", "", jsonKind + ", text/plain", "[1]", `{"data":[1],"type":"message"}`},
+			{"curl -d of a form with a semicolon", "", formKind, "data=a; b&user=ada", `{"data":"a; b","from":"ada","type":"message"}`},
+			{"curl -d of a form with a percent sign", "", formKind, "data=100% of %C3%A9 %zz%&user=ada", `{"data":"100% of é %zz%","from":"ada","type":"message"}`},
 			{"JSON by a name of its own", "", "Content-Type: application/cloudevents+json; charset=utf-8", `{"id":"x"}`, `{"data":{"id":"x"},"type":"message"}`},
 			{"JSON with whole surrogate pairs", "", jsonKind, `["\ud83d\ude00","\\ud800","\uFFFD"]`, `{"data":["😀","\\ud800","�"],"type":"message"}`},
 			{"JSON with a name again in another object", "", jsonKind, `{"a":{"a":1},"b":[{"a":1},{"a":2}],"c":"a"}`, `{"data":{"a":{"a":1},"b":[{"a":1},{"a":2}],"c":"a"},"type":"message"}`},
@@ -123,9 +132,29 @@ func TestPublish(t *testing.T) {
 	})
 }
 
+// Python's str.splitlines, which some clients take for the lines of an answer,
+// ends them at more than \n. So nothing of the kind is in an event as it is sent.
+func TestAnEventIsOneLineForPythonToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		const ends = "a\n\r\v\f\x1c\x1d\x1e\u0085\u2028\u2029b"
+		quoted, _ := json.Marshal(ends)
+		for _, post := range [][2]string{{ends, textKind}, {url.Values{"data": {ends}}.Encode(), formKind}, {string(quoted), jsonKind}, {"{\"\u0085\":\"\u0085\"}", jsonKind}} {
+			b.do("POST", "/rooms/a", post[0], post[1])
+			_, body := b.do("GET", "/rooms/a/poll?last=1", "")
+			if i := strings.IndexAny(strings.TrimSuffix(body, "\n"), ends[1:len(ends)-1]); i >= 0 {
+				t.Errorf("%q came as %q, with a line that ends at %d", post[0], body, i)
+			}
+			if got := b.newest("a"); post[0][0] != '{' && !sameJSON(got, `{"type":"message","data":`+string(quoted)+`}`) {
+				t.Errorf("%q became %s", post[0], got)
+			}
+		}
+	})
+}
+
 func sameJSON(a, b string) bool {
 	var x, y any
-	return json.Unmarshal([]byte(a), &x) == nil && json.Unmarshal([]byte(b), &y) == nil && fmt.Sprint(x) == fmt.Sprint(y)
+	return json.Unmarshal([]byte(a), &x) == nil && json.Unmarshal([]byte(b), &y) == nil && reflect.DeepEqual(x, y)
 }
 
 // 65,536 bytes are taken by every way in, and nothing of one more.
@@ -573,7 +602,7 @@ func TestRefusals(t *testing.T) {
 			post(400, "/rooms/a", "data="+url.QueryEscape(text), formKind)
 		}
 		post(400, "/rooms/a", latin, asLatin)
-		for _, text := range []string{"", " ", "{", "[1,]", "{'a':1}", "nul", "True", "1 2", `"a`, `"a` + "\n" + `"`, "01", "+1", ".5", "NaN", "{\"a\":1}}", "hi", "\ufeff1", deep, deepObject, strings.Repeat("[", 60_000), strings.Repeat(`{"a":`, 10_000)} {
+		for _, text := range []string{"", " ", "{", "[1,]", "{'a':1}", "nul", "True", "1 2", `"a`, `"a` + "\n" + `"`, "01", "+1", ".5", "NaN", "{\"a\":1}}", "hi", deep, deepObject, strings.Repeat("[", 60_000), strings.Repeat(`{"a":`, 10_000)} {
 			post(400, "/rooms/a", text, jsonKind)
 		}
 		// What some parsers take and others don't: half of a surrogate pair, numbers beyond a double, names twice.
@@ -951,13 +980,13 @@ func TestPreflight(t *testing.T) {
 			"/rooms/a,b/sse":    "GET, HEAD, OPTIONS",
 			"/rooms/a/poll":     "GET, HEAD, OPTIONS",
 		} {
-			res, body := b.do("OPTIONS", path, "", "Origin: https://friend.example", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: content-type,idempotency-key")
+			res, body := b.do("OPTIONS", path, "", "Origin: https://friend.example", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: content-type,hx-request,traceparent")
 			h := res.Header
 			if res.StatusCode != 204 || body != "" || h.Get("Allow") != methods || h.Get("Access-Control-Allow-Methods") != methods || h.Get("Access-Control-Allow-Origin") != "https://friend.example" || h.Get("Access-Control-Allow-Credentials") != "true" || h.Get("Access-Control-Max-Age") == "" {
 				t.Errorf("%s: %s %v", path, res.Status, h)
 			}
-			for _, name := range []string{"Content-Type", "Idempotency-Key", "Last-Event-ID", "Authorization"} {
-				if !slices.Contains(strings.Split(h.Get("Access-Control-Allow-Headers"), ", "), name) {
+			for _, name := range []string{"Content-Type", "Idempotency-Key", "Last-Event-ID", "Authorization", "hx-request", "traceparent"} {
+				if !slices.Contains(strings.FieldsFunc(h.Get("Access-Control-Allow-Headers"), func(r rune) bool { return r == ',' || r == ' ' }), name) {
 					t.Errorf("%s: %s is not allowed: %v", path, name, h)
 				}
 			}
@@ -975,6 +1004,19 @@ func TestPreflight(t *testing.T) {
 						t.Errorf("%s %q: %s is answered", path, headers, name)
 					}
 				}
+			}
+		}
+	})
+}
+
+// A balancer may look with OPTIONS whether the relay is there, as HAProxy does
+// unless it is told otherwise.
+func TestOptionsOfAPage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		for _, path := range []string{"/", "/healthz", "/comet.js"} {
+			if res, body := b.do("OPTIONS", path, ""); res.StatusCode != 204 || body != "" || res.Header.Get("Allow") != "GET, HEAD, OPTIONS" {
+				t.Errorf("%s: %s %v", path, res.Status, res.Header)
 			}
 		}
 	})

@@ -66,6 +66,8 @@ func readFiles() map[string]file {
 // shortcuts are addresses that people type for pages.
 var shortcuts = map[string]string{"/lab": "./lab.html", "/stats": "./stats.html", "/rooms": "./stats.html", "/rooms/": "../stats.html"}
 
+const pageMethods = "GET, HEAD, OPTIONS"
+
 // page answers everything outside of /rooms/.
 func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 	f, ok := files[r.URL.Path]
@@ -76,9 +78,15 @@ func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 	if !ok && r.URL.Path != "/healthz" && r.URL.Path != "/token" && (r.URL.Path != "/metrics" || s.noMetrics) {
 		return refuse(http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}")
 	}
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		w.Header().Set("Allow", "GET, HEAD")
-		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
+	switch r.Method {
+	case http.MethodGet, http.MethodHead:
+	case http.MethodOptions: // HAProxy asks so whether the relay is there
+		w.Header().Set("Allow", pageMethods)
+		w.WriteHeader(http.StatusNoContent)
+		return nil
+	default:
+		w.Header().Set("Allow", pageMethods)
+		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; "+pageMethods+" are")
 	}
 	switch r.URL.Path {
 	case "/metrics":

@@ -426,6 +426,9 @@ func (st *stream) serve(d *desk, now int64) (err error) {
 		}
 	}()
 	if st.ws {
+		if err := st.begin(d, now); err != nil { // a client may speak at once, and hello is first
+			return err
+		}
 		st.owes = st.hearing.Load() // asked before the answers are taken
 		st.mu.Lock()
 		answers, parting := st.answers, st.parting

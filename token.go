@@ -118,17 +118,21 @@ func matches(list []string, room string) bool {
 // tokenOf is the token that came with a request: as a bearer, for programs; in
 // the query, for EventSource and WebSocket, which can't set a header; or in a
 // cookie, for pages without a script.
-func (q *query) tokenOf(r *http.Request) string {
+func (s *server) tokenOf(r *http.Request, q *query) string {
 	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); strings.EqualFold(scheme, "Bearer") {
 		return strings.TrimSpace(token)
 	}
 	if token := q.get("token"); token != "" {
 		return token
 	}
-	if c, err := r.Cookie("token"); err == nil {
-		return c.Value
+	token := ""
+	for _, c := range r.CookiesNamed("token") { // another site of the same domain may have set one
+		if _, err := verify(c.Value, s.secrets, time.Now()); err == nil {
+			return c.Value
+		}
+		token = cmp.Or(token, c.Value)
 	}
-	return ""
+	return token
 }
 
 func denied(status int, text string) error { return limit(status, text, "token", 0) }
@@ -139,7 +143,7 @@ func (s *server) authorize(r *http.Request, q *query) error {
 	if s.secrets == nil {
 		return nil
 	}
-	token := q.tokenOf(r)
+	token := s.tokenOf(r, q)
 	if q.err != nil {
 		return q.err
 	}

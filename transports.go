@@ -600,14 +600,8 @@ func (st *stream) step(d *desk, now int64) error {
 	if st.ended {
 		return io.EOF
 	}
-	if !st.begun {
-		st.begun = true
-		st.rd.expectRoster()
-		head, hello := st.f.head, st.hello()
-		st.f.head, st.f.header = "", nil // said once, and not kept by ten thousand
-		if err := st.emit(d, now, head, hello); err != nil {
-			return err
-		}
+	if err := st.begin(d, now); err != nil {
+		return err
 	}
 	expired := now >= st.until
 	stopping := st.s.relay.isStopping() // asked before reading: what was published before the stop comes before the bye
@@ -634,6 +628,18 @@ func (st *stream) step(d *desk, now int64) error {
 	return nil
 }
 
+// begin says hello, once.
+func (st *stream) begin(d *desk, now int64) error {
+	if st.begun {
+		return nil
+	}
+	st.begun = true
+	st.rd.expectRoster()
+	head, hello := st.f.head, st.hello()
+	st.f.head, st.f.header = "", nil // said once, and not kept by ten thousand
+	return st.emit(d, now, head, hello)
+}
+
 // emit sends a head, or a heartbeat, as it is, and events, framed.
 func (st *stream) emit(d *desk, now int64, head string, events ...*event) error {
 	b := append(d.buf[:0], make([]byte, st.front)...)
@@ -653,8 +659,12 @@ func (st *stream) emit(d *desk, now int64, head string, events ...*event) error 
 	return err
 }
 
-// due reports whether the stream was silent, or has lasted, as long as it may.
-func (st *stream) due(now int64) bool { return now >= min(st.beatAt.Load(), st.until) }
+// due reports whether the stream was silent, or has lasted, as long as it may. If
+// the heartbeat is further off than its pause, the clock was set back.
+func (st *stream) due(now int64) bool {
+	beatAt := st.beatAt.Load()
+	return now >= min(beatAt, st.until) || beatAt-now > st.pause
+}
 
 func (st *stream) hello() *event {
 	var rooms []string

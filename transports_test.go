@@ -16,6 +16,7 @@ import (
 	"html"
 	"io"
 	"log/slog"
+	"math"
 	mathrand "math/rand/v2"
 	"mime"
 	"net"
@@ -2970,6 +2971,23 @@ func TestWebSocketHandshake(t *testing.T) {
 	})
 }
 
+// Hello is first, however soon the client speaks.
+func TestHelloIsBeforeAnyAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		st := &stream{s: b.server, ws: true, fd: -1, f: frames(&query{}), tally: b.stats.tallies["ws"], send: (*stream).sendFrames, until: math.MaxInt64}
+		if err := b.relay.subscribe(&st.rd, want{rooms: []string{"a"}, after: -1, batchBytes: 1, stream: st}); err != nil {
+			t.Fatal(err)
+		}
+		defer st.rd.leave()
+		st.answers = []byte("an answer")
+		st.serve(new(desk), time.Now().UnixNano()) // its first turn, on a socket that takes nothing
+		if first := string(slices.Concat(st.rest...)); !strings.Contains(first, `"hello"`) {
+			t.Errorf("the first it says is %q", first)
+		}
+	})
+}
+
 // A client may speak before it has read the answer to its handshake.
 func TestWebSocketEarly(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
@@ -3051,5 +3069,18 @@ func TestPicture(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// A clock that is set back, as when a machine finds out the time, silences nobody.
+func TestAHeartbeatIsDueWhenTheClockWasSetBack(t *testing.T) {
+	now := time.Now().UnixNano()
+	st := &stream{pause: int64(14 * time.Second), until: math.MaxInt64}
+	st.beatAt.Store(now + st.pause)
+	if st.due(now) || st.due(now+st.pause-1) || !st.due(now+st.pause) {
+		t.Error("a heartbeat is due when its pause is over, and not before")
+	}
+	if back := now - int64(time.Hour); !st.due(back) {
+		t.Error("the clock is an hour back, and for an hour there is no heartbeat")
 	}
 }
