@@ -277,7 +277,7 @@ const shownMost = 100 // rooms; a prefix finds the others
 const rows = new Map // room → its row
 let order = 'time', timer, asking
 
-const ago = new Intl.RelativeTimeFormat('en', { numeric: 'auto' })
+const ago = new Intl.RelativeTimeFormat('en', { numeric: 'always', style: 'narrow' })
 function since(time) {
   const seconds = Math.min(0, (time - Date.now() - (ahead ?? 0)) / 1e3)
   for (const [unit, size] of [['day', 86400], ['hour', 3600], ['minute', 60]]) if (-seconds >= size) return ago.format(Math.round(seconds / size), unit)
