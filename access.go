@@ -107,7 +107,7 @@ func (o *origins) allow(r *http.Request) (string, error) {
 		asked = &http.Request{Method: http.MethodPost, Host: r.Host, URL: r.URL, Header: http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}}
 	}
 	if err := o.check.Check(asked); err != nil {
-		return "", fault{http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0}
+		return "", limit(http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0)
 	}
 	return foreign, nil
 }
@@ -128,4 +128,50 @@ func (o *origins) preflight(w http.ResponseWriter, r *http.Request, methods stri
 		h.Set("Access-Control-Max-Age", "7200")
 	}
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// operator returns an error unless the request is an operator's: one whose token
+// names the room _stats; or, where there are no tokens, one from the machine
+// itself that came through no proxy, as far as proxies say so.
+func (s *server) operator(r *http.Request, q *query) error {
+	if s.secrets != nil {
+		if q.claims.may(statsRoom, false) {
+			return nil
+		}
+		return denied(http.StatusForbidden, "this is for operators, whose token may read "+statsRoom)
+	}
+	proxied := slices.ContainsFunc([]string{"X-Forwarded-For", "Forwarded", "Via", "X-Real-Ip", "Fly-Client-Ip"}, func(name string) bool { return r.Header[name] != nil })
+	if q.addr.IsLoopback() && !proxied {
+		return nil
+	}
+	return refuse(http.StatusForbidden, "this is for operators: ask from the machine itself, or give the relay a -secret and bring a token that may read "+statsRoom)
+}
+
+// listRooms is GET /rooms.
+func (s *server) listRooms(w http.ResponseWriter, r *http.Request, q *query) error {
+	if err := s.operator(r, q); err != nil {
+		return err
+	}
+	prefix := q.get("prefix")
+	if q.err != nil {
+		return q.err
+	}
+	rooms, more := s.relay.list(prefix, maxListed)
+	reply(w, http.StatusOK, map[string]any{"rooms": rooms, "more": more})
+	return nil
+}
+
+// erase is DELETE /rooms/{room}.
+func (s *server) erase(w http.ResponseWriter, r *http.Request, q *query) error {
+	if q.rooms[0][0] == '_' {
+		return errReserved
+	}
+	if err := s.operator(r, q); err != nil {
+		return err
+	}
+	if err := s.relay.erase(q.rooms[0]); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
 }

@@ -24,6 +24,7 @@ import (
 	"sync/atomic"
 	"time"
 	"unicode"
+	"unicode/utf16"
 	"unicode/utf8"
 )
 
@@ -65,6 +66,7 @@ type fault struct {
 	text   string
 	reason string // counted under, if it is a limit or a matter of access
 	retry  int    // seconds after which it may be otherwise
+	newest int64  // of 412: the room's newest message
 }
 
 func (f fault) Error() string { return f.text }
@@ -75,19 +77,27 @@ func bad(format string, args ...any) error {
 	return refuse(http.StatusBadRequest, fmt.Sprintf(format, args...))
 }
 
+// limit is a refusal that is counted under a reason, and may be otherwise after
+// retry seconds.
+func limit(status int, text, reason string, retry int) fault {
+	return fault{status: status, text: text, reason: reason, retry: retry}
+}
+
 var (
 	errGone     = errors.New("the client left, or takes nothing")
 	errReserved = refuse(http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another")
-	errTooBig   = fault{http.StatusRequestEntityTooLarge, "the body is too big; -body of the relay is its limit", "body", 0}
-	errSlow     = fault{http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", requestTimeout), "body", 0}
-	errTooFast  = fault{http.StatusTooManyRequests, "this address publishes too fast", "rate", 1}
-	errTooMany  = fault{http.StatusTooManyRequests, "this address holds too many connections", "address", 10}
-	errExpired  = fault{http.StatusUnauthorized, "the token has expired", "token", 0}
-	errNotGood  = fault{http.StatusForbidden, "the token is not good for this room", "token", 0}
-	errFullUp   = fault{http.StatusServiceUnavailable, "the relay holds as many connections as it may; try again later", "streams", 10}
+	errTooBig   = limit(http.StatusRequestEntityTooLarge, "the body is too big; -body of the relay is its limit", "body", 0)
+	errSlow     = limit(http.StatusRequestTimeout, fmt.Sprintf("the body did not arrive within %v", requestTimeout), "body", 0)
+	errTooFast  = limit(http.StatusTooManyRequests, "this address publishes too fast", "rate", 1)
+	errTooMany  = limit(http.StatusTooManyRequests, "this address holds too many connections", "address", 10)
+	errExpired  = limit(http.StatusUnauthorized, "the token has expired", "token", 0)
+	errNotGood  = limit(http.StatusForbidden, "the token is not good for this room", "token", 0)
+	errFullUp   = limit(http.StatusServiceUnavailable, "the relay holds as many connections as it may; try again later", "streams", 10)
 	errState    = bad("the state is one of online, typing, away, offline")
-	errUser     = bad("user is 1 to %d characters of UTF-8, none of them a control character", maxName)
+	errUser     = bad("user is 1 to %d characters of UTF-8: none of them a control character, a line separator or a bidirectional control; not blank, and no space at either end", maxName)
+	errClient   = bad("client is 1 to %d of A-Z a-z 0-9 _ . : -", maxName)
 	errTTL      = bad("ttl is 1 to %d seconds", maxTTL)
+	errIf       = bad("if is the id of a message, or 0")
 	errUTF8     = bad("this is not UTF-8")
 )
 
@@ -128,7 +138,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if f.status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", "Bearer")
 	}
-	reply(w, f.status, map[string]string{"error": f.text})
+	answer := map[string]any{"error": f.text}
+	if f.status == http.StatusPreconditionFailed {
+		answer["id"] = f.newest
+	}
+	reply(w, f.status, answer)
 }
 
 // reply answers with v as JSON.
@@ -146,7 +160,7 @@ func send(w http.ResponseWriter, status int, b []byte) {
 }
 
 var (
-	publishMethods  = []string{"POST", "OPTIONS"}
+	roomMethods     = []string{"POST", "PUT", "DELETE", "OPTIONS"}
 	presenceMethods = []string{"GET", "HEAD", "POST", "OPTIONS"}
 	readMethods     = []string{"GET", "HEAD", "OPTIONS"}
 )
@@ -154,11 +168,16 @@ var (
 // route finds what a path and method ask for. It goes by the escaped path, so
 // a slash within a name is seen for what it is, and nothing is redirected.
 func (s *server) route(w http.ResponseWriter, r *http.Request) error {
-	path, ok := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
-	if !ok {
+	whole := r.URL.EscapedPath()
+	path, ok := strings.CutPrefix(whole, "/rooms/")
+	list := whole == "/rooms"
+	if !ok && !list || (list || path == "") && browses(r) {
 		return s.page(w, r)
 	}
 	s.origins.cors(w, r)
+	if list {
+		return s.handle(w, r, &query{}, readMethods, s.listRooms)
+	}
 	name, verb, _ := strings.Cut(path, "/")
 	rooms, err := parseRooms(name)
 	if err != nil {
@@ -167,7 +186,11 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 	q := &query{rooms: rooms, writes: verb == ""}
 	switch verb {
 	case "":
-		return s.handle(w, r, q, publishMethods, s.publish)
+		if browses(r) { // a person who typed the address
+			goTo(w, strings.Repeat("../", strings.Count(path, "/")+1), url.Values{"room": rooms[:1]}, r.URL.Query())
+			return nil
+		}
+		return s.handle(w, r, q, roomMethods, s.publishOrErase)
 	case "presence":
 		return s.handle(w, r, q, presenceMethods, s.presence)
 	case "form":
@@ -195,6 +218,27 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 	return refuse(http.StatusNotFound, "there is no such technique; there are "+techniqueNames())
 }
 
+// browses reports whether a person's browser asks for a page.
+func browses(r *http.Request) bool {
+	return (r.Method == http.MethodGet || r.Method == http.MethodHead) && strings.Contains(r.Header.Get("Accept"), "text/html")
+}
+
+// goTo sends a browser on. The address is relative, for a proxy may serve the
+// relay under a path of its own.
+func goTo(w http.ResponseWriter, path string, query ...url.Values) {
+	all := url.Values{}
+	for _, values := range query {
+		for name, v := range values {
+			if !all.Has(name) {
+				all[name] = v
+			}
+		}
+	}
+	to := url.URL{Path: path, RawQuery: all.Encode()}
+	w.Header().Set("Location", to.String())
+	w.WriteHeader(http.StatusSeeOther)
+}
+
 func techniqueNames() string {
 	var names []string
 	for _, t := range techniques {
@@ -209,7 +253,11 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *query, method
 	if !slices.Contains(methods, r.Method) {
 		methods := strings.Join(methods, ", ")
 		w.Header().Set("Allow", methods)
-		return refuse(http.StatusMethodNotAllowed, r.Method+" is not for this path; "+methods+" are")
+		text := r.Method + " is not for this path; " + methods + " are"
+		if q.writes {
+			text += ". Events are read from /rooms/{room}/{technique}: " + techniqueNames()
+		}
+		return refuse(http.StatusMethodNotAllowed, text)
 	}
 	foreign, err := s.origins.allow(r)
 	if err != nil {
@@ -248,13 +296,14 @@ type query struct {
 	pull     bool   // a page that comes anew
 	bare     bool   // without its form
 	user     string // speaks as
+	client   string // names the page or program that asks, so that its goodbye is known for its own
 	after    int64  // -1 for none
 	last     int
 	wait     time.Duration
 	callback string
 	as       string
 	picture  pictureOf
-	here     string // who is here, in words
+	here     string // who is here, in words, as HTML
 }
 
 // want is the query as the relay takes it.
@@ -270,7 +319,7 @@ func (q *query) want(h hold) want {
 	if q.as == "svg" {
 		return want{rooms: []string{q.picture.name()}, after: -1, last: 1, holds: true, batchBytes: batch}
 	}
-	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, presence: q.presence, holds: h != atOnce, batchBytes: batch}
+	return want{rooms: q.rooms, after: q.after, last: q.last, user: user, client: q.client, presence: q.presence, holds: h != atOnce, batchBytes: batch}
 }
 
 // get is the parameter's value, or "". Given twice, none of them is meant.
@@ -327,21 +376,24 @@ func (q *query) parse(r *http.Request, t technique) error {
 	const maxCursor = 1<<63 - 1
 	q.after = q.number("after", 0, maxCursor, -1)
 	const header = "Last-Event-ID"
+	q.after = q.integer("lastEventId", q.lastEventID(), 0, maxCursor, q.after)
 	q.after = q.integer(header, q.one(header, r.Header.Values(header)), 0, maxCursor, q.after)
 	q.pull = t.name == "refresh"
 	people := q.pull || t.name == "html"
-	if t.name == "multipart" {
-		switch q.as = q.get("as"); q.as {
-		case "":
-			q.as = "json"
-		case "html":
-			people = true
-		case "json", "text":
-		case "svg":
+	switch q.as = q.get("as"); {
+	case slices.Contains(t.as, q.as):
+		people = people || q.as == "html"
+		if q.as == "svg" {
 			q.parseSize()
-		default:
-			q.fail(bad("as is one of json, text, html, svg"))
 		}
+	case q.as == "data" && t.as == nil: // others are passed over, but this one would be missed
+		q.fail(bad("%s has no as=data; sse and ws have", t.name))
+	case q.as != "" && (q.as == "data" || t.name == "multipart"):
+		q.fail(bad("as is one of %s", strings.Join(t.as, ", ")))
+	case t.as != nil:
+		q.as = t.as[0]
+	default:
+		q.as = ""
 	}
 	least, wait, last := int64(0), int64(25), int64(0)
 	if people {
@@ -364,6 +416,7 @@ func (q *query) parse(r *http.Request, t technique) error {
 		q.fail(bad("presence is 1, to see it, or 0"))
 	}
 	q.user = q.speaksAs(q.user)
+	q.client = q.clientName()
 	q.nameless = q.number("names", 0, 1, 1) == 0
 	if t.name == "jsonp" {
 		if q.callback = q.get("callback"); !validCallback(q.callback) {
@@ -394,6 +447,29 @@ func (q *query) userName() string {
 		q.fail(errUser)
 	}
 	return user
+}
+
+// clientName is the parameter client, or "".
+func (q *query) clientName() string {
+	client := q.get("client")
+	if client != "" && !validName(client) {
+		q.fail(errClient)
+	}
+	return client
+}
+
+// lastEventID is the parameter by which those say where they were who can't set
+// the header: EventSource polyfills, Mercure's clients. Each spells it in its own
+// way: lastEventId, lastEventID, Last-Event-ID.
+func (q *query) lastEventID() string {
+	var ids []string
+	for name, v := range q.values {
+		if strings.EqualFold(strings.NewReplacer("-", "", "_", "").Replace(name), "lastEventId") {
+			ids = append(ids, v...)
+		}
+	}
+	slices.Sort(ids)
+	return q.one("lastEventId", slices.Compact(ids))
 }
 
 func parseRooms(escaped string) ([]string, error) {
@@ -428,9 +504,20 @@ func validName(s string) bool {
 	return 1 <= len(s) && len(s) <= maxName
 }
 
-// validUser reports whether s can name a user. None is "".
+// validUser reports whether s can name a user. None is "". A name is shown beside
+// others, so it must be seen, and not turn around what is next to it.
 func validUser(s string) bool {
-	return utf8.ValidString(s) && utf8.RuneCountInString(s) <= maxName && !strings.ContainsFunc(s, unicode.IsControl)
+	return utf8.ValidString(s) && utf8.RuneCountInString(s) <= maxName && strings.TrimSpace(s) == s &&
+		(s == "" || strings.ContainsFunc(s, visible)) &&
+		!strings.ContainsFunc(s, func(r rune) bool {
+			return unicode.IsControl(r) || unicode.In(r, unicode.Bidi_Control, unicode.Zl, unicode.Zp)
+		})
+}
+
+// visible reports whether r alone would be seen.
+func visible(r rune) bool {
+	const brailleBlank = 0x2800
+	return unicode.IsGraphic(r) && !unicode.IsSpace(r) && !unicode.Is(unicode.Other_Default_Ignorable_Code_Point, r) && r != brailleBlank
 }
 
 // validCallback reports whether s is a JavaScript name, or several with dots
@@ -480,56 +567,142 @@ func (s *server) post(p post) (id int64, fresh bool, err error) {
 }
 
 // declare sets the state of a user in a room, none of it checked yet.
-func (s *server) declare(room, user, state string) error {
+func (s *server) declare(room, user, client, state string) error {
 	switch {
 	case !validName(room):
 		return bad("presence is in one room; name it")
 	case room[0] == '_':
 		return errReserved
-	case user == "" || !validUser(user):
-		return bad("presence is a user's: 1 to %d characters of UTF-8, none of them a control character", maxName)
+	case user == "":
+		return bad("presence is a user's; name one")
+	case !validUser(user):
+		return errUser
 	case !slices.Contains([]string{"online", "typing", "away", "offline"}, state):
 		return errState
 	}
-	return s.relay.declare(room, user, state)
+	return s.relay.declare(room, user, client, state)
 }
 
-// parseJSON decodes b, if it is JSON that others can be given to parse, nested no
-// deeper than most.
-func parseJSON(b []byte, most int, v any) error {
+// What JSON must be, to be given to others to parse.
+
+func isJSON(kind string) bool {
+	return kind == "application/json" || kind == "text/json" || strings.HasSuffix(kind, "+json") // RFC 6839
+}
+
+// checkJSON says what is wrong with JSON for any parser that is stricter than
+// Go's (I-JSON, RFC 7493): nested deeper than most, half of a surrogate pair, a
+// number beyond a double, a name twice in one object.
+func checkJSON(b []byte, most int) error {
 	if !utf8.Valid(b) {
 		return errUTF8
 	}
 	if !json.Valid(b) {
 		return bad("this is not JSON; text goes as text/plain")
 	}
-	depth, quoted := 0, false
+	var around []map[string]bool // the names so far of each object around; nil for an array
 	for i := 0; i < len(b); i++ {
-		switch c := b[i]; {
-		case quoted && c == '\\':
-			i++
-		case c == '"':
-			quoted = !quoted
-		case quoted:
-		case c == '{' || c == '[':
-			if depth++; depth > most {
-				return bad("this JSON is nested deeper than %d", most)
+		switch c := b[i]; c {
+		case '{':
+			around = append(around, map[string]bool{})
+		case '[':
+			around = append(around, nil)
+		case '}', ']':
+			around = around[:len(around)-1]
+		case '"':
+			end := i + 1
+			for ; b[end] != '"'; end++ {
+				if b[end] == '\\' {
+					end++
+				}
 			}
-		case c == '}' || c == ']':
-			depth--
+			quoted := b[i : end+1]
+			i = end
+			if halfSurrogate(quoted) {
+				return bad("this JSON has half of a surrogate pair: %.80s", quoted)
+			}
+			if !bytes.HasPrefix(bytes.TrimLeft(b[end+1:], " \t\r\n"), []byte(":")) {
+				continue // a value
+			}
+			var name string
+			json.Unmarshal(quoted, &name)
+			if names := around[len(around)-1]; names[name] {
+				return bad("this JSON has the name %.80s twice in one object", quoted)
+			} else {
+				names[name] = true
+			}
+		case '-', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9':
+			end := i + 1
+			for end < len(b) && strings.IndexByte("+-.0123456789Ee", b[end]) >= 0 {
+				end++
+			}
+			if _, err := strconv.ParseFloat(string(b[i:end]), 64); err != nil {
+				return bad("this JSON has a number beyond what a double holds: %.80s", b[i:end])
+			}
+			i = end - 1
+		}
+		if len(around) > most {
+			return bad("this JSON is nested deeper than %d", most)
 		}
 	}
-	if err := json.Unmarshal(b, v); err != nil {
+	return nil
+}
+
+// halfSurrogate reports whether a JSON string escapes half of a surrogate pair
+// without the other (RFC 8259, 8.2).
+func halfSurrogate(quoted []byte) bool {
+	unit := func(b []byte) rune {
+		if len(b) < 6 || b[0] != '\\' || b[1] != 'u' {
+			return 0
+		}
+		n, _ := strconv.ParseUint(string(b[2:6]), 16, 16)
+		return rune(n)
+	}
+	for i := 0; i < len(quoted); i++ {
+		if quoted[i] != '\\' {
+			continue
+		}
+		if high := unit(quoted[i:]); utf16.IsSurrogate(high) {
+			if utf16.DecodeRune(high, unit(quoted[i+6:])) == unicode.ReplacementChar {
+				return true
+			}
+			i += 10
+		}
+		i++
+	}
+	return false
+}
+
+// parseObject reads the fields of a JSON object by their exact names, which
+// encoding/json would match in any case. Others are passed over.
+func parseObject(b []byte, most int, fields map[string]any) error {
+	if err := checkJSON(b, most); err != nil {
+		return err
+	}
+	var raw map[string]json.RawMessage
+	err := json.Unmarshal(b, &raw)
+	for name, to := range fields {
+		if v, ok := raw[name]; ok && err == nil {
+			err = json.Unmarshal(v, to)
+		}
+	}
+	if err != nil {
 		return bad("a field of this JSON is of the wrong type")
 	}
 	return nil
 }
 
-// publish is POST /rooms/{room}.
-func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error {
+// publishOrErase is POST, PUT and DELETE /rooms/{room}.
+func (s *server) publishOrErase(w http.ResponseWriter, r *http.Request, q *query) error {
 	if len(q.rooms) > 1 {
-		return bad("publish to one room at a time")
+		return bad("publish to one room at a time, and erase one")
 	}
+	if r.Method == http.MethodDelete {
+		return s.erase(w, r, q)
+	}
+	return s.publish(w, r, q)
+}
+
+func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error {
 	s.stats.in.Add(requestSize(r))
 	if !s.gate.take(q.addr) {
 		return errTooFast
@@ -543,9 +716,7 @@ func (s *server) publish(w http.ResponseWriter, r *http.Request, q *query) error
 		return err
 	}
 	if then != "" { // a person's form: back to the page it is on
-		to := url.URL{Path: "/rooms/" + q.rooms[0] + "/" + then, RawQuery: url.Values{"user": {p.from}}.Encode()}
-		w.Header().Set("Location", to.String())
-		w.WriteHeader(http.StatusSeeOther)
+		goTo(w, "./"+q.rooms[0]+"/"+then, url.Values{"user": {p.from}})
 		return nil
 	}
 	status := http.StatusOK
@@ -581,6 +752,13 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 	}
 	p.from = q.speaksAs(p.from)
 	p.ttl = time.Duration(q.integer("ttl", q.either(form, "ttl"), 1, maxTTL, 0)) * time.Second
+	if q.values.Has("if") || form.Has("if") {
+		newest, err := strconv.ParseUint(q.either(form, "if"), 10, 63)
+		if err != nil {
+			q.fail(errIf)
+		}
+		p.onlyIf = new(int64(newest))
+	}
 	if q.err != nil {
 		return p, "", q.err
 	}
@@ -595,10 +773,9 @@ func (s *server) parsePost(w http.ResponseWriter, r *http.Request, q *query) (p 
 		if then = form.Get("then"); then != "form" && then != "refresh" {
 			then = ""
 		}
-	case kind == "application/json":
-		var data json.RawMessage
-		if err = parseJSON(b, maxDepth, &data); err == nil {
-			p.data = oneLine(data)
+	case isJSON(kind):
+		if err = checkJSON(b, maxDepth); err == nil {
+			p.data = oneLine(b)
 		}
 	case !utf8.Valid(b):
 		err = bad("the body is not UTF-8; the relay carries text and JSON")
@@ -687,7 +864,7 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 		}{room, s.relay.whoIsIn(room)})
 		return nil
 	}
-	user := q.userName()
+	user, client := q.userName(), q.clientName()
 	if q.err != nil {
 		return q.err
 	}
@@ -701,17 +878,16 @@ func (s *server) presence(w http.ResponseWriter, r *http.Request, q *query) erro
 	state := strings.TrimSpace(string(b))
 	if form != nil {
 		state, user = q.either(form, "state"), q.either(form, "user")
-	} else if kind == "application/json" || strings.HasPrefix(state, "{") {
-		var said struct{ State string }
-		if err := parseJSON(b, maxDepth, &said); err != nil {
+	} else if isJSON(kind) || strings.HasPrefix(state, "{") {
+		state = ""
+		if err := parseObject(b, maxDepth, map[string]any{"state": &state}); err != nil {
 			return err
 		}
-		state = said.State
 	}
 	if user = q.speaksAs(user); q.err != nil {
 		return q.err
 	}
-	if err := s.declare(room, user, state); err != nil {
+	if err := s.declare(room, user, client, state); err != nil {
 		return err
 	}
 	reply(w, http.StatusOK, map[string]string{"room": room, "user": user, "state": state})

@@ -80,6 +80,11 @@ func TestPublish(t *testing.T) {
 			{"nothing", "", textKind, "", `{"data":"","type":"message"}`},
 			{"JSON", "?user=%C3%A9&type=a.b:c-d_E9", jsonKind, " {\n\t\"a\" : [ 1 , null , \"<\" ] }\n", `{"data":{"a":[1,null,"\u003c"]},"from":"é","type":"a.b:c-d_E9"}`},
 			{"JSON with a charset", "", jsonKind + "; charset=utf-8", `"hi"`, `{"data":"hi","type":"message"}`},
+			{"JSON by another name", "", "Content-Type: text/json", `[1]`, `{"data":[1],"type":"message"}`},
+			{"JSON by a name of its own", "", "Content-Type: application/cloudevents+json; charset=utf-8", `{"id":"x"}`, `{"data":{"id":"x"},"type":"message"}`},
+			{"JSON with whole surrogate pairs", "", jsonKind, `["\ud83d\ude00","\\ud800","\uFFFD"]`, `{"data":["😀","\\ud800","�"],"type":"message"}`},
+			{"JSON with a name again in another object", "", jsonKind, `{"a":{"a":1},"b":[{"a":1},{"a":2}],"c":"a"}`, `{"data":{"a":{"a":1},"b":[{"a":1},{"a":2}],"c":"a"},"type":"message"}`},
+			{"JSON with large and small numbers", "", jsonKind, `[1.7e308,-1.7E+308,1e-400,12345678901234567890,0.1]`, `{"data":[1.7e308,-1.7e308,0,12345678901234567890,0.1],"type":"message"}`},
 			{"null", "", jsonKind, "null", `{"data":null,"type":"message"}`},
 			{"a number", "", jsonKind, "-0.5e-3", `{"data":-0.0005,"type":"message"}`},
 			{"JSON as deep as may be", "", jsonKind, strings.Repeat("[", 64) + strings.Repeat("]", 64), `{"data":` + strings.Repeat("[", 64) + strings.Repeat("]", 64) + `,"type":"message"}`},
@@ -225,6 +230,145 @@ func TestKey(t *testing.T) {
 	})
 }
 
+// PUT publishes as POST does, for curl -T.
+func TestPut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		if res, body := b.do("PUT", "/rooms/a?user=ada", "notes\n"); res.StatusCode != 201 || b.newest("a") != `{"data":"notes\n","from":"ada","type":"message"}` {
+			t.Errorf("%s %s", res.Status, body)
+		}
+	})
+}
+
+// With if, it is published only if the newest message is still the one named: of
+// two who both read it, one wins, and the other is told where to go on from.
+func TestIf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe, func(c *settings) { c.events = 2 })
+		newest := int64(0)
+		try := func(query, body string, headers ...string) (status int, id int64) {
+			t.Helper()
+			mark := b.relay.mark.Load()
+			res, answer := b.do("POST", "/rooms/a?"+query, body, headers...)
+			var said struct {
+				ID    *int64
+				Error string
+			}
+			if json.Unmarshal([]byte(answer), &said) != nil || said.ID == nil {
+				t.Fatalf("%s: %s %s", query, res.Status, answer)
+			}
+			if published := b.relay.mark.Load() - mark; (published == 1) != (res.StatusCode == 201) || (res.StatusCode == 412) != (said.Error != "") {
+				t.Errorf("%s: %s %s, and %d were published", query, res.Status, answer, published)
+			}
+			return res.StatusCode, *said.ID
+		}
+		wants := func(status int, id int64, query, body string, headers ...string) int64 {
+			t.Helper()
+			got, gotID := try(query, body, headers...)
+			if got != status || id >= 0 && gotID != id {
+				t.Errorf("%s %s: %d with %d, want %d with %d", query, body, got, gotID, status, id)
+			}
+			return gotID
+		}
+		wants(412, 0, "if=1", "in a room that has none")
+		newest = wants(201, -1, "if=0", "first")
+		wants(412, newest, "if=0", "too late")
+		b.say("b", "in another room")
+		b.say("a?ttl=60&type=typing", "a signal is no message")
+		second := wants(201, -1, fmt.Sprint("key=k&if=", newest), "second")
+		wants(200, second, fmt.Sprint("key=k&if=", newest), "a key that is known answers first")
+		wants(412, second, fmt.Sprint("if=", newest), "from before")
+		third := wants(201, -1, "", fmt.Sprint("data=by+a+form&if=", second), formKind)
+		for range 3 { // the history moves on
+			third = wants(201, -1, fmt.Sprint("if=", third), "more")
+		}
+
+		e := b.socket("a")
+		e.send(fmt.Sprintf(`{"data":"no","key":"x","if":%d}`, second))
+		if h := e.next(); h.json != fmt.Sprintf(`{"type":"error","key":"x","id":%d,"data":"another message was published to this room since; its id is the one to go on from"}`, third) {
+			t.Errorf("by WebSocket: %s", h.json)
+		}
+		e.send(fmt.Sprintf(`{"data":"yes","if":%d}`, third))
+		e.expect("message yes")
+		e.send(`{"data":"no","if":-1,"key":"x"}`)
+		e.expect("error " + errIf.Error())
+		e.send(`{"data":"no","if":1,"room":"nobody"}`)
+		if h := e.next(); !strings.Contains(h.json, `"id":0,`) {
+			t.Errorf("in a room that has none: %s", h.json)
+		}
+		if b.relay.isRead("nobody") || b.relay.rooms["nobody"] != nil {
+			t.Error("a publish that was refused made a room")
+		}
+	})
+}
+
+// Those that can't set a header say in the query where they were, each in its own way.
+func TestTheCursorByItsOtherNames(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		start := b.relay.start
+		for _, text := range []string{"one", "two", "three"} {
+			b.say("a", text)
+		}
+		after := func(name string, n int64) string { return fmt.Sprintf("%s=%d", name, start+n) }
+		for _, test := range []struct{ query, header, want string }{
+			{after("lastEventId", 2), "", "three"},
+			{after("lastEventID", 2), "", "three"},
+			{after("Last-Event-ID", 2), "", "three"},
+			{after("last_event_id", 2), "", "three"},
+			{after("lastEventId", 2) + "&" + after("after", 1), "", "three"},
+			{after("after", 1) + "&" + after("lastEventID", 2) + "&" + after("lastEventId", 2), "", "three"},
+			{after("lastEventId", 1), fmt.Sprint("Last-Event-ID: ", start+2), "three"},
+			{after("lastEventId", 2), "Last-Event-ID: ", "three"},
+			{"lastEventId=&" + after("after", 2), "", "three"},
+			{"lastEventIds=1&" + after("after", 2), "", "three"},
+		} {
+			headers := []string{}
+			if test.header != "" {
+				headers = append(headers, test.header)
+			}
+			if _, body := b.do("GET", "/rooms/a/poll?"+test.query, "", headers...); strings.Count(body, `"id":`) != 1 || !strings.Contains(body, `"data":"three"`) {
+				t.Errorf("%s %q: %s, want %s alone", test.query, test.header, body, test.want)
+			}
+		}
+		b.listen(kindOf("sse"), "a", after("lastEventId", 1)).expect("hello", "message two", "message three")
+	})
+}
+
+// A person who types an address comes to a page; a program is told what there is.
+func TestAddressesThatPeopleType(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		for path, want := range map[string]string{
+			"/rooms/lobby":          "../?room=lobby",
+			"/rooms/lobby?token=x":  "../?room=lobby&token=x",
+			"/rooms/a:b,c":          "../?room=a%3Ab",
+			"/rooms/lobby/":         "../../?room=lobby",
+			"/rooms/lobby?room=x":   "../?room=lobby",
+			"/rooms":                "./stats.html",
+			"/rooms/":               "../stats.html",
+			"/lab":                  "./lab.html",
+			"/stats?room=temp":      "./stats.html?room=temp",
+			"/rooms/no%20name":      "",
+			"/nothing":              "",
+			"/rooms/lobby/presence": "",
+		} {
+			for _, method := range []string{"GET", "HEAD"} {
+				res, body := b.do(method, path, "", "Accept: text/html,application/xhtml+xml,*/*;q=0.8")
+				if got := res.Header.Get("Location"); got != want || (res.StatusCode == 303) != (want != "") {
+					t.Errorf("%s %s by a browser: %s %q %s, want %q", method, path, res.Status, got, body, want)
+				}
+			}
+			if res, _ := b.do("GET", path, "", "Accept: */*"); res.StatusCode == 303 {
+				t.Errorf("%s by a program: %s to %s", path, res.Status, res.Header.Get("Location"))
+			}
+		}
+		if res, body := b.do("GET", "/rooms/lobby", ""); res.StatusCode != 405 || !strings.Contains(body, techniqueNames()) {
+			t.Errorf("GET of a room: %s %s, want 405 and the techniques", res.Status, body)
+		}
+	})
+}
+
 // A signal is heard while it lasts and is no part of the history.
 func TestPublishSignal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -255,11 +399,11 @@ func TestForm(t *testing.T) {
 			then, user, location string
 			status               int
 		}{
-			{"form", "ada", "/rooms/a/form?user=ada", 303},
-			{"refresh", "ada", "/rooms/a/refresh?user=ada", 303},
-			{"form", "", "/rooms/a/form?user=", 303},
+			{"form", "ada", "./a/form?user=ada", 303},
+			{"refresh", "ada", "./a/refresh?user=ada", 303},
+			{"form", "", "./a/form?user=", 303},
 			{"form", "é \"<&?#/\r", "", 400},
-			{"form", "é \"<&?#/", "/rooms/a/form?user=%C3%A9+%22%3C%26%3F%23%2F", 303},
+			{"form", "é \"<&?#/", "./a/form?user=%C3%A9+%22%3C%26%3F%23%2F", 303},
 			{"https://evil.example", "ada", "", 201},
 			{"//evil.example", "ada", "", 201},
 			{"/\\evil.example", "ada", "", 201},
@@ -294,7 +438,7 @@ func TestForm(t *testing.T) {
 			}
 			mark := b.relay.mark.Load()
 			for range 2 {
-				if status, location := post("user=ada&data=hi&then=form&key=" + key); status != 303 || location != "/rooms/a/form?user=ada" {
+				if status, location := post("user=ada&data=hi&then=form&key=" + key); status != 303 || location != "./a/form?user=ada" {
 					t.Errorf("%d %s", status, location)
 				}
 			}
@@ -356,7 +500,7 @@ func TestRefusals(t *testing.T) {
 			post(400, "/rooms/"+room, "hi")
 			post(400, "/rooms/"+room+"/presence?user=ada", "online")
 		}
-		get(404, "/rooms", "/room/a/poll", "/rooms/a/b/poll", "/rooms/a/poll/", "/rooms/a/nothing", "/rooms/a//poll", "/rooms/a/POLL", "/x", "/static/index.html", "/rooms.", "/%72ooms/a/poll")
+		get(404, "/room/a/poll", "/rooms/a/b/poll", "/rooms/a/poll/", "/rooms/a/nothing", "/rooms/a//poll", "/rooms/a/POLL", "/x", "/static/index.html", "/rooms.", "/%72ooms/a/poll")
 		post(400, "/rooms/a,b", "hi")
 		post(400, "/rooms/a,b/presence?user=ada", "online")
 		get(400, "/rooms/a,b/presence")
@@ -410,7 +554,7 @@ func TestRefusals(t *testing.T) {
 			post(400, "/rooms/a?type="+kind, "hi")
 			post(400, "/rooms/a", "data=x&type="+kind, formKind)
 		}
-		for _, user := range []string{"%FF", "%C3", "%00", "a%0Ab", "%C2%85", "%7F", strings.Repeat("x", 65), strings.Repeat("%C3%A9", 65)} {
+		for _, user := range []string{"%20", "%E2%80%AEeve", "eve%E2%80%8E", "a%D8%9Cb", "%E2%81%A6x%E2%81%A9", "a%E2%80%A8b", "%20eve", "eve+", "%C2%A0eve", "%E3%80%80", "%E2%80%8B", "%EF%BB%BF", "%E3%85%A4", "%E2%A0%80", "%FF", "%C3", "%00", "a%0Ab", "%C2%85", "%7F", strings.Repeat("x", 65), strings.Repeat("%C3%A9", 65)} {
 			post(400, "/rooms/a?user="+user, "hi")
 			post(400, "/rooms/a", "data=x&user="+user, formKind)
 			post(400, "/rooms/a/presence?user="+user, "online")
@@ -432,6 +576,23 @@ func TestRefusals(t *testing.T) {
 		for _, text := range []string{"", " ", "{", "[1,]", "{'a':1}", "nul", "True", "1 2", `"a`, `"a` + "\n" + `"`, "01", "+1", ".5", "NaN", "{\"a\":1}}", "hi", "\ufeff1", deep, deepObject, strings.Repeat("[", 60_000), strings.Repeat(`{"a":`, 10_000)} {
 			post(400, "/rooms/a", text, jsonKind)
 		}
+		// What some parsers take and others don't: half of a surrogate pair, numbers beyond a double, names twice.
+		for _, text := range []string{`"\ud800"`, `"\uDFFF"`, `"\ude00\ud83d"`, `"\ud800\ud800"`, `"\ud800x"`, `"\ud800\\udc00"`, `["x",{"\ud800":1}]`, "1e400", `{"n":-1e309}`, strings.Repeat("9", 400),
+			`{"a":1,"a":2}`, `{"a":1,"\u0061":2}`, `[{"b":{"a":[],"c":1 , "a" : 2}}]`, `{"":1,"":1}`} {
+			post(400, "/rooms/a", text, jsonKind)
+			post(400, "/rooms/a", text, "Content-Type: application/vnd.api+json")
+			post(400, "/rooms/a/presence?user=ada", `{"state":"online","x":`+text+"}", jsonKind)
+		}
+		post(400, "/rooms/a/presence?user=ada", `{"State":"online"}`, jsonKind)
+		for _, id := range []string{"-1", "x", "", "1.5", "+1", "9223372036854775808", "1&if=1"} {
+			post(400, "/rooms/a?if="+id, "hi")
+			post(400, "/rooms/a", "data=hi&if="+id, formKind)
+		}
+		post(400, "/rooms/a?if=1", "data=hi&if=2", formKind)
+		get(400, "/rooms/a/poll?lastEventId=x", "/rooms/a/sse?Last-Event-ID=-1", "/rooms/a/sse?lastEventId=1&lastEventId=2", "/rooms/a/sse?lastEventId=1&lastEventID=2")
+		get(400, "/rooms/a/stream?as=data", "/rooms/a/poll?as=data", "/rooms/a/html?as=data", "/rooms/a/refresh?as=data", "/rooms/a/iframe?as=data", "/rooms/a/longpoll?as=data", "/rooms/a/jsonp?callback=f&as=data", "/rooms/a/multipart?as=data")
+		get(400, "/rooms/a/sse?client="+strings.Repeat("x", 65), "/rooms/a/sse?client=a%20b", "/rooms/a/poll?client=a&client=b")
+		post(400, "/rooms/a/presence?user=ada&client=%3Cb%3E", "online")
 		post(413, "/rooms/a", strings.Repeat("x", 65_537))
 		post(413, "/rooms/a", strings.Repeat(" ", 65_537), jsonKind)
 		post(413, "/rooms/a/presence?user=ada", strings.Repeat(" ", 65_537))
@@ -452,9 +613,10 @@ func TestRefusals(t *testing.T) {
 		post(400, "/rooms/a/presence?user=", "online")
 
 		// Methods.
-		for _, method := range []string{"PUT", "DELETE", "PATCH", "GET", "HEAD", "FOO"} {
+		for _, method := range []string{"PATCH", "GET", "HEAD", "FOO"} {
 			all = append(all, refusal{405, method, "/rooms/a", "hi", nil})
 		}
+		all = append(all, refusal{403, "DELETE", "/rooms/a", "", nil}, refusal{403, "GET", "/rooms", "", nil}, refusal{405, "POST", "/rooms", "hi", nil})
 		for _, method := range []string{"PUT", "DELETE", "PATCH"} {
 			all = append(all, refusal{405, method, "/rooms/a/presence?user=ada", "online", nil}, refusal{405, method, "/healthz", "", nil}, refusal{405, method, "/", "", nil})
 		}
@@ -784,7 +946,7 @@ func TestPreflight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBed(t, pipe, func(c *settings) { c.origins = "https://friend.example" })
 		for path, methods := range map[string]string{
-			"/rooms/a":          "POST, OPTIONS",
+			"/rooms/a":          "POST, PUT, DELETE, OPTIONS",
 			"/rooms/a/presence": "GET, HEAD, POST, OPTIONS",
 			"/rooms/a,b/sse":    "GET, HEAD, OPTIONS",
 			"/rooms/a/poll":     "GET, HEAD, OPTIONS",

@@ -17,6 +17,7 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -46,7 +47,7 @@ func main() {
 // names that Google Cloud looks for
 // (https://cloud.google.com/logging/docs/structured-logging).
 func newLogger(f *os.File) *slog.Logger {
-	if info, err := f.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+	if isTerminal(f) {
 		return slog.New(slog.NewTextHandler(f, nil))
 	}
 	return slog.New(slog.NewJSONHandler(f, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
@@ -60,6 +61,29 @@ func newLogger(f *os.File) *slog.Logger {
 		}
 		return a
 	}}))
+}
+
+func isTerminal(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
+
+// greeting is what somebody who starts the relay at a terminal needs to know: an
+// address to open, and who may use it.
+func greeting(addr string, tokens bool) string {
+	host, port, _ := net.SplitHostPort(addr)
+	ip, _ := netip.ParseAddr(host)
+	who := "anybody who can reach this machine; -secret asks for tokens"
+	if ip.IsLoopback() {
+		who = "anybody on this machine; -secret asks for tokens"
+	}
+	if ip.IsLoopback() || ip.IsUnspecified() {
+		host = "localhost"
+	}
+	if tokens {
+		who = "those with a token; `cometes token` makes one"
+	}
+	return fmt.Sprintf("Cometes is at http://%s\nOpen to %s.", net.JoinHostPort(host, port), who)
 }
 
 // settings are what somebody in production decides.
@@ -174,6 +198,10 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 			return err
 		}
 		defer stop()
+	}
+	if isTerminal(os.Stderr) {
+		fmt.Fprintln(os.Stderr, greeting(listener.Addr().String(), s.secrets != nil))
+		return serve(ctx, s, s.http(c.h2c), s.doorman(listener))
 	}
 	slog.Info("listening", "addr", listener.Addr().String(), "version", version(), "instance", s.instance,
 		"streams", c.streams, "all-bytes", c.allBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", s.secrets != nil)

@@ -442,7 +442,7 @@ func (b *testbed) whileStopping(method, path, body string) recorder {
 
 func (b *testbed) saysBye(w recorder) {
 	b.t.Helper()
-	if w.Code != 200 || w.Header().Get("Content-Type") != "text/event-stream; charset=utf-8" || !regexp.MustCompile(`^retry: \d{4}\n\nevent: bye\ndata: \{"type":"bye","data":\{"retry":\d+\}\}\n\n$`).MatchString(w.Body.String()) {
+	if w.Code != 200 || w.Header().Get("Content-Type") != "text/event-stream; charset=utf-8" || !regexp.MustCompile(`^retry: \d{4}\nevent: bye\ndata: \{"type":"bye","data":\{"retry":\d+\}\}\n\n$`).MatchString(w.Body.String()) {
 		b.t.Errorf("sse: %d %q, want 200, retry and bye", w.Code, w.Body)
 	}
 }

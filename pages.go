@@ -62,10 +62,17 @@ func readFiles() map[string]file {
 	return files
 }
 
+// shortcuts are addresses that people type for pages.
+var shortcuts = map[string]string{"/lab": "./lab.html", "/stats": "./stats.html", "/rooms": "./stats.html", "/rooms/": "../stats.html"}
+
 // page answers everything outside of /rooms/.
 func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 	f, ok := files[r.URL.Path]
-	if !ok && r.URL.Path != "/healthz" && (r.URL.Path != "/metrics" || s.noMetrics) {
+	if to := shortcuts[r.URL.Path]; to != "" && browses(r) {
+		goTo(w, to, r.URL.Query())
+		return nil
+	}
+	if !ok && r.URL.Path != "/healthz" && r.URL.Path != "/token" && (r.URL.Path != "/metrics" || s.noMetrics) {
 		return refuse(http.StatusNotFound, "there is nothing here; rooms are at /rooms/{room}")
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
@@ -79,11 +86,16 @@ func (s *server) page(w http.ResponseWriter, r *http.Request) error {
 		}
 		s.metrics(w)
 		return nil
+	case "/token":
+		return s.tokenInfo(w, r)
 	case "/healthz":
 		if s.relay.isStopping() {
 			return errStopping
 		}
 		reply(w, http.StatusOK, map[string]string{"status": "ok"})
+		return nil
+	}
+	if q := (&query{values: r.URL.Query()}); q.values.Has("token") && browses(r) && s.authorize(r, q) == nil && s.keepToken(w, r, q) {
 		return nil
 	}
 	h := w.Header()
@@ -138,19 +150,23 @@ func (e *event) html() []byte {
 		c := e.content()
 		at := time.UnixMilli(c.Time).UTC()
 		clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04") + `</time> `
-		from := html.EscapeString(c.From)
+		from := "<bdi>" + html.EscapeString(c.From) + "</bdi>"
 		text := html.EscapeString(asText(c.Data))
 		line := func(class, s string) { e.page = []byte(`<p class="` + class + `">` + s + "</p>\n") }
 		switch e.kind {
 		case "hello":
 			line("note", "Connected.")
 		case "message":
-			if from == "" {
-				from = "somebody"
+			if c.From == "" {
+				from = "<bdi>somebody</bdi>"
 			}
-			line("message", clock+"<b>"+from+"</b> <span>"+text+"</span>")
+			line("message", clock+"<b>"+from+`</b> <span dir="auto">`+text+"</span>")
 		case "gap":
-			line("gap", "Some messages may be missing here.")
+			if e.erases() {
+				line("gap", "The messages before this were erased.")
+			} else {
+				line("gap", "Some messages may be missing here.")
+			}
 		case "bye":
 			var bye struct{ Retry int }
 			json.Unmarshal(c.Data, &bye)
@@ -161,19 +177,20 @@ func (e *event) html() []byte {
 			if c.From != "" {
 				line("note", clock+"<b>"+from+"</b> is "+text)
 			} else if json.Unmarshal(c.Data, &ros) == nil {
-				line("note", html.EscapeString(ros.sentence()))
+				line("note", ros.sentence())
 			}
 		default:
-			line("note", clock+"<i>"+e.kind+"</i> <b>"+from+"</b> <span>"+text+"</span>")
+			line("note", clock+"<i>"+e.kind+"</i> <b>"+from+`</b> <span dir="auto">`+text+"</span>")
 		}
 	})
 	return e.page
 }
 
-// sentence is the roster in words.
+// sentence is the roster in words, as HTML.
 func (ros roster) sentence() string {
 	names := make([]string, 0, len(ros.Users))
 	for user, state := range ros.Users {
+		user = "<bdi>" + html.EscapeString(user) + "</bdi>"
 		if state != "online" {
 			user += " (" + state + ")"
 		}
@@ -208,14 +225,13 @@ func pageStart(title string) string {
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>` + title + ` · Cometes</title>
-<link rel="stylesheet" href="/plain.css">
+<link rel="stylesheet" href="../../plain.css">
 `
 }
 
 // pageHead is a page's beginning, with the form to write with: of its own in a
 // frame, or, in a page that comes anew as a whole, as part of it.
 func pageHead(q *query) string {
-	room := q.rooms[0]
 	user := url.Values{"user": {q.user}}.Encode()
 	head, form := "<header>\n<h1>"+q.title()+"</h1>\n", ""
 	switch {
@@ -223,18 +239,18 @@ func pageHead(q *query) string {
 		head = "<body class=\"bare\">\n<header>\n"
 	case q.pull:
 		head += `<p>This page comes anew every ` + strconv.Itoa(int(q.wait/time.Second)) + ` seconds.
-<a href="/rooms/` + room + `/form?live=refresh&amp;` + user + `">Write at leisure</a></p>
+<a href="form?live=refresh&amp;` + user + `">Write at leisure</a></p>
 `
-		form = formFor(room, q.user, "refresh")
+		form = formFor(q.rooms[0], q.user, "refresh")
 	default:
 		head += `<p>This page never ends: what is said appears on top.
-<a href="/rooms/` + room + `/refresh?` + user + `">A page that comes anew instead</a></p>
+<a href="refresh?` + user + `">A page that comes anew instead</a></p>
 `
-		form = `<iframe class="form" title="Write a message" src="/rooms/` + room + `/form?` + user + `"></iframe>
+		form = `<iframe class="form" title="Write a message" src="form?` + user + `"></iframe>
 `
 	}
 	if q.here != "" {
-		head += `<p>` + html.EscapeString(q.here) + ".</p>\n"
+		head += `<p>` + q.here + ".</p>\n"
 	}
 	return pageStart(q.title()) + head + "</header>\n" + form
 }
@@ -253,8 +269,8 @@ func page(b []byte, q *query, events []*event) []byte {
 // formFor is the form that posts to a room and then shows the page named. Its
 // key makes a double click one message.
 func formFor(room, user, then string) string {
-	return `<form method="post" action="/rooms/` + room + `">
-<label>Name <input name="user" value="` + html.EscapeString(user) + `" maxlength="64" size="10" autocomplete="nickname"></label>
+	return `<form method="post" action="../` + room + `">
+<label>Name <input name="user" value="` + html.EscapeString(user) + `" pattern="\S(.*\S)?" title="a name, without spaces around it" maxlength="64" size="10" autocomplete="nickname"></label>
 <label class="wide">Message <input name="data" required maxlength="4000" autocomplete="off"></label>
 <input type="hidden" name="key" value="` + rand.Text() + `">
 <input type="hidden" name="then" value="` + then + `">
@@ -290,7 +306,7 @@ func (s *server) form(w http.ResponseWriter, r *http.Request, q *query) error {
 <h1>` + q.title() + `</h1>
 <p>What is said comes anew every few seconds; what you write stays.</p>
 </header>
-` + form + `<iframe class="live" title="Messages" src="/rooms/` + q.rooms[0] + `/refresh?form=0&amp;` + url.Values{"user": {user}}.Encode() + `"></iframe>
+` + form + `<iframe class="live" title="Messages" src="refresh?form=0&amp;` + url.Values{"user": {user}}.Encode() + `"></iframe>
 `
 	}
 	io.WriteString(w, pageStart("Write to "+q.title())+"<body class=\"bare\">\n"+form)

@@ -21,6 +21,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 )
 
 const (
@@ -52,7 +53,7 @@ func (s *server) look(p pictureOf) (away func(), err error) {
 	c := s.drawings[p]
 	if c == nil {
 		if len(s.drawings) >= maxPictures {
-			return nil, fault{http.StatusServiceUnavailable, "too many pictures are looked at; try again later", "pictures", 10}
+			return nil, limit(http.StatusServiceUnavailable, "too many pictures are looked at; try again later", "pictures", 10)
 		}
 		c = &canvas{pictureOf: p, s: s}
 		if err := s.relay.subscribe(&c.rd, want{rooms: []string{p.room}, after: -1, last: drawMessages, batchBytes: 1 << 20}); err != nil {
@@ -123,8 +124,11 @@ func (c *canvas) draw() {
 	for more := true; more; more = c.rd.cut {
 		c.events = c.rd.next(c.events[:0])
 		for _, e := range c.events {
-			if e.kind == "message" {
+			switch {
+			case e.kind == "message":
 				c.add(e)
+			case e.erases():
+				c.said = nil
 			}
 		}
 	}
@@ -228,10 +232,11 @@ func (c *canvas) talk(b []byte) []byte {
 	return b
 }
 
-// cutText is at most n characters of s, without those that XML has no place for.
+// cutText is at most n characters of s, without those that XML has no place for,
+// and those that would turn around what is next to it.
 func cutText(s string, n int) string {
 	runes := []rune(strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0xfffe || r == 0xffff {
+		if r < ' ' || r == 0xfffe || r == 0xffff || unicode.Is(unicode.Bidi_Control, r) {
 			return -1
 		}
 		return r

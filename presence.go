@@ -9,6 +9,7 @@ package main
 import (
 	"encoding/json"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -25,21 +26,65 @@ const (
 	presenceFor = time.Minute
 )
 
-var errTooManyUsers = fault{503, "there are too many users; try again when some have left", "users", 60}
+var errTooManyUsers = limit(503, "there are too many users; try again when some have left", "users", 60)
 
 // A lease is a user's stay in a room. It is guarded by relay.mu.
 type lease struct {
-	held    int       // streams and long-polls that name the user
-	until   time.Time // without them, here until then
+	clients []stay
 	state   string    // online, away or offline
 	typing  time.Time // typing until then
-	leaving int       // of those, whose page has said goodbye: no grace for them
 
 	here   bool      // counted in room.here
 	told   string    // what the room was last told
 	toldAt time.Time // and when, unless it was that they came
 	joined time.Time // when it was last told that they are here
 	timer  *time.Timer
+}
+
+// A stay is what one client, a page or program of the user, adds to a lease.
+type stay struct {
+	client  string    // as it calls itself; "" stands for all that do not say
+	held    int       // streams and long-polls
+	leaving int       // of those, how many have said goodbye: no grace for them
+	until   time.Time // without them, here until then
+}
+
+// maxClients is how many clients of a user are kept apart when their connections
+// are closed. Of more, the one without a name is here for them.
+const maxClients = 16
+
+// stay returns the client's stay, made if need be. The pointer is good until the next call.
+func (l *lease) stay(client string) *stay {
+	i := slices.IndexFunc(l.clients, func(c stay) bool { return c.client == client })
+	if i < 0 {
+		i = len(l.clients)
+		l.clients = append(l.clients, stay{client: strings.Clone(client)}) // not to keep the request it is part of
+	}
+	return &l.clients[i]
+}
+
+// held is how many streams and long-polls name the user, and until when the
+// user is here without them.
+func (l *lease) held() (held int, until time.Time) {
+	for _, c := range l.clients {
+		held += c.held
+		if until.Before(c.until) {
+			until = c.until
+		}
+	}
+	return held, until
+}
+
+// drop forgets the clients that are gone.
+func (l *lease) drop(now time.Time) {
+	many := len(l.clients) > maxClients
+	_, until := l.held()
+	l.clients = slices.DeleteFunc(l.clients, func(c stay) bool {
+		return c.held == 0 && (many || !now.Before(c.until))
+	})
+	if many {
+		l.stay("").until = until
+	}
 }
 
 // A crowd is a room's state above crowdAbove users.
@@ -52,8 +97,8 @@ type crowd struct {
 
 // now is the user's state at the time t.
 func (l *lease) now(t time.Time) string {
-	switch {
-	case l.held == 0 && !t.Before(l.until), l.state == "offline":
+	switch held, until := l.held(); {
+	case held == 0 && !t.Before(until), l.state == "offline":
 		return "offline"
 	case t.Before(l.typing):
 		return "typing"
@@ -63,9 +108,9 @@ func (l *lease) now(t time.Time) string {
 
 // due is when the state next changes by itself, or the zero time.
 func (l *lease) due(t time.Time) time.Time {
-	var due time.Time
-	if l.held == 0 {
-		due = l.until
+	held, due := l.held()
+	if held > 0 {
+		due = time.Time{}
 	}
 	if t.Before(l.typing) && (due.IsZero() || l.typing.Before(due)) {
 		due = l.typing
@@ -76,39 +121,41 @@ func (l *lease) due(t time.Time) time.Time {
 // enter takes a lease for the user: for as long as the connection is held, or until
 // they should have asked again. It reports whether the room was told of it.
 // The caller holds r.mu.
-func (r *relay) enter(rm *room, user string, holds bool) bool {
+func (r *relay) enter(rm *room, user, client string, holds bool) bool {
 	now := time.Now()
 	l := r.lease(rm, user)
 	if l.now(now) == "offline" {
 		l.state = "online"
 	}
 	if holds {
-		l.held++
+		l.stay(client).held++
 	} else {
-		l.until = now.Add(r.present)
+		l.stay(client).until = now.Add(r.present)
 	}
 	return r.settle(rm, user, l, now)
 }
 
 // exit ends one of the user's streams or long-polls. The caller holds r.mu.
-func (r *relay) exit(rm *room, user string) bool {
+func (r *relay) exit(rm *room, user, client string) bool {
 	now := time.Now()
 	l := rm.leases[user]
-	l.held--
-	if l.leaving > 0 {
-		l.leaving--
-	} else if end := now.Add(grace); l.until.Before(end) {
-		l.until = end
+	c := l.stay(client)
+	c.held--
+	if c.leaving > 0 {
+		c.leaving--
+	} else if end := now.Add(grace); c.until.Before(end) {
+		c.until = end
 	}
 	return r.settle(rm, user, l, now)
 }
 
-// declare sets the user's state: online, typing, away or offline. Offline from
-// a user with several streams is one tab's goodbye, not the user's; it may come
-// before the tab's stream has ended or after.
-func (r *relay) declare(name, user, state string) error {
+// declare sets the user's state: online, typing, away or offline. Offline is the
+// goodbye of one client, which may come before its streams have ended or after.
+// If it does not say which, it is that of a stream that has just ended, or else of one
+// of several, or the user's.
+func (r *relay) declare(name, user, client, state string) error {
 	r.mu.Lock()
-	rm, err := r.setState(name, user, state)
+	rm, err := r.setState(name, user, client, state)
 	r.mu.Unlock()
 	if rm != nil {
 		rm.wake()
@@ -118,7 +165,7 @@ func (r *relay) declare(name, user, state string) error {
 
 // setState is declare under r.mu. It returns the room to wake, or nil if it was
 // told nothing.
-func (r *relay) setState(name, user, state string) (*room, error) {
+func (r *relay) setState(name, user, client, state string) (*room, error) {
 	if r.isStopping() {
 		return nil, errStopping
 	}
@@ -133,23 +180,37 @@ func (r *relay) setState(name, user, state string) (*room, error) {
 	rm = r.open(name)
 	now := time.Now()
 	l := r.lease(rm, user)
+	held, until := l.held()
 	switch {
-	case state == "offline" && l.held > 0 && now.Before(l.until): // of one that has just gone: no grace for it
-		l.until = now
-	case state == "offline" && l.held > 1:
-		l.leaving = min(l.leaving+1, l.held)
-	case state == "offline":
-		l.leaving = l.held
-		l.state, l.typing, l.until = state, time.Time{}, now
-	default:
-		l.leaving = 0
-		if l.held == 0 {
-			l.until = now.Add(r.present)
+	case state != "offline":
+		c := l.stay(client)
+		c.leaving = 0
+		if held == 0 {
+			c.until = now.Add(r.present)
 		}
 		l.typing = time.Time{}
 		if l.state = state; state == "typing" {
 			l.state, l.typing = "online", now.Add(typingFor)
 		}
+	case client != "":
+		c := l.stay(client)
+		c.leaving, c.until = c.held, now
+		others := slices.ContainsFunc(l.clients, func(c stay) bool { return c.held > c.leaving || now.Before(c.until) })
+		if !others {
+			l.state, l.typing = state, time.Time{}
+		}
+	case held > 0 && now.Before(until): // of one that has just gone: no grace for it
+		for i := range l.clients {
+			l.clients[i].until = now
+		}
+	case held > 1:
+		c := l.stay("")
+		c.leaving = min(c.leaving+1, c.held)
+	default:
+		for i := range l.clients {
+			l.clients[i].leaving, l.clients[i].until = l.clients[i].held, now
+		}
+		l.state, l.typing = state, time.Time{}
 	}
 	if !r.settle(rm, user, l, now) {
 		return nil, nil
@@ -176,6 +237,7 @@ func (r *relay) lease(rm *room, user string) *lease {
 // coming and any other change at most once a second. It reports whether anything
 // was told.
 func (r *relay) settle(rm *room, user string, l *lease, now time.Time) (told bool) {
+	l.drop(now)
 	state, next := l.now(now), l.due(now)
 	if here := state != "offline"; here != l.here {
 		l.here = here
@@ -206,7 +268,7 @@ func (r *relay) settle(rm *room, user string, l *lease, now time.Time) (told boo
 			next = rest
 		}
 	}
-	if state == "offline" && l.held == 0 {
+	if held, _ := l.held(); state == "offline" && held == 0 {
 		if !now.Before(rest) {
 			if l.timer != nil {
 				l.timer.Stop()

@@ -66,10 +66,24 @@ func (h *house) poll(user string) {
 	openReader(h.T, h.relay, "a", -1, want{user: user, presence: true}).leave()
 }
 
+// client opens a stream of one of the user's clients.
+func (h *house) client(user, client string) *reader {
+	h.Helper()
+	return openReader(h.T, h.relay, "a", -1, want{user: user, client: client, presence: true, holds: true})
+}
+
+// goodbye says that one of the user's clients leaves.
+func (h *house) goodbye(user, client string) {
+	h.Helper()
+	if err := h.declare("a", user, client, "offline"); err != nil {
+		h.Error(err)
+	}
+}
+
 // says posts a state.
 func (h *house) says(user, state string) {
 	h.Helper()
-	if err := h.declare("a", user, state); err != nil {
+	if err := h.declare("a", user, "", state); err != nil {
 		h.Error(err)
 	}
 }
@@ -158,6 +172,79 @@ func TestPresence(t *testing.T) {
 			h.at("2m")
 			ada.leave()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
+		{"a client's goodbye is for the stream it has, though another of it has just been replaced", func(h *house) {
+			old := h.client("ada", "tab1")
+			h.at("1m")
+			ada := h.client("ada", "tab1")
+			old.leave()
+			h.at("1m1s")
+			h.goodbye("ada", "tab1")
+			h.wantHere("")
+			h.at("1m2s")
+			ada.leave()
+		}, []string{"0s ada:online", "1m1s ada:offline"}},
+		{"and so it is when the stream is gone before the goodbye comes", func(h *house) {
+			old := h.client("ada", "tab1")
+			h.at("1m")
+			ada := h.client("ada", "tab1")
+			old.leave()
+			ada.leave()
+			h.at("1m1s")
+			h.goodbye("ada", "tab1")
+		}, []string{"0s ada:online", "1m1s ada:offline"}},
+		{"and when it long-polls", func(h *house) {
+			for range 3 {
+				ada := h.client("ada", "tab1")
+				time.Sleep(time.Second)
+				ada.leave()
+			}
+			ada := h.client("ada", "tab1")
+			h.goodbye("ada", "tab1")
+			ada.leave()
+		}, []string{"0s ada:online", "3s ada:offline"}},
+		{"and when it polls", func(h *house) {
+			openReader(h.T, h.relay, "a", -1, want{user: "ada", client: "tab1", presence: true}).leave()
+			h.at("2s")
+			h.goodbye("ada", "tab1")
+		}, []string{"0s ada:online", "2s ada:offline"}},
+		{"a client's goodbye leaves the user's others alone", func(h *house) {
+			one, two := h.client("ada", "tab1"), h.client("ada", "tab2")
+			nameless := h.stream("ada")
+			h.at("1m")
+			h.goodbye("ada", "tab1")
+			h.goodbye("ada", "tab1")
+			one.leave()
+			h.goodbye("ada", "tab1")
+			h.goodbye("ada", "tab3")
+			h.at("2m")
+			two.leave()
+			h.goodbye("ada", "tab2")
+			h.at("3m")
+			nameless.leave()
+		}, []string{"0s ada:online", "3m10s ada:offline"}},
+		{"a client that says goodbye and comes back is here", func(h *house) {
+			h.client("ada", "tab1").leave()
+			h.goodbye("ada", "tab1")
+			h.at("2s")
+			ada := h.client("ada", "tab1")
+			h.at("1m")
+			ada.leave()
+		}, []string{"0s ada:online", "0s ada:offline", "2s ada:online", "1m10s ada:offline"}},
+		{"a goodbye that names no client is the user's, whatever their clients are called", func(h *house) {
+			ada := h.client("ada", "tab1")
+			h.at("1m")
+			h.says("ada", "offline")
+			ada.leave()
+		}, []string{"0s ada:online", "1m0s ada:offline"}},
+		{"of more clients than are kept apart, those without a connection are here together", func(h *house) {
+			for i := range 3 * maxClients {
+				h.client("ada", fmt.Sprint("tab", i)).leave()
+			}
+			if n := len(h.rooms["a"].leases["ada"].clients); n > maxClients+1 {
+				h.Errorf("%d clients are kept", n)
+			}
+			h.goodbye("ada", "tab1")
+		}, []string{"0s ada:online", "10s ada:offline"}},
 		{"who returns too late has been offline", func(h *house) {
 			h.stream("ada").leave()
 			h.at("12s")
@@ -400,7 +487,7 @@ func TestAUserIsSeenInEachRoomOfTheirStream(t *testing.T) {
 		if a, c := r.whoIsIn("a").Count, r.whoIsIn("c").Count; a != 1 || c != 0 {
 			t.Errorf("%d in a and %d in c, want 1 and 0", a, c)
 		}
-		r.declare("b", "ada", "offline")
+		r.declare("b", "ada", "", "offline")
 		ada.leave()
 		wantRead(t, watcher, "ada:offline")
 		time.Sleep(10 * time.Second)
@@ -690,12 +777,12 @@ func TestTooManyUsers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := testRelay(limits{users: 1000})
 		for i := range r.limits.users {
-			if err := r.declare("a", fmt.Sprint("user", i), "online"); err != nil {
+			if err := r.declare("a", fmt.Sprint("user", i), "", "online"); err != nil {
 				t.Fatal(i, err)
 			}
 		}
 		mark, rooms := r.mark.Load(), len(r.rooms)
-		if err := r.declare("b", "one more", "online"); err != errTooManyUsers {
+		if err := r.declare("b", "one more", "", "online"); err != errTooManyUsers {
 			t.Errorf("a user too many: %v", err)
 		}
 		if _, err := tryReader(r, want{rooms: []string{"a", "b"}, user: "one more", holds: true}); err != errTooManyUsers {
@@ -704,14 +791,14 @@ func TestTooManyUsers(t *testing.T) {
 		if len(r.rooms) != rooms || r.mark.Load() != mark || len(r.rooms["a"].readers) != 0 {
 			t.Error("a refused user has changed something")
 		}
-		if err := r.declare("a", "user7", "away"); err != nil {
+		if err := r.declare("a", "user7", "", "away"); err != nil {
 			t.Errorf("one who is here: %v", err)
 		}
 		openReader(t, r, "a", 0, want{presence: true}).leave() // who is not seen may read
 		checkBooks(t, r)
 		time.Sleep(time.Minute + time.Second)
 		synctest.Wait()
-		if err := r.declare("b", "one more", "online"); err != nil {
+		if err := r.declare("b", "one more", "", "online"); err != nil {
 			t.Errorf("when the others are gone: %v", err)
 		}
 		if r.leases != 1 {
@@ -796,7 +883,7 @@ func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 			streams = append(streams, openReader(t, r, "a", -1, want{user: fmt.Sprint("user", i), holds: true}))
 		}
 		for i, rd := range streams {
-			r.declare("a", fmt.Sprint("user", i), "offline")
+			r.declare("a", fmt.Sprint("user", i), "", "offline")
 			rd.leave()
 		}
 		publishText(t, r, "b", strings.Repeat("x", 64<<10))
@@ -912,7 +999,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 								w.holds = false
 								openReader(t, r, "a", -1, w).leave()
 							default:
-								r.declare("a", user, []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
+								r.declare("a", user, "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
 							}
 							if i == 0 {
 								publishText(t, r, "b", strings.Repeat("x", 500))

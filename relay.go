@@ -60,6 +60,7 @@ func (e *event) size() int { return eventBytes + len(e.json) + len(e.key) }
 // A view is what readers see of a room's log: immutable, swapped in whole.
 type view struct {
 	floor    int64    // the newest message lost; what is at or below it can't be read any more
+	erased   int64    // the floor, when an operator erased the history; lower, if more was lost since
 	messages []*event // oldest first
 	signals  []*event // oldest first; kept apart, so that they never push a message out
 	spilled  int64    // the newest signal dropped before its time, or presence event dropped
@@ -96,17 +97,17 @@ type relay struct {
 
 	mu        sync.Mutex // guards what follows, and with it the order of ids
 	rooms     map[string]*room
-	idlest    *list.List       // rooms published to, the one published to last in front
-	bytes     int              // of all events kept
-	leases    int              // in all rooms
-	floors    map[string]int64 // of rooms that are forgotten
-	forgotten int64            // the floor of rooms whose own was forgotten too
+	idlest    *list.List      // rooms published to, the one published to last in front
+	bytes     int             // of all events kept
+	leases    int             // in all rooms
+	floors    map[string]lost // of rooms that are forgotten
+	forgotten int64           // the floor of rooms whose own was forgotten too
 }
 
 var (
-	errTooManyRooms = fault{503, "there are too many rooms; publish to one that exists, or try again when one was forgotten", "rooms", 60}
-	errStopping     = fault{503, "the relay is stopping; try again", "", 2}
-	errRoomTooFast  = fault{429, "this room is published to too fast", "room", 1}
+	errTooManyRooms = limit(503, "there are too many rooms; publish to one that exists, or try again when one was forgotten", "rooms", 60)
+	errStopping     = limit(503, "the relay is stopping; try again", "", 2)
+	errRoomTooFast  = limit(429, "this room is published to too fast", "room", 1)
 )
 
 // newRelay makes a relay without rooms. Its ids begin at the clock's
@@ -119,7 +120,7 @@ func newRelay(l limits) *relay {
 		stopping: make(chan struct{}),
 		rooms:    map[string]*room{},
 		idlest:   list.New(),
-		floors:   map[string]int64{},
+		floors:   map[string]lost{},
 	}
 	r.mark.Store(r.start)
 	return r
@@ -130,6 +131,7 @@ func newRelay(l limits) *relay {
 type post struct {
 	room, kind, from, key string
 	ttl                   time.Duration // 0 for a message
+	onlyIf                *int64        // publish only if the room's newest message has this id, or is none for 0
 	data                  []byte
 	picture               []byte // instead of data, see picture.go
 	unmetered             bool   // not bound by the room's rate: the relay's own, or of this machine
@@ -137,7 +139,7 @@ type post struct {
 
 // publish appends p to its room and wakes the room's readers. It returns the
 // event's id, and whether it is new: a key that the room's history holds
-// already gives the first id. A refused post changes nothing.
+// already gives the first id, whatever p.onlyIf. A refused post changes nothing.
 func (r *relay) publish(p post) (id int64, fresh bool, err error) {
 	r.mu.Lock()
 	rm, id, err := r.append(p)
@@ -160,6 +162,13 @@ func (r *relay) append(p post) (*room, int64, error) {
 	if rm != nil && p.key != "" {
 		if id, known := rm.keys[p.key]; known {
 			return nil, id, nil
+		}
+	}
+	if p.onlyIf != nil {
+		if newest := rm.newest(); newest != *p.onlyIf {
+			f := refuse(412, "another message was published to this room since; its id is the one to go on from")
+			f.newest = newest
+			return nil, 0, f
 		}
 	}
 	now := time.Now()
@@ -199,6 +208,16 @@ func (r *relay) append(p post) (*room, int64, error) {
 	r.keep(rm, e)
 	r.mark.Store(e.id)
 	return rm, e.id, nil
+}
+
+// newest is the id of the room's newest message, or 0 if it keeps none.
+func (rm *room) newest() int64 {
+	if rm != nil {
+		if messages := rm.view.Load().messages; len(messages) > 0 {
+			return messages[len(messages)-1].id
+		}
+	}
+	return 0
 }
 
 // encode is the event as every transport sends it.
@@ -283,8 +302,8 @@ func (r *relay) open(name string) *room {
 	if rm == nil {
 		rm = &room{name: strings.Clone(name)}
 		v := &view{floor: r.forgotten}
-		if floor, ok := r.floors[name]; ok {
-			v.floor = floor
+		if f, ok := r.floors[name]; ok {
+			v.floor, v.erased = f.floor, f.erased
 			delete(r.floors, name)
 		}
 		rm.view.Store(v)
@@ -296,20 +315,49 @@ func (r *relay) open(name string) *room {
 // forget drops a room's history, and the room itself when nobody reads it,
 // but not its floor.
 func (r *relay) forget(rm *room) {
+	r.empty(rm, max(rm.view.Load().floor, rm.newest()), false)
+	r.close(rm)
+}
+
+// empty drops all that a room keeps. What is at or below floor is lost.
+func (r *relay) empty(rm *room, floor int64, erased bool) {
 	v := rm.view.Load()
-	floor, spilled := v.floor, v.spilled
-	if n := len(v.messages); n > 0 {
-		floor = v.messages[n-1].id
+	lost := &view{floor: floor, erased: v.erased, spilled: v.spilled}
+	if erased {
+		lost.erased = floor
 	}
 	if n := len(v.signals); n > 0 {
-		spilled = v.signals[n-1].id
+		lost.spilled = v.signals[n-1].id
 	}
 	r.bytes -= rm.messageBytes + rm.signalBytes
 	rm.messageBytes, rm.signalBytes, rm.keys = 0, 0, nil
-	rm.view.Store(&view{floor: floor, spilled: spilled})
-	r.idlest.Remove(rm.place)
-	rm.place = nil
-	r.close(rm)
+	rm.view.Store(lost)
+	if rm.place != nil {
+		r.idlest.Remove(rm.place)
+		rm.place = nil
+	}
+}
+
+// erase forgets what the named room keeps, and has its readers told. That takes
+// an id: then every cursor there is lies before it, and goes on behind it.
+func (r *relay) erase(name string) error {
+	r.mu.Lock()
+	if r.isStopping() {
+		r.mu.Unlock()
+		return errStopping
+	}
+	rm := r.rooms[name]
+	if rm != nil {
+		id := r.mark.Load() + 1
+		r.empty(rm, id, true)
+		r.mark.Store(id)
+		r.close(rm)
+	}
+	r.mu.Unlock()
+	if rm != nil {
+		rm.wake()
+	}
+	return nil
 }
 
 // close removes a room without history, readers and users from the map, and
@@ -321,18 +369,21 @@ func (r *relay) close(rm *room) {
 		return
 	}
 	delete(r.rooms, rm.name)
-	floor := rm.view.Load().floor
-	if floor <= r.forgotten {
+	v := rm.view.Load()
+	if v.floor <= r.forgotten {
 		return
 	}
 	if len(r.floors) >= r.limits.rooms {
 		for _, f := range r.floors {
-			r.forgotten = max(r.forgotten, f)
+			r.forgotten = max(r.forgotten, f.floor)
 		}
 		clear(r.floors)
 	}
-	r.floors[rm.name] = floor
+	r.floors[rm.name] = lost{v.floor, v.erased}
 }
+
+// What is remembered of a room that is forgotten; see view.
+type lost struct{ floor, erased int64 }
 
 // sweep forgets the rooms that were neither published to nor read for a while.
 func (r *relay) sweep(now time.Time) {
@@ -402,6 +453,7 @@ type reader struct {
 	rostered   int64         // presence events up to here are in the roster
 	woken      chan struct{} // holds one token while there may be something to read
 	user       string        // whose leases leave gives up
+	client     string        // and of which of their clients
 }
 
 // A seat is a reader's place in one room.
@@ -438,6 +490,7 @@ type want struct {
 	after      int64   // the cursor, or -1 for none
 	last       int     // without a cursor: begin with the newest so many messages
 	user       string  // be seen as this user, unless empty
+	client     string  // which of the user's clients this is
 	presence   bool    // see presence
 	holds      bool    // the connection is held open, so the user is here while it lasts
 	batchBytes int     // a batch ends with the event that makes it so long; 1 or more
@@ -466,11 +519,11 @@ func (r *relay) subscribe(rd *reader, w want) error {
 		rd.seats = append(rd.seats, seat{rd: rd, room: rm})
 		rd.seats[i].sit()
 		if w.user != "" {
-			told = r.enter(rm, w.user, w.holds) || told
+			told = r.enter(rm, w.user, w.client, w.holds) || told
 		}
 	}
 	if w.holds {
-		rd.user = w.user
+		rd.user, rd.client = w.user, w.client
 	}
 	rd.after = w.after
 	switch mark := r.mark.Load(); {
@@ -547,7 +600,7 @@ func (rd *reader) leave() {
 		rd.seats[i].rise()
 		rm.used = now
 		if rd.user != "" {
-			told = r.exit(rm, rd.user) || told
+			told = r.exit(rm, rd.user, rd.client) || told
 		}
 		r.close(rm)
 	}
@@ -580,7 +633,7 @@ func (rd *reader) next(batch []*event) []*event {
 	heads := few[:0]
 	for i := range rd.seats {
 		v := rd.seats[i].room.view.Load()
-		if gap := rd.gap(&rd.seats[i], v.floor, mark, heads); gap != nil {
+		if gap := rd.gap(&rd.seats[i], v, mark, heads); gap != nil {
 			heads = append(heads, []*event{gap})
 		}
 		if m := between(v.messages, after, mark); len(m) > 0 {
@@ -630,8 +683,8 @@ func (rd *reader) next(batch []*event) []*event {
 //
 // Of several with one id the last alone has it: who was cut off before it, and
 // comes back with the one before, is told again.
-func (rd *reader) gap(s *seat, floor, mark int64, others [][]*event) *event {
-	floor = min(floor, mark) // one beyond was raised while we read, and is told when we read on
+func (rd *reader) gap(s *seat, v *view, mark int64, others [][]*event) *event {
+	floor := min(v.floor, mark) // one beyond was raised while we read, and is told when we read on
 	reason := "history"
 	switch {
 	case rd.foreign && rd.after < rd.relay.start:
@@ -640,13 +693,20 @@ func (rd *reader) gap(s *seat, floor, mark int64, others [][]*event) *event {
 		reason = "future"
 	case floor <= rd.after || floor <= s.forgiven:
 		return nil
+	case v.floor == v.erased:
+		reason = "erased"
 	}
 	rd.relay.gaps.Add(1)
 	id := max(floor, rd.relay.start)
 	if slices.ContainsFunc(others, func(o []*event) bool { return o[0].kind == "gap" && o[0].id == id }) {
 		id--
 	}
-	return notice{Type: "gap", Room: s.room.name, ID: id, Data: map[string]string{"reason": reason}}.event()
+	return notice{Type: "gap", Room: s.room.name, ID: new(id), Data: map[string]string{"reason": reason}}.event()
+}
+
+// erases reports whether the event tells that all before it was erased.
+func (e *event) erases() bool {
+	return e.kind == "gap" && strings.HasSuffix(string(e.json), `{"reason":"erased"}}`)
 }
 
 // between returns the events of a log behind after, up to mark.
@@ -691,12 +751,16 @@ type notice struct {
 	Type string `json:"type"`
 	Room string `json:"room,omitempty"`
 	Key  string `json:"key,omitempty"`
-	ID   int64  `json:"id,omitempty"`
+	ID   *int64 `json:"id,omitempty"`
 	Data any    `json:"data,omitempty"`
 }
 
 // event returns the notice as an event that is in no log.
 func (n notice) event() *event {
 	b, _ := json.Marshal(n) // of strings, numbers and maps of them: it can't fail
-	return &event{id: n.ID, kind: n.Type, json: b}
+	e := &event{kind: n.Type, json: b}
+	if n.ID != nil {
+		e.id = *n.ID
+	}
+	return e
 }

@@ -367,6 +367,49 @@ func TestGaps(t *testing.T) {
 	}
 }
 
+// To erase is to forget a history: all who read it are told, and go on.
+func TestErase(t *testing.T) {
+	r := testRelay(limits{})
+	publishScript(t, r, "a:one b:two a:three")
+	rd := openReader(t, r, "a,b", 0, want{})
+	wantRead(t, rd, "1:a:one 2:b:two 3:a:three")
+	if err := r.erase("a"); err != nil {
+		t.Fatal(err)
+	}
+	wantRead(t, rd, "4:a:gap(erased)")
+	wantRead(t, rd, "")
+	publishScript(t, r, "a:five")
+	wantRead(t, rd, "5:a:five")
+	wantRead(t, openReader(t, r, "a", -1, want{last: 10}), "5:a:five")
+	for after, read := range map[int64]string{0: "4:a:gap(erased) 5:a:five", 3: "4:a:gap(erased) 5:a:five", 4: "5:a:five"} {
+		wantRead(t, openReader(t, r, "a", after, want{}), read)
+	}
+	wantRead(t, openReader(t, r, "b", 0, want{}), "2:b:two")
+
+	// What is lost later is lost as ever.
+	for range r.events {
+		publishScript(t, r, "a:x")
+	}
+	late := openReader(t, r, "a", 0, want{})
+	if got := testWords(r, late.next(nil)[:1]); got != "5:a:gap(history)" {
+		t.Errorf("got %s", got)
+	}
+	checkBooks(t, r)
+
+	// A room that nobody reads is erased too, and one that there is none of.
+	publishScript(t, r, "c:secret")
+	n := r.mark.Load() - r.start
+	if r.erase("c") != nil || r.erase("nobody") != nil || r.rooms["c"] != nil || r.rooms["nobody"] != nil {
+		t.Error("erase made a room, or kept one")
+	}
+	wantRead(t, openReader(t, r, "c", n-1, want{}), fmt.Sprintf("%d:c:gap(erased)", n+1))
+	checkBooks(t, r)
+	r.stop()
+	if err := r.erase("a"); err != errStopping {
+		t.Errorf("while stopping: %v", err)
+	}
+}
+
 func TestAGapIsToldWhileReading(t *testing.T) {
 	r := testRelay(limits{events: 2})
 	rd := openReader(t, r, "a,b", -1, want{})
@@ -562,7 +605,7 @@ func TestReadingCreatesNoRoom(t *testing.T) {
 		readers = append(readers, rd)
 	}
 	r.whoIsIn("room")
-	if err := r.declare("room", "ada", "offline"); err != nil {
+	if err := r.declare("room", "ada", "", "offline"); err != nil {
 		t.Error(err)
 	}
 	publishText(t, r, "one", "readers' rooms do not count")
@@ -673,7 +716,7 @@ func TestBooksAreRight(t *testing.T) {
 						readers = slices.Delete(readers, i, i+1)
 					}
 				case 2:
-					r.declare(name(), fmt.Sprint("user", rnd.IntN(5)), []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
+					r.declare(name(), fmt.Sprint("user", rnd.IntN(5)), "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
 				case 3:
 					time.Sleep(time.Duration(rnd.Int64N(int64(30 * time.Second))))
 					synctest.Wait()
@@ -839,7 +882,7 @@ func TestARoomsRate(t *testing.T) {
 			if err := put("a", "k9"); err != nil {
 				t.Errorf("a retry: %v", err)
 			}
-			if err := r.declare("a", fmt.Sprint("user", i), "online"); err != nil || r.mark.Load() == mark {
+			if err := r.declare("a", fmt.Sprint("user", i), "", "online"); err != nil || r.mark.Load() == mark {
 				t.Errorf("presence was not told: %v", err)
 			}
 			if err := put("b", ""); err != nil {
@@ -957,7 +1000,7 @@ func TestStopping(t *testing.T) {
 	}
 	r.stop()
 	stopped := r.mark.Load()
-	if err := r.declare("a", "ada", "online"); err != errStopping {
+	if err := r.declare("a", "ada", "", "online"); err != errStopping {
 		t.Errorf("presence while stopping: %v", err)
 	}
 	readAll(rd)
@@ -1051,7 +1094,7 @@ func TestNoRequestIsKept(t *testing.T) {
 		{"from", func(r *relay, s string) { publishPost(t, r, post{room: "a", kind: "message", from: s}) }},
 		{"key", func(r *relay, s string) { publishPost(t, r, post{room: "a", kind: "message", key: s}) }},
 		{"user who polls", func(r *relay, s string) { openReader(t, r, "a", -1, want{user: s}).leave() }},
-		{"user who posts presence", func(r *relay, s string) { r.declare("a", s, "typing") }},
+		{"user who posts presence", func(r *relay, s string) { r.declare("a", s, "", "typing") }},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			r := testRelay(limits{})

@@ -8,9 +8,11 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"runtime"
 	"runtime/metrics"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -143,6 +145,53 @@ func (r *relay) size() (rooms, users, bytes int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.idlest.Len(), r.leases, r.bytes
+}
+
+// maxListed is how many rooms a list has.
+const maxListed = 1000
+
+// A roomInfo is what an operator is told of a room.
+type roomInfo struct {
+	Room     string `json:"room"`
+	Readers  int    `json:"readers"`
+	Users    int    `json:"users"`
+	Messages int    `json:"messages"`
+	Bytes    int    `json:"bytes"`  // of messages and signals
+	Newest   int64  `json:"newest"` // message, or 0
+	Time     int64  `json:"time"`   // of the newest event, Unix milliseconds, or 0
+}
+
+// list returns the rooms whose names begin with prefix, the one published to last
+// first, then those that are only read; so many at most, and whether there are more.
+func (r *relay) list(prefix string, most int) (rooms []roomInfo, more bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	rooms = []roomInfo{}
+	add := func(rm *room) {
+		if !strings.HasPrefix(rm.name, prefix) || !validName(rm.name) { // a room of pictures is nobody's
+			return
+		}
+		if more = len(rooms) == most; more {
+			return
+		}
+		v := rm.view.Load()
+		info := roomInfo{rm.name, len(rm.readers), rm.here, len(v.messages), rm.messageBytes + rm.signalBytes, rm.newest(), 0}
+		for _, log := range [][]*event{v.messages, v.signals} {
+			if len(log) > 0 {
+				info.Time = max(info.Time, log[len(log)-1].at)
+			}
+		}
+		rooms = append(rooms, info)
+	}
+	for el := r.idlest.Front(); el != nil && !more; el = el.Next() {
+		add(el.Value.(*room))
+	}
+	for _, name := range slices.Sorted(maps.Keys(r.rooms)) {
+		if rm := r.rooms[name]; rm.place == nil && !more {
+			add(rm)
+		}
+	}
+	return rooms, more
 }
 
 // metrics is GET /metrics, in Prometheus' text format

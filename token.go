@@ -17,7 +17,6 @@ import (
 	"log/slog"
 	"math"
 	"net/http"
-	"net/url"
 	"strings"
 	"time"
 )
@@ -58,12 +57,10 @@ func verify(token string, secrets [][]byte, now time.Time) (*claims, error) {
 	if len(token) > maxToken || len(parts) != 3 {
 		return nil, errors.New("the token is no JWT")
 	}
-	var head struct {
-		Alg  string
-		Crit []string
-	}
+	var alg string
+	var crit any
 	sum, err := encoding.Strict().DecodeString(parts[2])
-	if err != nil || decode(parts[0], &head) != nil || head.Alg != "HS256" || head.Crit != nil {
+	if err != nil || decode(parts[0], map[string]any{"alg": &alg, "crit": &crit}) != nil || alg != "HS256" || crit != nil {
 		return nil, errors.New("the token is no JWT of the algorithm HS256")
 	}
 	signed := false
@@ -74,7 +71,7 @@ func verify(token string, secrets [][]byte, now time.Time) (*claims, error) {
 		return nil, errors.New("the token is not signed with this relay's secret")
 	}
 	var c claims
-	if decode(parts[1], &c) != nil {
+	if decode(parts[1], map[string]any{"sub": &c.Sub, "exp": &c.Exp, "nbf": &c.Nbf, "read": &c.Read, "write": &c.Write}) != nil {
 		return nil, errors.New("the token's claims can't be read")
 	}
 	at := float64(now.UnixMilli()) / 1000
@@ -89,12 +86,13 @@ func verify(token string, secrets [][]byte, now time.Time) (*claims, error) {
 	return &c, nil
 }
 
-func decode(part string, v any) error {
+// decode reads the fields of one part of a token.
+func decode(part string, fields map[string]any) error {
 	b, err := encoding.Strict().DecodeString(part)
 	if err != nil {
 		return err
 	}
-	return json.Unmarshal(b, v)
+	return parseObject(b, maxDepth, fields)
 }
 
 // until is when the token expires, in Unix nanoseconds.
@@ -133,7 +131,7 @@ func (q *query) tokenOf(r *http.Request) string {
 	return ""
 }
 
-func denied(status int, text string) error { return fault{status, text, "token", 0} }
+func denied(status int, text string) error { return limit(status, text, "token", 0) }
 
 // authorize checks the request's token, if the relay asks for one, and whether
 // it is good for the rooms.
@@ -182,6 +180,33 @@ func (q *query) speaksAs(user string) string {
 		q.fail(denied(http.StatusForbidden, fmt.Sprintf("the token is %q's; nobody else can be spoken as with it", q.claims.Sub)))
 	}
 	return q.claims.Sub
+}
+
+// tokenInfo is GET /token: what the token of a page is good for, since a script
+// can't see its cookie. The parameter room says for which room.
+func (s *server) tokenInfo(w http.ResponseWriter, r *http.Request) error {
+	q := &query{values: r.URL.Query()}
+	if err := s.authorize(r, q); err != nil {
+		return err
+	}
+	answer := map[string]any{"required": s.secrets != nil}
+	if room := q.get("room"); room != "" {
+		if !validName(room) {
+			return badRoom(room)
+		}
+		answer["read"], answer["write"] = q.claims.may(room, false), q.claims.may(room, true)
+	}
+	if q.claims != nil && q.claims.Sub != "" {
+		answer["user"] = q.claims.Sub
+	}
+	if q.claims != nil && q.claims.Exp != nil {
+		answer["exp"] = *q.claims.Exp
+	}
+	if q.err != nil {
+		return q.err
+	}
+	reply(w, http.StatusOK, answer)
+	return nil
 }
 
 // tokenCommand is cometes token: it prints one.
@@ -248,8 +273,6 @@ func (s *server) keepToken(w http.ResponseWriter, r *http.Request, q *query) boo
 	}
 	http.SetCookie(w, c)
 	q.values.Del("token")
-	to := url.URL{Path: r.URL.Path, RawQuery: q.values.Encode()}
-	w.Header().Set("Location", to.String())
-	w.WriteHeader(http.StatusSeeOther)
+	goTo(w, "./"+r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:], q.values)
 	return true
 }

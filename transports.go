@@ -52,19 +52,20 @@ type technique struct {
 	name    string
 	hold    hold
 	framing func(*query) framing
+	as      []string // what as= may say, if anything; the first if it says nothing
 }
 
 var techniques = []technique{
-	{"refresh", atOnce, refresh},
-	{"multipart", forever, multipart},
-	{"html", forever, endless},
-	{"poll", atOnce, poll},
-	{"iframe", forever, iframe},
-	{"longpoll", once, poll},
-	{"stream", forever, lines},
-	{"jsonp", once, jsonp},
-	{"sse", forever, sse},
-	{"ws", forever, frames},
+	{"refresh", atOnce, refresh, nil},
+	{"multipart", forever, multipart, []string{"json", "text", "html", "svg"}},
+	{"html", forever, endless, nil},
+	{"poll", atOnce, poll, nil},
+	{"iframe", forever, iframe, nil},
+	{"longpoll", once, poll, nil},
+	{"stream", forever, lines, nil},
+	{"jsonp", once, jsonp, nil},
+	{"sse", forever, sse, []string{"json", "data"}},
+	{"ws", forever, frames, []string{"json", "data"}},
 }
 
 // A framing is how a technique writes: with event, one after the other, or
@@ -153,19 +154,28 @@ func lines(*query) framing {
 // reconnect by themselves too, and send the last id as Last-Event-ID.
 //
 //	retry: 2718
+//	id: 1795351418000041
+//	event: hello
+//	data: {"type":"hello",…}
 //
 //	id: 1795351418000042
 //	event: typing
 //	data: {"id":1795351418000042,…}
 //
-// A comment would do for a heartbeat, but a page can't see a comment; nor an
-// event whose name it doesn't listen for, so names=0 leaves them out. The
-// retry differs by client, lest all of them return at once.
+// With as=data an event is its data alone. A comment would do for a heartbeat,
+// but a page can't see a comment; nor an event whose name it doesn't listen for,
+// so names=0 leaves them out. Some clients take every block for an event, and
+// what it says for JSON: so retry has no block of its own, and a heartbeat says
+// something. The retry differs by client, so that they don't return all at once.
 func sse(q *query) framing {
-	nameless := q.nameless // and not q, which each stream would keep
+	nameless, alone := q.nameless, q.as == "data" // and not q, which each stream would keep
+	beat := "event: beat\ndata: " + beatJSON + "\n\n"
+	if alone {
+		beat = "event: beat\ndata:\n\n"
+	}
 	return framing{
 		mime: "text/event-stream; charset=utf-8",
-		head: fmt.Sprintf("retry: %d\n\n", 2000+mathrand.IntN(2000)),
+		head: fmt.Sprintf("retry: %d\n", 2000+mathrand.IntN(2000)),
 		event: func(b []byte, e *event) []byte {
 			if e.id != 0 || e.kind == "hello" {
 				b = strconv.AppendInt(append(b, "id: "...), e.id, 10)
@@ -175,11 +185,23 @@ func sse(q *query) framing {
 				b = append(append(b, "event: "...), e.kind...)
 				b = append(b, '\n')
 			}
+			if alone {
+				return append(dataLines(b, asText(e.content().Data)), '\n')
+			}
 			b = append(append(b, "data: "...), e.json...)
 			return append(b, "\n\n"...)
 		},
-		beat: "event: beat\ndata:\n\n",
+		beat: beat,
 	}
+}
+
+// dataLines appends text, a field for each line of it; a line may end in any of
+// the ways that the standard knows.
+func dataLines(b []byte, text string) []byte {
+	for line := range strings.SplitSeq(strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(text), "\n") {
+		b = append(append(append(b, "data: "...), line...), '\n')
+	}
+	return b
 }
 
 // multipart, Netscape's server push of 1995: each part replaces the one before.
@@ -225,7 +247,12 @@ func multipart(q *query) framing {
 	case "html":
 		var shown []*event
 		f.batch = func(b []byte, _ int64, events []*event) []byte {
-			shown = append(shown, events...)
+			for _, e := range events {
+				if e.erases() {
+					shown = nil
+				}
+				shown = append(shown, e)
+			}
 			shown = append([]*event(nil), shown[max(0, len(shown)-pageMessages):]...)
 			return append(page(b, q, shown), open...)
 		}
@@ -270,8 +297,21 @@ func iframe(q *query) framing {
 //
 // They are written here and not by the library, which has a writer of its own
 // for each socket. A ping asks whether the client is there; a page can't see
-// it, so a heartbeat is a frame as well.
-func frames(*query) framing {
+// it, so a heartbeat is a frame as well. With as=data a frame is the data of one
+// event that somebody published, and nothing else is sent.
+func frames(q *query) framing {
+	if q.as == "data" {
+		return framing{
+			event: func(b []byte, e *event) []byte {
+				if e.at == 0 || e.kind == "presence" {
+					return b // the relay's own
+				}
+				text := asText(e.content().Data)
+				return append(textFrame(b, len(text)), text...)
+			},
+			beat: ping,
+		}
+	}
 	return framing{
 		batch: func(b []byte, _ int64, events []*event) []byte {
 			size := len(events) - 1
@@ -287,13 +327,14 @@ func frames(*query) framing {
 			}
 			return b
 		},
-		beat: pingAndBeat,
+		beat: ping + string(textFrame(nil, len(beatJSON))) + beatJSON,
 	}
 }
 
-const beatJSON = `{"type":"beat"}`
-
-var pingAndBeat = "\x89\x00" + string(textFrame(nil, len(beatJSON))) + beatJSON
+const (
+	beatJSON = `{"type":"beat"}`
+	ping     = "\x89\x00" // a frame
+)
 
 // textFrame appends the head of a whole text frame of so many bytes (5.2): its
 // length in one byte, or behind 126 in two, or behind 127 in eight.
@@ -726,7 +767,10 @@ func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *quer
 	st.send = (*stream).sendFrames
 	st.token = q.claims.until()
 	st.proxied = st.s.gate.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
+	offered, _, _ := strings.Cut(strings.Join(r.Header.Values("Sec-WebSocket-Protocol"), ","), ",")
 	conn, err := websocket.Accept(hijacker{w, st}, r, &websocket.AcceptOptions{
+		// The relay speaks none, but a browser that offers some fails without an answer.
+		Subprotocols: []string{strings.TrimSpace(offered)},
 		// The origin was judged by allow, as for everything else. The library
 		// compares it with Host alone, which a proxy may set to something else.
 		InsecureSkipVerify: true,
@@ -738,7 +782,7 @@ func (st *stream) serveWebSocket(w http.ResponseWriter, r *http.Request, q *quer
 	}
 	conn.SetReadLimit(st.s.body)
 	st.s.pump.add(st)
-	sp := &speaker{user: q.user, claims: q.claims, addr: q.addr}
+	sp := &speaker{user: q.user, client: q.client, claims: q.claims, addr: q.addr, quiet: q.as == "data"}
 	if len(st.rd.seats) == 1 {
 		sp.room = st.rd.seats[0].room.name // and not the request's, which would be kept for it
 	}
@@ -758,14 +802,14 @@ const (
 // not answered the last ping when the next is due is gone, and its network
 // did not say so.
 func (st *stream) sendFrames(d *desk, b []byte) error {
-	if b[0] == 0x89 { // a heartbeat: a ping, and what a page can see
+	if bytes.HasPrefix(b, []byte(ping)) { // a heartbeat: a ping, and what a page can see
 		st.beats++
-		ping := st.beats%pingEvery == 1
+		asks := st.beats%pingEvery == 1
 		if st.patient && !st.proxied {
-			ping = st.beats%pingSeldom == 0
+			asks = st.beats%pingSeldom == 0
 		}
-		if !ping {
-			b = b[len("\x89\x00"):]
+		if !asks {
+			b = b[len(ping):]
 		} else if st.silent.Swap(true) {
 			return os.ErrDeadlineExceeded
 		}
@@ -781,9 +825,10 @@ func (st *stream) sendFrames(d *desk, b []byte) error {
 // A speaker is who speaks through a WebSocket, and all that is kept of its
 // request for as long as it lasts.
 type speaker struct {
-	user, room string // room is the only one read, or ""
-	claims     *claims
-	addr       netip.Addr
+	user, client, room string // room is the only one read, or ""
+	claims             *claims
+	addr               netip.Addr
+	quiet              bool // hears an answer only to what had a key
 }
 
 // listen takes what the client says, until it says no more.
@@ -801,7 +846,7 @@ func (st *stream) listen(conn *websocket.Conn, sp *speaker) {
 		}
 		st.tally.in.Add(int64(len(frame)) + 6) // a head and a mask, of the shortest
 		st.hearing.Store(true)                 // what is published is answered, be it the last that is
-		if answer := st.s.hear(sp, kind, frame); answer != nil {
+		if answer := st.s.hear(sp, kind, frame); answer != nil && (answer.Key != "" || !sp.quiet) {
 			b := answer.event().json
 			st.say(append(textFrame(nil, len(b)), b...))
 		}
@@ -881,57 +926,61 @@ func (s *server) hear(sp *speaker, kind websocket.MessageType, frame []byte) *no
 		return &notice{Type: "error", Data: "frames are text, in UTF-8"}
 	}
 	var said struct {
-		Type string
-		Room *string
-		Key  string
-		TTL  *int64
-		Data json.RawMessage
+		kind, key string
+		room      *string
+		ttl       *int64
+		onlyIf    *int64
+		data      json.RawMessage
 	}
 	spoken := !bytes.HasPrefix(frame, []byte("{"))
 	if !spoken {
-		if err := parseJSON(frame, maxDepth+1, &said); err != nil {
+		fields := map[string]any{"type": &said.kind, "room": &said.room, "key": &said.key, "ttl": &said.ttl, "if": &said.onlyIf, "data": &said.data}
+		if err := parseObject(frame, maxDepth+1, fields); err != nil {
 			var only struct{ Key string } // for the answer, if it can be found
 			json.Unmarshal(frame, &only)
 			return s.ack(only.Key, 0, err)
 		}
 	}
 	if !s.gate.take(sp.addr) {
-		return s.ack(said.Key, 0, errTooFast)
+		return s.ack(said.key, 0, errTooFast)
 	}
 	if time.Now().UnixNano() >= sp.claims.until() { // a socket that is slow to read may not have been closed yet
-		return s.ack(said.Key, 0, errExpired)
+		return s.ack(said.key, 0, errExpired)
 	}
 	room := sp.room
-	if said.Room != nil {
-		room = *said.Room
+	if said.room != nil {
+		room = *said.room
 	}
-	if said.Type == "presence" {
+	if said.kind == "presence" {
 		var state string
-		if json.Unmarshal(said.Data, &state) != nil {
-			return s.ack(said.Key, 0, errState)
+		if json.Unmarshal(said.data, &state) != nil {
+			return s.ack(said.key, 0, errState)
 		}
 		if room != "" && !sp.claims.may(room, false) {
-			return s.ack(said.Key, 0, errNotGood)
+			return s.ack(said.key, 0, errNotGood)
 		}
-		return s.ack(said.Key, 0, s.declare(room, sp.user, state))
+		return s.ack(said.key, 0, s.declare(room, sp.user, sp.client, state))
 	}
-	p := post{room: room, kind: cmp.Or(said.Type, "message"), from: sp.user, key: said.Key, unmetered: sp.addr.IsLoopback()}
-	if said.TTL != nil {
-		p.ttl = time.Duration(*said.TTL) * time.Second
-		if *said.TTL < 1 || *said.TTL > maxTTL {
-			return s.ack(said.Key, 0, errTTL)
+	p := post{room: room, kind: cmp.Or(said.kind, "message"), from: sp.user, key: said.key, onlyIf: said.onlyIf, unmetered: sp.addr.IsLoopback()}
+	if p.onlyIf != nil && *p.onlyIf < 0 {
+		return s.ack(said.key, 0, errIf)
+	}
+	if said.ttl != nil {
+		p.ttl = time.Duration(*said.ttl) * time.Second
+		if *said.ttl < 1 || *said.ttl > maxTTL {
+			return s.ack(said.key, 0, errTTL)
 		}
 	}
 	if room != "" && !sp.claims.may(room, true) {
-		return s.ack(said.Key, 0, errNotGood)
+		return s.ack(said.key, 0, errNotGood)
 	}
 	if spoken {
 		p.data = quote(frame)
 	} else {
-		p.data = oneLine(said.Data)
+		p.data = oneLine(said.data)
 	}
 	id, _, err := s.post(p)
-	return s.ack(said.Key, id, err)
+	return s.ack(said.key, id, err)
 }
 
 // ack is the answer to a frame that was taken, if it has a key, or could not be.
@@ -940,13 +989,21 @@ func (s *server) ack(key string, id int64, err error) *notice {
 		if key == "" {
 			return nil
 		}
-		return &notice{Type: "ack", Key: key, ID: id}
-	}
-	if f, ok := err.(fault); ok {
-		s.refused(f.reason)
+		answer := &notice{Type: "ack", Key: key}
+		if id != 0 {
+			answer.ID = &id
+		}
+		return answer
 	}
 	if len(key) > maxKey {
 		key = ""
 	}
-	return &notice{Type: "error", Key: key, Data: err.Error()}
+	answer := &notice{Type: "error", Key: key, Data: err.Error()}
+	if f, ok := err.(fault); ok {
+		s.refused(f.reason)
+		if f.status == http.StatusPreconditionFailed {
+			answer.ID = &f.newest
+		}
+	}
+	return answer
 }

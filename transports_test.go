@@ -579,14 +579,16 @@ func (e *ear) hearSSE() error {
 		}
 		fields[name] = strings.TrimPrefix(value, " ")
 	}
-	data, ok := fields["data"]
-	switch {
-	case !ok && fields["retry"] != "" && len(fields) == 1:
-		e.retry = fields["retry"]
-		return nil
-	case ok && data == "" && fields["event"] == "beat" && len(fields) == 2:
+	data := fields["data"]
+	if data == `{"type":"beat"}` && fields["event"] == "beat" && len(fields) == 2 {
 		e.add(heard{kind: "beat"})
 		return nil
+	}
+	if retry, ok := fields["retry"]; ok { // in the first block, and not in one of its own, which some clients take for an event
+		if e.retry != "" || data == "" {
+			return garble("sse: retry in %q", fields)
+		}
+		e.retry = retry
 	}
 	if err := e.addJSON(data); err != nil {
 		return err
@@ -774,7 +776,7 @@ func (e *ear) addPage(page string) error {
 
 var (
 	paragraphForm = regexp.MustCompile(`^<p class="(message|note|gap)">(.*)</p>$`)
-	speechForm    = regexp.MustCompile(`^<time datetime="[0-9TZ:-]{20}">\d\d:\d\d</time> (?:<i>([\w.:-]+)</i> )?<b>([^<]*)</b> <span>([^<]*)</span>$`)
+	speechForm    = regexp.MustCompile(`^<time datetime="[0-9TZ:-]{20}">\d\d:\d\d</time> (?:<i>([\w.:-]+)</i> )?<b><bdi>([^<]*)</bdi></b> <span dir="auto">([^<]*)</span>$`)
 	byeForm       = regexp.MustCompile(`^The relay is going away.*<meta http-equiv="refresh" content="\d+">$`)
 )
 
@@ -798,7 +800,7 @@ func (e *ear) addParagraph(line string) error {
 		}
 		e.add(heard{kind: kind, from: html.UnescapeString(speech[2]), text: html.UnescapeString(speech[3])})
 	default:
-		e.add(heard{kind: "presence", text: html.UnescapeString(m[2])})
+		e.add(heard{kind: "presence", text: html.UnescapeString(strings.NewReplacer("<bdi>", "", "</bdi>", "").Replace(m[2]))})
 	}
 	return nil
 }
@@ -1469,8 +1471,8 @@ func (b *testbed) frail(rng *mathrand.Rand, h2 bool) *http.Client {
 	}, h2)
 }
 
-// A stay is what a hopper heard at one place.
-type stay struct {
+// A visit is what a hopper heard at one place.
+type visit struct {
 	by       string
 	rooms    []string
 	from, to int64 // cursors
@@ -1506,7 +1508,7 @@ func hop(t *testing.T, network string, seed uint64) {
 		})
 	}
 	var hopping sync.WaitGroup
-	stays := make([][]stay, hoppers)
+	stays := make([][]visit, hoppers)
 	for n := range hoppers {
 		rng := mathrand.New(mathrand.NewPCG(seed, uint64(100+n)))
 		hopping.Go(func() {
@@ -1519,7 +1521,7 @@ func hop(t *testing.T, network string, seed uint64) {
 			end := b.relay.mark.Load()
 			for cursor < end && !t.Failed() { // what is left, without a cut
 				e, _ := b.tryListen(t.Context(), b.client, kindOf("poll"), "a,b,c", fmt.Sprint("after=", cursor))
-				s := stay{"poll", rooms, cursor, cursor, nil}
+				s := visit{"poll", rooms, cursor, cursor, nil}
 				s.hear(t, e, 1000)
 				cursor = s.to
 				stays[n] = append(stays[n], s)
@@ -1614,7 +1616,7 @@ func (b *testbed) insist(rng *mathrand.Rand, h2 bool, room, key, text string) bo
 }
 
 // stay listens for a while, by any technique, in some of the rooms.
-func (b *testbed) stay(ctx context.Context, t *testing.T, rng *mathrand.Rand, h2 bool, rooms []string, cursor int64) stay {
+func (b *testbed) stay(ctx context.Context, t *testing.T, rng *mathrand.Rand, h2 bool, rooms []string, cursor int64) visit {
 	var k earKind
 	for k.name == "" || k.people {
 		k = earKinds[rng.IntN(len(earKinds))]
@@ -1633,7 +1635,7 @@ func (b *testbed) stay(ctx context.Context, t *testing.T, rng *mathrand.Rand, h2
 	if rng.IntN(2) == 0 {
 		ask = []string{"wait=20", "after=1", fmt.Sprint("Last-Event-ID: ", cursor)}
 	}
-	s := stay{k.name, some, cursor, cursor, nil}
+	s := visit{k.name, some, cursor, cursor, nil}
 	e, err := b.tryListen(ctx, client, k, strings.Join(some, ","), ask...)
 	if err == nil {
 		defer e.close()
@@ -1645,7 +1647,7 @@ func (b *testbed) stay(ctx context.Context, t *testing.T, rng *mathrand.Rand, h2
 }
 
 // hear takes at most n things.
-func (s *stay) hear(t *testing.T, e *ear, n int) {
+func (s *visit) hear(t *testing.T, e *ear, n int) {
 	for ; n > 0; n-- {
 		h, err := e.hears()
 		if err != nil {
@@ -1798,7 +1800,7 @@ func TestRefresh(t *testing.T) {
 		if strings.Index(page, ">59<") > strings.Index(page, ">10<") || strings.Contains(page, ">9<") {
 			t.Error("the page does not begin with the newest message and end with the fiftieth")
 		}
-		if !strings.Contains(page, `<form method="post" action="/rooms/a">`) || !strings.Contains(page, `name="data"`) {
+		if !strings.Contains(page, `<form method="post" action="../a">`) || !strings.Contains(page, `name="data"`) {
 			t.Error("the page has no form")
 		}
 		if res, _ := b.do("GET", "/rooms/a/refresh?wait=3&last=1", ""); res.Header.Get("Refresh") != "3" {
@@ -2595,7 +2597,7 @@ func TestAnAckIsNotLostToAStop(t *testing.T) {
 		st.hearing.Store(true) // hear has published, and is on its way to say so
 		b.stop()
 		synctest.Wait()
-		ack := notice{Type: "ack", Key: "k", ID: 1}.event().json
+		ack := notice{Type: "ack", Key: "k", ID: new(int64(1))}.event().json
 		st.say(append(textFrame(nil, len(ack)), ack...))
 		st.hearing.Store(false)
 		st.wake()
@@ -2702,7 +2704,7 @@ func TestHowManyPings(t *testing.T) {
 		pings := 0
 		for range 48 {
 			st.rest = nil
-			if err := st.sendFrames(&desk{}, []byte(frames(nil).beat)); err != errFull {
+			if err := st.sendFrames(&desk{}, []byte(frames(&query{}).beat)); err != errFull {
 				t.Fatal(err)
 			}
 			if st.rest[0][0] == 0x89 {
