@@ -5,7 +5,7 @@ import assert from 'node:assert/strict'
 import { after, afterEach, before, describe, test } from 'node:test'
 import { below, browse, browsers, open, start, token, until } from './relay.mjs'
 
-const secret = 'a secret for the tests, of 32 bytes'
+const secret = 'a-secret-for-tests-of-thirty-two-bytes'
 let relay, guarded
 before(async () => {
   relay = await start('-beat', '2s', '-rate', '1000')
@@ -123,7 +123,7 @@ for (const name of browsers) describe(name, () => {
 
   test('without a token, lab and stats ask for one; with one they work, and it is no longer in the address', async () => {
     for (const [path, rights, is] of [['/lab.html', { read: ['lab-*', '_stats'], write: ['lab-*'] }, '#board'], ['/stats.html', { read: ['_stats', 'temp'] }, '#relay .curve']]) {
-      const page = await open(browser, guarded.url + path)
+      const context = await browser.createBrowserContext(), page = await open(context, guarded.url + path)
       await until('it asks', () => shown(page, '#token input'))
       assert.ok(!await shown(page, '#all'))
       await page.evaluate(() => document.querySelector('#token input').value = 'nonsense')
@@ -139,7 +139,7 @@ for (const name of browsers) describe(name, () => {
         await until('the relay shows its counts', async () => +await page.evaluate(() => document.querySelector('#ws [data-cost=held]').cells[2].textContent) > 0)
       }
       assert.deepEqual(beyond(page), [])
-      await page.close()
+      await context.close()
     }
   })
 
@@ -153,6 +153,8 @@ for (const name of browsers) describe(name, () => {
     let page = await enter('/lab.html', { read: ['other'] })
     await until('no right to read', async () => /does not let this page read the room lobby/.test(await say(page, '#trouble')))
     assert.ok(!await shown(page, '#all'))
+    await press(page, '#another summary')
+    await until('another can be given', () => shown(page, '#another input'))
     await page.close()
     page = await enter('/lab.html', { read: ['lobby'] })
     await ready(page)
@@ -210,7 +212,7 @@ for (const name of browsers) describe(name, () => {
     await page.keyboard.press('Enter')
     await until('the answer', async () => await say(page, '#answer') === `The room ${room} is erased.`)
     await until('its numbers are forgotten', async () => await say(page, '#numbers b') === '–' && await say(page, '#skipped') === 'the room was erased')
-    assert.notEqual(await page.evaluate(() => document.activeElement), await page.evaluate(() => document.body))
+    assert.ok(await page.evaluate(() => document.activeElement !== document.body))
     const { events } = await (await fetch(`${relay.url}/rooms/${room}/poll?last=10`)).json()
     assert.deepEqual(events.filter(({ type }) => type === 'message'), [])
     await publish(room, '7')

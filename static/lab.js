@@ -658,13 +658,16 @@ function refuse(why) {
 }
 
 async function begin() {
+  const rooms = asked.get('room') ?? "'lab-*'"
+  const rights = /^[\w.:*'-]+$/.test(rooms) ? `-read ${rooms} -write ${rooms}` : undefined
   may = await access(room)
   if (may.error) {
     refuse('')
-    const rooms = asked.get('room') ?? "'lab-*'"
-    return askForToken($('#token'), may.error, /^[\w.:*'-]+$/.test(rooms) ? `-read ${rooms} -write ${rooms}` : undefined)
+    return askForToken($('#token'), may.error, rights)
   }
-  if (!may.read) return refuse(`Your token does not let this page read the room ${room}. Open the lab in a room that the token names, by ?room=NAME in the address, or ask for a token that may read and write ${room}.`)
+  $('#another').ontoggle = () => askForToken($('#another div'), undefined, rights)
+  $('#another').hidden = may.read && may.write
+  if (!may.read) return refuse(`Your token does not let this page read the room ${room}. Open the lab in a room that the token names, by ?room=NAME in the address, or use a token that may read and write ${room}.`)
   if (may.required) cookies.mode = 'same-origin' // the token is in one
   const { cursor, error } = await (await ask(address('poll'), { credentials: 'same-origin' })).json()
   if (error) return refuse(`The relay does not let this page read the room ${room}: ${error}.`)

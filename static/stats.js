@@ -409,12 +409,14 @@ setInterval(() => paused || drawAll(), 1000)
 
 async function begin() {
   const [ours, theirs] = await Promise.all([access('_stats'), access(room)])
-  const { required, error } = ours
+  const { required, error } = ours, rights = "-read '_stats,*' -write '*'"
   if (error) {
     document.body.dataset.status = 'closed'
     $('#all').hidden = true
-    return askForToken($('#token'), error, "-read '_stats,*' -write '*'")
+    return askForToken($('#token'), error, rights)
   }
+  $('#another').ontoggle = () => askForToken($('#another div'), undefined, rights)
+  $('#another').hidden = ours.read && theirs.read
   may = { required, read: theirs.read, operates: ours.read }
   $('#feed').textContent = `while sleep 1; do curl -s ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d $((RANDOM % 100)) ${shell(address(''))}; done`
   if (ours.read) readStats()
