@@ -345,6 +345,13 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 		{"with what must be understood", minted(`{"alg":"HS256","crit":["b64"],"b64":false}`, `{}`, firstSecret), "HS256"},
 		{"with an empty crit", minted(`{"alg":"HS256","crit":[]}`, `{}`, firstSecret), "HS256"},
 
+		{"with ALG for alg", minted(`{"ALG":"HS256"}`, `{}`, firstSecret), "HS256"},
+		{"with alg twice", minted(`{"alg":"none","alg":"HS256"}`, `{}`, firstSecret), "HS256"},
+		{"expired, with another exp in capitals", minted(hs, `{"exp":946684799,"EXP":946689999}`, firstSecret), "expired"},
+		{"expired, with a second exp", minted(hs, `{"exp":946684799,"exp":946689999}`, firstSecret), "claims"},
+		{"with an EXP that is past, which is no exp", minted(hs, `{"EXP":1}`, firstSecret), ""},
+		{"with a sub that turns what is around it", minted(hs, `{"sub":"\u202eada"}`, firstSecret), "sub"},
+
 		{"empty", "", "no JWT"},
 		{"a word", "token", "no JWT"},
 		{"two dots", "..", "HS256"},
@@ -1353,6 +1360,168 @@ func FuzzAToken(f *testing.F) {
 					t.Errorf("* covers %s", room)
 				}
 			}
+		}
+	})
+}
+
+// Names in a token are what they are, not what they look like.
+func TestAClaimInCapitalsIsNone(t *testing.T) {
+	c, err := verify(signedToken(`{"SUB":"ada","READ":["*"],"Write":["lobby"]}`), [][]byte{[]byte(firstSecret)}, time.Now())
+	if err != nil || c.Sub != "" || c.may("lobby", false) || c.may("lobby", true) {
+		t.Errorf("%v %+v, want a token that is good for nothing", err, c)
+	}
+}
+
+// An operator's token names _stats; without tokens an operator is at the machine itself.
+func TestWhoIsAnOperator(t *testing.T) {
+	for _, tc := range []struct {
+		secret, from string
+		headers      []string
+		list, erase  int
+	}{
+		{"", "127.0.0.1", nil, 200, 204},
+		{"", "::1", nil, 200, 204},
+		{"", "192.0.2.1", nil, 403, 403},
+		{"", "127.0.0.1", []string{"X-Forwarded-For: 127.0.0.1"}, 403, 403},
+		{"", "127.0.0.1", []string{"Forwarded: for=127.0.0.1"}, 403, 403},
+		{"", "127.0.0.1", []string{"Via: 1.1 proxy"}, 403, 403},
+		{"", "127.0.0.1", []string{"X-Real-IP: 127.0.0.1"}, 403, 403},
+		{"", "127.0.0.1", []string{"Origin: https://evil.example", "Sec-Fetch-Site: cross-site"}, 403, 403},
+		{firstSecret, "127.0.0.1", nil, 401, 401},
+		{firstSecret, "192.0.2.1", []string{"Authorization: Bearer " + signedToken(`{"read":["_stats"],"write":["lobby"]}`)}, 200, 204},
+		{firstSecret, "192.0.2.1", []string{"Authorization: Bearer " + signedToken(`{"read":["_stats"],"write":["other"]}`)}, 200, 403},
+		{firstSecret, "192.0.2.1", []string{"Authorization: Bearer " + signedToken(`{"read":["*"],"write":["*"]}`)}, 403, 403},
+		{firstSecret, "192.0.2.1", []string{"Authorization: Bearer x"}, 401, 401},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			h := openHall(t, "-secret", tc.secret)
+			h.relay.publish(post{room: "lobby", kind: "message", data: []byte(`"hi"`)})
+			list, _ := h.ask(tc.from, "GET /rooms", "", tc.headers...)
+			erase, body := h.ask(tc.from, "DELETE /rooms/lobby", "", tc.headers...)
+			if list.StatusCode != tc.list || erase.StatusCode != tc.erase {
+				t.Errorf("%q from %s: %d and %d %s, want %d and %d", tc.headers, tc.from, list.StatusCode, erase.StatusCode, body, tc.list, tc.erase)
+			}
+			if left := h.relay.rooms["lobby"] != nil; left != (tc.erase != 204) {
+				t.Errorf("%q from %s: the room is there: %v", tc.headers, tc.from, left)
+			}
+		})
+	}
+}
+
+// An operator sees which rooms there are, and can erase one.
+func TestRoomsAreListedAndErased(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t)
+		const here = "127.0.0.1"
+		list := func(query string) string {
+			_, body := h.ask(here, "GET /rooms"+query, "")
+			return body
+		}
+		if got := list(""); got != `{"more":false,"rooms":[]}`+"\n" {
+			t.Errorf("of a relay without rooms: %s", got)
+		}
+		start := h.relay.start
+		h.relay.publish(post{room: "a", kind: "message", data: []byte(`"one"`)})
+		time.Sleep(time.Second)
+		h.relay.publish(post{room: "b", kind: "message", data: []byte(`"two"`)})
+		time.Sleep(time.Second)
+		h.relay.publish(post{room: "a", kind: "typing", data: []byte(`true`), ttl: time.Minute})
+		watcher := h.open(here, "GET /rooms/b,c/stream?user=ada", "")
+		picture := h.open(here, "GET /rooms/a/multipart?as=svg", "")
+		synctest.Wait()
+		var got struct {
+			Rooms []roomInfo
+			More  bool
+		}
+		json.Unmarshal([]byte(list("")), &got)
+		for i := range got.Rooms {
+			if got.Rooms[i].Bytes < eventBytes {
+				t.Errorf("%+v", got.Rooms[i])
+			}
+			got.Rooms[i].Bytes = 0
+		}
+		ms := start / 1000
+		if want := []roomInfo{{"c", 1, 1, 0, 0, 0, ms + 2000}, {"b", 1, 1, 1, 0, start + 2, ms + 2000}, {"a", 1, 0, 1, 0, start + 1, ms + 2000}}; !slices.Equal(got.Rooms, want) {
+			t.Errorf("%+v\nwant %+v", got.Rooms, want)
+		}
+		if got := list("?prefix=b"); !strings.Contains(got, `"b"`) || strings.Contains(got, `"a"`) {
+			t.Errorf("those that begin with b: %s", got)
+		}
+		if r, body := h.ask(here, "GET /rooms?prefix=a&prefix=b", ""); r.StatusCode != 400 {
+			t.Errorf("%d %s", r.StatusCode, body)
+		}
+		for _, room := range []string{"b", "nobody", "b"} {
+			if r, body := h.ask(here, "DELETE /rooms/"+room, ""); r.StatusCode != 204 || body != "" {
+				t.Errorf("%s is erased: %d %s", room, r.StatusCode, body)
+			}
+		}
+		for path, status := range map[string]int{"/rooms/a,b": 400, "/rooms/_stats": 403, "/rooms/no%20name": 400, "/rooms/a/poll": 405} {
+			if r, _ := h.ask(here, "DELETE "+path, ""); r.StatusCode != status {
+				t.Errorf("DELETE %s: %d, want %d", path, r.StatusCode, status)
+			}
+		}
+		if got := list("?prefix=b"); !strings.Contains(got, `"messages":0`) || !strings.Contains(got, `"newest":0`) || !strings.Contains(got, `"users":1`) {
+			t.Errorf("of an erased room: %s", got)
+		}
+		if r, _ := h.ask(here, "POST /rooms/b?if=0", "first again"); r.StatusCode != 201 {
+			t.Errorf("publish to it as to a new one: %d", r.StatusCode)
+		}
+		watcher.stop()
+		picture.stop()
+		for i := range maxListed {
+			h.relay.publish(post{room: fmt.Sprint("x", i), kind: "message", data: []byte(`1`)})
+		}
+		if got := list(""); strings.Count(got, `"room":`) != maxListed || !strings.HasPrefix(got, `{"more":true,"rooms":[{"room":"x999",`) {
+			t.Errorf("of many: %d, %.60s", strings.Count(got, `"room":`), got)
+		}
+	})
+}
+
+// A page of ours with a good token in its URL keeps it as html does; and can
+// ask what its token, which no script sees, is good for.
+func TestAPagesTokenAndWhatItIsGoodFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t, "-secret", firstSecret)
+		const from, html = "192.0.2.1", "Accept: text/html"
+		exp := unixIn(time.Hour)
+		tok := signedToken(`{"sub":"ada","read":["lobby"],"exp":` + exp + `}`)
+		for path, want := range map[string]string{"/?token=" + tok: "./", "/?room=x&token=" + tok: "./?room=x", "/stats.html?token=" + tok: "./stats.html"} {
+			r, _ := h.ask(from, "GET "+path, "", html)
+			if where, cookie := r.Header.Get("Location"), r.Header.Get("Set-Cookie"); r.StatusCode != 303 || where != want || !strings.Contains(cookie, "token="+tok+"; Path=/;") || !strings.Contains(cookie, "HttpOnly") {
+				t.Errorf("%s: %d %q %q, want 303 %q", path, r.StatusCode, where, cookie, want)
+			}
+		}
+		for _, path := range []string{"/?token=x", "/?token=", "/?token=x&token=y"} {
+			if r, _ := h.ask(from, "GET "+path, "", html); r.StatusCode != 200 || r.Header.Get("Set-Cookie") != "" {
+				t.Errorf("%s: %d %q", path, r.StatusCode, r.Header.Get("Set-Cookie"))
+			}
+		}
+		for _, tc := range []struct {
+			query, auth string
+			status      int
+			want        string
+		}{
+			{"?room=lobby", "Cookie: token=" + tok, 200, `{"exp":` + exp + `,"read":true,"required":true,"user":"ada","write":false}`},
+			{"?room=other&token=" + tok, "X: y", 200, `{"exp":` + exp + `,"read":false,"required":true,"user":"ada","write":false}`},
+			{"", "Authorization: Bearer " + signedToken(`{"write":["*"]}`), 200, `{"required":true}`},
+			{"?room=a%20b", "Cookie: token=" + tok, 400, ""},
+			{"?room=a&room=b", "Cookie: token=" + tok, 400, ""},
+			{"?room=lobby", "X: y", 401, ""},
+			{"?room=lobby&token=x", "X: y", 401, ""},
+		} {
+			r, body := h.ask(from, "GET /token"+tc.query, "", tc.auth)
+			if r.StatusCode != tc.status || tc.want != "" && body != tc.want+"\n" || !strings.Contains(r.Header.Get("Cache-Control"), "no-store") {
+				t.Errorf("%s: %d %s, want %d %s", tc.query, r.StatusCode, body, tc.status, tc.want)
+			}
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t)
+		if r, body := h.ask("192.0.2.1", "GET /token?room=lobby&token=x", ""); r.StatusCode != 200 || body != `{"read":true,"required":false,"write":true}`+"\n" {
+			t.Errorf("of an open relay: %d %s", r.StatusCode, body)
+		}
+		if r, _ := h.ask("192.0.2.1", "GET /?token=x", "", "Accept: text/html"); r.StatusCode != 200 {
+			t.Errorf("a token that nobody asked for: %d", r.StatusCode)
 		}
 	})
 }

@@ -532,3 +532,20 @@ func TestAskedWhileStopping(t *testing.T) {
 		b.relay.mu.Unlock()
 	})
 }
+
+// Somebody at a terminal is told an address to open, and who may.
+func TestGreeting(t *testing.T) {
+	for _, tc := range []struct {
+		addr   string
+		tokens bool
+		want   string
+	}{
+		{"[::]:8080", false, "Cometes is at http://localhost:8080\nOpen to anybody who can reach this machine; -secret asks for tokens."},
+		{"127.0.0.1:80", false, "Cometes is at http://localhost:80\nOpen to anybody on this machine; -secret asks for tokens."},
+		{"192.0.2.1:8080", true, "Cometes is at http://192.0.2.1:8080\nOpen to those with a token; `cometes token` makes one."},
+	} {
+		if got := greeting(tc.addr, tc.tokens); got != tc.want {
+			t.Errorf("%s: %q, want %q", tc.addr, got, tc.want)
+		}
+	}
+}

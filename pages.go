@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
 	"embed"
@@ -123,7 +124,7 @@ func (e *event) content() (c struct {
 // asText is data for people: a string is itself, anything else its JSON.
 func asText(data json.RawMessage) string {
 	var text string
-	if json.Unmarshal(data, &text) != nil {
+	if !bytes.HasPrefix(data, []byte(`"`)) || json.Unmarshal(data, &text) != nil {
 		return string(data)
 	}
 	return text

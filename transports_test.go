@@ -2322,6 +2322,115 @@ func (b *testbed) socket(rooms string, ask ...string) *ear {
 	return b.listen(kindOf("ws"), rooms, ask...).begin()
 }
 
+// With as=data an event is its data alone: text as it is, line by line, and
+// anything else as JSON.
+func TestDataAlone(t *testing.T) {
+	texts := []string{`"hi"`, `"two\nlines"`, `"\r\na\rb\n"`, `""`, `" <b> & é\u2028"`, `{"a":["<"]}`, "42", "null"}
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		sse := b.listen(kindOf("sse"), "a", "as=data", "user=ada")
+		ws, r := b.raw("/rooms/a/ws?as=data&presence=1")
+		for _, text := range texts {
+			b.do("POST", "/rooms/a?type=x", text, jsonKind)
+		}
+		b.say("a", "the last")
+		// By WebSocket each is a frame of its own, and there is nothing else but pings.
+		var frames []string
+		for len(frames) < len(texts)+1 {
+			var head [2]byte
+			if _, err := io.ReadFull(r, head[:]); err != nil {
+				t.Fatal(err)
+			}
+			body := make([]byte, head[1])
+			io.ReadFull(r, body)
+			if head[0] == 0x81 {
+				frames = append(frames, string(body))
+			} else if head[0] != 0x89 {
+				t.Errorf("a frame that begins with %x", head[0])
+			}
+		}
+		if want := []string{"hi", "two\nlines", "\r\na\rb\n", "", " <b> & é\u2028", `{"a":["\u003c"]}`, "42", "null", "the last"}; !slices.Equal(frames, want) {
+			t.Errorf("ws: %q\nwant %q", frames, want)
+		}
+		ws.Close()
+
+		want := strings.Join([]string{
+			"event: hello\ndata: " + `{"rooms":["a"],"beat":15,"instance":"` + b.instance + `"}`,
+			"event: presence\ndata: " + `{"count":1,"users":{"ada":"online"}}`,
+			"event: x\ndata: hi",
+			"event: x\ndata: two\ndata: lines",
+			"event: x\ndata: \ndata: a\ndata: b\ndata: ",
+			"event: x\ndata: ",
+			"event: x\ndata:  <b> & é\u2028",
+			"event: x\ndata: " + `{"a":["\u003c"]}`,
+			"event: x\ndata: 42",
+			"event: x\ndata: null",
+			"data: the last",
+		}, "\n\n") + "\n\nevent: beat\ndata:\n\n"
+		var got strings.Builder
+		for !strings.HasSuffix(got.String(), "beat\ndata:\n\n") {
+			line, err := sse.line()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !strings.HasPrefix(line, "id: ") && !strings.HasPrefix(line, "retry: ") {
+				got.WriteString(line + "\n")
+			}
+		}
+		if got.String() != want {
+			t.Errorf("sse: %q\nwant %q", got.String(), want)
+		}
+
+		// An answer has only who asks for it; what can't be taken is not told to others.
+		e := b.listen(kindOf("ws"), "a", "as=data")
+		e.send(`{"data":`)
+		e.send("hi")
+		e.send(`{"data":"with a key","key":"k"}`)
+		e.send(`{"data":"","room":"_x","key":"k2"}`)
+		e.send("bye")
+		var all []string
+		for range 5 {
+			_, frame, err := e.conn.Read(e.ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, string(frame))
+		}
+		slices.Sort(all)
+		if !slices.Equal(all[:3], []string{"bye", "hi", "with a key"}) || !strings.Contains(all[3], `"ack"`) || !strings.Contains(all[4], `"error"`) {
+			t.Errorf("%q", all)
+		}
+		b.relay.stop()
+		b.pump.wakeAll()
+		if _, _, err := e.conn.Read(e.ctx); websocket.CloseStatus(err) != websocket.StatusGoingAway {
+			t.Errorf("when the relay stops: %v, want 1001", err)
+		}
+	})
+}
+
+// The relay speaks no subprotocol, but to a browser that offers some it has to name one.
+func TestSubprotocols(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		hundred := strings.TrimSuffix(strings.Repeat("p, ", 100), ", ")
+		for offered, want := range map[string]string{"": "", "chat": "chat", "mqtt, chat": "mqtt", "x," + hundred: "x", " a ,b": "a", ",b": ""} {
+			headers := http.Header{}
+			if offered != "" {
+				headers.Set("Sec-WebSocket-Protocol", offered)
+			}
+			conn, res, err := websocket.Dial(t.Context(), b.url+"/rooms/a/ws", &websocket.DialOptions{HTTPClient: b.client, HTTPHeader: headers, Subprotocols: []string{want}})
+			if err != nil {
+				t.Errorf("%.20q: %v", offered, err)
+				continue
+			}
+			if got := res.Header.Get("Sec-WebSocket-Protocol"); got != want {
+				t.Errorf("%.20q is answered %q, want %q", offered, got, want)
+			}
+			conn.CloseNow()
+		}
+	})
+}
+
 func (e *ear) send(frame string) {
 	e.t.Helper()
 	if err := e.conn.Write(e.ctx, websocket.MessageText, []byte(frame)); err != nil {

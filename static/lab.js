@@ -661,7 +661,7 @@ async function begin() {
   const rooms = asked.get('room') ?? "'lab-*'"
   const rights = /^[\w.:*'-]+$/.test(rooms) ? `-read ${rooms} -write ${rooms}` : undefined
   may = await access(room)
-  if (may.error) {
+  if (may.refused) {
     refuse('')
     return askForToken($('#token'), may.error, rights)
   }

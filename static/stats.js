@@ -409,8 +409,8 @@ setInterval(() => paused || drawAll(), 1000)
 
 async function begin() {
   const [ours, theirs] = await Promise.all([access('_stats'), access(room)])
-  const { required, error } = ours, rights = "-read '_stats,*' -write '*'"
-  if (error) {
+  const { required, refused, error } = ours, rights = "-read '_stats,*' -write '*'"
+  if (refused) {
     document.body.dataset.status = 'closed'
     $('#all').hidden = true
     return askForToken($('#token'), error, rights)

@@ -6,8 +6,8 @@
 const given = () => new URLSearchParams(location.search).get('token')
 
 /**
- * What this browser may do in a room, or whether its token is good at all if none is named: { required, user, read,
- * write, exp }, or { required, error } if it has no token, or one that is not good.
+ * What this browser may do in a room, or whether its token is good at all if none is named: { required, user, exp, read,
+ * write }. Without a token, or with one that is not good, it may do nothing and is `refused`; `error` says what is wrong.
  * @param {string} [room]
  */
 export async function access(room) {
@@ -15,7 +15,7 @@ export async function access(room) {
   const answer = await fetch('token?' + query, { cache: 'no-store' }).catch(() => undefined)
   const said = await answer?.json().catch(() => undefined)
   if (answer?.ok && said) return said
-  if (answer?.status === 401) return { required: true, read: false, write: false, error: said?.error ?? 'the relay asks for a token' }
+  if (answer?.status === 401) return { required: true, refused: true, read: false, write: false, error: said?.error }
   return { required: false, read: true, write: true } // it does not say: what we try next will tell
 }
 
@@ -32,7 +32,8 @@ export function askForToken(element, error, rights = '-read lobby -write lobby')
   const command = `token -sub NAME ${rights}`
   form.append(
     make('h2', 'This relay asks for a token'),
-    make('p', given() && error ? `The token in the address was not accepted: ${error}.` : 'It says who you are, and which rooms you may read and write.', given() && error ? { className: 'wrong', role: 'alert' } : {}),
+    error && !/asks for a token/.test(error) ? make('p', `Your token was not accepted: ${error}.`, { className: 'wrong', role: 'alert' }) :
+      make('p', 'It says who you are, and which rooms you may read and write.'),
     label, make('button', 'Continue'),
     make('p', 'Whoever runs the relay makes one, with the secret that the relay has:'),
     make('pre', `COMETES_SECRET=… cometes ${command}`),
