@@ -124,13 +124,13 @@ for (const name of browsers) describe(name, () => {
   test('without a token, lab and stats ask for one; with one they work, and it is no longer in the address', async () => {
     for (const [path, rights, is] of [['/lab.html', { read: ['lab-*', '_stats'], write: ['lab-*'] }, '#board'], ['/stats.html', { read: ['_stats', 'temp'] }, '#relay .curve']]) {
       const context = await browser.createBrowserContext(), page = await open(context, guarded.url + path)
-      await until('it asks', () => shown(page, '#token input'))
+      await until('it asks', () => shown(page, '#enter input'))
       assert.ok(!await shown(page, '#all'))
-      await page.evaluate(() => document.querySelector('#token input').value = 'nonsense')
-      await press(page, '#token button')
-      await until('it was refused', () => shown(page, '#token .wrong').catch(() => false))
-      await page.evaluate(token => document.querySelector('#token input').value = token, bearer({ sub: 'ada', ...rights }))
-      await press(page, '#token button')
+      await page.evaluate(() => document.querySelector('#enter input').value = 'nonsense')
+      await press(page, '#enter button')
+      await until('it was refused', () => shown(page, '#enter .wrong').catch(() => false))
+      await page.evaluate(token => document.querySelector('#enter input').value = token, bearer({ sub: 'ada', ...rights }))
+      await press(page, '#enter button')
       await until('it works', () => shown(page, is).catch(() => false))
       assert.equal(await page.evaluate(() => location.search), '')
       if (path === '/lab.html') {

@@ -663,7 +663,7 @@ async function begin() {
   may = await access(room)
   if (may.refused) {
     refuse('')
-    return askForToken($('#token'), may.error, rights)
+    return askForToken($('#enter'), may.error, rights)
   }
   $('#another').ontoggle = () => askForToken($('#another div'), undefined, rights)
   $('#another').hidden = may.read && may.write

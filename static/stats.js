@@ -413,7 +413,7 @@ async function begin() {
   if (refused) {
     document.body.dataset.status = 'closed'
     $('#all').hidden = true
-    return askForToken($('#token'), error, rights)
+    return askForToken($('#enter'), error, rights)
   }
   $('#another').ontoggle = () => askForToken($('#another div'), undefined, rights)
   $('#another').hidden = ours.read && theirs.read
