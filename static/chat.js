@@ -130,12 +130,19 @@ function allowed() {
   box.disabled = $('send').disabled = !write
   box.placeholder = write ? 'Write to #' + room : 'Your token does not allow you to write here'
   const url = String(new URL('rooms/' + room, location)).replace('http://', '')
-  $('curl').textContent = `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${/^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", '%27')}'`}`
+  $('curl').textContent = `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${/^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", "'\\''")}'`}`
   title()
+  links()
   if (refused) ask(error)
   else if (!read) line('gap', 'Your token does not allow you to read this room.')
   if (read || write) connect()
   else told({ status: 'closed', error: new Error(refused ? 'this relay asks for a token' : 'your token is for other rooms') })
+}
+
+function links() {
+  const query = me && '?' + new URLSearchParams({ user: me })
+  $('endless').href = `rooms/${room}/html${query}`
+  $('anew').href = `rooms/${room}/refresh${query}`
 }
 
 const ask = error => askForToken($('token'), error, `-read ${room} -write ${room}`)
@@ -160,9 +167,6 @@ function connect(after) {
   $('me').replaceChildren('as ', make('bdi', '', me))
   $('outbox').querySelector('bdi').textContent = me
   paint($('outbox'), me)
-  const query = me && '?' + new URLSearchParams({ user: me })
-  $('endless').href = `rooms/${room}/html${query}`
-  $('anew').href = `rooms/${room}/refresh${query}`
   look()
   show()
 }
@@ -205,6 +209,7 @@ $('naming').onsubmit = e => {
     kept.set('name', me)
     url.searchParams.delete('user')
     history.replaceState(null, '', url)
+    links()
     connect(comet.cursor)
   }
   box.focus()
@@ -236,14 +241,14 @@ function told({ status, via, retryIn, error, leader }) {
   const more = () => $('more').textContent =
     status === 'open' ? leader ? '' : ', through another tab' :
     status === 'offline' ? ': what you write is kept for later' :
-    status === 'closed' ? `: ${error.message}` :
+    status === 'closed' ? `: ${error?.status === 401 ? 'this relay asks for a token' : error?.message}` :
     retryIn ? ` in ${Math.max(1, Math.ceil((at - Date.now()) / 1e3))} s` : '…'
   clearInterval(ticking)
   if (status === 'reconnecting' && retryIn) ticking = setInterval(more, 1e3)
   more()
   $('trouble').textContent = !error ? '' : `${status === 'open' ? 'That is not to be had' : 'Trouble'}: ${error.message}.`
   for (const mine of outbox) if (mine.state === 'pending') mark(mine, 'pending')
-  if (error?.status === 401) ask(error.message)
+  if (status === 'closed' && error?.status === 401) ask(rights.exp * 1e3 < Date.now() ? 'it has expired' : error.message)
   if (status !== 'open') return
   if (log.ariaBusy === 'true') setTimeout(() => log.ariaBusy = false, HISTORY)
   if (way && way !== via) later(way => line('way', 'from here on by ' + called(way)), via)
