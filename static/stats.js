@@ -275,7 +275,7 @@ function look(seen) {
 const columns = { room: 'Room', readers: 'Readers', users: 'Users', messages: 'Messages', bytes: 'Size', time: 'Last published' }
 const shownMost = 100 // rooms; a prefix finds the others
 const rows = new Map // room → its row
-let order = 'time', timer, asking
+let order = 'time', first = true, timer, asking
 
 const ago = new Intl.RelativeTimeFormat('en', { numeric: 'always', style: 'narrow' })
 function since(time) {
@@ -301,6 +301,8 @@ async function listRooms() {
   let list, error
   try { list = await operate('rooms?' + new URLSearchParams({ prefix })) } catch (e) { error = e }
   if (mine !== asking) return // asked again meanwhile, or nobody looks any more
+  if (location.hash === '#rooms' && first) setTimeout(() => $('#rooms').scrollIntoView()) // what is above has grown since the page came
+  first = false
   if ([401, 403].includes(error?.status)) return noOperator()
   timer = setTimeout(listRooms, 4000)
   if (error) return say(`The rooms could not be listed: ${error.message}.`)
@@ -352,7 +354,7 @@ function makeRow(room) {
 function askToErase(room, messages) {
   const dialog = $('#erase')
   $('#what').replaceChildren('Erase the room ', make('bdi', {}, room), '?')
-  $('#warning').textContent = `${messages === 1 ? 'Its one message is' : `Its ${count(messages)} messages are`} forgotten, for everyone. This can not be undone.`
+  $('#warning').textContent = `${messages === 1 ? 'Its one message is' : `Its ${count(messages)} messages are`} forgotten, for everyone. This cannot be undone.`
   dialog.returnValue = ''
   dialog.onclose = () => dialog.returnValue === 'erase' && eraseRoom(room)
   dialog.showModal()
