@@ -267,7 +267,7 @@ function readNumbers() {
 
 function look(seen) {
   if (!seen) $('#live').removeAttribute('src')
-  else if (!$('#live').src) $('#live').src = picture + (token ? '&token=' + encodeURIComponent(token) : '')
+  else if (!$('#live').src) $('#live').src = `${picture}&${new URLSearchParams({ ...token && { token }, _: Math.random() })}` // one that is still held would make an equal one wait
 }
 
 // The rooms, for operators.
