@@ -186,7 +186,7 @@ for (const name of browsers) describe(name, () => {
   test('the graphs move, and tell their values', async () => {
     const page = await open(browser, relay.url + '/stats.html?room=heat-' + name)
     const feed = data => fetch(`${relay.url}/rooms/heat-${name}`, { method: 'POST', body: data })
-    const curve = () => page.evaluate(() => document.querySelectorAll('#relay .graph')[1].querySelector('.curve')?.getAttribute('d'))
+    const curve = () => page.evaluate(() => document.querySelectorAll('#relay .graph')[1]?.querySelector('.curve')?.getAttribute('d'))
     const first = await until('a curve', curve)
     for (let i = 0; i < 20; i++) await feed(String(i * i))
     await feed('warm')

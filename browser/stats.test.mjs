@@ -29,7 +29,7 @@ async function held() {
   const text = await (await fetch(relay.url + '/metrics')).text()
   return Object.fromEntries([...text.matchAll(/^cometes_connections\{technique="(\w+)"\} ([1-9]\d*)$/gm)].map(([, name, count]) => [name, +count]))
 }
-const holds = (what, names) => until(what, async () => JSON.stringify(await held()) === JSON.stringify(names), 10e3)
+const holds = (what, names) => until(what, async () => JSON.stringify(await held()) === JSON.stringify(names), 30e3)
   .catch(async error => { throw new Error(`${error.message}: ${JSON.stringify(await held())} instead of ${JSON.stringify(names)}`) })
 
 /** What is wrong beyond the line that a browser writes for each answer that is an error. */
