@@ -102,8 +102,9 @@ for (const name of browsers) describe(name, () => {
   afterEach(async () => { for (const page of await browser.pages()) if (page.url() !== 'about:blank') await page.close() })
   after(() => browser?.close())
 
-  test('the lab: 200 events by every technique, each once and in order, through lost connections', async () => {
+  test('the lab: 200 events by every technique, each once and in order, through lost connections', async t => {
     const net = await wire(relay.port)
+    t.after(() => net.stop())
     const page = await lab(browser, net.url)
     assert.match(await say(page, '#held'), /^No\. With all techniques that stream/)
     assert.match(await say(page, '#choice'), /^ws,/)
@@ -135,7 +136,6 @@ for (const name of browsers) describe(name, () => {
       net.cut() // without any notice
       await all(page, 80 + 30 * (i + 1))
     }
-    net.stop()
   })
 
   test('the lab: more streams than connections take turns, and lose nothing', async () => {
@@ -198,11 +198,12 @@ for (const name of browsers) describe(name, () => {
     assert.deepEqual(page.errors, [])
   })
 
-  test('the lab: each card shows the source code of its technique', async () => {
+  test('the lab: each card shows the source code of its technique', async t => {
     const file = await fetch(relay.url + '/transports.go')
     assert.equal(file.headers.get('Content-Type'), 'text/plain; charset=utf-8')
     assert.equal((await fetch(relay.url + '/transports.go', { headers: { 'If-None-Match': file.headers.get('ETag') } })).status, 304)
     const net = await below(relay.port, '/a/b/')
+    t.after(() => net.stop())
     const page = await open(browser, net.url + '/lab.html')
     await until('the cards are there', () => page.evaluate(() => document.querySelectorAll('.card').length === 10))
     const loaded = () => page.evaluate(() => performance.getEntriesByType('resource').map(({ name }) => name).filter(name => /\/transports\.go$/.test(name)))
@@ -227,19 +228,19 @@ for (const name of browsers) describe(name, () => {
     assert.equal(elements, 0, 'plain text')
     assert.deepEqual(await loaded(), [net.url + '/transports.go'], 'loaded once')
     assert.deepEqual(page.errors, [])
-    net.stop()
   })
 
-  test('the lab: a proxy that buffers is detected', async () => {
+  test('the lab: a proxy that buffers is detected', async t => {
     const net = await clumsy(relay.port, 1100)
+    t.after(() => net.stop())
     const page = await lab(browser, net.url)
     assert.match(await say(page, '#held'), /^Yes: .*Streaming, Server-sent events\. .*Not with WebSocket/)
     assert.deepEqual(page.errors, [])
-    net.stop()
   })
 
-  test('the lab over HTTP/2: no request waits', async () => {
+  test('the lab over HTTP/2: no request waits', async t => {
     const net = await secure(relay.port)
+    t.after(() => net.stop())
     const page = await lab(browser, net.url)
     assert.match(await say(page, '#limit'), /^HTTP\/2: .* none had to wait/)
     await set(page, '#every', 1)
@@ -251,7 +252,6 @@ for (const name of browsers) describe(name, () => {
     const states = Object.values(await cards(page)).map(card => card.state)
     assert.deepEqual(states, ten.map(() => 'open'))
     assert.deepEqual(page.errors, [])
-    net.stop()
   })
 
   test('the graphs move, and show their values', async () => {

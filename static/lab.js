@@ -305,7 +305,7 @@ class Subscriber {
       return li
     }))
     this.noted = false
-    if ($('.raw', card).open) {
+    if ($('.bytes', card).open) {
       put($('.out', card), `${this.lastExchange.request || this.requestHead || ''}(and what the browser adds: Accept, cookies …)`)
       put($('.in', card), `${this.lastExchange.head || ''}\n${(this.lastExchange.body || '').slice(0, 4000)}`)
     }
