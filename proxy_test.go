@@ -48,6 +48,7 @@ type way struct {
 	hides  bool              // the relay is not told the Host that was asked for
 	deaf   bool              // that a client has left shows only when the proxy next writes to it
 	silent bool              // nothing tells the relay that it is not its own machine that asks
+	direct bool              // there is no proxy
 	mute   bool              // the relay is not told the client's address, so it must not run with -trust-proxy
 }
 
@@ -233,7 +234,7 @@ func TestEveryTechniqueComesThroughRealProxies(t *testing.T) {
 		c := startRelay(t, nil, "-h2c", "-beat", proxyBeat.String())
 		tr := &http.Transport{Protocols: new(http.Protocols)}
 		tr.Protocols.SetUnencryptedHTTP2(true)
-		walk(t, c, way{name: "h2c", silent: true, lost: noUpgrade}, "http://"+c.addr, &http.Client{Transport: tr})
+		walk(t, c, way{name: "h2c", direct: true, silent: true, lost: noUpgrade}, "http://"+c.addr, &http.Client{Transport: tr})
 	})
 }
 
@@ -281,13 +282,13 @@ func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
 	}
 	t.Logf("comet.js tries %q, and has %s", list, list[i])
 
-	// Whoever comes through a proxy is no operator, where the relay can tell.
+	// Who comes through a proxy is no operator.
 	resp, err := client.Get(base + "/rooms")
 	if err != nil {
 		t.Fatal(err)
 	}
 	resp.Body.Close()
-	if lists := resp.StatusCode == 200; lists != w.silent {
+	if lists := resp.StatusCode == 200; lists != w.direct {
 		t.Errorf("asked for the rooms: %s", resp.Status)
 	}
 
