@@ -350,7 +350,7 @@ func newApp(c config) (*app, error) {
 	a.limiter = &limiter{maxStreams: int64(c.streams), roomRate: c.roomRate}
 	a.limiter.addrs = addrLimiter{trustProxy: c.trustProxy, fly: c.fly, perAddr: c.perAddr, rate: c.rate}
 	a.handler = a.limiter.wrap(a.handler)
-	a.access = &access{origins: origins, secrets: parseSecrets(c.secret)}
+	a.access = &access{origins: origins, secrets: parseSecrets(c.secret), trustProxy: c.trustProxy}
 	if c.secret != "" && a.access.secrets == nil {
 		return nil, errors.New("-secret is blank")
 	}
