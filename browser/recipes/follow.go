@@ -23,45 +23,33 @@ type event struct {
 // follow calls each with every event behind the cursor; 0 is from now on.
 func follow(url string, cursor int64, each func(event)) {
 	for ; ; time.Sleep(time.Second) {
-		if err := read(url, &cursor, each); err != nil {
-			log.Print(err)
+		from := url + "/stream"
+		if cursor != 0 {
+			from += fmt.Sprint("?after=", cursor)
 		}
-	}
-}
-
-func read(url string, cursor *int64, each func(event)) error {
-	url += "/stream"
-	if *cursor != 0 {
-		url += fmt.Sprint("?after=", *cursor)
-	}
-	answer, err := http.Get(url)
-	if err != nil {
-		return err
-	}
-	defer answer.Body.Close()
-	if answer.StatusCode != http.StatusOK {
-		return fmt.Errorf("the relay answered %s", answer.Status)
-	}
-	silence := time.AfterFunc(40*time.Second, func() { answer.Body.Close() }) // heartbeats come every 15 s
-	defer silence.Stop()
-	lines := bufio.NewReader(answer.Body)
-	for {
-		line, err := lines.ReadBytes('\n')
+		answer, err := http.Get(from)
 		if err != nil {
-			return err // a line that was cut off comes again
-		}
-		silence.Reset(40 * time.Second)
-		if len(line) == 1 {
+			log.Print(err)
 			continue
 		}
-		var e event
-		if err := json.Unmarshal(line, &e); err != nil {
-			return err
+		const patience = 40 * time.Second // heartbeats come every 15
+		silence := time.AfterFunc(patience, func() { answer.Body.Close() })
+		lines := bufio.NewScanner(answer.Body)
+		lines.Buffer(nil, 1<<20)
+		for lines.Scan() {
+			silence.Reset(patience)
+			var e event
+			if json.Unmarshal(lines.Bytes(), &e) != nil {
+				continue // a heartbeat, or a line that was cut off: it comes again
+			}
+			each(e)
+			if e.ID != 0 {
+				cursor = e.ID
+			}
 		}
-		each(e)
-		if e.ID != 0 {
-			*cursor = e.ID
-		}
+		log.Print(answer.Status, ": ended: ", lines.Err())
+		silence.Stop()
+		answer.Body.Close()
 	}
 }
 
