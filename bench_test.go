@@ -74,7 +74,7 @@ func BenchmarkRead(b *testing.B) {
 
 // benchFraming is a technique's framing for a usual query.
 func benchFraming(tb testing.TB, t *technique) encoder {
-	q := &request{rooms: []string{"lobby"}, user: "ada", permit: &permit{}, values: url.Values{"callback": {"comet.told"}}}
+	q := &request{rooms: []string{"lobby"}, user: "ada", permit: newPermit(), values: url.Values{"callback": {"comet.told"}}}
 	defer func() {
 		if q.err != nil {
 			tb.Fatal(q.err)

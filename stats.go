@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http"
 	"runtime"
 	"runtime/metrics"
@@ -279,10 +280,8 @@ func (r *relay) list(prefix string, most int) (rooms []roomStatus, more bool) {
 
 // listRooms is GET /rooms, for operators.
 func (st *stats) listRooms(w http.ResponseWriter, r *http.Request, q *request) error {
-	if q.permit.rights != nil {
-		if err := q.permit.rights.operate(); err != nil {
-			return err
-		}
+	if err := q.permit.rights.operate(); err != nil {
+		return err
 	}
 	prefix := q.param("prefix")
 	if q.err != nil {
@@ -299,13 +298,30 @@ func (st *stats) handleMetrics(w http.ResponseWriter, r *http.Request) error {
 		w.Header().Set("Allow", "GET, HEAD")
 		return newError(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
 	}
-	if _, p := withPermit(r); p.rights != nil {
-		if err := p.rights.read(statsRoom); err != nil {
-			return err
-		}
+	_, p := withPermit(r)
+	if err := p.rights.read(statsRoom); err != nil {
+		return err
 	}
 	st.metrics(w)
 	return nil
+}
+
+// listen serves /metrics on an address of its own, if there is one, and no longer
+// beside the rest.
+func (st *stats) listen(addr string) (stop func() error, err error) {
+	if addr == "" {
+		return func() error { return nil }, nil
+	}
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	st.elsewhere = true
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { st.metrics(w) })
+	srv := &http.Server{Handler: mux, ReadTimeout: requestTimeout, WriteTimeout: answerTimeout}
+	go srv.Serve(l)
+	return srv.Close, nil
 }
 
 // metrics writes all counters in Prometheus' text format
@@ -368,7 +384,7 @@ const statsEvery = time.Second
 // start begins to publish to the room _stats, unless that goes on already, if the
 // request may read it.
 func (st *stats) start(r *http.Request) {
-	if _, p := withPermit(r); p.rights != nil && p.rights.read(statsRoom) != nil {
+	if _, p := withPermit(r); p.rights.read(statsRoom) != nil {
 		return
 	}
 	st.readAt.Store(time.Now().UnixNano())
