@@ -1084,7 +1084,9 @@ func limitError(status int, message, reason string, retryAfter int) httpError {
 // conflict answers a publish whose if was not the newest message.
 func conflict(newest int64) error {
 	e := newError(http.StatusPreconditionFailed, "another message was published to this room since; its id is the one to go on from")
-	e.newest = newest
+	if e.newest = newest; newest == 0 {
+		e.message = "this room has no message; if=0 publishes the first"
+	}
 	return e
 }
 
