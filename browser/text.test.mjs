@@ -30,7 +30,7 @@ for (const [name, { file, dump, visit, field, write, send, quit }] of Object.ent
     assert.match(page, /<i>bob<\/i> <b>bold<\/b> & <script>no<\/script>[^]*ada first/, 'the newest is on top')
     assert.match(page, /Name[^]*eve[^]*Message[^]*Send/)
     const front = await read('/')
-    assert.match(front, /This is a chat\.[^]*Your name[^]*Join[^]*the page that refreshes itself/)
+    assert.match(front, /This is a chat\.[^]*Your name[^]*Join[^]*the page that refreshes\s+itself/)
     assert.doesNotMatch(front, /<|Write to|connecting|Who is here|WebSocket|Send|If nothing appears/, 'nothing of the page for JavaScript')
     assert.deepEqual(Object.keys(await relay.presence('lobby')).sort(), ['ada', 'eve'])
   })
