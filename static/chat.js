@@ -77,8 +77,12 @@ function applyColour(el, name) {
 
 // Rooms and names.
 
-let comet, listeners // listeners aborts what listens to comet
-let room, rights // rights: what the token allows
+let comet
+let listeners // an AbortController for our listeners
+let room, rights // rights: what the token allows in the room
+let unread // messages since the page was hidden
+let newBelow // new messages below the visible part of the log
+let gapCount, countByVia // gaps; messages by technique
 let me = cleanName(new URLSearchParams(location.search).get('user') ?? '') || tabStorage.get('name')
 
 /** A name that the relay accepts: at most 64 characters, none that control the terminal or the direction of text. */
@@ -86,8 +90,6 @@ function cleanName(name) {
   const plain = name.replace(/[\p{Cc}\u061C\u200E\u200F\u2028-\u202E\u2066-\u2069]/gu, '').trim()
   return [...plain].slice(0, 64).join('').trim()
 }
-let unread, newBelow // messages since the page was hidden; new messages below the visible part of the log
-let gapCount, countByVia // gaps, and messages by technique
 
 /** The room in the URL: ?room=lobby or #lobby. */
 function roomInURL() {
@@ -132,7 +134,8 @@ function applyRights() {
   input.disabled = $('send').disabled = !write
   input.placeholder = write ? 'Write to #' + room : 'Your token does not allow you to write here'
   const url = String(new URL('rooms/' + room, location)).replace('http://', '')
-  $('curl').textContent = `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${/^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", "'\\''")}'`}`
+  const quoted = /^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", "'\\''")}'`
+  $('curl').textContent = `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${quoted}`
   updateTitle()
   updateLinks()
   if (refused) showTokenForm(error)
@@ -289,7 +292,7 @@ function render() {
   }
   while (log.getElementsByClassName('message').length > MAX_MESSAGES) oldestElement().remove()
   updateSummary()
-  scrollToEnd()
+  keepAtEnd()
 }
 
 /** The oldest message or line, or a name with its last message; but not the date above the messages that remain. */
@@ -377,7 +380,8 @@ function trimLink(link) {
 
 const atBottom = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40
 
-function scrollToEnd() {
+/** Scrolls to the end if the user has not scrolled up; otherwise shows the number of new messages below. */
+function keepAtEnd() {
   if (following) scroller.scrollTop = scroller.scrollHeight
   if (following) newBelow = 0
   $('pill').hidden = !newBelow
@@ -385,14 +389,14 @@ function scrollToEnd() {
 }
 scroller.onscroll = () => {
   following = atBottom()
-  if (following) scrollToEnd()
+  if (following) keepAtEnd()
 }
 $('pill').onclick = () => {
   following = true
-  scrollToEnd()
+  keepAtEnd()
   input.focus()
 }
-new ResizeObserver(scrollToEnd).observe(scroller) // the phone's keyboard appears, or the input grows
+new ResizeObserver(keepAtEnd).observe(scroller) // the phone's keyboard appears, or the input grows
 
 // Messages of this user.
 
@@ -408,7 +412,7 @@ function submit(text) {
   send(mine)
   comet.presence('online') // no longer typing
   following = true
-  scrollToEnd()
+  keepAtEnd()
 }
 
 /** Sends a message. A retry has the same key, so it is not published twice. */
@@ -422,7 +426,7 @@ async function send(mine) {
   } catch (error) {
     setState(mine, 'failed', error)
   }
-  scrollToEnd()
+  keepAtEnd()
 }
 
 /** Finds the message in the outbox that an event belongs to. If the event arrives before the answer to POST, its text is compared. */
@@ -491,23 +495,23 @@ function showPerson(name, state) {
   if (!li) {
     li = Object.assign(make('li', '', make('bdi', '', name), name === me ? ' (you)' : '', make('small')), { person: name })
     applyColour(li, name)
-    const behind = ({ person }) => person !== me && (name === me || compare(person, name) > 0)
-    $('here').insertBefore(li, [...$('here').children].find(behind) ?? null)
+    const comesAfter = ({ person }) => person !== me && (name === me || compare(person, name) > 0)
+    $('here').insertBefore(li, [...$('here').children].find(comesAfter) ?? null)
     people.set(name, li)
   }
   li.dataset.state = state
   li.lastChild.textContent = STATES[state]
-  clearTimeout(li.gone)
-  if (state === 'offline') li.gone = setTimeout(() => people.delete(name) && li.remove(), FADE_TIME)
+  clearTimeout(li.removeTimer)
+  if (state === 'offline') li.removeTimer = setTimeout(() => people.delete(name) && li.remove(), FADE_TIME)
 }
 
 function clearPeople() {
-  for (const li of people.values()) clearTimeout(li.gone)
+  for (const li of people.values()) clearTimeout(li.removeTimer)
   people.clear()
   $('here').replaceChildren()
 }
 
-/** Updates the counts around the log, and who is typing. */
+/** Updates what is shown around the log: counts, who is typing, whether the name is taken. */
 function updateSummary() {
   const withState = state => [...people.values()].filter(li => li.dataset.state === state).map(li => li.person)
   $('count').textContent = $('who').textContent = `${crowdCount || people.size - withState('offline').length} here`
@@ -517,8 +521,8 @@ function updateSummary() {
   const parts = new Intl.ListFormat('en').formatToParts(who).map(({ type, value }) => type === 'element' ? make('bdi', '', value) : value)
   $('typing').replaceChildren(...who[0] ? [...parts, typing[1] ? ' are typing…' : ' is typing…'] : [])
   const by = Object.entries(countByVia).map(([via, n]) => `${n} by ${techniqueName(via)}`)
-  warnIfTaken()
   $('tally').textContent = `Messages so far: ${by.join(', ') || 'none'}. ${gapCount ? plural(gapCount, 'gap') : 'No gap'}.`
+  warnIfTaken()
 }
 
 // Whether the user looks at the page.
@@ -528,11 +532,11 @@ const lockName = () => `cometes ${room} ${me}`
 
 /** A visible page holds a lock. So a hidden page knows that the user looks at another page, and is not away. */
 function updateVisibility() {
-  const now = ++lockCount
+  const count = ++lockCount
   releaseLock?.()
   clearTimeout(awayTimer)
   if (document.hidden) awayTimer = setTimeout(async () => await visibleElsewhere() || comet?.presence('away'), AWAY_AFTER)
-  else navigator.locks?.request(lockName(), { mode: 'shared' }, () => now === lockCount && new Promise(free => releaseLock = free))
+  else navigator.locks?.request(lockName(), { mode: 'shared' }, () => count === lockCount && new Promise(resolve => releaseLock = resolve))
 }
 const visibleElsewhere = async () => (await navigator.locks?.query())?.held.some(({ name }) => name === lockName())
 

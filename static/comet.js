@@ -142,7 +142,7 @@ async function get(url, options) {
 
 const getJSON = async (url, { signal = AbortSignal.timeout(15e3), ...options } = {}) => (await get(url, { signal, ...options })).json()
 const toCometError = error => error instanceof CometError ? error : new CometError(`the relay could not be reached: ${error?.message}`)
-const scriptFolder = /^http[^?#]*\/(?=comet\.js([?#]|$))/.exec(import.meta.url)?.[0] // undefined in a bundle
+const scriptFolder = /^http[^?#]*\/(?=comet\.js([?#]|$))/.exec(import.meta.url)?.[0] // not in a bundle
 const unique = () => Date.now().toString(36) + Math.random().toString(36).slice(2)
 const hidden = () => globalThis.document?.hidden
 
@@ -164,12 +164,12 @@ export class Comet extends EventTarget {
   leader = false // this tab has the connection
 
   #base; #options; #closed; #lastStatus
-  #techniques; #untried // those to use, best first; those left in this round
-  #link; #trial // the connection; the attempt that may replace it
+  #techniques; #untried // to use, best first; left in this round
+  #link; #trial // the connection; what may replace it
   #failedRounds = 0; #upgradeTries = 0; #retryTimer
   #deadline; #pinged; #checkTimer; #checkedAt; #sleepers = new Set
   #queue = []; #sending; #onReply; #ownState; #typedAt = 0
-  #tabId = unique(); #clientId = this.#tabId; #session; #channel; #otherTabs = new Set; #catching; #buffered = []
+  #tabId = unique(); #clientId = this.#tabId; #session; #channel; #otherTabs = new Set; #catchingUp; #buffered = []
 
   constructor(url, { via = ['ws', 'sse', 'stream', 'longpoll', 'poll'], user, presence = !!user, shared = true, every = 5, ...options } = {}) {
     super()
@@ -198,7 +198,7 @@ export class Comet extends EventTarget {
       this.#typedAt = 0
       this.#sendQueue()
     })
-    promise.catch(() => { }) // there is an event too
+    promise.catch(() => { }) // there is an event, too
     return promise
   }
 
@@ -249,7 +249,7 @@ export class Comet extends EventTarget {
     })
   }
 
-  /** Reads what is new, without being present. */
+  /** Reads new events, without being present. */
   #poll(signal) {
     return getJSON(this.#source('poll', { user: undefined, presence: +this.#options.presence }), { signal })
   }
@@ -265,18 +265,18 @@ export class Comet extends EventTarget {
     this.#connect()
   }
 
-  /** Begins a round: of all techniques, or those better than the connection's; `reconnect` includes that. */
+  /** Begins a round. If connected it tries only better techniques; `reconnect` includes the same. */
   #connect(reconnect = false) {
     clearTimeout(this.#retryTimer)
     if (!this.leader || this.#trial) return
     const list = [...this.#techniques], current = list.indexOf(this.#link?.via), worked = remembered(this.#base)
-    if (!this.#link) list.sort((a, b) => (b === worked) - (a === worked)) // what worked goes first
-    else if (current >= 0) list.length = current + reconnect
+    if (!this.#link) list.sort((a, b) => (b === worked) - (a === worked)) // what worked before is first
+    else if (current >= 0) list.length = reconnect ? current + 1 : current
     this.#untried = list
     this.#tryNext()
   }
 
-  /** If the relay said when to retry, the round is over. */
+  /** If the relay said when to retry, this ends the round. */
   #tryNext(error) {
     const via = error?.retry ? undefined : this.#untried.shift()
     if (!via) return this.#scheduleRetry(error)
@@ -289,7 +289,7 @@ export class Comet extends EventTarget {
     if (link?.via === this.#techniques[0]) return // there is nothing better
     if (!link && error.final) return this.#setStatus('closed', { error })
     const retryIn = link ? Math.min(5e3 * 2 ** this.#upgradeTries++, 300e3) : error.retry || backoff(this.#failedRounds++)
-    this.#retryTimer = setTimeout(() => this.#link && hidden() || this.#connect(), retryIn) // a hidden page needs nothing better
+    this.#retryTimer = setTimeout(() => this.#link && hidden() || this.#connect(), retryIn) // no upgrade while hidden
     if (!link) this.#setStatus(this.#unconnected, { error, retryIn })
     else if (error && this.#techniques !== this.#options.via) this.#setStatus('open', { error }) // what use() asked for failed
   }
@@ -322,13 +322,13 @@ export class Comet extends EventTarget {
         this.#onEnd(link, error)
       },
     }
-    // A proxy may hold events back. If all techniques fail the network may be slow, so wait longer.
+    // A proxy may hold events back. If every technique fails the network may be slow, so wait longer.
     link.timer = setTimeout(() => link.done(new CometError(`no hello by ${via}`)), 3e3 * 2 ** Math.min(this.#failedRounds, 3))
     try { disconnect = techniques[via](link) } catch (error) { link.done(error) }
     return link
   }
 
-  /** Something arrived: a trial becomes the connection. */
+  /** Something arrived, so a trial becomes the connection. */
   #promote(link) {
     if (link === this.#trial) {
       clearTimeout(link.timer)
@@ -390,7 +390,7 @@ export class Comet extends EventTarget {
     const prev = this.cursor ?? -1
     if (this.#closed) return
     if (id !== undefined) { // a roster has none
-      // A gap's id is the new cursor; it is lower if the relay's ids went back.
+      // A gap's id is the new cursor, even if the relay's ids went back.
       if (type === 'gap' ? id < prev && data?.reason !== 'future' : id <= prev) return
       this.cursor = id
     }
@@ -404,7 +404,7 @@ export class Comet extends EventTarget {
     this.dispatchEvent(new CustomEvent(type, { detail }))
   }
 
-  /** Only a stream is sent rosters. */
+  /** Only streams receive rosters. */
   async #fetchRosters() {
     if (this.#options.presence) for (const room of this.rooms) {
       const { count, users } = await getJSON(this.#url('/presence', { _: unique() }, room))
@@ -470,7 +470,7 @@ export class Comet extends EventTarget {
     if (!this.#options.shared || !locks || !globalThis.BroadcastChannel) return this.#lead()
     const name = 'comet ' + this.#url('', { presence: this.#options.presence })
     this.#channel = new BroadcastChannel(name)
-    this.#channel.onmessage = e => this.#onMessage(e.data)
+    this.#channel.onmessage = e => this.#onChannelMessage(e.data)
     const ended = new Promise(resolve => { signal.onabort = resolve })
     const lead = () => signal.aborted || this.#lead() || ended
     locks.request(name, how, lock => {
@@ -508,7 +508,7 @@ export class Comet extends EventTarget {
     this.#channel?.postMessage({ from: this.#tabId, client: this.#clientId, ...message })
   }
 
-  #onMessage(message) {
+  #onChannelMessage(message) {
     const { from, client, use, here, detail, prev, event } = message
     if (!this.#otherTabs.has(from)) navigator.locks.request(from, { signal: this.#session.signal }, () => this.#otherTabs.delete(from)).catch(() => { })
     this.#otherTabs.add(from)
@@ -523,7 +523,7 @@ export class Comet extends EventTarget {
     this.#pinged = false
     if (detail && (detail.status !== 'open' || detail.via !== this.via || detail.error)) this.#setStatus(detail.status, { ...detail, leader: false })
     if (!event) return
-    if (this.#catching === this.#session || prev > this.cursor) {
+    if (this.#catchingUp === this.#session || prev > this.cursor) {
       if (this.#buffered.push(message) > 1e3) this.#buffered.shift()
       return this.#catchUp()
     }
@@ -534,8 +534,8 @@ export class Comet extends EventTarget {
   async #catchUp() {
     const session = this.#session
     const over = () => session.signal.aborted || this.leader
-    if (this.#catching === session) return
-    this.#catching = session
+    if (this.#catchingUp === session) return
+    this.#catchingUp = session
     for (let tries = 0; !over();) {
       try {
         const { cursor, events } = await this.#poll()
@@ -545,8 +545,8 @@ export class Comet extends EventTarget {
         const [next] = this.#buffered, behind = next ? next.prev > this.cursor : events.length
         if (!behind) {
           await this.#fetchRosters()
-          this.#catching = undefined
-          return this.#buffered.splice(0).forEach(message => this.#onMessage(message))
+          this.#catchingUp = undefined
+          return this.#buffered.splice(0).forEach(message => this.#onChannelMessage(message))
         }
         if (events.length) continue
       } catch { }
@@ -574,7 +574,7 @@ export class Comet extends EventTarget {
     if (last && this.user) for (const room of this.rooms) globalThis.navigator?.sendBeacon?.(this.#url('/presence', { client: this.#clientId }, room), 'offline')
   }
 
-  /** The page is visible again, the network is back, or the machine has slept. */
+  /** The page is visible, the network is back, or the machine has slept. */
   #resume(reconnect) {
     this.#checkedAt = Date.now()
     this.#failedRounds = 0
