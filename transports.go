@@ -315,7 +315,7 @@ func endlessPage(s *server, q *request) encoder {
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Content-Security-Policy": q.pagePolicy()},
 		preamble:    s.pageHead(q, "") + "<main class=\"log endless\">\n",
-		event:       func(b []byte, e *event) []byte { return append(b, e.html()...) },
+		event:       func(b []byte, e *event) []byte { return append(b, s.html(e)...) },
 		heartbeat:   "<!-- beat -->\n",
 		last:        pageMessages,
 	}
@@ -331,7 +331,7 @@ func refresh(s *server, q *request) encoder {
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Refresh": wait, "Content-Security-Policy": q.pagePolicy()},
 		batch: func(b []byte, _ int64, events []*event) []byte {
-			return appendPage(append(b, s.pageHead(q, wait)...), events)
+			return s.appendPage(append(b, s.pageHead(q, wait)...), events)
 		},
 		last: pageMessages,
 	}
@@ -341,11 +341,11 @@ func refresh(s *server, q *request) encoder {
 const pageMessages = 50
 
 // appendPage appends the body of a page, the newest message first.
-func appendPage(b []byte, events []*event) []byte {
+func (s *server) appendPage(b []byte, events []*event) []byte {
 	b = append(b, "<main class=\"log\">\n"...)
 	for _, e := range slices.Backward(events[max(0, len(events)-pageMessages):]) {
 		if e.kind != "hello" {
-			b = append(b, e.html()...)
+			b = append(b, s.html(e)...)
 		}
 	}
 	return append(b, "</main>\n"...)
@@ -394,61 +394,19 @@ func asText(data json.RawMessage) string {
 }
 
 // html returns the event as a line of a page. It is made once for all subscribers.
-func (e *event) html() []byte {
-	e.htmlOnce.Do(func() {
-		f := e.decode()
-		at := time.UnixMilli(f.Time).UTC()
-		clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04") + `</time> `
-		from := "<b><bdi>" + html.EscapeString(cmp.Or(f.From, "somebody")) + "</bdi></b> "
-		text := html.EscapeString(asText(f.Data))
-		line := func(class, s string) { e.htmlCache = []byte(`<p class="` + class + `">` + s + "</p>\n") }
-		switch e.kind {
-		case "message":
-			line("message", clock+from+`<span dir="auto">`+text+"</span>")
-		case "hello":
-			line("note", "Connected.")
-		case "bye":
-			var bye struct{ Retry int }
-			json.Unmarshal(f.Data, &bye)
-			line("note", fmt.Sprintf(`The relay is going away for a moment; this page comes back by itself.<meta http-equiv="refresh" content="%d">`, 1+bye.Retry/1000))
-		case "gap":
-			if e.isErasure() {
-				line("gap", "The messages before this were erased.")
-			} else {
-				line("gap", "Some messages may be missing here.")
-			}
-		case "presence":
-			var ros roster
-			if f.From != "" {
-				line("note", clock+from+"is "+text)
-			} else if json.Unmarshal(f.Data, &ros) == nil {
-				line("note", ros.sentence())
-			}
-		default:
-			line("note", clock+"<i>"+e.kind+"</i> "+from+`<span dir="auto">`+text+"</span>")
-		}
-	})
+func (s *server) html(e *event) []byte {
+	e.htmlOnce.Do(func() { e.htmlCache = s.eventHTML(e) })
 	return e.htmlCache
 }
 
-// sentence returns the roster in words, as HTML.
-func (ros roster) sentence() string {
-	names := make([]string, 0, len(ros.Users))
-	for user, state := range ros.Users {
-		user = "<bdi>" + html.EscapeString(user) + "</bdi>"
-		if state != "online" {
-			user += " (" + state + ")"
-		}
-		names = append(names, user)
+// plainHTML is the simplest way to show an event.
+func plainHTML(e *event) []byte {
+	f := e.decode()
+	class, kind := e.kind, ""
+	if class != "message" && class != "gap" {
+		class, kind = "note", "<i>"+e.kind+"</i> "
 	}
-	slices.Sort(names)
-	switch {
-	case len(names) == 0 || len(names) > maxRosterUsers:
-		return strconv.Itoa(ros.Count) + " here"
-	case len(names) == 1:
-		return names[0] + " is here"
-	}
-	return strings.Join(names, ", ") + " are here"
+	return fmt.Appendf(nil, "<p class=%q>%s<b><bdi>%s</bdi></b> <span dir=\"auto\">%s</span></p>\n", class, kind, html.EscapeString(f.From), html.EscapeString(asText(f.Data)))
 }
 
 // The loop.
@@ -463,12 +421,13 @@ type server struct {
 	maxBody    int64         // bytes of a publish
 	instance   string        // names this process in hello
 
-	publish  func(publishRequest) (id int64, isNew bool, err error)
-	pageHead func(q *request, refresh string) string
-	takeOver func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
-	counter  func() func(t *technique, events []*event, bytes int)                               // counts what is written; without a technique it ends a batch
-	dropped  func()                                                                              // counts clients that are too slow
-	refused  func(reason string)                                                                 // counts what is refused
+	publish   func(publishRequest) (id int64, isNew bool, err error)
+	pageHead  func(q *request, refresh string) string
+	eventHTML func(*event) []byte
+	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
+	counter   func() func(t *technique, events []*event, bytes int)                               // counts what is written; without a technique it ends a batch
+	dropped   func()                                                                              // counts clients that are too slow
+	refused   func(reason string)                                                                 // counts what is refused
 
 	activeAtStop atomic.Int64
 	unsentBytes  atomic.Int64 // that are being written, or that full sockets did not take; bounded by relay.maxBytes
@@ -484,6 +443,7 @@ func newServer(r *relay) *server {
 		instance:   rand.Text()[:8],
 		publish:    r.publish,
 		pageHead:   plainHead,
+		eventHTML:  plainHTML,
 		counter:    func() func(*technique, []*event, int) { return func(*technique, []*event, int) {} },
 		refused:    func(string) {},
 		dropped:    func() {},
@@ -498,6 +458,14 @@ type scratch struct {
 	buf     []byte
 	encoded []*event // those in buf
 	count   func(t *technique, events []*event, bytes int)
+}
+
+// withScratch calls do with a scratch from the pool.
+func (s *server) withScratch(do func(*scratch) error) error {
+	sc := s.scratches.Get().(*scratch)
+	defer s.scratches.Put(sc)
+	defer sc.count(nil, nil, 0)
+	return do(sc)
 }
 
 const (
@@ -590,10 +558,7 @@ func (s *server) serveOnce(w http.ResponseWriter, r *http.Request, q *request, t
 	}
 	b := enc.encode(nil, sub.cursor, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	sc := s.scratches.Get().(*scratch)
-	sc.count(t, events, len(b))
-	sc.count(nil, nil, 0)
-	s.scratches.Put(sc)
+	s.withScratch(func(sc *scratch) error { sc.count(t, events, len(b)); return nil })
 	return writer(w)(b)
 }
 
@@ -690,10 +655,7 @@ func (st *stream) loop(ctx context.Context) error {
 	clock := time.NewTimer(0)
 	defer clock.Stop()
 	for {
-		sc := st.server.scratches.Get().(*scratch)
-		err := st.step(sc, time.Now().UnixNano())
-		sc.count(nil, nil, 0)
-		st.server.scratches.Put(sc)
+		err := st.server.withScratch(func(sc *scratch) error { return st.step(sc, time.Now().UnixNano()) })
 		if err == io.EOF {
 			return nil
 		}
@@ -1124,7 +1086,9 @@ func limitError(status int, message, reason string, retryAfter int) httpError {
 // conflict answers a publish whose if was not the newest message.
 func conflict(newest int64) error {
 	e := newError(http.StatusPreconditionFailed, "another message was published to this room since; its id is the one to go on from")
-	e.newest = newest
+	if e.newest = newest; newest == 0 {
+		e.message = "this room has no message; if=0 publishes the first"
+	}
 	return e
 }
 

@@ -79,10 +79,11 @@ export async function startRelay() {
  */
 export async function network(to) {
   const pairs = new Set
-  let mode = 'pass'
+  let mode = 'pass', tries = 0
   const apply = pair => pair.forEach(socket => mode === 'cut' ? socket.resetAndDestroy() : mode === 'stall' ? socket.pause() : socket.resume())
   const server = net.createServer(client => {
     const relay = net.connect(to, '127.0.0.1'), pair = [client, relay]
+    tries++
     pairs.add(pair)
     for (const [from, other] of [pair, [relay, client]]) {
       from.setNoDelay(true)
@@ -95,7 +96,9 @@ export async function network(to) {
   })
   const port = await listen(server)
   return {
-    url: `http://127.0.0.1:${port}`,
+    url: `http://127.0.0.1:${port}`, port,
+    /** The number of connections that clients opened. */
+    get tries() { return tries },
     set(now) { mode = now; pairs.forEach(apply) },
     stop() { this.set('cut'); server.close() },
   }
