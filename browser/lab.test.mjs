@@ -5,7 +5,7 @@ import assert from 'node:assert/strict'
 import { readFileSync } from 'node:fs'
 import { after, afterEach, before, describe, test } from 'node:test'
 import { goCode, jsCode } from '../static/code.js'
-import { below, browse, browsers, clumsy, open, secure, sleep, start, until, wire } from './relay.mjs'
+import { browse, browsers, clumsy, open, prefixed, secure, sleep, start, until, wire } from './relay.mjs'
 
 const ten = ['refresh', 'multipart', 'html', 'poll', 'iframe', 'longpoll', 'stream', 'jsonp', 'sse', 'ws']
 const once = ten.filter(name => name !== 'refresh' && name !== 'multipart') // a page that refreshes itself repeats messages; server push also has a picture
@@ -13,13 +13,13 @@ const once = ten.filter(name => name !== 'refresh' && name !== 'multipart') // a
 // The functions that each card shows: in Go, and in JavaScript unless the technique needs none.
 const functions = {
   refresh: [['refresh', 'appendPage']],
-  multipart: [['multipart', 'multipartOf'], ['multipart', 'read']],
+  multipart: [['multipart', 'multipartOf'], ['multipart', 'readLines']],
   html: [['endlessPage']],
-  poll: [['poll', 'pollBody'], ['poll', 'ask']],
-  iframe: [['iframe'], ['iframe', 'embed']],
-  longpoll: [['poll', 'pollBody'], ['longpoll', 'ask']],
-  stream: [['ndjson'], ['stream', 'read']],
-  jsonp: [['jsonp', 'pollBody'], ['jsonp', 'embed', 'ask']],
+  poll: [['poll', 'pollBody'], ['poll', 'pollLoop']],
+  iframe: [['iframe'], ['iframe', 'addFrame']],
+  longpoll: [['poll', 'pollBody'], ['longpoll', 'pollLoop']],
+  stream: [['ndjson'], ['stream', 'readLines']],
+  jsonp: [['jsonp', 'pollBody'], ['jsonp', 'addFrame', 'pollLoop']],
   sse: [['sse'], ['sse']],
   ws: [['frames'], ['ws']],
 }
@@ -202,7 +202,7 @@ for (const name of browsers) describe(name, () => {
     const file = await fetch(relay.url + '/transports.go')
     assert.equal(file.headers.get('Content-Type'), 'text/plain; charset=utf-8')
     assert.equal((await fetch(relay.url + '/transports.go', { headers: { 'If-None-Match': file.headers.get('ETag') } })).status, 304)
-    const net = await below(relay.port, '/a/b/')
+    const net = await prefixed(relay.port, '/a/b/')
     t.after(() => net.stop())
     const page = await open(browser, net.url + '/lab.html')
     await until('the cards are there', () => page.evaluate(() => document.querySelectorAll('.card').length === 10))

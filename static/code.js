@@ -3,7 +3,7 @@
 
 // Functions that hold an essential part of a technique, and are shown below its own.
 const goHelpers = { refresh: ['appendPage'], multipart: ['multipartOf'], poll: ['pollBody'], longpoll: ['pollBody'], jsonp: ['pollBody'] }
-const jsHelpers = { multipart: ['read'], iframe: ['embed'], longpoll: ['ask'], stream: ['read'], jsonp: ['embed', 'ask'], poll: ['ask'] }
+const jsHelpers = { multipart: ['readLines'], iframe: ['addFrame'], longpoll: ['pollLoop'], stream: ['readLines'], jsonp: ['addFrame', 'pollLoop'], poll: ['pollLoop'] }
 
 /** Returns the technique's row in the table of transports.go, its encoder, and the encoder's helpers. */
 export function goCode(source, technique) {
