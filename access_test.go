@@ -5,25 +5,18 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"math"
-	"math/rand/v2"
-	"net"
 	"net/http"
-	"net/http/httptest"
-	"net/netip"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -33,242 +26,6 @@ import (
 
 	"github.com/coder/websocket"
 )
-
-// The hall.
-
-type hall struct {
-	*app
-	t     testing.TB
-	conns chan net.Conn
-	shut  chan struct{}
-	close func()
-
-	mu      sync.Mutex // guards clients
-	clients map[string]*http.Transport
-}
-
-const hallHost = "relay.example"
-
-// openHall runs a relay with the flags args, set up as run does it. It is for
-// use in a synctest bubble.
-func openHall(t testing.TB, args ...string) *hall {
-	t.Helper()
-	c, err := parseFlags(args, func(string) string { return "" })
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := newApp(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := &hall{app: s, t: t, conns: make(chan net.Conn), shut: make(chan struct{}), clients: map[string]*http.Transport{}}
-	srv := s.http(c.h2c)
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		serve(ctx, s, srv, s.limitListener(hallDoor{h}))
-	}()
-	h.close = sync.OnceFunc(func() {
-		cancel()
-		for _, c := range h.clients {
-			c.CloseIdleConnections()
-		}
-		<-done
-		time.Sleep(2 * lingerTimeout)
-		synctest.Wait()
-	})
-	t.Cleanup(h.close)
-	return h
-}
-
-// A hallDoor is the hall's net.Listener.
-type hallDoor struct{ h *hall }
-
-func (d hallDoor) Accept() (net.Conn, error) {
-	select {
-	case c := <-d.h.conns:
-		return c, nil
-	case <-d.h.shut:
-		return nil, net.ErrClosed
-	}
-}
-
-func (d hallDoor) Close() error   { close(d.h.shut); return nil }
-func (d hallDoor) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv6loopback, Port: 80} }
-
-// A hallPipe is the relay's end of a connection from some address.
-type hallPipe struct {
-	net.Conn
-	from net.Addr
-}
-
-func (p hallPipe) RemoteAddr() net.Addr { return p.from }
-
-// dial connects from an address.
-func (h *hall) dial(from string) (net.Conn, error) {
-	ours, theirs := net.Pipe()
-	addr := net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), uint16(1024+rand.IntN(60000))))
-	select {
-	case h.conns <- hallPipe{theirs, addr}:
-		return ours, nil
-	case <-h.shut:
-		return nil, errors.New("connection refused")
-	}
-}
-
-// client is what speaks HTTP from an address.
-func (h *hall) client(from string) *http.Client {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	c := h.clients[from]
-	if c == nil {
-		c = &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return h.dial(from) }}
-		h.clients[from] = c
-	}
-	return &http.Client{Transport: c, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-}
-
-// A hallReply is an answer whose body may still be coming.
-type hallReply struct {
-	*http.Response
-	t    testing.TB
-	r    *bufio.Reader
-	stop context.CancelFunc
-}
-
-// open asks from an address: "GET /rooms/a/sse", with headers such as
-// "Origin: https://a.example", and reads no more than the head of the answer.
-func (h *hall) open(from, what, body string, headers ...string) *hallReply {
-	h.t.Helper()
-	method, path, _ := strings.Cut(what, " ")
-	ctx, cancel := context.WithTimeout(context.Background(), 24*time.Hour)
-	var in io.Reader
-	if method != "GET" && method != "HEAD" {
-		in = strings.NewReader(body)
-	}
-	r, err := http.NewRequestWithContext(ctx, method, "http://"+hallHost+path, in)
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	for _, line := range headers {
-		name, value, _ := strings.Cut(line, ": ")
-		if name == "Host" {
-			r.Host = value
-			continue
-		}
-		r.Header.Add(name, value)
-	}
-	resp, err := h.client(from).Do(r)
-	if err != nil {
-		h.t.Fatalf("%s from %s: %v", what, from, err)
-	}
-	return &hallReply{resp, h.t, bufio.NewReader(resp.Body), func() { cancel(); resp.Body.Close() }}
-}
-
-// ask reads the whole answer.
-func (h *hall) ask(from, what, body string, headers ...string) (*hallReply, string) {
-	h.t.Helper()
-	r := h.open(from, what, body, headers...)
-	defer r.stop()
-	return r, r.rest()
-}
-
-// rest is the body from here to its end.
-func (r *hallReply) rest() string {
-	r.t.Helper()
-	b, err := io.ReadAll(r.r)
-	if err != nil {
-		r.t.Fatalf("the answer broke off: %v", err)
-	}
-	return string(b)
-}
-
-// until reads to the line that contains want, and returns it.
-func (r *hallReply) until(want string) string {
-	r.t.Helper()
-	for {
-		line, err := r.r.ReadString('\n')
-		if strings.Contains(line, want) {
-			return line
-		}
-		if err != nil {
-			r.t.Fatalf("the answer ended before it said %s: %v", want, err)
-		}
-	}
-}
-
-// socket opens a WebSocket, or returns the status it was refused with.
-func (h *hall) socket(from, path string, headers ...string) (*websocket.Conn, int) {
-	h.t.Helper()
-	o := &websocket.DialOptions{HTTPClient: h.client(from), HTTPHeader: http.Header{}}
-	for _, line := range headers {
-		name, value, _ := strings.Cut(line, ": ")
-		if name == "Host" {
-			o.Host = value
-			continue
-		}
-		o.HTTPHeader.Add(name, value)
-	}
-	c, resp, err := websocket.Dial(context.Background(), "ws://"+hallHost+path, o)
-	if resp == nil {
-		h.t.Fatalf("%s from %s: %v", path, from, err)
-	}
-	if err != nil {
-		resp.Body.Close()
-	}
-	return c, resp.StatusCode
-}
-
-// hearSocket reads a WebSocket until a frame contains want, and returns that.
-func hearSocket(t testing.TB, c *websocket.Conn, want string) string {
-	t.Helper()
-	for {
-		_, b, err := c.Read(context.Background())
-		if err != nil {
-			t.Fatalf("the socket closed before it said %s: %v", want, err)
-		}
-		if strings.Contains(string(b), want) {
-			return string(b)
-		}
-	}
-}
-
-// tellSocket writes to a WebSocket and returns the answer to it.
-func tellSocket(t testing.TB, c *websocket.Conn, frame string) string {
-	t.Helper()
-	if err := c.Write(context.Background(), websocket.MessageText, []byte(frame)); err != nil {
-		t.Fatal(err)
-	}
-	for {
-		b := hearSocket(t, c, "")
-		if strings.Contains(b, `"type":"ack"`) || strings.Contains(b, `"type":"error"`) {
-			return b
-		}
-	}
-}
-
-// metric is a line's value in /metrics.
-func (h *hall) metric(name string) float64 {
-	h.t.Helper()
-	w := httptest.NewRecorder()
-	h.stats.metrics(w)
-	return metricOf(h.t, w.Body.String(), name)
-}
-
-func metricOf(t testing.TB, text, name string) (value float64) {
-	t.Helper()
-	_, rest, ok := strings.Cut(text, "\ncometes_"+name+" ")
-	if _, err := fmt.Sscan(rest, &value); !ok || err != nil {
-		t.Fatalf("there is no metric %s", name)
-	}
-	return value
-}
-
-// refusals is how often there was a refusal for the reason.
-func (h *hall) refusals(reason string) int {
-	return int(h.metric(fmt.Sprintf("refused_total{reason=%q}", reason)))
-}
 
 // Tokens.
 
@@ -550,29 +307,6 @@ func bodyFor(what string) string {
 		return "online"
 	}
 	return "hi"
-}
-
-// status asks, by a WebSocket if it is one, and returns the answer's status.
-// It is 200 for all that is well.
-func (h *hall) status(from, what string, headers ...string) int {
-	h.t.Helper()
-	code := 0
-	if strings.Contains(what, "/ws") {
-		c, status := h.socket(from, strings.TrimPrefix(what, "GET "), headers...)
-		if c != nil {
-			c.CloseNow()
-		}
-		code = status
-	} else {
-		r := h.open(from, what, bodyFor(what), headers...)
-		r.stop()
-		code = r.StatusCode
-	}
-	switch code {
-	case http.StatusCreated, http.StatusSwitchingProtocols:
-		return http.StatusOK
-	}
-	return code
 }
 
 func TestEveryWayToAskNeedsAToken(t *testing.T) {
@@ -949,39 +683,6 @@ func TestOverHTTP2AStreamEndsWhenItsTokenExpires(t *testing.T) {
 	})
 }
 
-// hallH2 asks by HTTP/2 without TLS.
-func hallH2(h *hall) func(path string) *http.Response {
-	tr := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return h.dial("192.0.2.1") }}
-	tr.Protocols = new(http.Protocols)
-	tr.Protocols.SetUnencryptedHTTP2(true)
-	h.clients["h2"] = tr
-	return func(path string) *http.Response {
-		resp, err := tr.RoundTrip(httptest.NewRequest("GET", "http://"+hallHost+path, nil).WithContext(context.Background()))
-		if err != nil {
-			h.t.Fatal(err)
-		}
-		return resp
-	}
-}
-
-// syncedLog is a log that may be written by many.
-type syncedLog struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *syncedLog) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *syncedLog) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
 func TestNoTokenAndNoSecretIsInALogOrAnAnswer(t *testing.T) {
 	var log syncedLog
 	before := slog.Default()
@@ -1234,58 +935,6 @@ func TestAPreflightIsAnsweredForThoseListed(t *testing.T) {
 	})
 }
 
-func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-origins", "https://ok.example")
-		h.ask("192.0.2.1", "POST /rooms/lobby?user=%3Cscript%3E", `<script>alert(1)</script><img onerror=x>" onload="x`)
-		inline := regexp.MustCompile(`(?i)<script(?:>| [^>]*>)|<style|\son[a-z]+\s*=\s*"|\sstyle\s*=\s*"|javascript:`)
-		pages := []string{"/rooms/lobby/html?last=9", "/rooms/lobby/refresh?last=9", "/rooms/lobby/form", "/rooms/lobby/form?live=refresh",
-			"/rooms/lobby/iframe?last=9", "/rooms/lobby/multipart?as=html&last=9"}
-		for name := range files {
-			if strings.HasSuffix(name, ".html") || name == "/" {
-				pages = append(pages, name)
-			}
-		}
-		for _, page := range pages {
-			r := h.open("192.0.2.1", "GET "+page, "")
-			b := make([]byte, 64<<10)
-			time.Sleep(time.Second) // all that is due has come
-			n, _ := io.ReadAtLeast(r.r, b, 200)
-			text := string(b[:n])
-			policy := r.Header.Get("Content-Security-Policy")
-			r.stop()
-			for _, wrong := range []string{"unsafe-", "script-src *", "data:", "https:"} {
-				if strings.Contains(strings.ReplaceAll(policy, "https://ok.example", ""), wrong) {
-					t.Errorf("%s: the policy allows %s: %s", page, wrong, policy)
-				}
-			}
-			if !strings.HasPrefix(policy, "default-src 'none'") && !strings.HasPrefix(policy, "default-src 'self'") && !strings.Contains(page, "multipart") {
-				t.Errorf("%s: the policy is %q", page, policy)
-			}
-			for _, directive := range []string{"base-uri 'none'", "frame-ancestors "} {
-				if !strings.Contains(policy, directive) && !strings.Contains(page, "multipart") {
-					t.Errorf("%s: the policy has no %s: %s", page, directive, policy)
-				}
-			}
-			nonce := ""
-			if _, rest, ok := strings.Cut(policy, "'nonce-"); ok {
-				nonce, _, _ = strings.Cut(rest, "'")
-			}
-			for _, found := range inline.FindAllString(text, -1) {
-				if !(nonce != "" && found == `<script nonce="`+nonce+`">`) && !strings.Contains(found, ` src="/`) {
-					t.Errorf("%s: %q is in the page, and its policy is %s", page, found, policy)
-				}
-			}
-		}
-		one, two := h.open("192.0.2.1", "GET /rooms/lobby/iframe", ""), h.open("192.0.2.1", "GET /rooms/lobby/iframe", "")
-		if one.Header.Get("Content-Security-Policy") == two.Header.Get("Content-Security-Policy") {
-			t.Error("two frames have one nonce")
-		}
-		one.stop()
-		two.stop()
-	})
-}
-
 func TestOnlyThoseListedMayFrameAPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for origins, want := range map[string]string{"": "'self'", "https://a.example, https://b.example": "'self' https://a.example https://b.example", "*": "*"} {
@@ -1428,75 +1077,6 @@ func TestWhoIsAnOperator(t *testing.T) {
 	}
 }
 
-// An operator sees which rooms there are, and can erase one.
-func TestRoomsAreListedAndErased(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		const here = "127.0.0.1"
-		list := func(query string) string {
-			_, body := h.ask(here, "GET /rooms"+query, "")
-			return body
-		}
-		if got := list(""); got != `{"more":false,"rooms":[]}`+"\n" {
-			t.Errorf("of a relay without rooms: %s", got)
-		}
-		start := h.relay.epoch
-		h.relay.publish(publishRequest{room: "a", kind: "message", data: []byte(`"one"`)})
-		time.Sleep(time.Second)
-		h.relay.publish(publishRequest{room: "b", kind: "message", data: []byte(`"two"`)})
-		time.Sleep(time.Second)
-		h.relay.publish(publishRequest{room: "a", kind: "typing", data: []byte(`true`), ttl: time.Minute})
-		watcher := h.open(here, "GET /rooms/b,c/stream?user=ada", "")
-		picture := h.open(here, "GET /rooms/a/multipart?as=svg", "")
-		synctest.Wait()
-		var got struct {
-			Rooms []roomStatus
-			More  bool
-		}
-		json.Unmarshal([]byte(list("")), &got)
-		for i := range got.Rooms {
-			if got.Rooms[i].Bytes < eventOverhead {
-				t.Errorf("%+v", got.Rooms[i])
-			}
-			got.Rooms[i].Bytes = 0
-		}
-		ms := start / 1000
-		if want := []roomStatus{{"c", 1, 1, 0, 0, 0, ms + 2000}, {"b", 1, 1, 1, 0, start + 2, ms + 2000}, {"a", 1, 0, 1, 0, start + 1, ms + 2000}}; !slices.Equal(got.Rooms, want) {
-			t.Errorf("%+v\nwant %+v", got.Rooms, want)
-		}
-		if got := list("?prefix=b"); !strings.Contains(got, `"b"`) || strings.Contains(got, `"a"`) {
-			t.Errorf("those that begin with b: %s", got)
-		}
-		if r, body := h.ask(here, "GET /rooms?prefix=a&prefix=b", ""); r.StatusCode != 400 {
-			t.Errorf("%d %s", r.StatusCode, body)
-		}
-		for _, room := range []string{"b", "nobody", "b"} {
-			if r, body := h.ask(here, "DELETE /rooms/"+room, ""); r.StatusCode != 204 || body != "" {
-				t.Errorf("%s is erased: %d %s", room, r.StatusCode, body)
-			}
-		}
-		for path, status := range map[string]int{"/rooms/a,b": 400, "/rooms/_stats": 403, "/rooms/no%20name": 400, "/rooms/a/poll": 405} {
-			if r, _ := h.ask(here, "DELETE "+path, ""); r.StatusCode != status {
-				t.Errorf("DELETE %s: %d, want %d", path, r.StatusCode, status)
-			}
-		}
-		if got := list("?prefix=b"); !strings.Contains(got, `"messages":0`) || !strings.Contains(got, `"newest":0`) || !strings.Contains(got, `"users":1`) {
-			t.Errorf("of an erased room: %s", got)
-		}
-		if r, _ := h.ask(here, "POST /rooms/b?if=0", "first again"); r.StatusCode != 201 {
-			t.Errorf("publish to it as to a new one: %d", r.StatusCode)
-		}
-		watcher.stop()
-		picture.stop()
-		for i := range maxListed {
-			h.relay.publish(publishRequest{room: fmt.Sprint("x", i), kind: "message", data: []byte(`1`)})
-		}
-		if got := list(""); strings.Count(got, `"room":`) != maxListed || !strings.HasPrefix(got, `{"more":true,"rooms":[{"room":"x999",`) {
-			t.Errorf("of many: %d, %.60s", strings.Count(got, `"room":`), got)
-		}
-	})
-}
-
 // A page of ours with a good token in its URL keeps it as html does; and can
 // ask what its token, which no script sees, is good for.
 func TestAPagesTokenAndWhatItIsGoodFor(t *testing.T) {
@@ -1544,4 +1124,249 @@ func TestAPagesTokenAndWhatItIsGoodFor(t *testing.T) {
 			t.Errorf("a token that nobody asked for: %d", r.StatusCode)
 		}
 	})
+}
+
+// Who may ask.
+func TestAccess(t *testing.T) {
+	const friend, stranger = "https://friend.example", "https://stranger.example"
+	type asking struct {
+		name    string
+		headers []string
+		// Who lets them: nobody has to be listed for own, "list" needs -origins
+		// with friend, "all" needs *, and "never" is not let in but by *, or not
+		// to publish.
+		read, publish string
+	}
+	all := []asking{
+		{"a program", nil, "own", "own"},
+		{"an own page", []string{"Origin: http://cometes.test", "Sec-Fetch-Site: same-origin"}, "own", "own"},
+		{"an own page that names no origin", []string{"Sec-Fetch-Site: same-origin", "Referer: http://cometes.test/"}, "own", "own"},
+		{"an own page in an old browser", []string{"Origin: http://cometes.test"}, "own", "own"},
+		{"an address typed in", []string{"Sec-Fetch-Site: none", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document"}, "own", "own"},
+		{"a friend's page", []string{"Origin: " + friend, "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors"}, "list", "list"},
+		{"a friend's page in an old browser", []string{"Origin: " + friend}, "list", "list"},
+		{"a friend's page with a port", []string{"Origin: http://localhost:3000", "Sec-Fetch-Site: same-site"}, "list", "list"},
+		{"a friend's script", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors", "Sec-Fetch-Dest: script", "Referer: " + friend + "/page?x"}, "list", ""},
+		{"a friend's frame", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe", "Referer: " + friend + "/"}, "list", ""},
+		{"a friend's picture", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors", "Sec-Fetch-Dest: image", "Referer: " + friend + "/"}, "list", ""},
+		{"a stranger's page", []string{"Origin: " + stranger, "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors"}, "all", "all"},
+		{"a stranger's page in an old browser", []string{"Origin: " + stranger}, "all", "all"},
+		{"a stranger next door", []string{"Origin: http://evil.cometes.test", "Sec-Fetch-Site: same-site"}, "all", "all"},
+		{"a stranger on another port", []string{"Origin: http://cometes.test:81", "Sec-Fetch-Site: same-site"}, "all", "all"},
+		{"a sandboxed page", []string{"Origin: null", "Sec-Fetch-Site: cross-site"}, "all", "all"},
+		{"a sandboxed page in an old browser", []string{"Origin: null"}, "all", "all"},
+		{"a name that ends like a friend's", []string{"Origin: https://evilfriend.example", "Sec-Fetch-Site: cross-site"}, "all", "all"},
+		{"a name that begins like a friend's", []string{"Origin: https://friend.example.evil", "Sec-Fetch-Site: cross-site"}, "all", "all"},
+		{"a friend without TLS", []string{"Origin: http://friend.example", "Sec-Fetch-Site: cross-site"}, "all", "all"},
+		{"a friend on another port", []string{"Origin: https://friend.example:444", "Sec-Fetch-Site: cross-site"}, "all", "all"},
+		{"a stranger's script", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors", "Sec-Fetch-Dest: script", "Referer: " + stranger + "/"}, "all", ""},
+		{"a stranger's frame", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe", "Referer: " + stranger + "/"}, "all", ""},
+		{"a stranger's picture", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors", "Sec-Fetch-Dest: image", "Referer: " + stranger + "/"}, "all", ""},
+		{"a stranger's script that hides whose it is", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors", "Sec-Fetch-Dest: script"}, "all", ""},
+		{"a stranger's script that says it is a friend's", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Dest: script", "Referer: https://friend.example@stranger.example/"}, "all", ""},
+		{"a link from a stranger", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document", "Referer: " + stranger + "/"}, "own", ""},
+		{"a stranger's form", []string{"Origin: " + stranger, "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document"}, "", "all"},
+		{"a hidden form", []string{"Origin: null", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe"}, "", "all"},
+		{"an object", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: object"}, "all", ""},
+	}
+	for open, list := range map[string]string{"own": "", "list": friend + ", http://localhost:3000", "all": "*"} {
+		t.Run(open, bubble(func(t *testing.T) {
+			b := newBed(t, pipe, func(c *config) { c.origins = list })
+			for _, a := range all {
+				origin := ""
+				for _, h := range a.headers {
+					if o, ok := strings.CutPrefix(h, "Origin: "); ok {
+						origin = o
+					}
+				}
+				try := func(what, needs string, ok int, method, path string) {
+					allowed := needs == "own" || needs == open || needs == "list" && open == "all"
+					want := ok
+					if !allowed {
+						want = 403
+					}
+					mark := b.relay.lastID.Load()
+					var body io.Reader
+					if method == "POST" {
+						body = strings.NewReader("hi")
+					}
+					req, _ := http.NewRequestWithContext(t.Context(), method, b.url+path, body)
+					for _, h := range a.headers {
+						name, value, _ := strings.Cut(h, ": ")
+						req.Header.Set(name, value)
+					}
+					if ok == 101 {
+						for _, h := range []string{"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="} {
+							name, value, _ := strings.Cut(h, ": ")
+							req.Header.Set(name, value)
+						}
+					}
+					res, err := b.client.Do(req)
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer res.Body.Close()
+					if res.StatusCode != want {
+						t.Errorf("%s may %s: %s, want %d", a.name, what, res.Status, want)
+						return
+					}
+					if want == 403 {
+						if body, _ := io.ReadAll(res.Body); isError(string(body)) == (method == "HEAD") || b.relay.lastID.Load() != mark {
+							t.Errorf("%s: %s", a.name, body)
+						}
+					}
+					cors := ""
+					if allowed && origin != "" && open != "own" && (needs != "own" || open == "all") {
+						cors = origin
+					}
+					if got := res.Header.Get("Access-Control-Allow-Origin"); got != cors && want != 101 {
+						t.Errorf("%s may %s: Access-Control-Allow-Origin: %q, want %q", a.name, what, got, cors)
+					}
+					credentials := res.Header.Get("Access-Control-Allow-Credentials")
+					if (credentials == "true") != (cors != "" && open == "list") && want != 101 {
+						t.Errorf("%s may %s: Access-Control-Allow-Credentials: %q", a.name, what, credentials)
+					}
+					if cors != "" && !strings.Contains(res.Header.Get("Access-Control-Expose-Headers"), "Retry-After") {
+						t.Errorf("%s may not see Retry-After", a.name)
+					}
+					if origin != "" && !strings.Contains(strings.Join(res.Header["Vary"], ","), "Origin") {
+						t.Errorf("%s: Vary: %q", a.name, res.Header["Vary"])
+					}
+				}
+				if a.read != "" {
+					for _, technique := range techniques {
+						if technique.name != "ws" {
+							try("read by "+technique.name, a.read, 200, "GET", "/rooms/a/"+technique.name+"?callback=f&wait=1")
+						}
+					}
+					try("see who is here", a.read, 200, "GET", "/rooms/a/presence")
+					try("see a form", a.read, 200, "GET", "/rooms/a/form")
+					try("ask for the head", a.read, 200, "HEAD", "/rooms/a/sse")
+				}
+				if a.publish != "" {
+					try("publish", a.publish, 201, "POST", "/rooms/a")
+					if origin != "" || len(a.headers) == 0 { // a browser's WebSocket names its origin
+						needs := a.publish
+						if origin != "" && !strings.Contains(a.name, "form") {
+							try("open a WebSocket", needs, 101, "GET", "/rooms/a/ws")
+						}
+					}
+				}
+			}
+		}))
+	}
+}
+
+// What a page has to ask before, it is answered: a listed one, with the
+// headers it needs.
+func TestPreflight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe, func(c *config) { c.origins = "https://friend.example" })
+		for path, methods := range map[string]string{
+			"/rooms/a":          "POST, PUT, DELETE, OPTIONS",
+			"/rooms/a/presence": "GET, HEAD, POST, OPTIONS",
+			"/rooms/a,b/sse":    "GET, HEAD, OPTIONS",
+			"/rooms/a/poll":     "GET, HEAD, OPTIONS",
+		} {
+			res, body := b.do("OPTIONS", path, "", "Origin: https://friend.example", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: cors", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: content-type,hx-request,traceparent")
+			h := res.Header
+			if res.StatusCode != 204 || body != "" || h.Get("Allow") != methods || h.Get("Access-Control-Allow-Methods") != methods || h.Get("Access-Control-Allow-Origin") != "https://friend.example" || h.Get("Access-Control-Allow-Credentials") != "true" || h.Get("Access-Control-Max-Age") == "" {
+				t.Errorf("%s: %s %v", path, res.Status, h)
+			}
+			for _, name := range []string{"Content-Type", "Idempotency-Key", "Last-Event-ID", "Authorization", "hx-request", "traceparent"} {
+				if !slices.Contains(strings.FieldsFunc(h.Get("Access-Control-Allow-Headers"), func(r rune) bool { return r == ',' || r == ' ' }), name) {
+					t.Errorf("%s: %s is not allowed: %v", path, name, h)
+				}
+			}
+			for _, headers := range [][]string{
+				{"Origin: https://stranger.example", "Sec-Fetch-Site: cross-site", "Access-Control-Request-Method: POST"},
+				{"Origin: null", "Access-Control-Request-Method: POST"},
+				{},
+			} {
+				res, _ := b.do("OPTIONS", path, "", headers...)
+				if res.StatusCode != 204 || res.Header.Get("Allow") != methods {
+					t.Errorf("%s %q: %s", path, headers, res.Status)
+				}
+				for name := range res.Header {
+					if strings.HasPrefix(name, "Access-Control-") {
+						t.Errorf("%s %q: %s is answered", path, headers, name)
+					}
+				}
+			}
+		}
+	})
+}
+
+// A listed page sees what is wrong with its request, whatever that is.
+func TestErrorsAcrossOrigins(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe, func(c *config) { c.origins = "https://friend.example" })
+		for _, test := range []struct {
+			method, path string
+			status       int
+		}{
+			{"GET", "/rooms/a/poll?after=x", 400},
+			{"POST", "/rooms/a?type=bye", 400},
+			{"POST", "/rooms/_a", 403},
+			{"GET", "/rooms/a%20b/poll", 400},
+			{"GET", "/rooms/a/nothing", 404},
+			{"GET", "/rooms/a", 405},
+		} {
+			res, body := b.do(test.method, test.path, "", "Origin: https://friend.example", "Sec-Fetch-Site: cross-site")
+			if res.StatusCode != test.status || !isError(body) {
+				t.Errorf("%s %s: %s %s, want %d", test.method, test.path, res.Status, body, test.status)
+			}
+			if res.Header.Get("Access-Control-Allow-Origin") != "https://friend.example" {
+				t.Errorf("%s %s: the page can't see the answer", test.method, test.path)
+			}
+		}
+	})
+}
+
+// A forever frame tells only the page around it that may know.
+func TestFrameTarget(t *testing.T) {
+	for list, tests := range map[string][]struct{ referer, site, target, ancestors string }{
+		"": {
+			{"", "", "location.origin", "'self'"},
+			{"http://cometes.test/", "same-origin", "location.origin", "'self'"},
+		},
+		"https://friend.example": {
+			{"https://friend.example/page", "cross-site", `"https://friend.example"`, "'self' https://friend.example"},
+			{"http://cometes.test/", "same-origin", "location.origin", "'self' https://friend.example"},
+		},
+		"*": {
+			{"https://stranger.example/page", "cross-site", `"https://stranger.example"`, "*"},
+			{"", "cross-site", `"*"`, "*"},
+			{"http://cometes.test/", "same-origin", "location.origin", "*"},
+			{`https://a"</script><script>alert(1)</script>/`, "cross-site", ``, "*"},
+		},
+	} {
+		t.Run(list, bubble(func(t *testing.T) {
+			b := newBed(t, pipe, func(c *config) { c.origins = list })
+			for _, test := range tests {
+				headers := []string{"Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe"}
+				if test.site != "" {
+					headers = append(headers, "Sec-Fetch-Site: "+test.site)
+				}
+				if test.referer != "" {
+					headers = append(headers, "Referer: "+test.referer)
+				}
+				e := b.listen(kindOf("iframe"), "a", headers...)
+				head, err := e.body.Peek(200)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if want := "parent.postMessage(event, " + test.target + ")</script>"; test.target != "" && !strings.Contains(string(head), want) {
+					t.Errorf("%s: %s, want %s", test.referer, head, want)
+				}
+				if strings.Contains(string(head), "<script>") {
+					t.Errorf("%s: %s", test.referer, head)
+				}
+				if policy := e.res.Header.Get("Content-Security-Policy"); !strings.HasSuffix(policy, "frame-ancestors "+test.ancestors) {
+					t.Errorf("%s: %s, want frame-ancestors %s", test.referer, policy, test.ancestors)
+				}
+				e.close()
+			}
+		}))
+	}
 }

@@ -5,17 +5,12 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
-	"context"
-	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http/httptest"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -381,414 +376,6 @@ func TestWhatASocketIsRefusedIsSaidAndCounted(t *testing.T) {
 	})
 }
 
-func TestAFrameThatIsTooBigEndsItsSocket(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-body", "100")
-		c, _ := h.socket("192.0.2.1", "/rooms/a/ws")
-		defer c.CloseNow()
-		if err := c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("x"), 100)); err != nil {
-			t.Fatal(err)
-		}
-		hearSocket(t, c, strings.Repeat("x", 100))
-		c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("y"), 101))
-		for {
-			_, b, err := c.Read(context.Background())
-			if err == nil && !strings.Contains(string(b), "yy") {
-				continue
-			}
-			if websocket.CloseStatus(err) != websocket.StatusMessageTooBig {
-				t.Errorf("%s %v, want the code 1009", b, err)
-			}
-			break
-		}
-	})
-}
-
-func TestAStreamIsSentAwayAtAJitteredAge(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		const age = 100 * time.Second
-		h := openHall(t, "-age", age.String(), "-beat", "15s")
-		start := time.Now()
-		var mu sync.Mutex
-		ends := map[time.Duration]int{}
-		var wg sync.WaitGroup
-		ended := func(name string) {
-			mu.Lock()
-			defer mu.Unlock()
-			d := time.Since(start)
-			if ends[d]++; d < age*9/10 || d > age+h.heartbeat/15 {
-				t.Errorf("%s ended after %v, want 90 to 100 s", name, d)
-			}
-		}
-		for i := range 40 {
-			tech := []string{"sse", "stream", "multipart", "iframe", "html"}[i%5]
-			wg.Go(func() {
-				r := h.open("192.0.2.1", "GET /rooms/a/"+tech, "")
-				defer r.stop()
-				if body := r.rest(); !strings.Contains(body, `"type":"bye","data":{"retry":`) && !strings.Contains(body, "this page comes back by itself") {
-					t.Errorf("%s ended without a bye:\n%s", tech, body)
-				}
-				ended(tech)
-			})
-		}
-		wg.Go(func() {
-			c, _ := h.socket("192.0.2.1", "/rooms/a/ws")
-			defer c.CloseNow()
-			hearSocket(t, c, `"type":"bye"`)
-			if _, _, err := c.Read(context.Background()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
-				t.Errorf("the socket closed with %v, want the code 1001", err)
-			}
-			ended("ws")
-		})
-		wg.Wait()
-		if len(ends) < 5 {
-			t.Errorf("they ended at %v; not all at once", ends)
-		}
-		if got := h.status("192.0.2.1", "GET /rooms/a/sse"); got != 200 {
-			t.Errorf("coming back: %d", got)
-		}
-	})
-}
-
-func TestWithoutAnAgeAStreamLasts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		r := h.open("192.0.2.1", "GET /rooms/a/stream", "")
-		defer r.stop()
-		r.until("hello")
-		go func() {
-			time.Sleep(12 * time.Hour)
-			h.ask("192.0.2.1", "POST /rooms/a", "still there?")
-		}()
-		r.until("still there?")
-	})
-}
-
-func TestOverHTTP2AStreamLasts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-h2c")
-		get := hallH2(h)
-		for _, tech := range []string{"sse", "stream", "multipart", "iframe", "html"} {
-			resp := get("/rooms/a/" + tech)
-			r := &hallReply{resp, t, bufio.NewReader(resp.Body), func() { resp.Body.Close() }}
-			read := make(chan struct{})
-			go func() {
-				defer close(read)
-				r.until("still there?")
-			}()
-			time.Sleep(3 * time.Minute)
-			h.ask("192.0.2.1", "POST /rooms/a", "still there?")
-			<-read
-			r.stop()
-		}
-	})
-}
-
-// Slow clients.
-
-// dribble writes text a byte each pause, and returns what came back and how
-// long the connection lived.
-func dribble(t *testing.T, h *hall, first, rest string, pause time.Duration) (string, time.Duration) {
-	t.Helper()
-	c, err := h.dial("192.0.2.1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	start := time.Now()
-	go func() {
-		if _, err := io.WriteString(c, first); err != nil {
-			return
-		}
-		for i := range len(rest) {
-			time.Sleep(pause)
-			if _, err := io.WriteString(c, rest[i:i+1]); err != nil {
-				return
-			}
-		}
-	}()
-	c.SetReadDeadline(start.Add(time.Hour))
-	b, _ := io.ReadAll(c)
-	return string(b), time.Since(start)
-}
-
-func TestASlowHeadIsNotWaitedFor(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		for _, first := range []string{"", "G", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\nX-A: "} {
-			if said, d := dribble(t, h, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
-				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headTimeout, said)
-			}
-		}
-		// Nor a second one, after an answer.
-		ok := "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-		if _, d := dribble(t, h, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
-			t.Errorf("a second head that never ends is given %v", d)
-		}
-		if _, d := dribble(t, h, ok, "", 0); d > idleTimeout+time.Second {
-			t.Errorf("a connection without a second request is kept for %v, want %v", d, idleTimeout)
-		}
-		if said, d := dribble(t, h, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10)+"\r\n\r\n", "", 0); !strings.HasPrefix(said, "HTTP/1.1 431 ") || d > time.Second {
-			t.Errorf("a head of 30 KiB is answered after %v: %.100s", d, said)
-		}
-	})
-}
-
-func TestASlowBodyIsNotWaitedFor(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		for _, first := range []string{
-			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhi",
-			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\nhi",
-			"POST /rooms/a/presence?user=ada HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\naw",
-		} {
-			before := h.refusals("body")
-			said, d := dribble(t, h, first, strings.Repeat("x", 500), time.Second)
-			if !strings.HasPrefix(said, "HTTP/1.1 408 ") || !strings.Contains(said, "Connection: close") || d < requestTimeout || d > requestTimeout+2*time.Second {
-				t.Errorf("%q and then a byte a second is answered after %v: %s", first, d, said)
-			}
-			if n := h.refusals("body"); n != before+1 {
-				t.Errorf("%d are counted under body, want %d", n, before+1)
-			}
-		}
-		if n := h.stats.published.Load(); n != 0 {
-			t.Errorf("%d messages were published", n)
-		}
-	})
-}
-
-func TestABodyThatNobodyAskedForIsNotWaitedFor(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-rate", "0.001")
-		h.ask("192.0.2.1", "POST /rooms/a", "hi") // the second is too fast
-		for _, first := range []string{"GET /rooms/a/poll", "GET /healthz", "POST /healthz", "GET /rooms/a/refresh", "POST /rooms/a", "POST /rooms/a,b", "PUT /rooms/a", "GET /rooms/a/longpoll?wait=1"} {
-			if _, d := dribble(t, h, first+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", "", 0); d > idleTimeout+time.Minute {
-				t.Errorf("%s with a body that does not come keeps its connection for %v", first, d)
-			}
-		}
-	})
-}
-
-// Over HTTP/2 a body ends when its stream does, whatever length its head gave.
-func TestABodyThatIsLongerThanItSaidIsNotPublished(t *testing.T) {
-	frame := func(kind, flags byte, payload string) string { // of stream 1 (RFC 9113, 4.1)
-		return string([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, 1}) + payload
-	}
-	synctest.Test(t, func(t *testing.T) {
-		for _, length := range []string{"0", "2", "abc"} {
-			h := openHall(t, "-h2c")
-			c, err := h.dial("192.0.2.1")
-			if err != nil {
-				t.Fatal(err)
-			}
-			go io.Copy(io.Discard, c)
-			var head string // literals without indexing (RFC 7541, 6.2.2)
-			for _, field := range []string{":method", "POST", ":scheme", "http", ":authority", "x", ":path", "/rooms/a", "content-length", length} {
-				if field[0] == ':' || field[0] == 'c' {
-					head += "\x00"
-				}
-				head += string(byte(len(field))) + field
-			}
-			io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+"\x00\x00\x00\x04\x00\x00\x00\x00\x00") // and no settings
-			io.WriteString(c, frame(1, 4, head)+frame(0, 0, "hi"))
-			synctest.Wait()
-			io.WriteString(c, frame(0, 1, "more"))
-			synctest.Wait()
-			if n := h.stats.published.Load(); n != 0 {
-				t.Errorf("a body longer than %s is published", length)
-			}
-			c.Close()
-		}
-	})
-}
-
-// sip reads n bytes each pause, until it is told to stop.
-func sip(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
-	enough, done := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		for b := make([]byte, n); ; {
-			if _, err := c.Read(b); err != nil {
-				return
-			}
-			select {
-			case <-time.After(pause):
-			case <-enough:
-				return
-			}
-		}
-	}()
-	return func() { close(enough); c.Close(); <-done }
-}
-
-func TestWhoLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		h.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
-		stream, err := h.dial("192.0.2.1")
-		if err != nil {
-			t.Fatal(err)
-		}
-		io.WriteString(stream, "GET /rooms/a/stream?last=1 HTTP/1.1\r\nHost: x\r\n\r\n")
-		socket := rawSocket(t, h, "/rooms/a/ws?last=1")
-		synctest.Wait()
-		for _, st := range h.pool.sessions {
-			if st.state.Load() != stateBlocked {
-				t.Fatalf("a socket that nobody reads is not full: %d", st.state.Load())
-			}
-		}
-		time.Sleep(writeTimeout - time.Second)
-		stream.Close()
-		socket.Close()
-		time.Sleep(time.Minute)
-		if n, held := h.metric("dropped_total"), h.active(); n != 0 || held != 0 {
-			t.Errorf("%v are counted as dropped, %d are still there", n, held)
-		}
-	})
-}
-
-func TestAReaderThatTakesNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		ask := func(tech string) net.Conn {
-			c, err := h.dial("192.0.2.1")
-			if err != nil {
-				t.Fatal(err)
-			}
-			fmt.Fprintf(c, "GET /rooms/a/%s?last=100 HTTP/1.1\r\nHost: x\r\n\r\n", tech)
-			return c
-		}
-		h.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
-		var stuck []net.Conn
-		for _, tech := range []string{"stream", "poll", "refresh"} {
-			stuck = append(stuck, ask(tech))
-		}
-		slow := ask("stream")
-		defer sip(t, slow, 100, 9*time.Second)()
-		time.Sleep(writeTimeout - time.Second)
-		if n := h.metric(`connections{technique="stream"}`); n != 2 {
-			t.Errorf("after 9 s %v streams are open, want 2", n)
-		}
-		time.Sleep(3 * time.Second)
-		if n := h.metric(`connections{technique="stream"}`); n != 1 {
-			t.Errorf("after 12 s %v streams are open, want the one that reads", n)
-		}
-		if n := h.metric("dropped_total"); n != 1 {
-			t.Errorf("%v are counted as dropped, want 1", n)
-		}
-		if n := h.metric(`connections{technique="poll"}`) + h.metric(`connections{technique="refresh"}`); n != 0 {
-			t.Errorf("%v polls that are not read are still open", n)
-		}
-		for _, c := range stuck {
-			c.SetReadDeadline(time.Now().Add(time.Second))
-			if _, err := io.ReadAll(c); err != nil {
-				t.Errorf("a reader that took nothing is still connected: %v", err)
-			}
-		}
-		time.Sleep(time.Minute)
-		if n := h.metric(`connections{technique="stream"}`); n != 1 {
-			t.Errorf("after a minute %v streams are open, want the one that reads", n)
-		}
-		slow.Close()
-	})
-}
-
-// rawSocket opens a WebSocket of which the test writes every byte.
-func rawSocket(t *testing.T, h *hall, path string) net.Conn {
-	t.Helper()
-	c, err := h.dial("192.0.2.1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", path)
-	for head := ""; !strings.HasSuffix(head, "\r\n\r\n"); {
-		var b [1]byte
-		if _, err := c.Read(b[:]); err != nil {
-			t.Fatalf("%v after %q", err, head)
-		}
-		head += string(b[:])
-	}
-	return c
-}
-
-// maskedFrame is a text frame of a client.
-func maskedFrame(opcode byte, text string) []byte {
-	b := []byte{0x80 | opcode, 0x80 | byte(len(text))}
-	if len(text) > 125 {
-		b = binary.BigEndian.AppendUint16([]byte{0x80 | opcode, 0x80 | 126}, uint16(len(text)))
-	}
-	return append(append(b, 0, 0, 0, 0), text...)
-}
-
-// Behind a frame that closes nothing may come (RFC 6455, 5.5.1), though the
-// library has not closed the connection yet.
-func TestNothingFollowsAGoodbye(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		c := rawSocket(t, h, "/rooms/a/ws")
-		defer c.Close()
-		synctest.Wait()
-		h.pool.mu.Lock()
-		st := h.pool.sessions[0]
-		h.pool.mu.Unlock()
-		go io.CopyN(io.Discard, c, 16) // let it begin
-		synctest.Wait()
-		st.enqueueFrames(appendClose(nil, websocket.StatusNormalClosure, ""))
-		h.status("192.0.2.2", "POST /rooms/a")
-		c.SetReadDeadline(time.Now().Add(time.Minute))
-		b, err := io.ReadAll(c)
-		if err != nil || !bytes.HasSuffix(b, appendClose(nil, websocket.StatusNormalClosure, "")) {
-			t.Errorf("the socket ended with %v after %q", err, b)
-		}
-	})
-}
-
-func TestASocketThatReadsSlowlyIsNotListenedToWhenItsTokenHasExpired(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
-		c := rawSocket(t, h, "/rooms/a/ws?token="+signedToken(`{"read":["a"],"write":["a"],"exp":`+unixIn(20*time.Second)+`}`))
-		defer c.Close()
-		defer sip(t, c, 1, 5*time.Second)()
-		time.Sleep(time.Second)
-		c.Write(maskedFrame(1, "in time"))
-		time.Sleep(time.Minute)
-		c.SetWriteDeadline(time.Now().Add(time.Second))
-		c.Write(maskedFrame(1, "40 s after it expired"))
-		time.Sleep(time.Second)
-		if n := h.stats.published.Load(); n != 1 {
-			t.Errorf("%d messages were published, want the one in time", n)
-		}
-	})
-}
-
-func TestNothingIsToldThatWasPublishedAfterATokenExpired(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
-		write := "Authorization: Bearer " + signedToken(`{"write":["a"]}`)
-		time.Sleep(300 * time.Millisecond)
-		r := h.open("192.0.2.1", "GET /rooms/a/stream?token="+signedToken(`{"read":["a"],"exp":`+unixIn(10*time.Second)+`}`), "")
-		defer r.stop()
-		time.Sleep(9900 * time.Millisecond)
-		h.ask("192.0.2.2", "POST /rooms/a", "too late", write)
-		if body := r.rest(); strings.Contains(body, "too late") {
-			t.Errorf("200 ms after the token expired:\n%s", body)
-		}
-	})
-}
-
-func TestASocketThatIsSilentAndDoesNotAnswerPingsIsDropped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		c := rawSocket(t, h, "/rooms/a/ws")
-		defer c.Close()
-		start := time.Now()
-		io.Copy(io.Discard, c) // takes all, and says nothing
-		if d := time.Since(start); d < 3*h.heartbeat || d > 5*h.heartbeat {
-			t.Errorf("it was dropped after %v; the second ping is due after four beats, 60 s", d)
-		}
-	})
-}
-
 func TestTheDoormanLetsInNoMoreThanItMay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := openHall(t, "-streams", "1000", "-per-addr", "20")
@@ -834,4 +421,49 @@ func TestTheDoormanLetsInNoMoreThanItMay(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 	})
+}
+
+// The same at the limit of streams; others are answered 503, and have a place
+// when somebody left.
+func TestStreamLimit(t *testing.T) {
+	for _, network := range []string{pipe, pipeH2} {
+		t.Run(network, func(t *testing.T) {
+			onNetwork(t, network, func(t *testing.T) {
+				b := newBed(t, network, func(c *config) { c.streams, c.maxUsers = 2, 1 })
+				if res, body := b.do("GET", "/rooms/a,b/stream?user=ada", ""); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body) {
+					t.Errorf("two users where one may be: %s %s", res.Status, body)
+				}
+				b.idle() // what was refused holds nothing
+				one, two := b.listen(kindOf("stream"), "a").begin(), b.listen(kindOf("sse"), "a").begin()
+				for _, k := range earKinds {
+					path := "/rooms/a/" + k.technique + "?" + k.query
+					if k.technique == "ws" {
+						continue
+					}
+					res, body := b.do("GET", path, "")
+					switch {
+					case k.technique == "sse":
+						if res.StatusCode != 200 || !strings.Contains(body, "event: bye") || !strings.HasPrefix(body, "retry: ") {
+							t.Errorf("sse: %s %q, want 200, retry and bye", res.Status, body)
+						}
+					case k.technique == "poll" || k.technique == "refresh":
+						if res.StatusCode != 200 {
+							t.Errorf("%s: %s", k.name, res.Status)
+						}
+					case res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body):
+						t.Errorf("%s: %s %q, want 503 and Retry-After", k.name, res.Status, body)
+					}
+				}
+				if _, _, err := websocket.Dial(t.Context(), "ws://cometes.test/rooms/a/ws", &websocket.DialOptions{HTTPClient: b.newClient(b.dial, false)}); err == nil || !strings.Contains(err.Error(), "503") {
+					t.Errorf("ws: %v, want 503", err)
+				}
+				b.say("a", "hi")
+				one.expect("message hi")
+				two.expect("message hi")
+				two.close()
+				b.settle()
+				b.listen(kindOf("multipart"), "a").begin()
+			})
+		})
+	}
 }

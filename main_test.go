@@ -8,13 +8,13 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"path"
 	"regexp"
 	"strings"
 	"testing"
@@ -154,6 +154,7 @@ type listening struct {
 }
 
 func (l listening) Enabled(context.Context, slog.Level) bool { return true }
+
 func (l listening) Handle(_ context.Context, r slog.Record) error {
 	r.Attrs(func(a slog.Attr) bool {
 		if r.Message == "listening" && a.Key == "addr" {
@@ -220,73 +221,6 @@ func TestRun(t *testing.T) {
 		t.Error("it still listens")
 	}
 	http.DefaultClient.CloseIdleConnections()
-}
-
-// The files of static/ come with their type and an ETag, and nothing else does.
-func TestFiles(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		names, _ := os.ReadDir("static")
-		etags := map[string]string{}
-		for _, name := range append([]string{"/"}, func() (paths []string) {
-			for _, n := range names {
-				paths = append(paths, "/"+n.Name())
-			}
-			return paths
-		}()...) {
-			file := "static" + name
-			if name == "/" {
-				file = "static/index.html"
-			}
-			want, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			res, body := b.do("GET", name, "")
-			h := res.Header
-			if res.StatusCode != 200 || body != string(want) {
-				t.Errorf("%s: %s, %d bytes, want %d", name, res.Status, len(body), len(want))
-			}
-			kind := map[string]string{".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}[path.Ext(file)]
-			if h.Get("Access-Control-Allow-Origin") != "*" {
-				t.Errorf("%s: %v; a page of another origin could not import it", name, h)
-			}
-			if kind != "" && h.Get("Content-Type") != kind || h.Get("Content-Type") == "" || h.Get("X-Content-Type-Options") != "nosniff" {
-				t.Errorf("%s: %v, want %s and nosniff", name, h, kind)
-			}
-			etag := h.Get("ETag")
-			if other, ok := etags[etag]; ok && other != string(want) {
-				t.Errorf("%s: the ETag %s is another file's", name, etag)
-			}
-			etags[etag] = string(want)
-			if !regexp.MustCompile(`^"[0-9a-f]{16,}"$`).MatchString(etag) || h.Get("Cache-Control") == "" || h.Get("Content-Security-Policy") == "" {
-				t.Errorf("%s: %v", name, h)
-			}
-			res, body = b.do("GET", name, "", "If-None-Match: "+etag)
-			if res.StatusCode != 304 || body != "" || res.Header.Get("ETag") != etag {
-				t.Errorf("%s again: %s, %d bytes, want 304", name, res.Status, len(body))
-			}
-			if res, _ = b.do("GET", name, "", `If-None-Match: "other"`); res.StatusCode != 200 {
-				t.Errorf("%s, changed: %s", name, res.Status)
-			}
-			if res, body = b.do("HEAD", name, ""); res.StatusCode != 200 || body != "" || res.ContentLength != int64(len(want)) || res.Header.Get("ETag") != etag {
-				t.Errorf("HEAD %s: %s", name, res.Status)
-			}
-			if res, _ = b.do("POST", name, "hi"); res.StatusCode != 405 || !strings.Contains(res.Header.Get("Allow"), "GET") {
-				t.Errorf("POST %s: %s, Allow: %s", name, res.Status, res.Header.Get("Allow"))
-			}
-		}
-		for _, name := range []string{"/..", "/../main.go", "/static/index.html", "/static/../main.go", "/%2e%2e/main.go", "/..%2fmain.go", "//index.html", "/index.html/", "/index.html%00", "/.", "/main.go", "/\\index.html", "/static", "/favicon.ico2", "/.git/config"} {
-			res, body := b.raw1("GET", name, "")
-			if res.StatusCode != 404 || !isError(body) {
-				t.Errorf("%s: %s %.60s, want 404", name, res.Status, body)
-			}
-		}
-		res, body := b.do("GET", "/healthz", "")
-		if res.StatusCode != 200 || !json.Valid([]byte(body)) || res.Header.Get("Cache-Control") != "no-store" {
-			t.Errorf("healthz: %s %s %v", res.Status, body, res.Header)
-		}
-	})
 }
 
 // Stopping.
@@ -426,14 +360,6 @@ func TestSSEWhileStopping(t *testing.T) {
 	})
 }
 
-// A recorder is an answer without a connection.
-type recorder struct{ *httptest.ResponseRecorder }
-
-func newRecorder() recorder { return recorder{httptest.NewRecorder()} }
-
-func (recorder) SetReadDeadline(time.Time) error  { return nil }
-func (recorder) SetWriteDeadline(time.Time) error { return nil }
-
 func (b *testbed) whileStopping(method, path, body string) recorder {
 	w := newRecorder()
 	b.ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
@@ -444,51 +370,6 @@ func (b *testbed) saysBye(w recorder) {
 	b.t.Helper()
 	if w.Code != 200 || w.Header().Get("Content-Type") != "text/event-stream; charset=utf-8" || !regexp.MustCompile(`^retry: \d{4}\nevent: bye\ndata: \{"type":"bye","data":\{"retry":\d+\}\}\n\n$`).MatchString(w.Body.String()) {
 		b.t.Errorf("sse: %d %q, want 200, retry and bye", w.Code, w.Body)
-	}
-}
-
-// The same at the limit of streams; others are answered 503, and have a place
-// when somebody left.
-func TestStreamLimit(t *testing.T) {
-	for _, network := range []string{pipe, pipeH2} {
-		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network, func(c *config) { c.streams, c.maxUsers = 2, 1 })
-				if res, body := b.do("GET", "/rooms/a,b/stream?user=ada", ""); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body) {
-					t.Errorf("two users where one may be: %s %s", res.Status, body)
-				}
-				b.idle() // what was refused holds nothing
-				one, two := b.listen(kindOf("stream"), "a").begin(), b.listen(kindOf("sse"), "a").begin()
-				for _, k := range earKinds {
-					path := "/rooms/a/" + k.technique + "?" + k.query
-					if k.technique == "ws" {
-						continue
-					}
-					res, body := b.do("GET", path, "")
-					switch {
-					case k.technique == "sse":
-						if res.StatusCode != 200 || !strings.Contains(body, "event: bye") || !strings.HasPrefix(body, "retry: ") {
-							t.Errorf("sse: %s %q, want 200, retry and bye", res.Status, body)
-						}
-					case k.technique == "poll" || k.technique == "refresh":
-						if res.StatusCode != 200 {
-							t.Errorf("%s: %s", k.name, res.Status)
-						}
-					case res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body):
-						t.Errorf("%s: %s %q, want 503 and Retry-After", k.name, res.Status, body)
-					}
-				}
-				if _, _, err := websocket.Dial(t.Context(), "ws://cometes.test/rooms/a/ws", &websocket.DialOptions{HTTPClient: b.newClient(b.dial, false)}); err == nil || !strings.Contains(err.Error(), "503") {
-					t.Errorf("ws: %v, want 503", err)
-				}
-				b.say("a", "hi")
-				one.expect("message hi")
-				two.expect("message hi")
-				two.close()
-				b.settle()
-				b.listen(kindOf("multipart"), "a").begin()
-			})
-		})
 	}
 }
 
@@ -548,4 +429,180 @@ func TestGreeting(t *testing.T) {
 			t.Errorf("%s: %q, want %q", tc.addr, got, tc.want)
 		}
 	}
+}
+
+// A body that does not come is waited for 20 s; a head 10 s.
+func TestSlowRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		for name, test := range map[string]struct {
+			request string
+			trickle bool
+			status  int
+		}{
+			"half a body":         {"POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 100\r\n\r\nhi", false, 408},
+			"a trickle":           {"POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 100\r\n\r\nhi", true, 408},
+			"half a chunk":        {"POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhi", false, 408},
+			"half a presence":     {"POST /rooms/a/presence?user=ada HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 100\r\n\r\nhi", false, 408},
+			"half a head":         {"POST /rooms/a HTTP/1.1\r\nHost: come", false, 0},
+			"nothing but silence": {"", false, 0},
+		} {
+			conn, _ := b.dial(t.Context())
+			start := time.Now()
+			asked := make(chan struct{})
+			go func() {
+				defer close(asked)
+				conn.Write([]byte(test.request))
+				for test.trickle {
+					time.Sleep(time.Second)
+					if _, err := conn.Write([]byte("x")); err != nil {
+						return
+					}
+				}
+			}()
+			answer, _ := io.ReadAll(conn)
+			d := time.Since(start)
+			if d != 20*time.Second && !(test.status == 0 && len(answer) == 0 && d <= 10*time.Second) {
+				t.Errorf("%s: ended after %v", name, d)
+			}
+			if want := fmt.Sprintf("HTTP/1.1 %d", test.status); test.status != 0 && !strings.HasPrefix(string(answer), want) {
+				t.Errorf("%s: %q, want %s", name, answer, want)
+			}
+			if b.relay.lastID.Load() != b.relay.epoch {
+				t.Errorf("%s: something was published", name)
+			}
+			conn.Close()
+			<-asked
+		}
+		// One that ends in the middle publishes nothing.
+		conn, _ := b.dial(t.Context())
+		io.WriteString(conn, "POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 100\r\n\r\nhi")
+		conn.Close()
+		synctest.Wait()
+		if b.relay.lastID.Load() != b.relay.epoch {
+			t.Error("half a body was published")
+		}
+		// And a head of 32 KB is too big.
+		if res, _ := b.do("GET", "/rooms/a/poll", "", "X: "+strings.Repeat("x", 32<<10)); res.StatusCode != 431 {
+			t.Errorf("a head of 32 KB: %s", res.Status)
+		}
+	})
+}
+
+// Slow clients.
+
+// dribble writes text a byte each pause, and returns what came back and how
+// long the connection lived.
+func dribble(t *testing.T, h *hall, first, rest string, pause time.Duration) (string, time.Duration) {
+	t.Helper()
+	c, err := h.dial("192.0.2.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	start := time.Now()
+	go func() {
+		if _, err := io.WriteString(c, first); err != nil {
+			return
+		}
+		for i := range len(rest) {
+			time.Sleep(pause)
+			if _, err := io.WriteString(c, rest[i:i+1]); err != nil {
+				return
+			}
+		}
+	}()
+	c.SetReadDeadline(start.Add(time.Hour))
+	b, _ := io.ReadAll(c)
+	return string(b), time.Since(start)
+}
+
+func TestASlowHeadIsNotWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t)
+		for _, first := range []string{"", "G", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\nX-A: "} {
+			if said, d := dribble(t, h, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
+				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headTimeout, said)
+			}
+		}
+		// Nor a second one, after an answer.
+		ok := "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+		if _, d := dribble(t, h, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
+			t.Errorf("a second head that never ends is given %v", d)
+		}
+		if _, d := dribble(t, h, ok, "", 0); d > idleTimeout+time.Second {
+			t.Errorf("a connection without a second request is kept for %v, want %v", d, idleTimeout)
+		}
+		if said, d := dribble(t, h, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10)+"\r\n\r\n", "", 0); !strings.HasPrefix(said, "HTTP/1.1 431 ") || d > time.Second {
+			t.Errorf("a head of 30 KiB is answered after %v: %.100s", d, said)
+		}
+	})
+}
+
+func TestASlowBodyIsNotWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t)
+		for _, first := range []string{
+			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhi",
+			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\nhi",
+			"POST /rooms/a/presence?user=ada HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\naw",
+		} {
+			before := h.refusals("body")
+			said, d := dribble(t, h, first, strings.Repeat("x", 500), time.Second)
+			if !strings.HasPrefix(said, "HTTP/1.1 408 ") || !strings.Contains(said, "Connection: close") || d < requestTimeout || d > requestTimeout+2*time.Second {
+				t.Errorf("%q and then a byte a second is answered after %v: %s", first, d, said)
+			}
+			if n := h.refusals("body"); n != before+1 {
+				t.Errorf("%d are counted under body, want %d", n, before+1)
+			}
+		}
+		if n := h.stats.published.Load(); n != 0 {
+			t.Errorf("%d messages were published", n)
+		}
+	})
+}
+
+func TestABodyThatNobodyAskedForIsNotWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t, "-rate", "0.001")
+		h.ask("192.0.2.1", "POST /rooms/a", "hi") // the second is too fast
+		for _, first := range []string{"GET /rooms/a/poll", "GET /healthz", "POST /healthz", "GET /rooms/a/refresh", "POST /rooms/a", "POST /rooms/a,b", "PUT /rooms/a", "GET /rooms/a/longpoll?wait=1"} {
+			if _, d := dribble(t, h, first+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", "", 0); d > idleTimeout+time.Minute {
+				t.Errorf("%s with a body that does not come keeps its connection for %v", first, d)
+			}
+		}
+	})
+}
+
+// Over HTTP/2 a body ends when its stream does, whatever length its head gave.
+func TestABodyThatIsLongerThanItSaidIsNotPublished(t *testing.T) {
+	frame := func(kind, flags byte, payload string) string { // of stream 1 (RFC 9113, 4.1)
+		return string([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, 1}) + payload
+	}
+	synctest.Test(t, func(t *testing.T) {
+		for _, length := range []string{"0", "2", "abc"} {
+			h := openHall(t, "-h2c")
+			c, err := h.dial("192.0.2.1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			go io.Copy(io.Discard, c)
+			var head string // literals without indexing (RFC 7541, 6.2.2)
+			for _, field := range []string{":method", "POST", ":scheme", "http", ":authority", "x", ":path", "/rooms/a", "content-length", length} {
+				if field[0] == ':' || field[0] == 'c' {
+					head += "\x00"
+				}
+				head += string(byte(len(field))) + field
+			}
+			io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+"\x00\x00\x00\x04\x00\x00\x00\x00\x00") // and no settings
+			io.WriteString(c, frame(1, 4, head)+frame(0, 0, "hi"))
+			synctest.Wait()
+			io.WriteString(c, frame(0, 1, "more"))
+			synctest.Wait()
+			if n := h.stats.published.Load(); n != 0 {
+				t.Errorf("a body longer than %s is published", length)
+			}
+			c.Close()
+		}
+	})
 }

@@ -4,10 +4,15 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -15,6 +20,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // A house is a relay whose room a is watched.
@@ -1064,4 +1071,105 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Presence by HTTP: declared by text, JSON or a form, read as JSON.
+func TestPresenceByHTTP(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		_, body := b.do("GET", "/rooms/a/presence", "")
+		if body != `{"room":"a","count":0,"users":{}}`+"\n" {
+			t.Errorf("nobody: %s", body)
+		}
+		for _, test := range []struct{ query, kind, body, want string }{
+			{"?user=ada", textKind, "online", `{"ada":"online"}`},
+			{"?user=ada", "Content-Type: text/plain;charset=UTF-8", "away", `{"ada":"away"}`}, // as sendBeacon does
+			{"?user=ada", jsonKind, `{"state":"typing"}`, `{"ada":"typing"}`},
+			{"?user=ada", textKind, `{"state":"online"}`, `{"ada":"online"}`},
+			{"?user=ada", formKind, "state=away", `{"ada":"away"}`},
+			{"", formKind, "user=bob&state=online", `{"ada":"away","bob":"online"}`},
+			{"?user=%3Cb%3E", textKind, "typing\n", `{"\u003cb\u003e":"typing","ada":"away","bob":"online"}`},
+			{"?user=%3Cb%3E", textKind, "offline", `{"ada":"away","bob":"online"}`},
+			{"?user=bob", textKind, "offline", `{"ada":"away"}`},
+			{"?user=nobody", textKind, "offline", `{"ada":"away"}`},
+		} {
+			if res, body := b.do("POST", "/rooms/a/presence"+test.query, test.body, test.kind); res.StatusCode != 200 || !json.Valid([]byte(body)) {
+				t.Errorf("%s %s: %s %s", test.query, test.body, res.Status, body)
+			}
+			_, body := b.do("GET", "/rooms/a/presence", "")
+			if want := fmt.Sprintf(`{"room":"a","count":%d,"users":%s}`+"\n", strings.Count(test.want, `":"`), test.want); body != want {
+				t.Errorf("%s %s: %s, want %s", test.query, test.body, body, want)
+			}
+		}
+		// Who polls is here for a minute.
+		b.do("GET", "/rooms/p/poll?user=eve", "")
+		time.Sleep(time.Minute - time.Millisecond)
+		if _, body := b.do("GET", "/rooms/p/presence", ""); !strings.Contains(body, `"eve":"online"`) {
+			t.Errorf("after 59.999 s: %s", body)
+		}
+		time.Sleep(time.Millisecond)
+		if _, body := b.do("GET", "/rooms/p/presence", ""); !strings.Contains(body, `"count":0`) {
+			t.Errorf("after a minute: %s", body)
+		}
+		// And who streams while that lasts, and 10 s more.
+		ctx, leave := context.WithCancel(t.Context())
+		e, err := b.tryListen(ctx, b.client, kindOf("sse"), "s", "user=eve")
+		if err != nil {
+			t.Fatal(err)
+		}
+		go io.Copy(io.Discard, e.body)
+		time.Sleep(time.Hour)
+		leave()
+		synctest.Wait()
+		time.Sleep(10*time.Second - time.Millisecond)
+		if _, body := b.do("GET", "/rooms/s/presence", ""); !strings.Contains(body, `"eve":"online"`) {
+			t.Errorf("9.999 s after leaving: %s", body)
+		}
+		time.Sleep(time.Millisecond)
+		if _, body := b.do("GET", "/rooms/s/presence", ""); !strings.Contains(body, `"count":0`) {
+			t.Errorf("10 s after leaving: %s", body)
+		}
+	})
+}
+
+// A state is declared, or refused; the roster is JSON with states that there are.
+func FuzzPresence(f *testing.F) {
+	for _, seed := range []struct{ kind, user, body string }{
+		{"text/plain", "ada", "online"}, {"text/plain", "ada", " offline\n"}, {"application/json", "ada", `{"state":"typing"}`}, {"", "ada", `{"state":"away"}`},
+		{"application/x-www-form-urlencoded", "", "state=typing&user=bob"}, {"application/x-www-form-urlencoded", "ada", "state=a&state=b"}, {"application/json", "", `{"state":null}`},
+		{"text/plain", "\xff", "online"}, {"text/plain", "<b>", "online"}, {"application/json", "ada", "{"}, {"text/plain; charset=latin1", "ada", "online"},
+	} {
+		f.Add(seed.kind, seed.user, []byte(seed.body))
+	}
+	f.Fuzz(func(t *testing.T, kind, user string, body []byte) {
+		s := fuzzBed(t)
+		s.relay.presenceTTL = 1
+		r := httptest.NewRequest("POST", "/rooms/a/presence?"+url.Values{"user": {user}}.Encode(), bytes.NewReader(body))
+		r.Header.Set("Content-Type", kind)
+		before := s.relay.lastID.Load()
+		w := newRecorder()
+		s.ServeHTTP(w, r)
+		if w.Code != http.StatusOK {
+			if w.Code < 400 || w.Code > 499 || !isError(w.Body.String()) || s.relay.lastID.Load() != before || len(s.relay.rooms) != 0 {
+				t.Errorf("%d %q", w.Code, w.Body)
+			}
+			return
+		}
+		var said struct{ Room, User, State string }
+		if err := json.Unmarshal(w.Body.Bytes(), &said); err != nil || !slices.Contains([]string{"online", "typing", "away", "offline"}, said.State) || said.Room != "a" {
+			t.Errorf("%q", w.Body)
+		}
+		if !utf8.ValidString(said.User) || said.User == "" || utf8.RuneCountInString(said.User) > 64 || strings.ContainsFunc(said.User, unicode.IsControl) {
+			t.Errorf("the user %q", said.User)
+		}
+		w = newRecorder()
+		s.ServeHTTP(w, httptest.NewRequest("GET", "/rooms/a/presence", nil))
+		var roster struct {
+			Count int
+			Users map[string]string
+		}
+		if err := json.Unmarshal(w.Body.Bytes(), &roster); err != nil || roster.Count != len(roster.Users) {
+			t.Errorf("%q", w.Body)
+		}
+	})
 }

@@ -13,15 +13,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"html"
 	"io"
-	"log/slog"
 	"math"
-	mathrand "math/rand/v2"
-	"mime"
+	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/http/httputil"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"reflect"
@@ -33,7 +30,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -41,1287 +37,6 @@ import (
 
 	"github.com/coder/websocket"
 )
-
-// A testbed is a relay that serves, with the connections made to it.
-type testbed struct {
-	*app
-	t       testing.TB
-	network string
-	tattle  bool   // that a client left while something was written to it
-	url     string // http://cometes.test
-	client  *http.Client
-	dial    func(context.Context) (net.Conn, error)
-	stop    context.CancelFunc // what SIGTERM does
-	served  chan error         // what serve returned, once
-
-	mu    sync.Mutex
-	conns []net.Conn
-}
-
-// The networks of a testbed. All but tcp are in memory, for bubbles.
-const (
-	pipe   = "pipe"    // HTTP/1.1 over net.Pipe: a client that does not read has no buffer
-	pipe10 = "pipe1.0" // HTTP/1.0, which nginx speaks to what is behind it unless told otherwise
-	pipeH2 = "pipeH2"  // HTTP/2 without TLS
-	tcp    = "tcp"     // HTTP/1.1 over loopback, sockets of the kernel
-)
-
-// techniques are those of every server.
-var techniques = newTechniques()
-
-func newBed(t testing.TB, network string, tune ...func(*config)) *testbed {
-	t.Helper()
-	c, err := parseFlags(nil, func(string) string { return "" })
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, change := range tune {
-		change(&c)
-	}
-	s, err := newApp(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	before := slog.Default()
-	b := &testbed{app: s, t: t, network: network, url: "http://cometes.test", served: make(chan error, 1)}
-	slog.SetDefault(slog.New(tattler{b}))
-	var listener net.Listener
-	if network == tcp {
-		listener, err = net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		b.url = "http://" + listener.Addr().String()
-		b.dial = func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "tcp", listener.Addr().String())
-		}
-	} else {
-		l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
-		listener, b.dial = l, l.dial
-	}
-	plain := b.dial
-	b.dial = func(ctx context.Context) (net.Conn, error) {
-		conn, err := plain(ctx)
-		if err != nil {
-			return nil, err
-		}
-		if network == pipe10 {
-			conn = &oldConn{Conn: conn}
-		}
-		b.mu.Lock()
-		b.conns = append(b.conns, conn)
-		b.mu.Unlock()
-		return conn, nil
-	}
-	srv := s.http(false)
-	if network == pipeH2 {
-		srv.Protocols = new(http.Protocols)
-		srv.Protocols.SetHTTP1(true)
-		srv.Protocols.SetUnencryptedHTTP2(true)
-	}
-	b.client = b.newClient(b.dial, network == pipeH2)
-	var ctx context.Context
-	ctx, b.stop = context.WithCancel(context.Background())
-	go func() { b.served <- serve(ctx, s, srv, listener) }()
-
-	t.Cleanup(func() {
-		b.hangUp()
-		b.settle()
-		b.stop()
-		if err := <-b.served; err != nil {
-			t.Errorf("serve: %v", err)
-		}
-		b.idle()
-		slog.SetDefault(before)
-	})
-	return b
-}
-
-func (b *testbed) newClient(dial func(context.Context) (net.Conn, error), h2 bool) *http.Client {
-	p := new(http.Protocols)
-	p.SetHTTP1(!h2)
-	p.SetUnencryptedHTTP2(h2)
-	return &http.Client{
-		Transport: &http.Transport{
-			DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
-			DisableCompression: true,
-			Protocols:          p,
-		},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-}
-
-// hangUp closes every connection at the client's end.
-func (b *testbed) hangUp() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, conn := range b.conns {
-		conn.Close()
-	}
-	b.conns = nil
-	b.client.CloseIdleConnections()
-}
-
-// settle waits until everybody waits for somebody; over sockets, where that
-// can't be known, until those who left are gone.
-func (b *testbed) settle() {
-	b.mu.Lock()
-	left := len(b.conns) == 0
-	b.mu.Unlock()
-	if b.network != tcp {
-		synctest.Wait()
-	} else if left {
-		b.until(func() bool { return b.readers() == 0 && b.active() == 0 })
-	}
-}
-
-// until waits for what will be, and reports whether it is.
-func (b *testbed) until(is func() bool) bool {
-	if b.network != tcp {
-		synctest.Wait()
-		return is()
-	}
-	for end := time.Now().Add(10 * time.Second); !is(); runtime.Gosched() {
-		if time.Now().After(end) {
-			return false
-		}
-	}
-	return true
-}
-
-// idle fails unless nobody is subscribed, which every test has to end with.
-func (b *testbed) idle() {
-	b.t.Helper()
-	if n := b.active(); n != 0 {
-		b.t.Errorf("%d streams are still counted", n)
-	}
-	if n := b.readers(); n != 0 {
-		b.t.Errorf("%d readers are still subscribed", n)
-	}
-}
-
-func (b *testbed) readers() int {
-	b.relay.mu.Lock()
-	defer b.relay.mu.Unlock()
-	n := 0
-	for _, rm := range b.relay.rooms {
-		rm.mu.Lock()
-		n += len(rm.subscriptions)
-		rm.mu.Unlock()
-	}
-	return n
-}
-
-// A tattler is a log that fails the test for what should not have to be logged.
-type tattler struct{ b *testbed }
-
-func (l tattler) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
-func (l tattler) WithAttrs([]slog.Attr) slog.Handler               { return l }
-func (l tattler) WithGroup(string) slog.Handler                    { return l }
-func (l tattler) Handle(_ context.Context, r slog.Record) error {
-	attrs := ""
-	r.Attrs(func(a slog.Attr) bool { attrs += " " + a.String(); return true })
-	for _, left := range []string{"client disconnected", "closed pipe", "connection reset", "broken pipe"} {
-		if strings.Contains(attrs, left) && !l.b.tattle {
-			return nil // TestLeavingIsNoError
-		}
-	}
-	l.b.t.Errorf("logged: %s%s", r.Message, attrs)
-	return nil
-}
-
-// A pipeListener is a network in memory.
-type pipeListener struct {
-	conns  chan net.Conn
-	closed chan struct{}
-	once   sync.Once
-}
-
-func (l *pipeListener) Accept() (net.Conn, error) {
-	select {
-	case conn := <-l.conns:
-		return conn, nil
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-func (l *pipeListener) Close() error {
-	l.once.Do(func() { close(l.closed) })
-	return nil
-}
-
-func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Name: "memory"} }
-
-func (l *pipeListener) dial(ctx context.Context) (net.Conn, error) {
-	here, there := net.Pipe()
-	select {
-	case l.conns <- there:
-		return here, nil
-	case <-l.closed:
-		return nil, syscall.ECONNREFUSED
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
-// An oldConn says HTTP/1.0 where its client says HTTP/1.1.
-type oldConn struct{ net.Conn }
-
-func (c *oldConn) Write(b []byte) (int, error) {
-	n := len(b)
-	if _, err := c.Conn.Write(bytes.Replace(b, []byte(" HTTP/1.1\r\n"), []byte(" HTTP/1.0\r\n"), 1)); err != nil {
-		return 0, err
-	}
-	return n, nil
-}
-
-// do makes a request and reads the whole answer. Headers are "Name: value".
-func (b *testbed) do(method, path, body string, headers ...string) (*http.Response, string) {
-	b.t.Helper()
-	req, err := http.NewRequest(method, b.url+path, strings.NewReader(body))
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	for _, h := range headers {
-		name, value, _ := strings.Cut(h, ": ")
-		req.Header.Add(name, value)
-	}
-	if host := req.Header.Get("Host"); host != "" {
-		req.Host = host
-		req.Header.Del("Host")
-	}
-	res, err := b.client.Do(req)
-	if err != nil {
-		b.t.Fatalf("%s %s: %v", method, path, err)
-	}
-	defer res.Body.Close()
-	answer, err := io.ReadAll(res.Body)
-	if err != nil {
-		b.t.Fatalf("%s %s: %v", method, path, err)
-	}
-	return res, string(answer)
-}
-
-// publish posts text to a room, "lobby" or "lobby?type=typing", and returns the id.
-func (b *testbed) say(room, text string) int64 {
-	b.t.Helper()
-	res, body := b.do("POST", "/rooms/"+room, text)
-	var answer struct{ ID int64 }
-	if err := json.Unmarshal([]byte(body), &answer); err != nil || res.StatusCode != 201 {
-		b.t.Fatalf("publish to %s: %d %s", room, res.StatusCode, body)
-	}
-	return answer.ID
-}
-
-// A heard is one thing that a technique said, taken apart.
-type heard struct {
-	kind string // the event's type; beat is a heartbeat
-	id   int64
-	room string
-	from string
-	data string // JSON, of events for programs
-	json string // all of the event, byte for byte
-	text string // the data, as people read it
-}
-
-func (h heard) String() string { return strings.TrimRight(h.kind+" "+h.text, " ") }
-
-// An earKind is one way to listen: a technique, and its mirror here.
-type earKind struct {
-	name, technique, query string
-	mime                   string // a regular expression
-	people                 bool   // for people, who don't read JSON
-	hear                   func(*ear) error
-}
-
-var earKinds = []earKind{
-	{"refresh", "refresh", "", `text/html; charset=utf-8`, true, (*ear).hearRefresh},
-	{"multipart", "multipart", "", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, false, (*ear).hearMultipart},
-	{"multipart-text", "multipart", "as=text", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, true, (*ear).hearMultipart},
-	{"multipart-html", "multipart", "as=html&last=0", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, true, (*ear).hearMultipart},
-	{"html", "html", "last=0", `text/html; charset=utf-8`, true, (*ear).hearHTML},
-	{"poll", "poll", "", `application/json; charset=utf-8`, false, (*ear).hearAnswer},
-	{"iframe", "iframe", "", `text/html; charset=utf-8`, false, (*ear).hearIframe},
-	{"longpoll", "longpoll", "wait=0", `application/json; charset=utf-8`, false, (*ear).hearAnswer},
-	{"jsonp", "jsonp", "wait=0&callback=my.$cb_1", `application/javascript; charset=utf-8`, false, (*ear).hearAnswer},
-	{"stream", "stream", "", `application/x-ndjson; charset=utf-8`, false, (*ear).hearLine},
-	{"sse", "sse", "", `text/event-stream; charset=utf-8`, false, (*ear).hearSSE},
-	{"ws", "ws", "", ``, false, (*ear).hearWebSocket},
-}
-
-func (k earKind) streams() bool {
-	return !slices.Contains([]string{"refresh", "poll", "longpoll", "jsonp"}, k.technique)
-}
-
-func kindOf(name string) earKind {
-	return earKinds[slices.IndexFunc(earKinds, func(k earKind) bool { return k.name == name })]
-}
-
-// An ear listens by one technique. A stream is asked once; for the others the
-// ear asks again whenever it is asked, with the cursor it was given.
-type ear struct {
-	earKind
-	*testbed
-	ctx    context.Context
-	client *http.Client
-	path   string // with what to ask for first
-	header http.Header
-	begun  bool
-	after  int64 // the cursor of the last answer
-	due    []heard
-
-	res      *http.Response
-	body     *bufio.Reader
-	conn     *websocket.Conn
-	boundary string
-	retry    string          // of sse
-	seen     map[string]bool // lines of pages that come anew
-}
-
-// A garbled error is an answer that its technique does not allow.
-type garbled struct{ error }
-
-func garble(format string, args ...any) error { return garbled{fmt.Errorf(format, args...)} }
-
-// listen begins to listen. What to ask for is "after=5", or as a header
-// "Last-Event-ID: 5". A test that waits for more than an hour fails.
-func (b *testbed) listen(k earKind, rooms string, ask ...string) *ear {
-	b.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
-	b.t.Cleanup(cancel)
-	e, err := b.tryListen(ctx, b.client, k, rooms, ask...)
-	if err != nil {
-		b.t.Fatalf("%s: %v", k.name, err)
-	}
-	return e
-}
-
-func (b *testbed) tryListen(ctx context.Context, client *http.Client, k earKind, rooms string, ask ...string) (*ear, error) {
-	e := &ear{earKind: k, testbed: b, ctx: ctx, client: client, header: http.Header{}, after: -1, seen: map[string]bool{}}
-	q, _ := url.ParseQuery(k.query)
-	for _, a := range ask {
-		if name, value, ok := strings.Cut(a, ": "); ok {
-			e.header.Add(name, value)
-		} else {
-			name, value, _ := strings.Cut(a, "=")
-			q.Set(name, value)
-		}
-	}
-	if k.name == "refresh" && !q.Has("after") && !q.Has("last") && e.header.Get("Last-Event-ID") == "" {
-		q.Set("after", fmt.Sprint(b.relay.lastID.Load()))
-	}
-	e.path = "/rooms/" + rooms + "/" + k.technique + "?" + q.Encode()
-	if !k.streams() {
-		return e, nil
-	}
-	if k.technique == "ws" {
-		conn, _, err := websocket.Dial(ctx, "ws"+strings.TrimPrefix(b.url, "http")+e.path, &websocket.DialOptions{HTTPClient: client, HTTPHeader: e.header})
-		if err != nil {
-			return nil, err
-		}
-		conn.SetReadLimit(1 << 20)
-		e.conn = conn
-		return e, nil
-	}
-	res, err := e.ask(e.path)
-	if err != nil {
-		return nil, err
-	}
-	e.res, e.body = res, bufio.NewReader(res.Body)
-	return e, nil
-}
-
-func (e *ear) ask(path string) (*http.Response, error) {
-	req, err := http.NewRequestWithContext(e.ctx, "GET", e.url+path, nil)
-	if err != nil {
-		return nil, err
-	}
-	req.Header = e.header
-	res, err := e.client.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	if res.StatusCode != 200 {
-		body, _ := io.ReadAll(res.Body)
-		res.Body.Close()
-		return nil, garble("%s: %s %s", path, res.Status, body)
-	}
-	return res, nil
-}
-
-// close leaves.
-func (e *ear) close() {
-	if e.res != nil {
-		e.res.Body.Close()
-	}
-	if e.conn != nil {
-		e.conn.CloseNow()
-	}
-}
-
-// hears returns what is heard next.
-func (e *ear) hears() (heard, error) {
-	for len(e.due) == 0 {
-		if err := e.hear(e); err != nil {
-			return heard{}, err
-		}
-	}
-	h := e.due[0]
-	e.due = e.due[1:]
-	return h, nil
-}
-
-func (e *ear) next() heard {
-	e.t.Helper()
-	h, err := e.hears()
-	if err != nil {
-		e.t.Fatalf("%s: %v", e.name, err)
-	}
-	return h
-}
-
-// begin passes over the hello of a stream; what only asks asks once, to get a
-// cursor.
-func (e *ear) begin() *ear {
-	e.t.Helper()
-	if e.streams() {
-		if h := e.next(); h.kind != "hello" {
-			e.t.Fatalf("%s began with %v, want hello", e.name, h)
-		}
-	} else {
-		e.expect("beat")
-	}
-	return e
-}
-
-// expect hears exactly what is wanted, each as "type text".
-func (e *ear) expect(want ...string) (got []heard) {
-	e.t.Helper()
-	for i, w := range want {
-		h := e.next()
-		if h.String() != w {
-			e.t.Fatalf("%s heard %q in place %d, want %q", e.name, h, i, w)
-		}
-		got = append(got, h)
-	}
-	return got
-}
-
-// ends fails unless the stream ends here, in the way that its technique ends well.
-func (e *ear) ends() {
-	e.t.Helper()
-	h, err := e.hears()
-	switch {
-	case err == nil:
-		e.t.Fatalf("%s heard %v, want the end", e.name, h)
-	case e.conn != nil && websocket.CloseStatus(err) != websocket.StatusGoingAway:
-		e.t.Fatalf("ws ended with %v, want 1001", err)
-	case e.conn == nil && err != io.EOF:
-		e.t.Fatalf("%s ended with %v, want EOF", e.name, err)
-	}
-}
-
-func (e *ear) add(h heard) { e.due = append(e.due, h) }
-
-// addJSON adds an event, which is one line of JSON that is safe in a script.
-func (e *ear) addJSON(line string) error {
-	if strings.ContainsAny(line, "\n\r<>&\u2028\u2029") || !json.Valid([]byte(line)) {
-		return garble("an event that is not one line of safe JSON: %q", line)
-	}
-	var ev struct {
-		ID               int64
-		Type, Room, From string
-		Data             json.RawMessage
-	}
-	if err := json.Unmarshal([]byte(line), &ev); err != nil {
-		return garble("%v: %q", err, line)
-	}
-	h := heard{ev.Type, ev.ID, ev.Room, ev.From, string(ev.Data), line, ""}
-	if json.Unmarshal(ev.Data, &h.text) != nil && ev.Type != "hello" && ev.Type != "gap" && ev.Type != "bye" {
-		h.text = h.data
-	}
-	e.add(h)
-	return nil
-}
-
-func (e *ear) line() (string, error) {
-	s, err := e.body.ReadString('\n')
-	if err == io.EOF && s != "" {
-		err = io.ErrUnexpectedEOF
-	}
-	return strings.TrimSuffix(s, "\n"), err
-}
-
-// stream: a line an event, an empty one a heartbeat.
-func (e *ear) hearLine() error {
-	line, err := e.line()
-	if err != nil {
-		return err
-	}
-	if line == "" {
-		e.add(heard{kind: "beat"})
-		return nil
-	}
-	return e.addJSON(line)
-}
-
-// sse: fields up to an empty line.
-func (e *ear) hearSSE() error {
-	fields := map[string]string{}
-	for {
-		line, err := e.line()
-		if err != nil {
-			return err
-		}
-		if line == "" {
-			break
-		}
-		name, value, ok := strings.Cut(line, ":")
-		if _, twice := fields[name]; !ok || twice || !slices.Contains([]string{"id", "event", "data", "retry"}, name) {
-			return garble("sse: %q", line)
-		}
-		fields[name] = strings.TrimPrefix(value, " ")
-	}
-	data := fields["data"]
-	if data == `{"type":"beat"}` && fields["event"] == "beat" && len(fields) == 2 {
-		e.add(heard{kind: "beat"})
-		return nil
-	}
-	if retry, ok := fields["retry"]; ok { // in the first block, and not in one of its own, which some clients take for an event
-		if e.retry != "" || data == "" {
-			return garble("sse: retry in %q", fields)
-		}
-		e.retry = retry
-	}
-	if err := e.addJSON(data); err != nil {
-		return err
-	}
-	h := e.due[len(e.due)-1]
-	id := ""
-	if h.id != 0 || h.kind == "hello" {
-		id = fmt.Sprint(h.id)
-	}
-	if fields["id"] != id || fields["event"] != strings.TrimPrefix(h.kind, "message") {
-		return garble("sse: the fields %q do not fit %s", fields, h.json)
-	}
-	return nil
-}
-
-// multipart: a part an event, and at once the next boundary and the next
-// part's headers. An empty line before a part's content is a heartbeat.
-func (e *ear) hearMultipart() error {
-	mime := map[string]string{"multipart": "application/json", "multipart-text": "text/plain", "multipart-html": "text/html"}[e.name]
-	if e.boundary == "" {
-		_, params, ok := strings.Cut(e.res.Header.Get("Content-Type"), "boundary=")
-		if !ok {
-			return garble("multipart without a boundary")
-		}
-		e.boundary = "\r\n--" + params + "\r\nContent-Type: " + mime + "; charset=utf-8\r\n\r\n"
-		if err := e.until(io.Discard, e.boundary[2:]); err != nil {
-			return err
-		}
-	}
-	first, err := e.body.Peek(1)
-	if err != nil {
-		return err
-	}
-	if first[0] == '\r' {
-		if b, err := io.ReadAll(io.LimitReader(e.body, 2)); err != nil || string(b) != "\r\n" {
-			return garble("multipart: a heartbeat that is %q", b)
-		}
-		e.add(heard{kind: "beat"})
-		return nil
-	}
-	var part strings.Builder
-	if err := e.until(&part, e.boundary); err != nil {
-		return err
-	}
-	switch e.name {
-	case "multipart":
-		return e.addJSON(part.String())
-	case "multipart-html":
-		if !e.begun {
-			e.begun = true
-			e.add(heard{kind: "hello"})
-		}
-		return e.addPage(part.String())
-	}
-	line, ok := strings.CutSuffix(part.String(), "\n")
-	if !ok || strings.Contains(line, "\n") {
-		return garble("multipart: not a line of text: %q", part.String())
-	}
-	who, text, said := strings.Cut(line, ": ")
-	kind, rest, _ := strings.Cut(line, " ")
-	switch {
-	case line == "Connected.":
-		e.add(heard{kind: "hello"})
-	case kind == "gap" || kind == "bye":
-		e.add(heard{kind: kind})
-	case strings.HasPrefix(rest, " ") || kind == "presence":
-		_, text, _ := strings.Cut(rest, " ")
-		e.add(heard{kind: kind, text: text})
-	case said:
-		e.add(heard{kind: "message", from: who, text: text})
-	default:
-		e.add(heard{kind: "message", text: line})
-	}
-	return nil
-}
-
-// until copies the body up to and without the mark, which must be all there is.
-func (e *ear) until(w io.Writer, mark string) error {
-	var b []byte
-	for !bytes.HasSuffix(b, []byte(mark)) {
-		c, err := e.body.ReadByte()
-		if err == io.EOF && len(b) > 0 {
-			err = io.ErrUnexpectedEOF
-		}
-		if err != nil {
-			return err
-		}
-		b = append(b, c)
-	}
-	w.Write(b[:len(b)-len(mark)])
-	return nil
-}
-
-// iframe: a script an event, which tells the page around. Every script has
-// the nonce that the policy names.
-func (e *ear) hearIframe() error {
-	policy := e.res.Header.Get("Content-Security-Policy")
-	_, nonce, _ := strings.Cut(policy, "script-src 'nonce-")
-	nonce, _, ok := strings.Cut(nonce, "'")
-	if !ok || len(nonce) < 20 {
-		return garble("iframe: no nonce in the policy %q", policy)
-	}
-	line, err := e.line()
-	if err != nil {
-		return err
-	}
-	open := `<script nonce="` + nonce + `">`
-	call, ok := strings.CutPrefix(line, open+"tell(")
-	call, closed := strings.CutSuffix(call, ")</script>")
-	switch {
-	case ok && closed:
-		if call == `{"type":"beat"}` {
-			e.add(heard{kind: "beat"})
-			return nil
-		}
-		e.begun = true
-		return e.addJSON(call)
-	case e.begun:
-		return garble("iframe: %q", line)
-	case strings.HasPrefix(line, "<!DOCTYPE html>"), strings.HasPrefix(line, "<title>"), strings.HasPrefix(line, open+"const tell = "):
-		return nil
-	}
-	return garble("iframe: %q", line)
-}
-
-// html: a page's head, then a paragraph an event, and comments for heartbeats.
-func (e *ear) hearHTML() error {
-	line, err := e.line()
-	switch {
-	case err != nil:
-		return err
-	case line == "<!-- beat -->":
-		e.add(heard{kind: "beat"})
-		return nil
-	case line == `<main class="log endless">`:
-		e.begun = true
-		return nil
-	case !e.begun:
-		return nil
-	}
-	return e.addParagraph(line)
-}
-
-// refresh: a whole page, the newest first. What was on the page before is not
-// heard again.
-func (e *ear) hearRefresh() error {
-	res, err := e.ask(e.path)
-	if err != nil {
-		return err
-	}
-	defer res.Body.Close()
-	e.res = res
-	page, err := io.ReadAll(res.Body)
-	if err != nil {
-		return err
-	}
-	due := len(e.due)
-	if err := e.addPage(string(page)); err != nil {
-		return err
-	}
-	if len(e.due) == due {
-		e.add(heard{kind: "beat"})
-	}
-	return nil
-}
-
-func (e *ear) addPage(page string) error {
-	_, log, ok := strings.Cut(page, "<main class=\"log\">\n")
-	log, closed := strings.CutSuffix(log, "</main>\n")
-	if !ok || !closed || !strings.HasPrefix(page, "<!DOCTYPE html>") {
-		return garble("not a page: %q", page)
-	}
-	lines := strings.SplitAfter(log, "\n")
-	for _, line := range slices.Backward(lines[:len(lines)-1]) {
-		if e.seen[line] {
-			continue
-		}
-		e.seen[line] = true
-		if err := e.addParagraph(strings.TrimSuffix(line, "\n")); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-var (
-	paragraphForm = regexp.MustCompile(`^<p class="(message|note|gap)">(.*)</p>$`)
-	speechForm    = regexp.MustCompile(`^<time datetime="[0-9TZ:-]{20}">\d\d:\d\d</time> (?:<i>([\w.:-]+)</i> )?<b><bdi>([^<]*)</bdi></b> <span dir="auto">([^<]*)</span>$`)
-	byeForm       = regexp.MustCompile(`^The relay is going away.*<meta http-equiv="refresh" content="\d+">$`)
-)
-
-func (e *ear) addParagraph(line string) error {
-	m := paragraphForm.FindStringSubmatch(line)
-	if m == nil {
-		return garble("not a paragraph: %q", line)
-	}
-	speech := speechForm.FindStringSubmatch(m[2])
-	switch {
-	case m[1] == "gap":
-		e.add(heard{kind: "gap"})
-	case m[2] == "Connected.":
-		e.add(heard{kind: "hello"})
-	case byeForm.MatchString(m[2]):
-		e.add(heard{kind: "bye"})
-	case speech != nil && (speech[1] == "") == (m[1] == "message"):
-		kind := speech[1]
-		if kind == "" {
-			kind = "message"
-		}
-		e.add(heard{kind: kind, from: html.UnescapeString(speech[2]), text: html.UnescapeString(speech[3])})
-	default:
-		e.add(heard{kind: "presence", text: html.UnescapeString(strings.NewReplacer("<bdi>", "", "</bdi>", "").Replace(m[2]))})
-	}
-	return nil
-}
-
-// poll, longpoll, jsonp: a whole answer, with the cursor to ask with next. An
-// answer with nothing is a heartbeat.
-func (e *ear) hearAnswer() error {
-	path := e.path
-	if e.after >= 0 {
-		name, query, _ := strings.Cut(path, "?")
-		q, _ := url.ParseQuery(query)
-		q.Set("after", fmt.Sprint(e.after))
-		path = name + "?" + q.Encode()
-		e.header.Del("Last-Event-ID")
-	}
-	res, err := e.ask(path)
-	if err != nil {
-		return err
-	}
-	defer res.Body.Close()
-	e.res = res
-	b, err := io.ReadAll(res.Body)
-	if err != nil {
-		return err
-	}
-	body := string(b)
-	if e.technique == "jsonp" {
-		call, ok := strings.CutPrefix(body, "/**/my.$cb_1(")
-		call, closed := strings.CutSuffix(call, ");\n")
-		if !ok || !closed {
-			return garble("jsonp: %q", body)
-		}
-		body = call + "\n"
-	}
-	var answer struct {
-		Cursor *int64
-		Events []json.RawMessage
-	}
-	if err := json.Unmarshal([]byte(body), &answer); err != nil || answer.Cursor == nil || answer.Events == nil || !strings.HasSuffix(body, "]}\n") {
-		return garble("%v: %q", err, body)
-	}
-	e.after = *answer.Cursor
-	for _, event := range answer.Events {
-		if err := e.addJSON(string(event)); err != nil {
-			return err
-		}
-	}
-	if len(answer.Events) == 0 {
-		e.add(heard{kind: "beat"})
-	}
-	return nil
-}
-
-// ws: text frames of an event a line.
-func (e *ear) hearWebSocket() error {
-	kind, frame, err := e.conn.Read(e.ctx)
-	if err != nil {
-		return err
-	}
-	if kind != websocket.MessageText {
-		return garble("ws: a binary frame %q", frame)
-	}
-	for line := range strings.SplitSeq(string(frame), "\n") {
-		if line == `{"type":"beat"}` {
-			e.add(heard{kind: "beat"})
-		} else if err := e.addJSON(line); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// What is asked of every technique.
-
-var conformance = []struct {
-	sentence string
-	streams  bool // asked of streams only
-	virtual  bool // it takes its time
-	check    func(*testing.T, *testbed, earKind)
-}{
-	{"its headers let nobody hold it back", false, false, checkHeaders},
-	{"it says hello at once", true, false, checkHello},
-	{"it tells what happens in its rooms, in order", false, false, checkLive},
-	{"it passes over what only another technique takes", false, false, checkOthers},
-	{"it catches up from a cursor", false, false, checkCatchUp},
-	{"it tells of a gap", false, false, checkGap},
-	{"it tells signals while they last", false, true, checkSignals},
-	{"its heart beats when it is silent", true, true, checkHeart},
-	{"it says bye after all that was published", true, false, checkBye},
-	{"HEAD is answered at once, without a body", false, false, checkHead},
-	{"OPTIONS tells the methods, and others are refused", false, false, checkMethods},
-}
-
-func TestTechniques(t *testing.T) {
-	for _, technique := range techniques {
-		if !slices.ContainsFunc(earKinds, func(k earKind) bool { return k.technique == technique.name }) {
-			t.Errorf("nobody listens to %s here", technique.name)
-		}
-	}
-	for _, network := range []string{pipe, pipe10, pipeH2, tcp} {
-		for _, k := range earKinds {
-			if k.technique == "ws" && (network == pipe10 || network == pipeH2) || !k.streams() && network == pipe10 {
-				continue
-			}
-			for _, c := range conformance {
-				if c.streams && !k.streams() || c.virtual && network == tcp {
-					continue
-				}
-				t.Run(network+"/"+k.name+"/"+c.sentence, func(t *testing.T) {
-					onNetwork(t, network, func(t *testing.T) { c.check(t, newBed(t, network), k) })
-				})
-			}
-		}
-	}
-}
-
-// onNetwork runs a test in a bubble, if the network is one in memory.
-func onNetwork(t *testing.T, network string, test func(*testing.T)) {
-	switch network {
-	case tcp:
-		test(t)
-		return
-	case pipeH2:
-		// net/http keeps channels in a pool, and none may go from one bubble to
-		// another. Two collections empty it.
-		runtime.GC()
-		runtime.GC()
-	}
-	synctest.Test(t, test)
-}
-
-// inNoTime fails if virtual time went by.
-func inNoTime(t *testing.T, since time.Time) {
-	t.Helper()
-	if d := time.Since(since); since.Year() == 2000 && d != 0 {
-		t.Errorf("it took %v, want it at once", d)
-	}
-}
-
-func checkOthers(t *testing.T, b *testbed, k earKind) {
-	if k.technique != "multipart" {
-		e := b.listen(k, "a", "as=svg", "w=1", "h=1").begin()
-		b.say("a", "one")
-		e.expect("message one")
-	}
-}
-
-func checkHeaders(t *testing.T, b *testbed, k earKind) {
-	e := b.listen(k, "a")
-	var h http.Header
-	if k.technique == "ws" {
-		res, _ := b.do("GET", e.path, "")
-		if res.StatusCode != 426 || !strings.EqualFold(res.Header.Get("Upgrade"), "websocket") {
-			t.Errorf("a GET that is no WebSocket: %s %v, want 426 and Upgrade", res.Status, res.Header)
-		}
-		h = res.Header
-	} else {
-		e.next()
-		h = e.res.Header
-		if got := h.Get("Content-Type"); !regexp.MustCompile("^(" + k.mime + ")$").MatchString(got) {
-			t.Errorf("Content-Type: %s, want %s", got, k.mime)
-		}
-		if h.Get("Cache-Control") != "no-store, no-transform" || h.Get("X-Accel-Buffering") != "no" {
-			t.Errorf("headers %v, want Cache-Control: no-store, no-transform and X-Accel-Buffering: no", h)
-		}
-		if _, _, err := mime.ParseMediaType(h.Get("Content-Type")); err != nil {
-			t.Error(err)
-		}
-	}
-	if h.Get("X-Content-Type-Options") != "nosniff" || !slices.Contains([]string{"no-referrer", "same-origin"}, h.Get("Referrer-Policy")) {
-		t.Errorf("headers %v, want nosniff and no referrer for others", h)
-	}
-	if !slices.Contains(strings.Split(strings.Join(h["Vary"], ", "), ", "), "Origin") {
-		t.Errorf("Vary: %q, want Origin in it", h["Vary"])
-	}
-	if b.network == pipe10 && len(e.res.TransferEncoding) > 0 {
-		t.Errorf("Transfer-Encoding: %q, which HTTP/1.0 does not know", e.res.TransferEncoding)
-	}
-	if got := h.Get("Refresh"); (got == "10") != (k.technique == "refresh") {
-		t.Errorf("Refresh: %q", got)
-	}
-	if len(h["Content-Length"]) > 0 && k.streams() && k.technique != "ws" {
-		t.Errorf("a stream with Content-Length: %q", h["Content-Length"])
-	}
-}
-
-func checkHello(t *testing.T, b *testbed, k earKind) {
-	b.say("a", "before")
-	start := time.Now()
-	e := b.listen(k, "a,b.c:d-e_F")
-	h := e.next()
-	inNoTime(t, start)
-	if h.kind != "hello" {
-		t.Fatalf("began with %v", h)
-	}
-	if k.technique == "sse" && !regexp.MustCompile(`^[23]\d\d\d$`).MatchString(e.retry) {
-		t.Errorf("retry: %q, want 2000 to 3999", e.retry)
-	}
-	if k.people {
-		return
-	}
-	var hello struct {
-		Type     string
-		ID, Time int64
-		Data     struct {
-			Rooms    []string
-			Beat     int
-			Instance string
-		}
-	}
-	d := json.NewDecoder(strings.NewReader(h.json))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&hello); err != nil {
-		t.Fatal(err)
-	}
-	if hello.ID != b.relay.lastID.Load() || hello.Data.Beat != 15 || hello.Data.Instance != b.instance || b.instance == "" {
-		t.Errorf("hello %s", h.json)
-	}
-	if !slices.Equal(hello.Data.Rooms, []string{"a", "b.c:d-e_F"}) {
-		t.Errorf("hello to the rooms %q", hello.Data.Rooms)
-	}
-	if d := time.Since(time.UnixMilli(hello.Time)); d < 0 || start.Year() == 2000 && d != 0 {
-		t.Errorf("hello's time is %v ago", d)
-	}
-	// A cursor that was given is the one it goes on from.
-	if h := b.listen(k, "a", fmt.Sprintf("after=%d", hello.ID-1)).next(); h.id != hello.ID-1 {
-		t.Errorf("hello %s, want the cursor given, %d", h.json, hello.ID-1)
-	}
-}
-
-func checkLive(t *testing.T, b *testbed, k earKind) {
-	b.say("a", "before")
-	e := b.listen(k, "a,b").begin()
-	start := time.Now()
-	id := b.say("a", "one")
-	got := e.expect("message one")[0]
-	if !k.people && (got.id != id || got.room != "a" || got.data != `"one"`) {
-		t.Errorf("heard %s", got.json)
-	}
-	b.say("c", "elsewhere")
-	b.say("b?user=ada", "two")
-	got = e.expect("message two")[0]
-	if got.from != "ada" {
-		t.Errorf("two is from %q", got.from)
-	}
-	b.say("a", "three")
-	b.say("b?type=x:y", "four")
-	e.expect("message three", "x:y four")
-	inNoTime(t, start)
-}
-
-func checkCatchUp(t *testing.T, b *testbed, k earKind) {
-	type said struct {
-		id         int64
-		room, text string
-	}
-	var log []said
-	say := func(room, text string) { log = append(log, said{b.say(room, text), room, text}) }
-	for i := range 6 {
-		say([]string{"a", "b"}[i%2], fmt.Sprintf("m%d", i))
-	}
-	ids := make([]string, len(log))
-	for i, s := range log {
-		ids[i] = fmt.Sprint(s.id)
-	}
-	for i, test := range []struct {
-		rooms string
-		after int // the index of the cursor in the log, or -1
-		last  int
-		ask   []string
-	}{
-		{"a,b", 2, 0, []string{"after=" + ids[2]}},
-		{"b,a", 2, 0, []string{"after=" + ids[2]}},
-		{"a,b", 0, 0, []string{"after=" + ids[0]}},
-		{"a,b", 3, 0, []string{"Last-Event-ID: " + ids[3]}},
-		{"a,b", 4, 0, []string{"after=" + ids[0], "Last-Event-ID: " + ids[4]}},
-		{"a,b", 3, 0, []string{"after=" + ids[4], "Last-Event-ID: " + ids[3]}},
-		{"a,b", 4, 0, []string{"after=" + ids[4], "Last-Event-ID: "}},
-		{"a,b", -1, 2, []string{"last=2"}},
-		{"a,b", -1, 999, []string{"last=999"}},
-		{"a,b", 3, 0, []string{"last=1", "after=" + ids[3]}},
-		{"b", -1, 2, []string{"last=2"}},
-		{"b", 0, 0, []string{"after=" + ids[0]}},
-		{"empty", 0, 0, []string{"after=" + ids[0]}},
-	} {
-		var want []string
-		for i, s := range log {
-			if slices.Contains(strings.Split(test.rooms, ","), s.room) && i > test.after {
-				want = append(want, "message "+s.text)
-			}
-		}
-		if test.after < 0 {
-			want = want[max(0, len(want)-test.last):]
-		}
-		e := b.listen(k, test.rooms, test.ask...)
-		if k.streams() {
-			e.begin()
-		}
-		e.expect(want...)
-		if want == nil {
-			if !k.streams() {
-				e.expect("beat")
-			}
-			continue
-		}
-		say(test.rooms[:1], fmt.Sprint("now", i)) // and goes on, with nothing in between
-		e.expect(fmt.Sprint("message now", i))
-		e.close()
-	}
-}
-
-func checkGap(t *testing.T, b *testbed, k earKind) {
-	b.relay.maxEvents = 4 // are kept
-	var ids []string
-	for i := range 10 {
-		ids = append(ids, fmt.Sprint(b.say("a", fmt.Sprintf("m%d", i))))
-	}
-	b.say("b", "other")
-	kept := []string{"message m6", "message m7", "message m8", "message m9"}
-	for _, test := range []struct{ after, reason, id string }{
-		{ids[1], "history", ids[5]},
-		{ids[4], "history", ids[5]},
-		{fmt.Sprint(b.relay.epoch), "history", ids[5]},
-		{"0", "restart", ids[5]},
-		{fmt.Sprint(b.relay.epoch - 1), "restart", ids[5]},
-		{fmt.Sprint(b.relay.lastID.Load() + 1), "future", ids[5]},
-		{"9223372036854775807", "future", ids[5]},
-	} {
-		e := b.listen(k, "a", "after="+test.after)
-		if k.streams() {
-			e.begin()
-		}
-		gap := e.expect(append([]string{"gap"}, kept...)...)[0]
-		want := fmt.Sprintf(`{"type":"gap","room":"a","id":%s,"data":{"reason":"%s"}}`, test.id, test.reason)
-		if !k.people && gap.json != want {
-			t.Errorf("after %s: %s, want %s", test.after, gap.json, want)
-		}
-		e.close()
-	}
-	// Who goes on from the gap has lost nothing more, and who gave no cursor lost nothing.
-	for _, ask := range []string{"after=" + ids[5], "last=4"} {
-		e := b.listen(k, "a", ask)
-		if k.streams() {
-			e.begin()
-		}
-		e.expect(kept...)
-		e.close()
-	}
-	// A gap is a room's: b, beside it, has lost nothing.
-	e := b.listen(k, "a,b", "after="+ids[0])
-	if k.streams() {
-		e.begin()
-	}
-	e.expect(append(append([]string{"gap"}, kept...), "message other")...)
-	e.close()
-	// A stream that falls behind while it is read is told too.
-	if k.streams() {
-		e := b.listen(k, "a").begin()
-		b.settle()
-		b.relay.mu.Lock() // ten messages at once
-		for i := range 10 {
-			b.relay.publishLocked(publishRequest{room: "a", kind: "message", data: []byte(fmt.Sprintf(`"n%d"`, i))})
-		}
-		b.relay.mu.Unlock()
-		b.relay.wake(b.relay.rooms["a"])
-		e.expect("gap", "message n6", "message n7", "message n8", "message n9")
-	}
-}
-
-func checkSignals(t *testing.T, b *testbed, k earKind) {
-	b.relay.maxEvents = 4
-	before := fmt.Sprint(b.relay.lastID.Load())
-	live := b.listen(k, "a").begin()
-	for i := range 4 { // as many as are kept
-		b.say("a", fmt.Sprintf("m%d", i))
-		b.say("a?type=typing&ttl=5", fmt.Sprintf("s%d", i))
-	}
-	all := []string{"message m0", "typing s0", "message m1", "typing s1", "message m2", "typing s2", "message m3", "typing s3"}
-	live.expect(all...)
-	time.Sleep(4900 * time.Millisecond) // TestPublishSignal has the moment
-	e := b.listen(k, "a", "after="+before)
-	if k.streams() {
-		e.begin()
-	}
-	e.expect(all...)
-	time.Sleep(200 * time.Millisecond)
-	e = b.listen(k, "a", "after="+before)
-	if k.streams() {
-		e.begin()
-	}
-	e.expect("message m0", "message m1", "message m2", "message m3")
-	for range 50 {
-		b.say("a?ttl=1", "signal") // push out no message
-	}
-	e = b.listen(k, "a", "after="+before)
-	if k.streams() {
-		e.begin()
-	}
-	e.expect("message m0", "message m1", "message m2", "message m3")
-}
-
-func checkHeart(t *testing.T, b *testbed, k earKind) {
-	e := b.listen(k, "a").begin()
-	since := time.Now()
-	for range 40 {
-		h := e.next()
-		d := time.Since(since)
-		since = time.Now()
-		if h.kind != "beat" || d < 15*time.Second*3/4 || d > 15*time.Second {
-			t.Fatalf("heard %v after %v, want a heartbeat after 11.25 to 15 s", h, d)
-		}
-	}
-	for i := range 20 { // what is said counts as a heartbeat
-		time.Sleep(7 * time.Second)
-		b.say("a", fmt.Sprint(i))
-		e.expect("message " + fmt.Sprint(i))
-	}
-	since = time.Now()
-	if h, d := e.next(), time.Since(since); h.kind != "beat" || d < 15*time.Second*3/4 || d > 15*time.Second {
-		t.Errorf("heard %v after %v, want a heartbeat after 11.25 to 15 s", h, d)
-	}
-}
-
-func checkBye(t *testing.T, b *testbed, k earKind) {
-	b.relay.maxEvents = 1000
-	e := b.listen(k, "a").begin()
-	want := []string{}
-	for i := range 300 { // more than one batch
-		data, _ := json.Marshal(fmt.Sprint(i))
-		if _, _, err := b.checkAndPublish(&permit{}, publishRequest{room: "a", kind: "message", data: data}); err != nil {
-			t.Fatal(err)
-		}
-		want = append(want, "message "+fmt.Sprint(i))
-	}
-	start := time.Now() // publishers may have been held up, readers are not
-	b.stop()
-	if k.name == "multipart-html" {
-		for h := e.next(); h.kind != "bye"; h = e.next() { // shows the last fifty, of some moments
-		}
-	} else {
-		e.expect(want...)
-		bye := e.expect("bye")[0]
-		if m := regexp.MustCompile(`^{"type":"bye","data":{"retry":(\d+)}}$`).FindStringSubmatch(bye.json); !k.people && m == nil {
-			t.Errorf("%s", bye.json)
-		} else if !k.people {
-			if retry, _ := strconv.Atoi(m[1]); retry < 1000 || retry > 31_000 {
-				t.Errorf("retry in %d ms", retry)
-			}
-		}
-	}
-	e.ends()
-	inNoTime(t, start)
-}
-
-func checkHead(t *testing.T, b *testbed, k earKind) {
-	b.say("a", "before")
-	e := b.listen(k, "a", "last=1")
-	start := time.Now()
-	res, body := b.do("HEAD", e.path, "")
-	inNoTime(t, start)
-	if body != "" {
-		t.Errorf("HEAD has the body %q", body)
-	}
-	if k.technique == "ws" {
-		if res.StatusCode != 426 {
-			t.Errorf("HEAD: %s", res.Status)
-		}
-		return
-	}
-	e.next()
-	if res.StatusCode != 200 {
-		t.Errorf("HEAD: %s", res.Status)
-	}
-	for _, name := range []string{"Content-Type", "Cache-Control", "X-Accel-Buffering", "X-Content-Type-Options", "Vary", "Refresh"} {
-		if get, head := e.res.Header.Get(name), res.Header.Get(name); get != head && !strings.HasPrefix(get, "multipart/") {
-			t.Errorf("%s: %q by GET, %q by HEAD", name, get, head)
-		}
-	}
-	if n := b.active(); k.streams() && n > 1 {
-		t.Errorf("HEAD left %d streams", n-1)
-	}
-	for _, wrong := range []string{"after=x", "last=-1", "presence=2"} {
-		if res, body := b.do("HEAD", e.path+"&"+wrong+"&x=", ""); res.StatusCode != 400 || body != "" {
-			t.Errorf("HEAD with %s: %s %q, want 400", wrong, res.Status, body)
-		}
-	}
-}
-
-func checkMethods(t *testing.T, b *testbed, k earKind) {
-	start := time.Now()
-	path := "/rooms/a/" + k.technique
-	const allow = "GET, HEAD, OPTIONS"
-	res, body := b.do("OPTIONS", path, "")
-	if res.StatusCode != 204 || res.Header.Get("Allow") != allow || body != "" {
-		t.Errorf("OPTIONS: %s, Allow: %s %q", res.Status, res.Header.Get("Allow"), body)
-	}
-	for _, method := range []string{"POST", "PUT", "PATCH", "DELETE", "TRACE", "get", "PROPFIND"} {
-		res, body := b.do(method, path, "")
-		if res.StatusCode != 405 || res.Header.Get("Allow") != allow || !isError(body) {
-			t.Errorf("%s: %s, Allow: %s %q", method, res.Status, res.Header.Get("Allow"), body)
-		}
-	}
-	for _, no := range []string{k.technique + "x", strings.ToUpper(k.technique), k.technique + "/", k.technique + "/x", "%" + fmt.Sprintf("%02X", k.technique[0]) + k.technique[1:]} {
-		if res, body := b.do("GET", "/rooms/a/"+no, ""); res.StatusCode != 404 || !isError(body) || !strings.Contains(body, "longpoll") {
-			t.Errorf("%s: %s %q, want 404 and the techniques there are", no, res.Status, body)
-		}
-	}
-	inNoTime(t, start)
-}
-
-// isError reports whether the body is {"error":"some sentence"} and a newline.
-func isError(body string) bool {
-	var e struct{ Error string }
-	d := json.NewDecoder(strings.NewReader(body))
-	d.DisallowUnknownFields()
-	return d.Decode(&e) == nil && len(e.Error) > 10 && strings.HasSuffix(body, "}\n") && strings.Count(body, "\n") == 1
-}
 
 // The hearts of streams that began together do not beat together.
 func TestHeartsDiffer(t *testing.T) {
@@ -1419,7 +134,7 @@ func testSameBytes(t *testing.T) {
 func TestHop(t *testing.T) {
 	for _, network := range []string{pipe, pipeH2, tcp} {
 		t.Run(network, func(t *testing.T) {
-			seed := mathrand.Uint64()
+			seed := rand.Uint64()
 			if s := os.Getenv("HOP_SEED"); s != "" {
 				seed, _ = strconv.ParseUint(s, 10, 64)
 			}
@@ -1461,20 +176,6 @@ func (c *cutConn) pass(n int, err error) (int, error) {
 	return n, err
 }
 
-// frail is a client whose connections are cut.
-func (b *testbed) frail(rng *mathrand.Rand, h2 bool) *http.Client {
-	cut := rng.Int64N(8000)
-	return b.newClient(func(ctx context.Context) (net.Conn, error) {
-		conn, err := b.dial(ctx)
-		if err != nil {
-			return nil, err
-		}
-		c := &cutConn{Conn: conn}
-		c.left.Store(cut)
-		return c, nil
-	}, h2)
-}
-
 // A visit is what a hopper heard at one place.
 type visit struct {
 	by       string
@@ -1492,7 +193,7 @@ func hop(t *testing.T, network string, seed uint64) {
 
 	var publishing sync.WaitGroup
 	for p := range publishers {
-		rng := mathrand.New(mathrand.NewPCG(seed, uint64(p)))
+		rng := rand.New(rand.NewPCG(seed, uint64(p)))
 		publishing.Go(func() {
 			for i := range each {
 				if network != tcp && rng.IntN(4) == 0 {
@@ -1514,7 +215,7 @@ func hop(t *testing.T, network string, seed uint64) {
 	var hopping sync.WaitGroup
 	stays := make([][]visit, hoppers)
 	for n := range hoppers {
-		rng := mathrand.New(mathrand.NewPCG(seed, uint64(100+n)))
+		rng := rand.New(rand.NewPCG(seed, uint64(100+n)))
 		hopping.Go(func() {
 			cursor := start
 			for ctx.Err() == nil {
@@ -1579,77 +280,6 @@ func hop(t *testing.T, network string, seed uint64) {
 	}
 }
 
-// insist publishes over a frail connection, and reports whether it was told so.
-func (b *testbed) insist(rng *mathrand.Rand, h2 bool, room, key, text string) bool {
-	client := b.frail(rng, h2 && rng.IntN(2) == 0)
-	defer client.CloseIdleConnections()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	if rng.IntN(2) == 0 {
-		req, _ := http.NewRequestWithContext(ctx, "POST", b.url+"/rooms/"+room+"?key="+key, strings.NewReader(text))
-		res, err := client.Do(req)
-		if err != nil {
-			return false
-		}
-		defer res.Body.Close()
-		_, err = io.ReadAll(res.Body)
-		if res.StatusCode != 200 && res.StatusCode != 201 {
-			b.t.Errorf("publish: %s", res.Status)
-		}
-		return err == nil
-	}
-	client = b.frail(rng, false)
-	conn, _, err := websocket.Dial(ctx, "ws"+strings.TrimPrefix(b.url, "http")+"/rooms/elsewhere/ws", &websocket.DialOptions{HTTPClient: client})
-	if err != nil {
-		return false
-	}
-	defer conn.CloseNow()
-	frame, _ := json.Marshal(map[string]string{"room": room, "key": key, "data": text})
-	if conn.Write(ctx, websocket.MessageText, frame) != nil {
-		return false
-	}
-	for {
-		_, frame, err := conn.Read(ctx)
-		if err != nil {
-			return false
-		}
-		if strings.HasPrefix(string(frame), `{"type":"ack","key":"`+key+`","id":`) {
-			return true
-		}
-	}
-}
-
-// stay listens for a while, by any technique, in some of the rooms.
-func (b *testbed) stay(ctx context.Context, t *testing.T, rng *mathrand.Rand, h2 bool, rooms []string, cursor int64) visit {
-	var k earKind
-	for k.name == "" || k.people {
-		k = earKinds[rng.IntN(len(earKinds))]
-	}
-	some := []string{}
-	for len(some) == 0 {
-		for _, i := range rng.Perm(len(rooms)) {
-			if rng.IntN(3) > 0 {
-				some = append(some, rooms[i])
-			}
-		}
-	}
-	client := b.frail(rng, h2 && rng.IntN(2) == 0 && k.technique != "ws")
-	defer client.CloseIdleConnections()
-	ask := []string{"wait=20", fmt.Sprint("after=", cursor)}
-	if rng.IntN(2) == 0 {
-		ask = []string{"wait=20", "after=1", fmt.Sprint("Last-Event-ID: ", cursor)}
-	}
-	s := visit{k.name, some, cursor, cursor, nil}
-	e, err := b.tryListen(ctx, client, k, strings.Join(some, ","), ask...)
-	if err == nil {
-		defer e.close()
-		s.hear(t, e, 1+rng.IntN(30))
-	} else if _, ok := err.(garbled); ok {
-		t.Error(err)
-	}
-	return s
-}
-
 // hear takes at most n things.
 func (s *visit) hear(t *testing.T, e *ear, n int) {
 	for ; n > 0; n-- {
@@ -1676,12 +306,6 @@ func (s *visit) hear(t *testing.T, e *ear, n int) {
 	if len(e.due) == 0 && e.after >= 0 {
 		s.to = e.after // an answer's cursor covers what is not in it
 	}
-}
-
-// The long-polls.
-
-func bubble(test func(*testing.T)) func(*testing.T) {
-	return func(t *testing.T) { synctest.Test(t, test) }
 }
 
 func TestLongPoll(t *testing.T) {
@@ -1778,13 +402,6 @@ func TestLongPoll(t *testing.T) {
 				b.idle()
 			}
 		}))
-	}
-}
-
-func (b *testbed) tryAsk(ctx context.Context, path string) {
-	req, _ := http.NewRequestWithContext(ctx, "GET", b.url+path, nil)
-	if res, err := b.client.Do(req); err == nil {
-		res.Body.Close()
 	}
 }
 
@@ -1892,20 +509,6 @@ func TestNothingIsLeft(t *testing.T) {
 	}
 }
 
-func (b *testbed) weigh() (goroutines int, heap uint64) {
-	if b.network != tcp {
-		time.Sleep(time.Hour) // rooms, leases and connections without a request are forgotten
-	}
-	b.settle()
-	b.until(func() bool { return runtime.NumGoroutine() < 12 || b.network != tcp }) // who has said goodbye lingers for a second
-	var m runtime.MemStats
-	for range 3 {
-		runtime.GC()
-	}
-	runtime.ReadMemStats(&m)
-	return runtime.NumGoroutine(), m.HeapAlloc
-}
-
 func comeAndGo(b *testbed, n int) {
 	b.t.Helper()
 	ctx, leave := context.WithCancel(context.Background())
@@ -1953,26 +556,6 @@ func comeAndGo(b *testbed, n int) {
 	leave() // and all others
 	b.hangUp()
 	b.settle()
-}
-
-// A chunk may be as long as a page of fifty of the longest messages.
-func TestALongChunk(t *testing.T) {
-	s := newServer(testRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20}))
-	st := &session{stream: &stream{server: s, headroom: chunkHeadSize}}
-	st.fd = -1
-	ours, theirs := net.Pipe()
-	body := bytes.Repeat([]byte("x"), 17<<20)
-	if err := st.sendChunk(s.scratches.New().(*scratch), append(make([]byte, chunkHeadSize), body...)); err != errBlocked {
-		t.Fatal(err)
-	}
-	go func() {
-		st.pending.WriteTo(ours)
-		io.WriteString(ours, "0\r\n\r\n")
-		ours.Close()
-	}()
-	if got, err := io.ReadAll(httputil.NewChunkedReader(theirs)); err != nil || !bytes.Equal(got, body) {
-		t.Errorf("%d bytes came, %v; want %d", len(got), err, len(body))
-	}
 }
 
 // What streams that were not taken over have to write is bounded too.
@@ -2037,39 +620,6 @@ func TestAnAnswerTakesNoLargerStack(t *testing.T) {
 	}
 }
 
-// A client that comes and goes leaves no clock behind.
-func TestNoClockIsLeft(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		allocations := func() uint64 {
-			var before, after runtime.MemStats
-			e := b.listen(kindOf("stream"), "a").begin()
-			runtime.ReadMemStats(&before)
-			for range 20 {
-				e.expect("beat")
-			}
-			runtime.ReadMemStats(&after)
-			e.close()
-			synctest.Wait()
-			return after.Mallocs - before.Mallocs
-		}
-		once := allocations()
-		for range 1000 { // all at once
-			b.listen(kindOf("stream"), "a").begin().close()
-			synctest.Wait()
-		}
-		stays := b.listen(kindOf("stream"), "a").begin()
-		go io.Copy(io.Discard, stays.body)
-		for range 100 { // one now and then, while somebody stays
-			b.listen(kindOf("stream"), "a").begin().close()
-			time.Sleep(300 * time.Millisecond)
-		}
-		if again := allocations(); again > 3*once+1000 {
-			t.Errorf("twenty heartbeats took %d allocations at first, and %d after many clients had come and gone", once, again)
-		}
-	})
-}
-
 // A client that does not read is ended 10 s after a write that made no
 // progress, alone; the others hear all at once.
 func TestStandstill(t *testing.T) {
@@ -2120,89 +670,6 @@ func TestStandstill(t *testing.T) {
 			}))
 		}
 	}
-}
-
-// rawStream asks for the room a as lines over a connection that the test keeps,
-// and returns those behind the hello.
-func rawStream(t *testing.T, conn net.Conn) *bufio.Scanner {
-	t.Helper()
-	io.WriteString(conn, "GET /rooms/a/stream HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
-	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	lines := bufio.NewScanner(res.Body)
-	if !lines.Scan() || !strings.Contains(lines.Text(), "hello") {
-		t.Fatalf("the stream begins with %q", lines.Text())
-	}
-	return lines
-}
-
-// A client has nothing to say to a stream. If it does that is lost, and its
-// going is noticed as ever; if it says more than a request may, it is given up.
-func TestWhoSpeaksToAStream(t *testing.T) {
-	for _, network := range []string{pipe, tcp} {
-		onNetwork(t, network, func(t *testing.T) {
-			b := newBed(t, network)
-			for _, size := range []int{10, maxHeader + 100} {
-				conn, err := b.dial(t.Context())
-				if err != nil {
-					t.Fatal(err)
-				}
-				lines := rawStream(t, conn)
-				go io.WriteString(conn, strings.Repeat("x", size))
-				if size < maxHeader {
-					b.say("a", "hi")
-					if !lines.Scan() || !strings.Contains(lines.Text(), `"hi"`) {
-						t.Errorf("%d bytes were said, and then came %q", size, lines.Text())
-					}
-					conn.Close()
-				} else if lines.Scan() {
-					t.Errorf("%d bytes were said, and then came %q", size, lines.Text())
-				}
-				b.until(func() bool { return b.active() == 0 })
-				conn.Close()
-			}
-		})
-	}
-}
-
-// A lateConn is slow to rouse who reads it.
-type lateConn struct{ net.Conn }
-
-func (c lateConn) SetReadDeadline(at time.Time) error {
-	if at.Equal(longAgo) {
-		time.Sleep(100 * time.Millisecond)
-	}
-	return c.Conn.SetReadDeadline(at)
-}
-
-// Who speaks while their socket is full has its goroutine see to it before it
-// is roused. The rousing comes late then, and ends nobody.
-func TestALateRousingEndsNobody(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
-		srv := b.http(false)
-		go srv.Serve(l)
-		defer srv.Close()
-		conn, theirs := net.Pipe()
-		defer conn.Close()
-		l.conns <- lateConn{theirs}
-		lines := rawStream(t, conn)
-		for i := range 5 {
-			b.say("a", fmt.Sprint("message ", i))
-			time.Sleep(50 * time.Millisecond)
-			go io.WriteString(conn, "x")
-			if !lines.Scan() || !strings.Contains(lines.Text(), fmt.Sprint("message ", i)) {
-				t.Fatalf("message %d is %q, %v", i, lines.Text(), lines.Err())
-			}
-			time.Sleep(time.Second)
-		}
-		if n := b.active(); n != 1 {
-			t.Errorf("%d streams", n)
-		}
-	})
 }
 
 // The same over HTTP/2, where it is the window that is full, of one stream
@@ -2318,14 +785,6 @@ func TestLeavingIsNoError(t *testing.T) {
 	}
 }
 
-// The WebSocket.
-
-// dials a WebSocket, past its hello.
-func (b *testbed) socket(rooms string, ask ...string) *ear {
-	b.t.Helper()
-	return b.listen(kindOf("ws"), rooms, ask...).begin()
-}
-
 // With as=data an event is its data alone: text as it is, line by line, and
 // anything else as JSON.
 func TestDataAlone(t *testing.T) {
@@ -2433,13 +892,6 @@ func TestSubprotocols(t *testing.T) {
 			conn.CloseNow()
 		}
 	})
-}
-
-func (e *ear) send(frame string) {
-	e.t.Helper()
-	if err := e.conn.Write(e.ctx, websocket.MessageText, []byte(frame)); err != nil {
-		e.t.Fatal(err)
-	}
 }
 
 func TestWebSocketPublishes(t *testing.T) {
@@ -2636,239 +1088,6 @@ func TestWebSocketJoins(t *testing.T) {
 	})
 }
 
-// A frame's length is said in one, two or eight bytes.
-func TestWebSocketLengths(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *config) { c.body = 1 << 20 })
-		e := b.socket("a")
-		b.say("a", "")
-		least := len(e.next().json)
-		for _, size := range []int{125, 126, 127, 65_535, 65_536, 65_537} {
-			text := strings.Repeat("x", size-least)
-			b.say("a", text)
-			if h := e.next(); len(h.json) != size || h.text != text {
-				t.Errorf("an event of %d bytes came with %d", size, len(h.json))
-			}
-		}
-	})
-}
-
-// raw is a WebSocket by hand: its connection after the handshake.
-func (b *testbed) raw(path string, headers ...string) (net.Conn, *bufio.Reader) {
-	b.t.Helper()
-	conn, err := b.dial(context.Background())
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: cometes.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", path)
-	for _, h := range headers {
-		io.WriteString(conn, h+"\r\n")
-	}
-	io.WriteString(conn, "\r\n")
-	r := bufio.NewReader(conn)
-	res, err := http.ReadResponse(r, nil)
-	if err != nil || res.StatusCode != 101 {
-		b.t.Fatalf("the handshake: %v %v", res, err)
-	}
-	return conn, r
-}
-
-// A WebSocket is woken whatever minor version of HTTP/1 it was asked for with.
-func TestAWebSocketOfALaterHTTP(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		conn, err := b.dial(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		io.WriteString(conn, "GET /rooms/a/ws HTTP/1.2\r\nHost: cometes.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
-		heard := make([]byte, 0, 4096)
-		go func() {
-			for b := make([]byte, 4096); ; {
-				n, err := conn.Read(b)
-				if heard = append(heard, b[:n]...); err != nil {
-					return
-				}
-			}
-		}()
-		synctest.Wait()
-		b.say("a", "at once")
-		synctest.Wait()
-		if !bytes.Contains(heard, []byte("at once")) {
-			t.Errorf("heard %q", heard)
-		}
-	})
-}
-
-// Who was published for as the relay stops is answered before the bye.
-func TestAnAckIsNotLostToAStop(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		e := b.socket("a")
-		st := b.pool.sessions[0]
-		st.handling.Store(true) // hear has published, and is on its way to say so
-		b.stop()
-		synctest.Wait()
-		ack := notice{Type: "ack", Key: "k", ID: new(int64(1))}.event().json
-		st.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), ack...)))
-		st.handling.Store(false)
-		st.wake()
-		if h := e.next(); h.kind != "ack" {
-			t.Errorf("heard %v, want the ack", h)
-		}
-		if h := e.next(); h.kind != "bye" {
-			t.Errorf("heard %v, want the bye", h)
-		}
-	})
-}
-
-// Who answers no ping is gone within a minute, who does may stay.
-func TestWebSocketPings(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		alive := b.socket("a")
-		heartbeats := make(chan int, 1)
-		go func() {
-			n := 0
-			for h, err := alive.hears(); err == nil; h, err = alive.hears() {
-				if h.kind == "beat" {
-					n++
-				}
-			}
-			heartbeats <- n
-		}()
-		conn, r := b.raw("/rooms/a/ws")
-		dead := make(chan time.Duration, 1)
-		start := time.Now()
-		go func() {
-			io.Copy(io.Discard, r) // takes everything, says nothing
-			dead <- time.Since(start)
-		}()
-		time.Sleep(10*time.Second - time.Millisecond)
-		if n := b.active(); n != 2 {
-			t.Errorf("after 10 s there are %d streams, want 2", n)
-		}
-		time.Sleep(50*time.Second + time.Millisecond)
-		if n := b.active(); n != 1 {
-			t.Errorf("after a minute there are %d streams, want 1", n)
-		}
-		time.Sleep(time.Hour - 2*time.Minute)
-		if n := b.active(); n != 1 {
-			t.Errorf("after an hour there are %d streams, want 1", n)
-		}
-		select {
-		case d := <-dead:
-			t.Logf("ended after %v", d)
-		default:
-			t.Error("the connection that answers no ping is still open")
-		}
-		conn.Close()
-		alive.close()
-		if n := <-heartbeats; n < 200 {
-			t.Errorf("%d heartbeats in an hour", n)
-		}
-	})
-}
-
-// What a full socket leaves is the rest, to the byte, and of a big event there
-// is one for all who are slow.
-func TestLeft(t *testing.T) {
-	r := benchRelay(t)
-	big := strings.Repeat("long hair, ", 200)
-	publishPost(t, r, publishRequest{room: "lobby", kind: "message", data: []byte(`"` + big + `"`)})
-	publishPost(t, r, publishRequest{room: "lobby", kind: "message", data: []byte(`"short"`)})
-	publishPost(t, r, publishRequest{room: "lobby", kind: "comet", data: []byte(`"` + big + `"`), from: "ada"})
-	events := openReader(t, r, "lobby", r.lastID.Load()-r.epoch-3, subscribeRequest{}).next(nil)
-	quoted := &event{id: 1, kind: "message", json: slices.Concat([]byte(`{"data":`), events[0].json, []byte("}"))} // holds the next
-	for _, technique := range techniques {
-		if technique.mode != streaming {
-			continue
-		}
-		f := benchFraming(t, technique)
-		for _, due := range [][]*event{events, events[:1], events[1:2], {quoted, events[0]}, {events[0], quoted}} {
-			b := f.encode([]byte("head"), 1, due...)
-			for n := range b {
-				rest := unwritten(b, n, due)
-				if got := bytes.Join(rest, nil); !bytes.Equal(got, b[n:]) {
-					t.Fatalf("%s, %d events, without %d bytes: %.80q, want %.80q", technique.name, len(due), n, got, b[n:])
-				}
-				if technique.name == "html" || n > 100 || due[0] != events[0] { // html has no JSON in it
-					continue
-				}
-				shared := slices.ContainsFunc(rest, func(b []byte) bool { return len(b) > 0 && &b[len(b)-1] == &events[0].json[len(events[0].json)-1] })
-				if !shared {
-					t.Fatalf("%s: a big event was copied", technique.name)
-				}
-			}
-		}
-	}
-}
-
-// Pings are few where the kernel knows of the client itself.
-func TestHowManyPings(t *testing.T) {
-	b := newBed(t, tcp)
-	for _, test := range []struct {
-		patient, proxied bool
-		pings            int
-	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
-		st := &session{stream: &stream{server: b.server, enc: frames(b.server, &request{})}, fd: -1}
-		st.kernelTimeout, st.proxied = test.patient, test.proxied
-		pings := 0
-		for range 48 {
-			st.pending = nil
-			if err := st.sendPing(); err != nil {
-				t.Fatal(err)
-			}
-			if st.sendMessage(new(scratch), append(make([]byte, maxFrameHead), beatJSON...)); st.pending[0][0] == 0x89 {
-				pings++
-			}
-			st.awaitingPong.Store(false)
-		}
-		if pings != test.pings {
-			t.Errorf("patient %v, proxied %v: %d pings in 48 heartbeats, want %d", test.patient, test.proxied, pings, test.pings)
-		}
-	}
-}
-
-// Frames that are broken end their socket, and nothing else.
-func TestWebSocketBroken(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		other := b.socket("a")
-		for name, bytes := range map[string]string{
-			"not masked":           "\x81\x02hi",
-			"reserved bits":        "\xf1\x82\x00\x00\x00\x00hi",
-			"a reserved opcode":    "\x83\x82\x00\x00\x00\x00hi",
-			"a negative length":    "\x81\xff\xff\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00",
-			"a control frame cut":  "\x09\x80\x00\x00\x00\x00",
-			"a ping of 126 bytes":  "\x89\xfe\x00\x7e\x00\x00\x00\x00" + strings.Repeat("x", 126),
-			"goes on with nothing": "\x80\x82\x00\x00\x00\x00hi",
-			"text within a text":   "\x01\x82\x00\x00\x00\x00hi\x81\x82\x00\x00\x00\x00hi",
-			"no WebSocket at all":  "GET / HTTP/1.1\r\n\r\n",
-		} {
-			mark := b.relay.lastID.Load()
-			conn, r := b.raw("/rooms/a/ws")
-			go conn.Write([]byte(bytes))
-			start := time.Now()
-			rest, _ := io.ReadAll(r)
-			if d := time.Since(start); d > 5*time.Second {
-				t.Errorf("%s: ended after %v", name, d)
-			}
-			if i := strings.LastIndexByte(string(rest), 0x88); i >= 0 && !strings.HasPrefix(string(rest[i+2:]), "\x03\xea") {
-				t.Errorf("%s: ended with %q, want 1002", name, rest[i:])
-			}
-			conn.Close()
-			synctest.Wait()
-			if n := b.readers(); n != 1 || b.relay.lastID.Load() != mark {
-				t.Errorf("%s: %d readers, want 1, and nothing published", name, n)
-			}
-		}
-		b.say("a", "hi")
-		other.expect("message hi")
-	})
-}
-
 // A socket says goodbye to who says goodbye, answers pings, and takes frames in pieces.
 func TestWebSocketManners(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
@@ -2892,36 +1111,6 @@ func TestWebSocketManners(t *testing.T) {
 			})
 		})
 	}
-}
-
-// Who leaves 16 KiB of answers unread, beside what the socket holds, is given up.
-func TestWebSocketFlood(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		other := b.socket("a")
-		conn, _ := b.raw("/rooms/b/ws")
-		var sent atomic.Int64
-		go func() {
-			for i := range 100_000 {
-				frame := fmt.Sprintf(`{"type":"x","data":%6d,"key":"%6d"}`, i, i)
-				if _, err := conn.Write(append([]byte{0x81, 0x80 | byte(len(frame)), 0, 0, 0, 0}, frame...)); err != nil {
-					return
-				}
-				sent.Add(1)
-			}
-		}()
-		time.Sleep(9 * time.Second)
-		if n := sent.Load(); n > maxQueuedReplies/15 {
-			t.Errorf("%d frames were taken whose answers nobody read", n)
-		}
-		time.Sleep(2 * time.Second)
-		if n := b.readers(); n != 1 {
-			t.Errorf("after 11 s there are %d readers, want 1", n)
-		}
-		b.say("a", "hi")
-		other.expect("message hi")
-		conn.Close()
-	})
 }
 
 // A WebSocket says who is here, and is told.
@@ -2974,108 +1163,6 @@ func TestWebSocketHandshake(t *testing.T) {
 	})
 }
 
-// Hello is first, however soon the client speaks.
-func TestHelloIsBeforeAnyAnswer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		st := &session{ws: true, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), headroom: maxFrameHead, expiresAt: math.MaxInt64}}
-		st.send = st.sendMessage
-		if err := b.relay.subscribe(&st.sub, subscribeRequest{rooms: []string{"a"}, cursor: -1, maxBatchBytes: 1, driver: st}); err != nil {
-			t.Fatal(err)
-		}
-		defer st.sub.unsubscribe()
-		st.replies = []byte("an answer")
-		st.writeDue(b.scratches.New().(*scratch), time.Now().UnixNano()) // its first turn, on a socket that takes nothing
-		if first := string(slices.Concat(st.pending...)); !strings.Contains(first, `"hello"`) {
-			t.Errorf("the first it says is %q", first)
-		}
-	})
-}
-
-// A client may speak before it has read the answer to its handshake.
-func TestWebSocketEarly(t *testing.T) {
-	for _, network := range []string{pipe, tcp} {
-		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network)
-				e := b.listen(kindOf("stream"), "a").begin()
-				conn, err := b.dial(t.Context())
-				if err != nil {
-					t.Fatal(err)
-				}
-				go io.Copy(io.Discard, conn)
-				long := strings.Repeat("x", 300) // longer than a small buffer
-				io.WriteString(conn, "GET /rooms/a/ws HTTP/1.1\r\nHost: cometes.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"+
-					"\x81\x82\x00\x00\x00\x00hi\x81\xfe\x01\x2c\x00\x00\x00\x00"+long+"\x81\x85\x00\x00\x00\x00th")
-				e.expect("message hi", "message "+long)
-				io.WriteString(conn, "ere")
-				e.expect("message there")
-			})
-		})
-	}
-}
-
-// multipart as=svg is a picture of the room: one at once, a new one when the
-// room has changed, ten a second at most, drawn while somebody looks.
-func TestPicture(t *testing.T) {
-	for _, network := range []string{pipe, pipe10, pipeH2} {
-		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network)
-				b.say("a", "early </text><script>")
-				start := time.Now()
-				e := b.listen(kindOf("multipart"), "a", "as=svg", "w=300", "h=200")
-				inNoTime(t, start)
-				_, boundary, _ := strings.Cut(e.res.Header.Get("Content-Type"), "boundary=")
-				mark := "\r\n--" + boundary + "\r\nContent-Type: image/svg+xml\r\n\r\n"
-				if err := e.until(io.Discard, mark[2:]); err != nil {
-					t.Fatal(err)
-				}
-				picture := func() string {
-					var b strings.Builder
-					if err := e.until(&b, mark); err != nil {
-						t.Fatal(err)
-					}
-					return strings.TrimLeft(b.String(), "\r\n")
-				}
-				first := picture()
-				inNoTime(t, start)
-				if len(first) < 1024 {
-					t.Errorf("the first picture has %d bytes; Chromium waits for 1024 before it shows one of another origin", len(first))
-				}
-				if !strings.HasPrefix(first, "<svg ") || !strings.Contains(first, `width="300" height="200"`) || !strings.Contains(first, "early") || strings.Contains(first, "<script") {
-					t.Errorf("the first picture is %s", first)
-				}
-				time.Sleep(time.Second)
-				start = time.Now()
-				b.say("a", "later")
-				if p := picture(); !strings.Contains(p, "later") {
-					t.Errorf("the second picture is %s", p)
-				}
-				inNoTime(t, start)
-				for i := range 100 { // in five seconds
-					time.Sleep(50 * time.Millisecond)
-					b.say("a", fmt.Sprint("n", i))
-				}
-				start = time.Now()
-				n := 1
-				for !strings.Contains(picture(), "n99") {
-					n++
-				}
-				if time.Since(start) > 100*time.Millisecond || n > 51 {
-					t.Errorf("%d pictures of a hundred messages in five seconds, the last after %v", n, time.Since(start))
-				}
-				e.close()
-				b.hangUp()
-				b.settle()
-				if b.idle(); len(b.pictures.renderers) != 0 {
-					t.Errorf("%d pictures are still drawn", len(b.pictures.renderers))
-				}
-			})
-		})
-	}
-}
-
 // A clock that is set back, as when a machine finds out the time, silences nobody.
 func TestAHeartbeatIsDueWhenTheClockWasSetBack(t *testing.T) {
 	now := time.Now().UnixNano()
@@ -3087,4 +1174,1068 @@ func TestAHeartbeatIsDueWhenTheClockWasSetBack(t *testing.T) {
 	if back := now - int64(time.Hour); !st.due(back) {
 		t.Error("the clock is an hour back, and for an hour there is no heartbeat")
 	}
+}
+
+// What is published becomes this event.
+func TestPublish(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		parts, asParts := formParts("user", "ada", "data", "hi\r\nthere", "type", "note")
+		file, asFile := formParts("data", "hi", "else", "where")
+		for _, test := range []struct {
+			name, query, kind, body, want string
+		}{
+			{"curl -d hi", "", formKind, "hi", `{"data":"hi","type":"message"}`},
+			{"curl -d of a sentence", "", formKind, "100% of a=b & c", `{"data":"100% of a=b \u0026 c","type":"message"}`},
+			{"curl -d of a form without data", "", formKind, "user=ada&say=hi", `{"data":"user=ada\u0026say=hi","type":"message"}`},
+			{"curl -d of the field's name", "", formKind, "data", `{"data":"data","type":"message"}`},
+			{"curl -d of JSON", "", formKind, `{"a":1}`, `{"data":"{\"a\":1}","type":"message"}`},
+			{"no type at all", "", "X: y", "hi", `{"data":"hi","type":"message"}`},
+			{"an unknown type", "", "Content-Type: application/octet-stream", "hi", `{"data":"hi","type":"message"}`},
+			{"a type that is none", "", "Content-Type: /;;", "hi", `{"data":"hi","type":"message"}`},
+			{"text", "?user=ada&type=x", textKind, "é \u2028 <&> \x00\r\n", `{"data":"é \u2028 \u003c\u0026\u003e \u0000\r\n","from":"ada","type":"x"}`},
+			{"text that looks like JSON", "", textKind, `{"a":1}`, `{"data":"{\"a\":1}","type":"message"}`},
+			{"text with a charset", "", textKind + `; charset="UTF-8"`, "hi", `{"data":"hi","type":"message"}`},
+			{"nothing", "", textKind, "", `{"data":"","type":"message"}`},
+			{"JSON", "?user=%C3%A9&type=a.b:c-d_E9", jsonKind, " {\n\t\"a\" : [ 1 , null , \"<\" ] }\n", `{"data":{"a":[1,null,"\u003c"]},"from":"é","type":"a.b:c-d_E9"}`},
+			{"JSON with a charset", "", jsonKind + "; charset=utf-8", `"hi"`, `{"data":"hi","type":"message"}`},
+			{"JSON by another name", "", "Content-Type: text/json", `[1]`, `{"data":[1],"type":"message"}`},
+			{"JSON behind a byte order mark", "", jsonKind, "\ufeff[1]", `{"data":[1],"type":"message"}`},
+			{"text behind a byte order mark", "", textKind, "\ufeffhi", `{"data":"hi","type":"message"}`},
+			{"a form behind a byte order mark", "", formKind, "\ufeffdata=hi", `{"data":"hi","type":"message"}`},
+			{"JSON with a parameter that is none", "", jsonKind + "; utf-8", "[1]", `{"data":[1],"type":"message"}`},
+			{"JSON with an empty parameter", "", jsonKind + ";;", "[1]", `{"data":[1],"type":"message"}`},
+			{"JSON whose type a proxy joined with another", "", jsonKind + ", text/plain", "[1]", `{"data":[1],"type":"message"}`},
+			{"curl -d of a form with a semicolon", "", formKind, "data=a; b&user=ada", `{"data":"a; b","from":"ada","type":"message"}`},
+			{"curl -d of a form with a percent sign", "", formKind, "data=100% of %C3%A9 %zz%&user=ada", `{"data":"100% of é %zz%","from":"ada","type":"message"}`},
+			{"JSON by a name of its own", "", "Content-Type: application/cloudevents+json; charset=utf-8", `{"id":"x"}`, `{"data":{"id":"x"},"type":"message"}`},
+			{"JSON with whole surrogate pairs", "", jsonKind, `["\ud83d\ude00","\\ud800","\uFFFD"]`, `{"data":["😀","\\ud800","�"],"type":"message"}`},
+			{"JSON with a name again in another object", "", jsonKind, `{"a":{"a":1},"b":[{"a":1},{"a":2}],"c":"a"}`, `{"data":{"a":{"a":1},"b":[{"a":1},{"a":2}],"c":"a"},"type":"message"}`},
+			{"JSON with large and small numbers", "", jsonKind, `[1.7e308,-1.7E+308,1e-400,12345678901234567890,0.1]`, `{"data":[1.7e308,-1.7e308,0,12345678901234567890,0.1],"type":"message"}`},
+			{"null", "", jsonKind, "null", `{"data":null,"type":"message"}`},
+			{"a number", "", jsonKind, "-0.5e-3", `{"data":-0.0005,"type":"message"}`},
+			{"JSON as deep as may be", "", jsonKind, strings.Repeat("[", 64) + strings.Repeat("]", 64), `{"data":` + strings.Repeat("[", 64) + strings.Repeat("]", 64) + `,"type":"message"}`},
+			{"JSON with brackets in a string", "", jsonKind, `"\"` + strings.Repeat("[{", 100) + `"`, `{"data":"\"` + strings.Repeat("[{", 100) + `","type":"message"}`},
+			{"a form", "", formKind, "data=a+b%26c%3D%C3%A9&user=ada&type=note", `{"data":"a b\u0026c=é","from":"ada","type":"note"}`},
+			{"a form and the query", "?user=ada", formKind, "data=hi&type=x", `{"data":"hi","from":"ada","type":"x"}`},
+			{"a form and the query that agree", "?user=ada&type=x", formKind, "data=hi&type=x&user=ada", `{"data":"hi","from":"ada","type":"x"}`},
+			{"a form with more", "", formKind, "data=&other=1&other=2", `{"data":"","type":"message"}`},
+			{"a form in parts", "", asParts, parts, `{"data":"hi\r\nthere","from":"ada","type":"note"}`},
+			{"a form in parts with more", "?user=ada", asFile, file, `{"data":"hi","from":"ada","type":"message"}`},
+			{"a user of 64 characters", "?user=" + strings.Repeat("%C3%A9", 64), textKind, "", `{"data":"","from":"` + strings.Repeat("é", 64) + `","type":"message"}`},
+			{"a user that is markup", "?user=%3Cb%3E%22%27", textKind, "", `{"data":"","from":"\u003cb\u003e\"'","type":"message"}`},
+			{"a type of 64", "?type=" + strings.Repeat("x", 64), textKind, "", `{"data":"","type":"` + strings.Repeat("x", 64) + `"}`},
+			{"parameters that are empty", "?type=&user=&key=&ttl=", textKind, "hi", `{"data":"hi","type":"message"}`},
+			{"not encoded", "", "Content-Encoding: identity", "hi", `{"data":"hi","type":"message"}`},
+		} {
+			mark := b.relay.lastID.Load()
+			res, body := b.do("POST", "/rooms/r"+test.query, test.body, test.kind)
+			if want := fmt.Sprintf("{\"id\":%d}\n", mark+1); res.StatusCode != 201 || body != want {
+				t.Errorf("%s: %s %s, want 201 %s", test.name, res.Status, body, want)
+				continue
+			}
+			if h := res.Header; h.Get("Content-Type") != "application/json; charset=utf-8" || h.Get("X-Content-Type-Options") != "nosniff" {
+				t.Errorf("%s: headers %v", test.name, h)
+			}
+			// Compared as Go's encoder writes it, which is how it must have come.
+			if got := b.newest("r"); got != test.want && !sameJSON(got, test.want) {
+				t.Errorf("%s: became %s, want %s", test.name, got, test.want)
+			}
+		}
+		for _, room := range []string{"A-Z.a:z_09", strings.Repeat("x", 64), "a%2Db", "%61"} {
+			if res, body := b.do("POST", "/rooms/"+room, "hi"); res.StatusCode != 201 {
+				t.Errorf("the room %s: %s %s", room, res.Status, body)
+			}
+		}
+	})
+}
+
+// Python's str.splitlines, which some clients take for the lines of an answer,
+// ends them at more than \n. So nothing of the kind is in an event as it is sent.
+func TestAnEventIsOneLineForPythonToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		const ends = "a\n\r\v\f\x1c\x1d\x1e\u0085\u2028\u2029b"
+		quoted, _ := json.Marshal(ends)
+		for _, post := range [][2]string{{ends, textKind}, {url.Values{"data": {ends}}.Encode(), formKind}, {string(quoted), jsonKind}, {"{\"\u0085\":\"\u0085\"}", jsonKind}} {
+			b.do("POST", "/rooms/a", post[0], post[1])
+			_, body := b.do("GET", "/rooms/a/poll?last=1", "")
+			if i := strings.IndexAny(strings.TrimSuffix(body, "\n"), ends[1:len(ends)-1]); i >= 0 {
+				t.Errorf("%q came as %q, with a line that ends at %d", post[0], body, i)
+			}
+			if got := b.newest("a"); post[0][0] != '{' && !sameJSON(got, `{"type":"message","data":`+string(quoted)+`}`) {
+				t.Errorf("%q became %s", post[0], got)
+			}
+		}
+	})
+}
+
+func sameJSON(a, b string) bool {
+	var x, y any
+	return json.Unmarshal([]byte(a), &x) == nil && json.Unmarshal([]byte(b), &y) == nil && reflect.DeepEqual(x, y)
+}
+
+// 65,536 bytes are taken by every way in, and nothing of one more.
+func TestPublishLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		fill := func(head, tail string, size int) string {
+			return head + strings.Repeat("x", size-len(head)-len(tail)) + tail
+		}
+		parts, asParts := formParts("data", "CUT")
+		head, tail, _ := strings.Cut(parts, "CUT")
+		for _, test := range []struct{ kind, head, tail string }{
+			{textKind, "", ""}, {jsonKind, `"`, `"`}, {jsonKind, `[[[{"a":"`, `"}]]]`}, {formKind, "data=", ""}, {formKind, "", ""}, {asParts, head, tail},
+		} {
+			mark := b.relay.lastID.Load()
+			if res, body := b.do("POST", "/rooms/a", fill(test.head, test.tail, 65_536), test.kind); res.StatusCode != 201 {
+				t.Errorf("%s of 65,536 bytes: %s %s", test.kind, res.Status, body)
+			}
+			if res, body := b.do("POST", "/rooms/a", fill(test.head, test.tail, 65_537), test.kind); res.StatusCode != 413 || !isError(body) {
+				t.Errorf("%s of 65,537 bytes: %s %s", test.kind, res.Status, body)
+			}
+			if n := b.relay.lastID.Load() - mark; n != 1 {
+				t.Errorf("%s: %d were published, want 1", test.kind, n)
+			}
+		}
+		// Of a body whose size is not said, no more than that is read.
+		body := &boundless{}
+		req, _ := http.NewRequestWithContext(t.Context(), "POST", b.url+"/rooms/a", body)
+		if res, err := b.client.Do(req); err != nil || res.StatusCode != 413 {
+			t.Errorf("a body without end: %v %v", res, err)
+		}
+		if n := body.n.Load(); n > 1<<20 {
+			t.Errorf("%d bytes were read of it", n)
+		}
+	})
+}
+
+// boundless is a body without end.
+type boundless struct{ n atomic.Int64 }
+
+func (b *boundless) Read(p []byte) (int, error) {
+	for i := range p {
+		p[i] = 'x'
+	}
+	b.n.Add(int64(len(p)))
+	return len(p), nil
+}
+
+// A key makes a retry safe.
+func TestKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe, func(c *config) { c.maxEvents = 4 })
+		post := func(path, body string, headers ...string) (status int, answer string) {
+			res, answer := b.do("POST", path, body, headers...)
+			return res.StatusCode, answer
+		}
+		_, first := post("/rooms/a?key=k", "one")
+		parts, asParts := formParts("data", "x", "key", "k")
+		for _, again := range [][]string{
+			{"/rooms/a?key=k", "one"},
+			{"/rooms/a?key=k&type=other&user=bob&ttl=5", "something else"},
+			{"/rooms/a", "one", "Idempotency-Key: k"},
+			{"/rooms/a?key=k", "one", "Idempotency-Key: k"},
+			{"/rooms/a", "data=x&key=k", formKind},
+			{"/rooms/a?key=k", "data=x&key=k", formKind},
+			{"/rooms/a", parts, asParts},
+		} {
+			mark := b.relay.lastID.Load()
+			if status, answer := post(again[0], again[1], again[2:]...); status != 200 || answer != first || b.relay.lastID.Load() != mark {
+				t.Errorf("%q: %d %s, want 200 %s and nothing published", again, status, answer, first)
+			}
+		}
+		for _, no := range [][]string{
+			{"/rooms/a?key=k", "one", "Idempotency-Key: other"},
+			{"/rooms/a?key=other", "data=x&key=k", formKind},
+			{"/rooms/a?key=other", "data=x&key=k", formKind, "Idempotency-Key: k"},
+			{"/rooms/a", "data=x&key=k", formKind, "Idempotency-Key: other"},
+			{"/rooms/a?key=k&key=k", "one"},
+			{"/rooms/a", "data=x&key=k&key=k", formKind},
+			{"/rooms/a?key=" + strings.Repeat("k", 129), "one"},
+			{"/rooms/a", "one", "Idempotency-Key: " + strings.Repeat("k", 129)},
+			{"/rooms/a?key=%00", "one"},
+			{"/rooms/a?key=%ff", "one"},
+		} {
+			mark := b.relay.lastID.Load()
+			if status, answer := post(no[0], no[1], no[2:]...); status != 400 || !isError(answer) || b.relay.lastID.Load() != mark {
+				t.Errorf("%q: %d %s, want 400 and nothing published", no, status, answer)
+			}
+		}
+		if status, answer := post("/rooms/b?key=k", "one"); status != 201 || answer == first {
+			t.Errorf("in another room: %d %s, want 201", status, answer)
+		}
+		if status, _ := post("/rooms/b?key="+strings.Repeat("k", 128), "one"); status != 201 {
+			t.Errorf("a key of 128 bytes: %d", status)
+		}
+		for range 4 {
+			post("/rooms/a", "more")
+		}
+		if status, answer := post("/rooms/a?key=k", "one"); status != 201 || answer == first {
+			t.Errorf("when the history forgot it: %d %s, want 201", status, answer)
+		}
+	})
+}
+
+// PUT publishes as POST does, for curl -T.
+func TestPut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		if res, body := b.do("PUT", "/rooms/a?user=ada", "notes\n"); res.StatusCode != 201 || b.newest("a") != `{"data":"notes\n","from":"ada","type":"message"}` {
+			t.Errorf("%s %s", res.Status, body)
+		}
+	})
+}
+
+// With if, it is published only if the newest message is still the one named: of
+// two who both read it, one wins, and the other is told where to go on from.
+func TestIf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe, func(c *config) { c.maxEvents = 2 })
+		newest := int64(0)
+		try := func(query, body string, headers ...string) (status int, id int64) {
+			t.Helper()
+			mark := b.relay.lastID.Load()
+			res, answer := b.do("POST", "/rooms/a?"+query, body, headers...)
+			var said struct {
+				ID    *int64
+				Error string
+			}
+			if json.Unmarshal([]byte(answer), &said) != nil || said.ID == nil {
+				t.Fatalf("%s: %s %s", query, res.Status, answer)
+			}
+			if published := b.relay.lastID.Load() - mark; (published == 1) != (res.StatusCode == 201) || (res.StatusCode == 412) != (said.Error != "") {
+				t.Errorf("%s: %s %s, and %d were published", query, res.Status, answer, published)
+			}
+			return res.StatusCode, *said.ID
+		}
+		wants := func(status int, id int64, query, body string, headers ...string) int64 {
+			t.Helper()
+			got, gotID := try(query, body, headers...)
+			if got != status || id >= 0 && gotID != id {
+				t.Errorf("%s %s: %d with %d, want %d with %d", query, body, got, gotID, status, id)
+			}
+			return gotID
+		}
+		wants(412, 0, "if=1", "in a room that has none")
+		newest = wants(201, -1, "if=0", "first")
+		wants(412, newest, "if=0", "too late")
+		b.say("b", "in another room")
+		b.say("a?ttl=60&type=typing", "a signal is no message")
+		second := wants(201, -1, fmt.Sprint("key=k&if=", newest), "second")
+		wants(200, second, fmt.Sprint("key=k&if=", newest), "a key that is known answers first")
+		wants(412, second, fmt.Sprint("if=", newest), "from before")
+		third := wants(201, -1, "", fmt.Sprint("data=by+a+form&if=", second), formKind)
+		for range 3 { // the history moves on
+			third = wants(201, -1, fmt.Sprint("if=", third), "more")
+		}
+
+		e := b.socket("a")
+		e.send(fmt.Sprintf(`{"data":"no","key":"x","if":%d}`, second))
+		if h := e.next(); h.json != fmt.Sprintf(`{"type":"error","key":"x","id":%d,"data":"another message was published to this room since; its id is the one to go on from"}`, third) {
+			t.Errorf("by WebSocket: %s", h.json)
+		}
+		e.send(fmt.Sprintf(`{"data":"yes","if":%d}`, third))
+		e.expect("message yes")
+		e.send(`{"data":"no","if":-1,"key":"x"}`)
+		e.expect("error " + errIf.Error())
+		e.send(`{"data":"no","if":1,"room":"nobody"}`)
+		if h := e.next(); !strings.Contains(h.json, `"id":0,`) {
+			t.Errorf("in a room that has none: %s", h.json)
+		}
+		if b.relay.isRead("nobody") || b.relay.rooms["nobody"] != nil {
+			t.Error("a publish that was refused made a room")
+		}
+	})
+}
+
+// Those that can't set a header say in the query where they were, each in its own way.
+func TestTheCursorByItsOtherNames(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		start := b.relay.epoch
+		for _, text := range []string{"one", "two", "three"} {
+			b.say("a", text)
+		}
+		after := func(name string, n int64) string { return fmt.Sprintf("%s=%d", name, start+n) }
+		for _, test := range []struct{ query, header, want string }{
+			{after("lastEventId", 2), "", "three"},
+			{after("lastEventID", 2), "", "three"},
+			{after("Last-Event-ID", 2), "", "three"},
+			{after("last_event_id", 2), "", "three"},
+			{after("lastEventId", 2) + "&" + after("after", 1), "", "three"},
+			{after("after", 1) + "&" + after("lastEventID", 2) + "&" + after("lastEventId", 2), "", "three"},
+			{after("lastEventId", 1), fmt.Sprint("Last-Event-ID: ", start+2), "three"},
+			{after("lastEventId", 2), "Last-Event-ID: ", "three"},
+			{"lastEventId=&" + after("after", 2), "", "three"},
+			{"lastEventIds=1&" + after("after", 2), "", "three"},
+		} {
+			headers := []string{}
+			if test.header != "" {
+				headers = append(headers, test.header)
+			}
+			if _, body := b.do("GET", "/rooms/a/poll?"+test.query, "", headers...); strings.Count(body, `"id":`) != 1 || !strings.Contains(body, `"data":"three"`) {
+				t.Errorf("%s %q: %s, want %s alone", test.query, test.header, body, test.want)
+			}
+		}
+		b.listen(kindOf("sse"), "a", after("lastEventId", 1)).expect("hello", "message two", "message three")
+	})
+}
+
+// A signal is heard while it lasts and is no part of the history.
+func TestPublishSignal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		e := b.listen(kindOf("stream"), "a").begin()
+		b.say("a", "before")
+		for _, ttl := range []string{"1", "500", "86400"} {
+			b.say("a?type=typing&ttl="+ttl, ttl)
+		}
+		e.expect("message before", "typing 1", "typing 500", "typing 86400")
+		time.Sleep(500*time.Second - time.Millisecond)
+		b.listen(kindOf("stream"), "a", fmt.Sprint("after=", b.relay.epoch)).expect("hello", "message before", "typing 500", "typing 86400")
+		time.Sleep(time.Millisecond)
+		b.listen(kindOf("stream"), "a", fmt.Sprint("after=", b.relay.epoch)).expect("hello", "message before", "typing 86400")
+	})
+}
+
+// The form of a page without script: it publishes once and goes back to the
+// page, wherever else it is told to go.
+func TestForm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		post := func(body string) (status int, location string) {
+			res, _ := b.do("POST", "/rooms/a", body, formKind)
+			return res.StatusCode, res.Header.Get("Location")
+		}
+		for _, test := range []struct {
+			then, user, location string
+			status               int
+		}{
+			{"form", "ada", "./a/form?user=ada", 303},
+			{"refresh", "ada", "./a/refresh?user=ada", 303},
+			{"form", "", "./a/form?user=", 303},
+			{"form", "é \"<&?#/\r", "", 400},
+			{"form", "é \"<&?#/", "./a/form?user=%C3%A9+%22%3C%26%3F%23%2F", 303},
+			{"https://evil.example", "ada", "", 201},
+			{"//evil.example", "ada", "", 201},
+			{"/\\evil.example", "ada", "", 201},
+			{"../../evil", "ada", "", 201},
+			{"form\r\nX: y", "ada", "", 201},
+			{"poll", "ada", "", 201},
+			{"", "ada", "", 201},
+		} {
+			mark := b.relay.lastID.Load()
+			status, location := post(url.Values{"data": {"hi"}, "then": {test.then}, "user": {test.user}}.Encode())
+			if status != test.status || location != test.location {
+				t.Errorf("then %q as %q: %d %q, want %d %q", test.then, test.user, status, location, test.status, test.location)
+			}
+			if published := b.relay.lastID.Load() > mark; published != (status < 400) {
+				t.Errorf("then %q as %q: %d, published: %v", test.then, test.user, status, published)
+			}
+		}
+		if res, _ := b.do("POST", "/rooms/a?then=form", "hi"); res.StatusCode != 201 {
+			t.Errorf("then in the query: %s", res.Status)
+		}
+
+		// The form that the page has works, and a double click is one message.
+		for _, path := range []string{"/rooms/a/form?user=%22%3E%3Cb%3E", "/rooms/a/refresh?user=%22%3E%3Cb%3E", "/rooms/a/form?live=refresh"} {
+			res, page := b.do("GET", path, "")
+			if h := res.Header; res.StatusCode != 200 || h.Get("Content-Type") != "text/html; charset=utf-8" || !strings.Contains(h.Get("Cache-Control"), "no-store") || h.Get("X-Content-Type-Options") != "nosniff" {
+				t.Errorf("%s: %s %v", path, res.Status, h)
+			}
+			_, key, ok := strings.Cut(page, `name="key" value="`)
+			key, _, _ = strings.Cut(key, `"`)
+			if !ok || len(key) < 16 || strings.Contains(page, "<b>") && strings.Contains(path, "form?user") {
+				t.Fatalf("%s: %s", path, page)
+			}
+			mark := b.relay.lastID.Load()
+			for range 2 {
+				if status, location := post("user=ada&data=hi&then=form&key=" + key); status != 303 || location != "./a/form?user=ada" {
+					t.Errorf("%d %s", status, location)
+				}
+			}
+			if n := b.relay.lastID.Load() - mark; n != 1 {
+				t.Errorf("a double click published %d", n)
+			}
+		}
+		for _, method := range []string{"POST", "PUT"} {
+			if res, _ := b.do(method, "/rooms/a/form", ""); res.StatusCode != 405 || res.Header.Get("Allow") != "GET, HEAD, OPTIONS" {
+				t.Errorf("%s of the form: %s", method, res.Status)
+			}
+		}
+		if res, body := b.do("HEAD", "/rooms/a/form", ""); res.StatusCode != 200 || body != "" {
+			t.Errorf("HEAD of the form: %s", res.Status)
+		}
+		if res, body := b.do("GET", "/rooms/a/form?live=javascript:", ""); res.StatusCode != 400 || !isError(body) {
+			t.Errorf("live: %s", res.Status)
+		}
+	})
+}
+
+// What is refused says why, in JSON, and changes nothing.
+func TestRefusals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		b.say("a", "before")
+		names := func(n int) string {
+			var rooms []string
+			for i := range n {
+				rooms = append(rooms, fmt.Sprint("r", i))
+			}
+			return strings.Join(rooms, ",")
+		}
+		deep := strings.Repeat("[", 65) + strings.Repeat("]", 65)
+		deepObject := strings.Repeat(`{"a":`, 65) + "1" + strings.Repeat("}", 65)
+		twice, asTwice := formParts("data", "x", "data", "y")
+		without, asWithout := formParts("say", "x")
+		latin, asLatin := formParts("data", "\xe9")
+		contrary, asContrary := formParts("data", "x", "user", "bob")
+		type refusal struct {
+			status       int
+			method, path string
+			body         string
+			headers      []string
+		}
+		var all []refusal
+		get := func(status int, paths ...string) {
+			for _, p := range paths {
+				all = append(all, refusal{status, "GET", p, "", nil})
+			}
+		}
+		post := func(status int, path, body string, headers ...string) {
+			all = append(all, refusal{status, "POST", path, body, headers})
+		}
+
+		// Names of rooms, in every place they have.
+		for _, room := range []string{"a%2Fb", "%2F", "%2e%2e%2Fa", "a%00", "%00", "a%20b", "a+b", "a%0Ab", "%C3%A9", "%FF", "%C3%28", "a;b", "a=b", "a@b", "a*", "a~b", "%22", "%3Cb%3E", "", ",", "a,", ",a", "a,,b", "a,a", "a,b,a", strings.Repeat("x", 65), strings.Repeat("x", 10_000), "a%25", "a%252F", "a%2F..%2Fb", names(33)} {
+			get(400, "/rooms/"+room+"/poll", "/rooms/"+room+"/sse", "/rooms/"+room+"/ws", "/rooms/"+room+"/presence", "/rooms/"+room+"/form")
+			post(400, "/rooms/"+room, "hi")
+			post(400, "/rooms/"+room+"/presence?user=ada", "online")
+		}
+		get(404, "/room/a/poll", "/rooms/a/b/poll", "/rooms/a/poll/", "/rooms/a/nothing", "/rooms/a//poll", "/rooms/a/POLL", "/x", "/static/index.html", "/rooms.", "/%72ooms/a/poll")
+		post(400, "/rooms/a,b", "hi")
+		post(400, "/rooms/a,b/presence?user=ada", "online")
+		get(400, "/rooms/a,b/presence")
+		post(403, "/rooms/_stats", "hi")
+		post(403, "/rooms/_", "hi")
+		post(403, "/rooms/_stats/presence?user=ada", "online")
+
+		// Numbers.
+		for _, n := range []string{"-1", "x", "1.5", "NaN", "Infinity", "9223372036854775808", "99999999999999999999999", "-9223372036854775809", "%2B1", "%201", "1%20", "1e3", "0x10", "1_000", "%D9%A1", "1,2", "%00", "''"} {
+			get(400, "/rooms/a/poll?after="+n, "/rooms/a/poll?last="+n, "/rooms/a/longpoll?wait="+n, "/rooms/a/sse?after="+n, "/rooms/a/stream?last="+n, "/rooms/a/ws?after="+n, "/rooms/a/poll?presence="+n)
+			post(400, "/rooms/a?ttl="+n, "hi")
+			if v, _ := url.QueryUnescape(n); v == strings.TrimSpace(v) && v != "\x00" { // what a header can say
+				all = append(all, refusal{400, "GET", "/rooms/a/sse", "", []string{"Last-Event-ID: " + v}}, refusal{400, "GET", "/rooms/a/poll?after=0", "", []string{"Last-Event-ID: " + v}})
+			}
+		}
+		get(400, "/rooms/a/longpoll?wait=56", "/rooms/a/jsonp?callback=f&wait=56", "/rooms/a/refresh?wait=0", "/rooms/a/refresh?wait=56", "/rooms/a/poll?last=2147483648", "/rooms/a/poll?presence=true", "/rooms/a/poll?presence=2")
+		for _, ttl := range []string{"0", "86401", "9223372036854775807"} {
+			post(400, "/rooms/a?ttl="+ttl, "hi")
+		}
+
+		// Parameters given twice, or that contradict, and queries that are none.
+		for _, name := range []string{"after=1", "last=1", "user=a", "presence=1"} {
+			get(400, "/rooms/a/poll?"+name+"&"+name, "/rooms/a/sse?"+name+"&"+name)
+		}
+		get(400, "/rooms/a/longpoll?wait=1&wait=1", "/rooms/a/jsonp?callback=f&callback=f", "/rooms/a/multipart?as=json&as=text", "/rooms/a/poll?after=1&after=2", "/rooms/a/form?user=a&user=b")
+		get(400, "/rooms/a/poll?after=%zz", "/rooms/a/poll?a=1;b=2", "/rooms/a/multipart?as=xml", "/rooms/a/multipart?as=JSON")
+		all = append(all, refusal{400, "GET", "/rooms/a/sse", "", []string{"Last-Event-ID: 1", "Last-Event-ID: 1"}})
+		for _, name := range []string{"type=x", "user=a", "key=k", "ttl=1"} {
+			post(400, "/rooms/a?"+name+"&"+name, "hi")
+			post(400, "/rooms/a?"+name+"&"+strings.ToUpper(name[:1])+name[1:]+"&"+name, "hi")
+		}
+		post(400, "/rooms/a?type=%zz", "hi")
+		post(400, "/rooms/a", "hi", "Idempotency-Key: 1", "Idempotency-Key: 2")
+		post(400, "/rooms/a", "data=x&ttl=0", formKind)
+		post(400, "/rooms/a?ttl=1", "data=x&ttl=2", formKind)
+		post(400, "/rooms/a", "data=x&data=x", formKind)
+		post(400, "/rooms/a", "data=x&user=a&user=a", formKind)
+		post(400, "/rooms/a?user=ada", "data=x&user=bob", formKind)
+		post(400, "/rooms/a?type=x", "data=x&type=y", formKind)
+		post(400, "/rooms/a?user=ada", contrary, asContrary)
+		post(400, "/rooms/a/presence?user=ada", "state=away&user=bob", formKind)
+		post(400, "/rooms/a/presence?user=ada", "state=away&state=online", formKind)
+		post(400, "/rooms/a", twice, asTwice)
+		post(400, "/rooms/a", without, asWithout)
+		post(400, "/rooms/a", "data=x", "Content-Type: multipart/form-data")
+		post(400, "/rooms/a", "--x", "Content-Type: multipart/form-data; boundary=x")
+		post(400, "/rooms/a", "--x\r\nContent-Disposition: form-data; name=\"data\"; filename=\"f\"\r\n\r\nhi\r\n--x--\r\n", "Content-Type: multipart/form-data; boundary=x")
+
+		// Types, users, callbacks.
+		for _, kind := range append([]string{"a%20b", "a/b", "%00", "%C3%A9", "%3Cb%3E", strings.Repeat("x", 65)}, reservedTypes...) {
+			post(400, "/rooms/a?type="+kind, "hi")
+			post(400, "/rooms/a", "data=x&type="+kind, formKind)
+		}
+		for _, user := range []string{"%20", "%E2%80%AEeve", "eve%E2%80%8E", "a%D8%9Cb", "%E2%81%A6x%E2%81%A9", "a%E2%80%A8b", "%20eve", "eve+", "%C2%A0eve", "%E3%80%80", "%E2%80%8B", "%EF%BB%BF", "%E3%85%A4", "%E2%A0%80", "%FF", "%C3", "%00", "a%0Ab", "%C2%85", "%7F", strings.Repeat("x", 65), strings.Repeat("%C3%A9", 65)} {
+			post(400, "/rooms/a?user="+user, "hi")
+			post(400, "/rooms/a", "data=x&user="+user, formKind)
+			post(400, "/rooms/a/presence?user="+user, "online")
+			get(400, "/rooms/a/poll?user="+user, "/rooms/a/sse?user="+user, "/rooms/a/form?user="+user)
+		}
+		get(400, "/rooms/a/jsonp")
+		for _, f := range []string{"", "1a", "a%20b", "a-b", "a..b", ".a", "a.", ".", "a.1", "a[0]", "a(", "alert(1)//", "a;b", "%C3%A9", "a%0A", "%00", "a%E2%80%A8", "<script>", "a'", "a%22", "a%5Cu0041", strings.Repeat("x", 65), strings.Repeat("a.", 32) + "b"} {
+			get(400, "/rooms/a/jsonp?callback="+f)
+		}
+
+		// Bodies.
+		for _, text := range []string{"\xff", "hi \xc3\x28", "\xed\xa0\x80", "\xf5\x80\x80\x80", "hi\xc3"} {
+			post(400, "/rooms/a", text)
+			post(400, "/rooms/a", text, textKind)
+			post(400, "/rooms/a", `"`+text+`"`, jsonKind)
+			post(400, "/rooms/a", "data="+url.QueryEscape(text), formKind)
+		}
+		post(400, "/rooms/a", latin, asLatin)
+		for _, text := range []string{"", " ", "{", "[1,]", "{'a':1}", "nul", "True", "1 2", `"a`, `"a` + "\n" + `"`, "01", "+1", ".5", "NaN", "{\"a\":1}}", "hi", deep, deepObject, strings.Repeat("[", 60_000), strings.Repeat(`{"a":`, 10_000)} {
+			post(400, "/rooms/a", text, jsonKind)
+		}
+		// What some parsers take and others don't: half of a surrogate pair, numbers beyond a double, names twice.
+		for _, text := range []string{`"\ud800"`, `"\uDFFF"`, `"\ude00\ud83d"`, `"\ud800\ud800"`, `"\ud800x"`, `"\ud800\\udc00"`, `["x",{"\ud800":1}]`, "1e400", `{"n":-1e309}`, strings.Repeat("9", 400),
+			`{"a":1,"a":2}`, `{"a":1,"\u0061":2}`, `[{"b":{"a":[],"c":1 , "a" : 2}}]`, `{"":1,"":1}`} {
+			post(400, "/rooms/a", text, jsonKind)
+			post(400, "/rooms/a", text, "Content-Type: application/vnd.api+json")
+			post(400, "/rooms/a/presence?user=ada", `{"state":"online","x":`+text+"}", jsonKind)
+		}
+		post(400, "/rooms/a/presence?user=ada", `{"State":"online"}`, jsonKind)
+		for _, id := range []string{"-1", "x", "", "1.5", "+1", "9223372036854775808", "1&if=1"} {
+			post(400, "/rooms/a?if="+id, "hi")
+			post(400, "/rooms/a", "data=hi&if="+id, formKind)
+		}
+		post(400, "/rooms/a?if=1", "data=hi&if=2", formKind)
+		get(400, "/rooms/a/poll?lastEventId=x", "/rooms/a/sse?Last-Event-ID=-1", "/rooms/a/sse?lastEventId=1&lastEventId=2", "/rooms/a/sse?lastEventId=1&lastEventID=2")
+		get(400, "/rooms/a/stream?as=data", "/rooms/a/poll?as=data", "/rooms/a/html?as=data", "/rooms/a/refresh?as=data", "/rooms/a/iframe?as=data", "/rooms/a/longpoll?as=data", "/rooms/a/jsonp?callback=f&as=data", "/rooms/a/multipart?as=data")
+		get(400, "/rooms/a/sse?client="+strings.Repeat("x", 65), "/rooms/a/sse?client=a%20b", "/rooms/a/poll?client=a&client=b")
+		post(400, "/rooms/a/presence?user=ada&client=%3Cb%3E", "online")
+		post(413, "/rooms/a", strings.Repeat("x", 65_537))
+		post(413, "/rooms/a", strings.Repeat(" ", 65_537), jsonKind)
+		post(413, "/rooms/a/presence?user=ada", strings.Repeat(" ", 65_537))
+		for _, coding := range []string{"gzip", "br", "deflate", "x", "gzip, gzip"} {
+			post(415, "/rooms/a", "hi", "Content-Encoding: "+coding)
+			post(415, "/rooms/a/presence?user=ada", "online", "Content-Encoding: "+coding)
+		}
+		for _, charset := range []string{"iso-8859-1", "utf-16", "UTF-7"} {
+			post(415, "/rooms/a", "hi", textKind+"; charset="+charset)
+			post(415, "/rooms/a", `"hi"`, jsonKind+"; charset="+charset)
+			post(415, "/rooms/a", "data=x", formKind+"; charset="+charset)
+		}
+		for _, state := range []string{"", "dancing", "Online", "online offline", "{", "{}", `{"state":1}`, `{"state":"x"}`, `{"state":null}`, "\xff"} {
+			post(400, "/rooms/a/presence?user=ada", state)
+			post(400, "/rooms/a/presence?user=ada", state, jsonKind)
+		}
+		post(400, "/rooms/a/presence", "online")
+		post(400, "/rooms/a/presence?user=", "online")
+
+		// Methods.
+		for _, method := range []string{"PATCH", "GET", "HEAD", "FOO"} {
+			all = append(all, refusal{405, method, "/rooms/a", "hi", nil})
+		}
+		all = append(all, refusal{403, "DELETE", "/rooms/a", "", nil}, refusal{403, "GET", "/rooms", "", nil}, refusal{405, "POST", "/rooms", "hi", nil})
+		for _, method := range []string{"PUT", "DELETE", "PATCH"} {
+			all = append(all, refusal{405, method, "/rooms/a/presence?user=ada", "online", nil}, refusal{405, method, "/healthz", "", nil}, refusal{405, method, "/", "", nil})
+		}
+		all = append(all, refusal{405, "POST", "/", "", nil}, refusal{405, "POST", "/healthz", "", nil})
+
+		rooms := func() int {
+			b.relay.mu.Lock()
+			defer b.relay.mu.Unlock()
+			return len(b.relay.rooms) + b.relay.maxUsers
+		}
+		mark, before := b.relay.lastID.Load(), rooms()
+		for _, r := range all {
+			res, body := b.raw1(r.method, r.path, r.body, r.headers...)
+			name := fmt.Sprintf("%s %.100s %q %.100q", r.method, r.path, r.headers, r.body)
+			if res.StatusCode != r.status {
+				t.Errorf("%s: %s %s, want %d", name, res.Status, body, r.status)
+				continue
+			}
+			if r.method != "HEAD" && (!isError(body) || res.Header.Get("Content-Type") != "application/json; charset=utf-8") {
+				t.Errorf("%s: %s %s, want JSON with an error", name, res.Header.Get("Content-Type"), body)
+			}
+			if r.status == 405 && res.Header.Get("Allow") == "" {
+				t.Errorf("%s: no Allow", name)
+			}
+			if len(body) > 1000 {
+				t.Errorf("%s: the error has %d bytes", name, len(body))
+			}
+			if b.relay.lastID.Load() != mark || rooms() != before {
+				t.Fatalf("%s: something changed", name)
+			}
+		}
+		t.Logf("%d refusals", len(all))
+	})
+}
+
+// A ttl makes a signal, in the query or in a form.
+func TestATTLMakesASignal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		for i, ask := range [][]string{{"?ttl=5", "data=hi"}, {"", "data=hi&ttl=5"}, {"?ttl=5", "data=hi&ttl=5"}} {
+			b.do("POST", "/rooms/a"+ask[0], ask[1], formKind)
+			v := b.relay.rooms["a"].history.Load()
+			if len(v.messages) != 0 || len(v.signals) != i+1 || v.signals[i].expiresAt != v.signals[i].publishedAt+5000 {
+				t.Fatalf("%q made %d messages and %d signals", ask, len(v.messages), len(v.signals))
+			}
+		}
+	})
+}
+
+// What is just within the bounds is taken.
+func TestWithinBounds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBed(t, pipe)
+		var rooms []string
+		for i := range 32 {
+			rooms = append(rooms, fmt.Sprint("r", i))
+		}
+		for _, path := range []string{
+			"/rooms/" + strings.Join(rooms, ",") + "/poll",
+			"/rooms/" + strings.Repeat("x", 64) + "/poll",
+			"/rooms/a%2Cb/poll",
+			"/rooms/_stats/poll",
+			"/rooms/a/poll?after=0&last=0", "/rooms/a/poll?after=9223372036854775807", "/rooms/a/poll?last=2147483647", "/rooms/a/poll?after=&last=&user=&presence=",
+			"/rooms/a/poll?unknown=1&unknown=2", "/rooms/a/poll?presence=0", "/rooms/a/poll?presence=1",
+			"/rooms/a/longpoll?wait=0", "/rooms/a/longpoll?wait=55&after=0", "/rooms/a/refresh?wait=1", "/rooms/a/refresh?wait=55",
+			"/rooms/a/jsonp?wait=0&callback=" + strings.Repeat("x", 64), "/rooms/a/jsonp?wait=0&callback=$", "/rooms/a/jsonp?wait=0&callback=_.$1.a9",
+			"/rooms/a/poll?user=" + strings.Repeat("%C3%A9", 64),
+		} {
+			if res, body := b.raw1("GET", path, ""); res.StatusCode != 200 {
+				t.Errorf("%s: %s %s", path, res.Status, body)
+			}
+		}
+	})
+}
+
+// BenchmarkFrame measures the framing of one event into a buffer that has room.
+func BenchmarkFrame(b *testing.B) {
+	r := benchRelay(b)
+	events := openReader(b, r, "lobby", r.lastID.Load()-r.epoch-1, subscribeRequest{}).next(nil)
+	for _, t := range newTechniques() {
+		b.Run(t.name, func(b *testing.B) {
+			f := benchFraming(b, t)
+			buf := make([]byte, 0, 64<<10)
+			b.ReportAllocs()
+			for b.Loop() {
+				if len(f.encode(buf, 1, events...)) == 0 {
+					b.Fatal("nothing was framed")
+				}
+			}
+		})
+	}
+}
+
+func TestFramingAllocatesNothing(t *testing.T) {
+	r := benchRelay(t)
+	publishPost(t, r, publishRequest{room: "lobby", kind: "typing", from: "ada", ttl: time.Minute})
+	events := openReader(t, r, "lobby", r.lastID.Load()-r.epoch-2, subscribeRequest{}).next(nil)
+	if len(events) != 2 {
+		t.Fatalf("read %d events, want a message and a signal", len(events))
+	}
+	buf := make([]byte, 0, 64<<10)
+	for _, technique := range newTechniques() {
+		if technique.mode != streaming {
+			continue
+		}
+		f := benchFraming(t, technique)
+		for _, due := range [][]*event{events[:1], events[1:], events} {
+			if n := testing.AllocsPerRun(100, func() { f.encode(buf, 1, due...) }); n > 0 {
+				t.Errorf("framing %d events as %s is %v allocations, want none", len(due), technique.name, n)
+			}
+		}
+	}
+}
+
+// Accepted rooms are 1 to 32 different names, and to name them again gives the same.
+func FuzzRooms(f *testing.F) {
+	for _, seed := range []string{"", "lobby", "a,b", "a,,b", "a,a", "a%2Cb", "a%2Fb", "%00", "%", "%zz", "_stats", "A-Z.a:z_09", strings.Repeat("x", 65), strings.Repeat("x,", 33), "é", "%C3%A9", "a b", "a+b"} {
+		f.Add(seed)
+	}
+	name := regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,64}$`)
+	f.Fuzz(func(t *testing.T, path string) {
+		rooms, err := parseRooms(path)
+		if err != nil {
+			if fault, ok := err.(httpError); !ok || fault.status != 400 || !utf8.ValidString(fault.message) || len(fault.message) > 1000 {
+				t.Errorf("%q: %v, want a fault of 400", path, err)
+			}
+			return
+		}
+		if len(rooms) < 1 || len(rooms) > 32 || len(slices.Compact(slices.Sorted(slices.Values(rooms)))) != len(rooms) {
+			t.Errorf("%q: %q", path, rooms)
+		}
+		for _, r := range rooms {
+			if !name.MatchString(r) {
+				t.Errorf("%q: the room %q", path, r)
+			}
+		}
+		if again, err := parseRooms(strings.Join(rooms, ",")); err != nil || !slices.Equal(again, rooms) {
+			t.Errorf("%q: %q, and again %q %v", path, rooms, again, err)
+		}
+	})
+}
+
+// A number is accepted in one spelling, within its bounds, and read as it says.
+func FuzzNumber(f *testing.F) {
+	for _, seed := range []string{"0", "1", "-1", "+1", "007", "1e3", "0x10", "1_000", " 1", "1 ", "9223372036854775807", "9223372036854775808", "-9223372036854775808", "NaN", "٣", "", "1795351418000042"} {
+		f.Add(seed, int64(0), int64(1<<62))
+	}
+	f.Fuzz(func(t *testing.T, v string, low, high int64) {
+		if v == "" {
+			return // is none, see (*query).number
+		}
+		var q request
+		n := q.parseInt("after", v, low, high, -1)
+		if err := q.err; err != nil {
+			if !strings.Contains(err.Error(), "after") {
+				t.Errorf("%q: %v", v, err)
+			}
+			return
+		}
+		if n < low || n > high || !regexp.MustCompile(`^-?[0-9]+$`).MatchString(v) {
+			t.Errorf("%q: %d, want %d to %d", v, n, low, high)
+		}
+		if s := strconv.FormatInt(n, 10); s != strings.TrimPrefix(v, "-") && s != v && strings.TrimLeft(strings.TrimPrefix(v, "-"), "0") != strings.TrimLeft(strings.TrimPrefix(s, "-"), "0") {
+			t.Errorf("%q is read as %d", v, n)
+		}
+	})
+}
+
+// A request for any technique with any parameters is 200, or 4xx with a JSON error.
+func FuzzQuery(f *testing.F) {
+	for _, seed := range []string{"", "after=1&last=2&user=ada&presence=1", "after=-1", "after=1&after=1", "callback=a.b&wait=0", "callback=alert(1)//", "as=html", "as=svg&w=80&h=80", "wait=x", "%", "a;b", "user=%ff", "last=2147483648", "token=x"} {
+		for n := range uint8(3) {
+			f.Add(n, seed, "")
+			f.Add(n, seed, "7")
+		}
+	}
+	s := fuzzBed(f)
+	s.checkAndPublish(&permit{}, publishRequest{room: "a", kind: "message", data: []byte(`"hi"`)})
+	f.Fuzz(func(t *testing.T, n uint8, query, last string) {
+		answers := []string{"refresh", "poll", "jsonp"}
+		technique := answers[int(n)%len(answers)]
+		if technique == "jsonp" {
+			query += "&wait=0"
+		}
+		r := httptest.NewRequest("GET", "/rooms/a/"+technique, nil)
+		r.URL.RawQuery = query
+		if last != "" {
+			r.Header.Set("Last-Event-ID", last)
+		}
+		w := newRecorder()
+		s.ServeHTTP(w, r)
+		kind := w.Header().Get("Content-Type")
+		switch body := w.Body.String(); {
+		case w.Code == 303 && technique == "refresh": // a token goes into a cookie
+		case w.Code >= 400 && w.Code < 500:
+			if !isError(body) {
+				t.Errorf("%s?%s: %d %q", technique, query, w.Code, body)
+			}
+		case w.Code != 200:
+			t.Errorf("%s?%s: %d %q", technique, query, w.Code, body)
+		case technique == "poll":
+			var answer struct {
+				Cursor *int64
+				Events []json.RawMessage
+			}
+			if json.Unmarshal([]byte(body), &answer) != nil || answer.Cursor == nil {
+				t.Errorf("%s?%s: %q", technique, query, body)
+			}
+		case technique == "jsonp":
+			if !regexp.MustCompile(`^/\*\*/[A-Za-z_$][\w$]*(\.[A-Za-z_$][\w$]*)*\(\{"cursor":\d+,"events":\[.*\]\}\);\n$`).MatchString(body) || !strings.HasPrefix(kind, "application/javascript") {
+				t.Errorf("%s?%s: %q", technique, query, body)
+			}
+		case !strings.HasPrefix(kind, "text/html") || w.Header().Get("Refresh") == "0":
+			t.Errorf("%s?%s: %s %v", technique, query, kind, w.Header())
+		}
+	})
+}
+
+// A callback that is accepted is a name in ASCII and can't be anything else in a script.
+func FuzzCallback(f *testing.F) {
+	for _, seed := range []string{"f", "a.b.c", "$", "_", "$1", "1a", "", ".", "a.", ".a", "a..b", "a b", "a(", "a[0]", "é", "a\u2028", "a\x00", "alert(1)//", "</script>", strings.Repeat("x", 64), strings.Repeat("x", 65)} {
+		f.Add(seed)
+	}
+	safe := regexp.MustCompile(`^[A-Za-z_$][A-Za-z0-9_$]*(\.[A-Za-z_$][A-Za-z0-9_$]*)*$`)
+	f.Fuzz(func(t *testing.T, name string) {
+		if got, want := validCallback(name), safe.MatchString(name) && len(name) <= 64; got != want {
+			t.Errorf("%q: %v, want %v", name, got, want)
+		}
+	})
+}
+
+// safeEvent fails unless the JSON is one line that is safe in any framing.
+func safeEvent(t *testing.T, line string) {
+	t.Helper()
+	if !json.Valid([]byte(line)) || !utf8.ValidString(line) || strings.ContainsAny(line, "<>&\n\r\u2028\u2029\x00") {
+		t.Errorf("an event that is not one safe line of JSON: %q", line)
+	}
+}
+
+// newestEvent is what a poll says is the newest of a room.
+func newestEvent(t *testing.T, s *app, after int64) string {
+	t.Helper()
+	w := newRecorder()
+	s.ServeHTTP(w, httptest.NewRequest("GET", fmt.Sprint("/rooms/a,b/poll?after=", after), nil))
+	var answer struct{ Events []json.RawMessage }
+	if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || len(answer.Events) != 1 {
+		t.Fatalf("%v: %s, want one event", err, w.Body)
+	}
+	return string(answer.Events[0])
+}
+
+// What is published with any type of body is one event that reads back, or is
+// refused and changes nothing.
+func FuzzPublish(f *testing.F) {
+	parts, partsKind := formParts("data", "hi", "user", "ada")
+	for _, seed := range []struct{ kind, query, key, body string }{
+		{"text/plain", "", "", "hi </script> \u2028 <&>"},
+		{"", "user=ada&type=x&key=k&ttl=5", "k", "hi"},
+		{"application/json", "", "", `{"a":[1,2,{"b":"<\u2028"}]}`},
+		{"application/json", "", "", strings.Repeat("[", 65)},
+		{"application/json; charset=utf-16", "", "", `1`},
+		{"application/x-www-form-urlencoded", "", "", "data=a%26b&user=ada&type=t&key=k&then=form"},
+		{"application/x-www-form-urlencoded", "", "", "hi"},
+		{"application/x-www-form-urlencoded", "", "", "data=%ff&then=refresh"},
+		{strings.TrimPrefix(partsKind, "Content-Type: "), "", "", parts},
+		{"multipart/form-data; boundary=x", "", "", "--x\r\nContent-Disposition: form-data; name=\"data\"\r\n\r\nhi\r\n--x--\r\n"},
+		{"multipart/form-data; boundary=x", "", "", "--x\r\nContent-Disposition: form-data; name=\"data\"\r\nContent-Transfer-Encoding: base64\r\n\r\n\xff\r\n--x--\r\n"},
+		{"text/plain", "type=bye", "", ""},
+		{"text/plain", "user=%ff", "\x7f", "\xff"},
+	} {
+		f.Add(seed.kind, seed.query, seed.key, []byte(seed.body))
+	}
+	s := fuzzBed(f)
+	f.Fuzz(func(t *testing.T, kind, query, key string, body []byte) {
+		r := httptest.NewRequest("POST", "/rooms/a", bytes.NewReader(body))
+		r.URL.RawQuery = query
+		r.Header.Set("Content-Type", kind)
+		if key != "" {
+			r.Header.Set("Idempotency-Key", key)
+		}
+		before := s.relay.lastID.Load()
+		w := newRecorder()
+		s.ServeHTTP(w, r)
+		published := s.relay.lastID.Load() - before
+		var answer struct{ ID int64 }
+		json.Unmarshal(w.Body.Bytes(), &answer)
+		switch w.Code {
+		case 201:
+			if published != 1 || answer.ID != before+1 {
+				t.Errorf("201 %s, and %d were published behind %d", w.Body, published, before)
+			}
+		case 303:
+			to, err := url.Parse(w.Header().Get("Location"))
+			if err != nil || to.Host != "" || to.Scheme != "" || !slices.Contains([]string{"./a/form", "./a/refresh"}, to.Path) {
+				t.Errorf("303 to %q", w.Header().Get("Location"))
+			}
+			if published > 1 {
+				t.Errorf("303, and %d were published", published)
+			}
+		case 200:
+			if published != 0 || answer.ID > before || answer.ID <= 0 {
+				t.Errorf("200 %s, and %d were published behind %d", w.Body, published, before)
+			}
+		default:
+			if w.Code < 400 || w.Code > 499 || !isError(w.Body.String()) || published != 0 {
+				t.Errorf("%d %q, and %d were published", w.Code, w.Body, published)
+			}
+		}
+		if published != 1 {
+			return
+		}
+		line := newestEvent(t, s, before)
+		safeEvent(t, line)
+		var e struct {
+			ID   int64
+			Room string
+			Data json.RawMessage
+		}
+		if err := json.Unmarshal([]byte(line), &e); err != nil || e.ID != before+1 || e.Room != "a" {
+			t.Errorf("it reads back as %s", line)
+		}
+		var text string
+		if kind == "text/plain" && (json.Unmarshal(e.Data, &text) != nil || text != string(body)) {
+			t.Errorf("%q became %s", body, e.Data)
+		}
+		if kind == "application/json" {
+			var sent, got any
+			json.Unmarshal(body, &sent)
+			json.Unmarshal(e.Data, &got)
+			if fmt.Sprint(sent) != fmt.Sprint(got) {
+				t.Errorf("%s became %s", body, e.Data)
+			}
+		}
+	})
+}
+
+// A WebSocket frame publishes one safe event, or is answered with an error
+// and changes nothing.
+func FuzzFrame(f *testing.F) {
+	for _, seed := range []string{
+		"", "hi", "{", "{}", `{"data":1}`, `{"type":"message","room":"b","data":{"a":"</script>"},"key":"k","ttl":5}`, `{"type":"presence","data":"typing"}`,
+		`{"type":"bye"}`, `{"ttl":-1}`, `{"ttl":1e3}`, `{"room":null,"key":null,"ttl":null,"data":null}`, `{"TYPE":"x","Type":"y"}`, `{"data":` + strings.Repeat("[", 70), "\xff", "{\"data\":\"\xff\"}", `{"key":"` + strings.Repeat("k", 129) + `"}`,
+	} {
+		f.Add(true, false, []byte(seed))
+		f.Add(true, true, []byte(seed))
+		f.Add(false, false, []byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, text, two bool, frame []byte) {
+		synctest.Test(t, func(t *testing.T) { // where no lease ends, and is told, between a count and the next
+			checkFrame(t, text, two, frame)
+		})
+	})
+}
+
+// checkFrame is one case of FuzzFrame.
+func checkFrame(t *testing.T, text, two bool, frame []byte) {
+	s := fuzzBed(t)
+	q := &author{room: "a", user: "ada", permit: &permit{expiresAt: math.MaxInt64}}
+	if two {
+		q.room = ""
+	}
+	kind := websocket.MessageText
+	if !text {
+		kind = websocket.MessageBinary
+	}
+	before := s.relay.lastID.Load()
+	answer := s.handleMessage(q, kind, frame)
+	published := s.relay.lastID.Load() - before
+	if answer != nil {
+		safeEvent(t, string(answer.event().json))
+	}
+	switch {
+	case answer != nil && answer.Type == "error":
+		if published != 0 {
+			t.Errorf("%q: %s, and %d were published", frame, answer.event().json, published)
+		}
+		return
+	case answer != nil && answer.Type == "ack" && answer.event().id != 0:
+		if published > 1 || answer.event().id > before+1 || published == 1 && answer.event().id != before+1 {
+			t.Errorf("%q: %s, and %d were published behind %d", frame, answer.event().json, published, before)
+		}
+	case answer != nil && answer.Type != "ack":
+		t.Errorf("%q: %s", frame, answer.event().json)
+	}
+	if !text || !utf8.Valid(frame) {
+		t.Errorf("%q was taken", frame)
+	}
+	if published == 0 {
+		return
+	}
+	w := newRecorder()
+	s.ServeHTTP(w, httptest.NewRequest("GET", fmt.Sprint("/rooms/a,b/poll?presence=1&after=", before), nil))
+	var all struct {
+		Events []json.RawMessage
+	}
+	json.Unmarshal(w.Body.Bytes(), &all)
+	for _, e := range all.Events {
+		safeEvent(t, string(e))
+		if !bytes.HasPrefix(frame, []byte("{")) {
+			var said struct{ Data string }
+			if json.Unmarshal(e, &said) != nil || said.Data != string(frame) {
+				t.Errorf("%q became %s", frame, e)
+			}
+		}
+	}
+}
+
+func TestAFrameThatIsTooBigEndsItsSocket(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t, "-body", "100")
+		c, _ := h.socket("192.0.2.1", "/rooms/a/ws")
+		defer c.CloseNow()
+		if err := c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("x"), 100)); err != nil {
+			t.Fatal(err)
+		}
+		hearSocket(t, c, strings.Repeat("x", 100))
+		c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("y"), 101))
+		for {
+			_, b, err := c.Read(context.Background())
+			if err == nil && !strings.Contains(string(b), "yy") {
+				continue
+			}
+			if websocket.CloseStatus(err) != websocket.StatusMessageTooBig {
+				t.Errorf("%s %v, want the code 1009", b, err)
+			}
+			break
+		}
+	})
+}
+
+func TestAStreamIsSentAwayAtAJitteredAge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const age = 100 * time.Second
+		h := openHall(t, "-age", age.String(), "-beat", "15s")
+		start := time.Now()
+		var mu sync.Mutex
+		ends := map[time.Duration]int{}
+		var wg sync.WaitGroup
+		ended := func(name string) {
+			mu.Lock()
+			defer mu.Unlock()
+			d := time.Since(start)
+			if ends[d]++; d < age*9/10 || d > age+h.heartbeat/15 {
+				t.Errorf("%s ended after %v, want 90 to 100 s", name, d)
+			}
+		}
+		for i := range 40 {
+			tech := []string{"sse", "stream", "multipart", "iframe", "html"}[i%5]
+			wg.Go(func() {
+				r := h.open("192.0.2.1", "GET /rooms/a/"+tech, "")
+				defer r.stop()
+				if body := r.rest(); !strings.Contains(body, `"type":"bye","data":{"retry":`) && !strings.Contains(body, "this page comes back by itself") {
+					t.Errorf("%s ended without a bye:\n%s", tech, body)
+				}
+				ended(tech)
+			})
+		}
+		wg.Go(func() {
+			c, _ := h.socket("192.0.2.1", "/rooms/a/ws")
+			defer c.CloseNow()
+			hearSocket(t, c, `"type":"bye"`)
+			if _, _, err := c.Read(context.Background()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
+				t.Errorf("the socket closed with %v, want the code 1001", err)
+			}
+			ended("ws")
+		})
+		wg.Wait()
+		if len(ends) < 5 {
+			t.Errorf("they ended at %v; not all at once", ends)
+		}
+		if got := h.status("192.0.2.1", "GET /rooms/a/sse"); got != 200 {
+			t.Errorf("coming back: %d", got)
+		}
+	})
+}
+
+func TestWithoutAnAgeAStreamLasts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t)
+		r := h.open("192.0.2.1", "GET /rooms/a/stream", "")
+		defer r.stop()
+		r.until("hello")
+		go func() {
+			time.Sleep(12 * time.Hour)
+			h.ask("192.0.2.1", "POST /rooms/a", "still there?")
+		}()
+		r.until("still there?")
+	})
+}
+
+func TestOverHTTP2AStreamLasts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := openHall(t, "-h2c")
+		get := hallH2(h)
+		for _, tech := range []string{"sse", "stream", "multipart", "iframe", "html"} {
+			resp := get("/rooms/a/" + tech)
+			r := &hallReply{resp, t, bufio.NewReader(resp.Body), func() { resp.Body.Close() }}
+			read := make(chan struct{})
+			go func() {
+				defer close(read)
+				r.until("still there?")
+			}()
+			time.Sleep(3 * time.Minute)
+			h.ask("192.0.2.1", "POST /rooms/a", "still there?")
+			<-read
+			r.stop()
+		}
+	})
 }

@@ -1,3 +1,7 @@
+//go:build linux
+
+// HEADER
+
 package main
 
 import (

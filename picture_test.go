@@ -1,0 +1,72 @@
+// HEADER
+
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"time"
+)
+
+// multipart as=svg is a picture of the room: one at once, a new one when the
+// room has changed, ten a second at most, drawn while somebody looks.
+func TestPicture(t *testing.T) {
+	for _, network := range []string{pipe, pipe10, pipeH2} {
+		t.Run(network, func(t *testing.T) {
+			onNetwork(t, network, func(t *testing.T) {
+				b := newBed(t, network)
+				b.say("a", "early </text><script>")
+				start := time.Now()
+				e := b.listen(kindOf("multipart"), "a", "as=svg", "w=300", "h=200")
+				inNoTime(t, start)
+				_, boundary, _ := strings.Cut(e.res.Header.Get("Content-Type"), "boundary=")
+				mark := "\r\n--" + boundary + "\r\nContent-Type: image/svg+xml\r\n\r\n"
+				if err := e.until(io.Discard, mark[2:]); err != nil {
+					t.Fatal(err)
+				}
+				picture := func() string {
+					var b strings.Builder
+					if err := e.until(&b, mark); err != nil {
+						t.Fatal(err)
+					}
+					return strings.TrimLeft(b.String(), "\r\n")
+				}
+				first := picture()
+				inNoTime(t, start)
+				if len(first) < 1024 {
+					t.Errorf("the first picture has %d bytes; Chromium waits for 1024 before it shows one of another origin", len(first))
+				}
+				if !strings.HasPrefix(first, "<svg ") || !strings.Contains(first, `width="300" height="200"`) || !strings.Contains(first, "early") || strings.Contains(first, "<script") {
+					t.Errorf("the first picture is %s", first)
+				}
+				time.Sleep(time.Second)
+				start = time.Now()
+				b.say("a", "later")
+				if p := picture(); !strings.Contains(p, "later") {
+					t.Errorf("the second picture is %s", p)
+				}
+				inNoTime(t, start)
+				for i := range 100 { // in five seconds
+					time.Sleep(50 * time.Millisecond)
+					b.say("a", fmt.Sprint("n", i))
+				}
+				start = time.Now()
+				n := 1
+				for !strings.Contains(picture(), "n99") {
+					n++
+				}
+				if time.Since(start) > 100*time.Millisecond || n > 51 {
+					t.Errorf("%d pictures of a hundred messages in five seconds, the last after %v", n, time.Since(start))
+				}
+				e.close()
+				b.hangUp()
+				b.settle()
+				if b.idle(); len(b.pictures.renderers) != 0 {
+					t.Errorf("%d pictures are still drawn", len(b.pictures.renderers))
+				}
+			})
+		})
+	}
+}

@@ -1,0 +1,1493 @@
+// HEADER
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"html"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	mimemultipart "mime/multipart"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"net/url"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/coder/websocket"
+)
+
+// eventually waits for something to become so.
+func eventually(t testing.TB, within time.Duration, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(within); !is(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Errorf("not within %v: %s", within, what)
+			return
+		}
+	}
+}
+
+// The hall.
+
+type hall struct {
+	*app
+	t     testing.TB
+	conns chan net.Conn
+	shut  chan struct{}
+	close func()
+
+	mu      sync.Mutex // guards clients
+	clients map[string]*http.Transport
+}
+
+const hallHost = "relay.example"
+
+// openHall runs a relay with the flags args, set up as run does it. It is for
+// use in a synctest bubble.
+func openHall(t testing.TB, args ...string) *hall {
+	t.Helper()
+	c, err := parseFlags(args, func(string) string { return "" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := newApp(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := &hall{app: s, t: t, conns: make(chan net.Conn), shut: make(chan struct{}), clients: map[string]*http.Transport{}}
+	srv := s.http(c.h2c)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		serve(ctx, s, srv, s.limitListener(hallDoor{h}))
+	}()
+	h.close = sync.OnceFunc(func() {
+		cancel()
+		for _, c := range h.clients {
+			c.CloseIdleConnections()
+		}
+		<-done
+		time.Sleep(2 * lingerTimeout)
+		synctest.Wait()
+	})
+	t.Cleanup(h.close)
+	return h
+}
+
+// A hallDoor is the hall's net.Listener.
+type hallDoor struct{ h *hall }
+
+func (d hallDoor) Accept() (net.Conn, error) {
+	select {
+	case c := <-d.h.conns:
+		return c, nil
+	case <-d.h.shut:
+		return nil, net.ErrClosed
+	}
+}
+
+func (d hallDoor) Close() error   { close(d.h.shut); return nil }
+
+func (d hallDoor) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv6loopback, Port: 80} }
+
+// A hallPipe is the relay's end of a connection from some address.
+type hallPipe struct {
+	net.Conn
+	from net.Addr
+}
+
+func (p hallPipe) RemoteAddr() net.Addr { return p.from }
+
+// dial connects from an address.
+func (h *hall) dial(from string) (net.Conn, error) {
+	ours, theirs := net.Pipe()
+	addr := net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), uint16(1024+rand.IntN(60000))))
+	select {
+	case h.conns <- hallPipe{theirs, addr}:
+		return ours, nil
+	case <-h.shut:
+		return nil, errors.New("connection refused")
+	}
+}
+
+// client is what speaks HTTP from an address.
+func (h *hall) client(from string) *http.Client {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	c := h.clients[from]
+	if c == nil {
+		c = &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return h.dial(from) }}
+		h.clients[from] = c
+	}
+	return &http.Client{Transport: c, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+}
+
+// A hallReply is an answer whose body may still be coming.
+type hallReply struct {
+	*http.Response
+	t    testing.TB
+	r    *bufio.Reader
+	stop context.CancelFunc
+}
+
+// open asks from an address: "GET /rooms/a/sse", with headers such as
+// "Origin: https://a.example", and reads no more than the head of the answer.
+func (h *hall) open(from, what, body string, headers ...string) *hallReply {
+	h.t.Helper()
+	method, path, _ := strings.Cut(what, " ")
+	ctx, cancel := context.WithTimeout(context.Background(), 24*time.Hour)
+	var in io.Reader
+	if method != "GET" && method != "HEAD" {
+		in = strings.NewReader(body)
+	}
+	r, err := http.NewRequestWithContext(ctx, method, "http://"+hallHost+path, in)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for _, line := range headers {
+		name, value, _ := strings.Cut(line, ": ")
+		if name == "Host" {
+			r.Host = value
+			continue
+		}
+		r.Header.Add(name, value)
+	}
+	resp, err := h.client(from).Do(r)
+	if err != nil {
+		h.t.Fatalf("%s from %s: %v", what, from, err)
+	}
+	return &hallReply{resp, h.t, bufio.NewReader(resp.Body), func() { cancel(); resp.Body.Close() }}
+}
+
+// ask reads the whole answer.
+func (h *hall) ask(from, what, body string, headers ...string) (*hallReply, string) {
+	h.t.Helper()
+	r := h.open(from, what, body, headers...)
+	defer r.stop()
+	return r, r.rest()
+}
+
+// rest is the body from here to its end.
+func (r *hallReply) rest() string {
+	r.t.Helper()
+	b, err := io.ReadAll(r.r)
+	if err != nil {
+		r.t.Fatalf("the answer broke off: %v", err)
+	}
+	return string(b)
+}
+
+// until reads to the line that contains want, and returns it.
+func (r *hallReply) until(want string) string {
+	r.t.Helper()
+	for {
+		line, err := r.r.ReadString('\n')
+		if strings.Contains(line, want) {
+			return line
+		}
+		if err != nil {
+			r.t.Fatalf("the answer ended before it said %s: %v", want, err)
+		}
+	}
+}
+
+// socket opens a WebSocket, or returns the status it was refused with.
+func (h *hall) socket(from, path string, headers ...string) (*websocket.Conn, int) {
+	h.t.Helper()
+	o := &websocket.DialOptions{HTTPClient: h.client(from), HTTPHeader: http.Header{}}
+	for _, line := range headers {
+		name, value, _ := strings.Cut(line, ": ")
+		if name == "Host" {
+			o.Host = value
+			continue
+		}
+		o.HTTPHeader.Add(name, value)
+	}
+	c, resp, err := websocket.Dial(context.Background(), "ws://"+hallHost+path, o)
+	if resp == nil {
+		h.t.Fatalf("%s from %s: %v", path, from, err)
+	}
+	if err != nil {
+		resp.Body.Close()
+	}
+	return c, resp.StatusCode
+}
+
+// hearSocket reads a WebSocket until a frame contains want, and returns that.
+func hearSocket(t testing.TB, c *websocket.Conn, want string) string {
+	t.Helper()
+	for {
+		_, b, err := c.Read(context.Background())
+		if err != nil {
+			t.Fatalf("the socket closed before it said %s: %v", want, err)
+		}
+		if strings.Contains(string(b), want) {
+			return string(b)
+		}
+	}
+}
+
+// tellSocket writes to a WebSocket and returns the answer to it.
+func tellSocket(t testing.TB, c *websocket.Conn, frame string) string {
+	t.Helper()
+	if err := c.Write(context.Background(), websocket.MessageText, []byte(frame)); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		b := hearSocket(t, c, "")
+		if strings.Contains(b, `"type":"ack"`) || strings.Contains(b, `"type":"error"`) {
+			return b
+		}
+	}
+}
+
+// metric is a line's value in /metrics.
+func (h *hall) metric(name string) float64 {
+	h.t.Helper()
+	w := httptest.NewRecorder()
+	h.stats.metrics(w)
+	return metricOf(h.t, w.Body.String(), name)
+}
+
+func metricOf(t testing.TB, text, name string) (value float64) {
+	t.Helper()
+	_, rest, ok := strings.Cut(text, "\ncometes_"+name+" ")
+	if _, err := fmt.Sscan(rest, &value); !ok || err != nil {
+		t.Fatalf("there is no metric %s", name)
+	}
+	return value
+}
+
+// refusals is how often there was a refusal for the reason.
+func (h *hall) refusals(reason string) int {
+	return int(h.metric(fmt.Sprintf("refused_total{reason=%q}", reason)))
+}
+
+// status asks, by a WebSocket if it is one, and returns the answer's status.
+// It is 200 for all that is well.
+func (h *hall) status(from, what string, headers ...string) int {
+	h.t.Helper()
+	code := 0
+	if strings.Contains(what, "/ws") {
+		c, status := h.socket(from, strings.TrimPrefix(what, "GET "), headers...)
+		if c != nil {
+			c.CloseNow()
+		}
+		code = status
+	} else {
+		r := h.open(from, what, bodyFor(what), headers...)
+		r.stop()
+		code = r.StatusCode
+	}
+	switch code {
+	case http.StatusCreated, http.StatusSwitchingProtocols:
+		return http.StatusOK
+	}
+	return code
+}
+
+// hallH2 asks by HTTP/2 without TLS.
+func hallH2(h *hall) func(path string) *http.Response {
+	tr := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return h.dial("192.0.2.1") }}
+	tr.Protocols = new(http.Protocols)
+	tr.Protocols.SetUnencryptedHTTP2(true)
+	h.clients["h2"] = tr
+	return func(path string) *http.Response {
+		resp, err := tr.RoundTrip(httptest.NewRequest("GET", "http://"+hallHost+path, nil).WithContext(context.Background()))
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		return resp
+	}
+}
+
+// syncedLog is a log that may be written by many.
+type syncedLog struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *syncedLog) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(b)
+}
+
+func (l *syncedLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+const (
+	formKind = "Content-Type: application/x-www-form-urlencoded"
+	jsonKind = "Content-Type: application/json"
+	textKind = "Content-Type: text/plain"
+)
+
+// newest is the newest event of a room, without id and time.
+func (b *testbed) newest(room string) string {
+	b.t.Helper()
+	_, body := b.do("GET", "/rooms/"+room+"/poll?last=1", "")
+	var answer struct{ Events []map[string]any }
+	if err := json.Unmarshal([]byte(body), &answer); err != nil || len(answer.Events) != 1 {
+		b.t.Fatalf("%v: %s", err, body)
+	}
+	e := answer.Events[0]
+	for _, name := range []string{"id", "time", "room"} {
+		if e[name] == nil {
+			b.t.Errorf("no %s: %s", name, body)
+		}
+		delete(e, name)
+	}
+	line, _ := json.Marshal(e)
+	return string(line)
+}
+
+// formParts is a multipart form, and its content type.
+func formParts(fields ...string) (body, kind string) {
+	var b bytes.Buffer
+	w := mimemultipart.NewWriter(&b)
+	for i := 0; i < len(fields); i += 2 {
+		w.WriteField(fields[i], fields[i+1])
+	}
+	w.Close()
+	return b.String(), "Content-Type: " + w.FormDataContentType()
+}
+
+// raw1 makes a request with a path that a client might not send as it is.
+func (b *testbed) raw1(method, path, body string, headers ...string) (*http.Response, string) {
+	b.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // if it should be a stream
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, b.url, strings.NewReader(body))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	req.URL.Opaque = "//cometes.test" + path
+	if p, q, ok := strings.Cut(path, "?"); ok {
+		req.URL.Opaque, req.URL.RawQuery = "//cometes.test"+p, q
+	}
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		req.Header.Add(name, value)
+	}
+	res, err := b.client.Do(req)
+	if err != nil {
+		b.t.Fatalf("%s %s: %v", method, path, err)
+	}
+	defer res.Body.Close()
+	answer, _ := io.ReadAll(res.Body)
+	return res, string(answer)
+}
+
+// benchFraming is a technique's framing for a usual query.
+func benchFraming(tb testing.TB, t *technique) encoder {
+	q := &request{rooms: []string{"lobby"}, user: "ada", permit: &permit{}, values: url.Values{"callback": {"comet.told"}}}
+	defer func() {
+		if q.err != nil {
+			tb.Fatal(q.err)
+		}
+	}()
+	return t.encoder(newServer(newRelay(defaultLimits)), q)
+}
+
+// fuzzBed is a server that does not listen.
+func fuzzBed(t testing.TB) *app {
+	c, err := parseFlags(nil, func(string) string { return "" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.roomRate, c.rate = 1e12, 1e12
+	s, err := newApp(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// rawSocket opens a WebSocket of which the test writes every byte.
+func rawSocket(t *testing.T, h *hall, path string) net.Conn {
+	t.Helper()
+	c, err := h.dial("192.0.2.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", path)
+	for head := ""; !strings.HasSuffix(head, "\r\n\r\n"); {
+		var b [1]byte
+		if _, err := c.Read(b[:]); err != nil {
+			t.Fatalf("%v after %q", err, head)
+		}
+		head += string(b[:])
+	}
+	return c
+}
+
+// maskedFrame is a text frame of a client.
+func maskedFrame(opcode byte, text string) []byte {
+	b := []byte{0x80 | opcode, 0x80 | byte(len(text))}
+	if len(text) > 125 {
+		b = binary.BigEndian.AppendUint16([]byte{0x80 | opcode, 0x80 | 126}, uint16(len(text)))
+	}
+	return append(append(b, 0, 0, 0, 0), text...)
+}
+
+// A recorder is an answer without a connection.
+type recorder struct{ *httptest.ResponseRecorder }
+
+func newRecorder() recorder { return recorder{httptest.NewRecorder()} }
+
+func (recorder) SetReadDeadline(time.Time) error  { return nil }
+
+func (recorder) SetWriteDeadline(time.Time) error { return nil }
+
+// A testbed is a relay that serves, with the connections made to it.
+type testbed struct {
+	*app
+	t       testing.TB
+	network string
+	tattle  bool   // that a client left while something was written to it
+	url     string // http://cometes.test
+	client  *http.Client
+	dial    func(context.Context) (net.Conn, error)
+	stop    context.CancelFunc // what SIGTERM does
+	served  chan error         // what serve returned, once
+
+	mu    sync.Mutex
+	conns []net.Conn
+}
+
+// The networks of a testbed. All but tcp are in memory, for bubbles.
+const (
+	pipe   = "pipe"    // HTTP/1.1 over net.Pipe: a client that does not read has no buffer
+	pipe10 = "pipe1.0" // HTTP/1.0, which nginx speaks to what is behind it unless told otherwise
+	pipeH2 = "pipeH2"  // HTTP/2 without TLS
+	tcp    = "tcp"     // HTTP/1.1 over loopback, sockets of the kernel
+)
+
+// techniques are those of every server.
+var techniques = newTechniques()
+
+func newBed(t testing.TB, network string, tune ...func(*config)) *testbed {
+	t.Helper()
+	c, err := parseFlags(nil, func(string) string { return "" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, change := range tune {
+		change(&c)
+	}
+	s, err := newApp(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := slog.Default()
+	b := &testbed{app: s, t: t, network: network, url: "http://cometes.test", served: make(chan error, 1)}
+	slog.SetDefault(slog.New(tattler{b}))
+	var listener net.Listener
+	if network == tcp {
+		listener, err = net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.url = "http://" + listener.Addr().String()
+		b.dial = func(ctx context.Context) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", listener.Addr().String())
+		}
+	} else {
+		l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		listener, b.dial = l, l.dial
+	}
+	plain := b.dial
+	b.dial = func(ctx context.Context) (net.Conn, error) {
+		conn, err := plain(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if network == pipe10 {
+			conn = &oldConn{Conn: conn}
+		}
+		b.mu.Lock()
+		b.conns = append(b.conns, conn)
+		b.mu.Unlock()
+		return conn, nil
+	}
+	srv := s.http(false)
+	if network == pipeH2 {
+		srv.Protocols = new(http.Protocols)
+		srv.Protocols.SetHTTP1(true)
+		srv.Protocols.SetUnencryptedHTTP2(true)
+	}
+	b.client = b.newClient(b.dial, network == pipeH2)
+	var ctx context.Context
+	ctx, b.stop = context.WithCancel(context.Background())
+	go func() { b.served <- serve(ctx, s, srv, listener) }()
+
+	t.Cleanup(func() {
+		b.hangUp()
+		b.settle()
+		b.stop()
+		if err := <-b.served; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+		b.idle()
+		slog.SetDefault(before)
+	})
+	return b
+}
+
+func (b *testbed) newClient(dial func(context.Context) (net.Conn, error), h2 bool) *http.Client {
+	p := new(http.Protocols)
+	p.SetHTTP1(!h2)
+	p.SetUnencryptedHTTP2(h2)
+	return &http.Client{
+		Transport: &http.Transport{
+			DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+			DisableCompression: true,
+			Protocols:          p,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// hangUp closes every connection at the client's end.
+func (b *testbed) hangUp() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, conn := range b.conns {
+		conn.Close()
+	}
+	b.conns = nil
+	b.client.CloseIdleConnections()
+}
+
+// settle waits until everybody waits for somebody; over sockets, where that
+// can't be known, until those who left are gone.
+func (b *testbed) settle() {
+	b.mu.Lock()
+	left := len(b.conns) == 0
+	b.mu.Unlock()
+	if b.network != tcp {
+		synctest.Wait()
+	} else if left {
+		b.until(func() bool { return b.readers() == 0 && b.active() == 0 })
+	}
+}
+
+// until waits for what will be, and reports whether it is.
+func (b *testbed) until(is func() bool) bool {
+	if b.network != tcp {
+		synctest.Wait()
+		return is()
+	}
+	for end := time.Now().Add(10 * time.Second); !is(); runtime.Gosched() {
+		if time.Now().After(end) {
+			return false
+		}
+	}
+	return true
+}
+
+// idle fails unless nobody is subscribed, which every test has to end with.
+func (b *testbed) idle() {
+	b.t.Helper()
+	if n := b.active(); n != 0 {
+		b.t.Errorf("%d streams are still counted", n)
+	}
+	if n := b.readers(); n != 0 {
+		b.t.Errorf("%d readers are still subscribed", n)
+	}
+}
+
+func (b *testbed) readers() int {
+	b.relay.mu.Lock()
+	defer b.relay.mu.Unlock()
+	n := 0
+	for _, rm := range b.relay.rooms {
+		rm.mu.Lock()
+		n += len(rm.subscriptions)
+		rm.mu.Unlock()
+	}
+	return n
+}
+
+// A tattler is a log that fails the test for what should not have to be logged.
+type tattler struct{ b *testbed }
+
+func (l tattler) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
+
+func (l tattler) WithAttrs([]slog.Attr) slog.Handler               { return l }
+
+func (l tattler) WithGroup(string) slog.Handler                    { return l }
+
+func (l tattler) Handle(_ context.Context, r slog.Record) error {
+	attrs := ""
+	r.Attrs(func(a slog.Attr) bool { attrs += " " + a.String(); return true })
+	for _, left := range []string{"client disconnected", "closed pipe", "connection reset", "broken pipe"} {
+		if strings.Contains(attrs, left) && !l.b.tattle {
+			return nil // TestLeavingIsNoError
+		}
+	}
+	l.b.t.Errorf("logged: %s%s", r.Message, attrs)
+	return nil
+}
+
+// A pipeListener is a network in memory.
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Name: "memory"} }
+
+func (l *pipeListener) dial(ctx context.Context) (net.Conn, error) {
+	here, there := net.Pipe()
+	select {
+	case l.conns <- there:
+		return here, nil
+	case <-l.closed:
+		return nil, syscall.ECONNREFUSED
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// An oldConn says HTTP/1.0 where its client says HTTP/1.1.
+type oldConn struct{ net.Conn }
+
+func (c *oldConn) Write(b []byte) (int, error) {
+	n := len(b)
+	if _, err := c.Conn.Write(bytes.Replace(b, []byte(" HTTP/1.1\r\n"), []byte(" HTTP/1.0\r\n"), 1)); err != nil {
+		return 0, err
+	}
+	return n, nil
+}
+
+// do makes a request and reads the whole answer. Headers are "Name: value".
+func (b *testbed) do(method, path, body string, headers ...string) (*http.Response, string) {
+	b.t.Helper()
+	req, err := http.NewRequest(method, b.url+path, strings.NewReader(body))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		req.Header.Add(name, value)
+	}
+	if host := req.Header.Get("Host"); host != "" {
+		req.Host = host
+		req.Header.Del("Host")
+	}
+	res, err := b.client.Do(req)
+	if err != nil {
+		b.t.Fatalf("%s %s: %v", method, path, err)
+	}
+	defer res.Body.Close()
+	answer, err := io.ReadAll(res.Body)
+	if err != nil {
+		b.t.Fatalf("%s %s: %v", method, path, err)
+	}
+	return res, string(answer)
+}
+
+// publish posts text to a room, "lobby" or "lobby?type=typing", and returns the id.
+func (b *testbed) say(room, text string) int64 {
+	b.t.Helper()
+	res, body := b.do("POST", "/rooms/"+room, text)
+	var answer struct{ ID int64 }
+	if err := json.Unmarshal([]byte(body), &answer); err != nil || res.StatusCode != 201 {
+		b.t.Fatalf("publish to %s: %d %s", room, res.StatusCode, body)
+	}
+	return answer.ID
+}
+
+// A heard is one thing that a technique said, taken apart.
+type heard struct {
+	kind string // the event's type; beat is a heartbeat
+	id   int64
+	room string
+	from string
+	data string // JSON, of events for programs
+	json string // all of the event, byte for byte
+	text string // the data, as people read it
+}
+
+func (h heard) String() string { return strings.TrimRight(h.kind+" "+h.text, " ") }
+
+// An earKind is one way to listen: a technique, and its mirror here.
+type earKind struct {
+	name, technique, query string
+	mime                   string // a regular expression
+	people                 bool   // for people, who don't read JSON
+	hear                   func(*ear) error
+}
+
+var earKinds = []earKind{
+	{"refresh", "refresh", "", `text/html; charset=utf-8`, true, (*ear).hearRefresh},
+	{"multipart", "multipart", "", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, false, (*ear).hearMultipart},
+	{"multipart-text", "multipart", "as=text", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, true, (*ear).hearMultipart},
+	{"multipart-html", "multipart", "as=html&last=0", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, true, (*ear).hearMultipart},
+	{"html", "html", "last=0", `text/html; charset=utf-8`, true, (*ear).hearHTML},
+	{"poll", "poll", "", `application/json; charset=utf-8`, false, (*ear).hearAnswer},
+	{"iframe", "iframe", "", `text/html; charset=utf-8`, false, (*ear).hearIframe},
+	{"longpoll", "longpoll", "wait=0", `application/json; charset=utf-8`, false, (*ear).hearAnswer},
+	{"jsonp", "jsonp", "wait=0&callback=my.$cb_1", `application/javascript; charset=utf-8`, false, (*ear).hearAnswer},
+	{"stream", "stream", "", `application/x-ndjson; charset=utf-8`, false, (*ear).hearLine},
+	{"sse", "sse", "", `text/event-stream; charset=utf-8`, false, (*ear).hearSSE},
+	{"ws", "ws", "", ``, false, (*ear).hearWebSocket},
+}
+
+func (k earKind) streams() bool {
+	return !slices.Contains([]string{"refresh", "poll", "longpoll", "jsonp"}, k.technique)
+}
+
+func kindOf(name string) earKind {
+	return earKinds[slices.IndexFunc(earKinds, func(k earKind) bool { return k.name == name })]
+}
+
+// An ear listens by one technique. A stream is asked once; for the others the
+// ear asks again whenever it is asked, with the cursor it was given.
+type ear struct {
+	earKind
+	*testbed
+	ctx    context.Context
+	client *http.Client
+	path   string // with what to ask for first
+	header http.Header
+	begun  bool
+	after  int64 // the cursor of the last answer
+	due    []heard
+
+	res      *http.Response
+	body     *bufio.Reader
+	conn     *websocket.Conn
+	boundary string
+	retry    string          // of sse
+	seen     map[string]bool // lines of pages that come anew
+}
+
+// A garbled error is an answer that its technique does not allow.
+type garbled struct{ error }
+
+func garble(format string, args ...any) error { return garbled{fmt.Errorf(format, args...)} }
+
+// listen begins to listen. What to ask for is "after=5", or as a header
+// "Last-Event-ID: 5". A test that waits for more than an hour fails.
+func (b *testbed) listen(k earKind, rooms string, ask ...string) *ear {
+	b.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
+	b.t.Cleanup(cancel)
+	e, err := b.tryListen(ctx, b.client, k, rooms, ask...)
+	if err != nil {
+		b.t.Fatalf("%s: %v", k.name, err)
+	}
+	return e
+}
+
+func (b *testbed) tryListen(ctx context.Context, client *http.Client, k earKind, rooms string, ask ...string) (*ear, error) {
+	e := &ear{earKind: k, testbed: b, ctx: ctx, client: client, header: http.Header{}, after: -1, seen: map[string]bool{}}
+	q, _ := url.ParseQuery(k.query)
+	for _, a := range ask {
+		if name, value, ok := strings.Cut(a, ": "); ok {
+			e.header.Add(name, value)
+		} else {
+			name, value, _ := strings.Cut(a, "=")
+			q.Set(name, value)
+		}
+	}
+	if k.name == "refresh" && !q.Has("after") && !q.Has("last") && e.header.Get("Last-Event-ID") == "" {
+		q.Set("after", fmt.Sprint(b.relay.lastID.Load()))
+	}
+	e.path = "/rooms/" + rooms + "/" + k.technique + "?" + q.Encode()
+	if !k.streams() {
+		return e, nil
+	}
+	if k.technique == "ws" {
+		conn, _, err := websocket.Dial(ctx, "ws"+strings.TrimPrefix(b.url, "http")+e.path, &websocket.DialOptions{HTTPClient: client, HTTPHeader: e.header})
+		if err != nil {
+			return nil, err
+		}
+		conn.SetReadLimit(1 << 20)
+		e.conn = conn
+		return e, nil
+	}
+	res, err := e.ask(e.path)
+	if err != nil {
+		return nil, err
+	}
+	e.res, e.body = res, bufio.NewReader(res.Body)
+	return e, nil
+}
+
+func (e *ear) ask(path string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(e.ctx, "GET", e.url+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header = e.header
+	res, err := e.client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if res.StatusCode != 200 {
+		body, _ := io.ReadAll(res.Body)
+		res.Body.Close()
+		return nil, garble("%s: %s %s", path, res.Status, body)
+	}
+	return res, nil
+}
+
+// close leaves.
+func (e *ear) close() {
+	if e.res != nil {
+		e.res.Body.Close()
+	}
+	if e.conn != nil {
+		e.conn.CloseNow()
+	}
+}
+
+// hears returns what is heard next.
+func (e *ear) hears() (heard, error) {
+	for len(e.due) == 0 {
+		if err := e.hear(e); err != nil {
+			return heard{}, err
+		}
+	}
+	h := e.due[0]
+	e.due = e.due[1:]
+	return h, nil
+}
+
+func (e *ear) next() heard {
+	e.t.Helper()
+	h, err := e.hears()
+	if err != nil {
+		e.t.Fatalf("%s: %v", e.name, err)
+	}
+	return h
+}
+
+// begin passes over the hello of a stream; what only asks asks once, to get a
+// cursor.
+func (e *ear) begin() *ear {
+	e.t.Helper()
+	if e.streams() {
+		if h := e.next(); h.kind != "hello" {
+			e.t.Fatalf("%s began with %v, want hello", e.name, h)
+		}
+	} else {
+		e.expect("beat")
+	}
+	return e
+}
+
+// expect hears exactly what is wanted, each as "type text".
+func (e *ear) expect(want ...string) (got []heard) {
+	e.t.Helper()
+	for i, w := range want {
+		h := e.next()
+		if h.String() != w {
+			e.t.Fatalf("%s heard %q in place %d, want %q", e.name, h, i, w)
+		}
+		got = append(got, h)
+	}
+	return got
+}
+
+// ends fails unless the stream ends here, in the way that its technique ends well.
+func (e *ear) ends() {
+	e.t.Helper()
+	h, err := e.hears()
+	switch {
+	case err == nil:
+		e.t.Fatalf("%s heard %v, want the end", e.name, h)
+	case e.conn != nil && websocket.CloseStatus(err) != websocket.StatusGoingAway:
+		e.t.Fatalf("ws ended with %v, want 1001", err)
+	case e.conn == nil && err != io.EOF:
+		e.t.Fatalf("%s ended with %v, want EOF", e.name, err)
+	}
+}
+
+func (e *ear) add(h heard) { e.due = append(e.due, h) }
+
+// addJSON adds an event, which is one line of JSON that is safe in a script.
+func (e *ear) addJSON(line string) error {
+	if strings.ContainsAny(line, "\n\r<>&\u2028\u2029") || !json.Valid([]byte(line)) {
+		return garble("an event that is not one line of safe JSON: %q", line)
+	}
+	var ev struct {
+		ID               int64
+		Type, Room, From string
+		Data             json.RawMessage
+	}
+	if err := json.Unmarshal([]byte(line), &ev); err != nil {
+		return garble("%v: %q", err, line)
+	}
+	h := heard{ev.Type, ev.ID, ev.Room, ev.From, string(ev.Data), line, ""}
+	if json.Unmarshal(ev.Data, &h.text) != nil && ev.Type != "hello" && ev.Type != "gap" && ev.Type != "bye" {
+		h.text = h.data
+	}
+	e.add(h)
+	return nil
+}
+
+func (e *ear) line() (string, error) {
+	s, err := e.body.ReadString('\n')
+	if err == io.EOF && s != "" {
+		err = io.ErrUnexpectedEOF
+	}
+	return strings.TrimSuffix(s, "\n"), err
+}
+
+// stream: a line an event, an empty one a heartbeat.
+func (e *ear) hearLine() error {
+	line, err := e.line()
+	if err != nil {
+		return err
+	}
+	if line == "" {
+		e.add(heard{kind: "beat"})
+		return nil
+	}
+	return e.addJSON(line)
+}
+
+// sse: fields up to an empty line.
+func (e *ear) hearSSE() error {
+	fields := map[string]string{}
+	for {
+		line, err := e.line()
+		if err != nil {
+			return err
+		}
+		if line == "" {
+			break
+		}
+		name, value, ok := strings.Cut(line, ":")
+		if _, twice := fields[name]; !ok || twice || !slices.Contains([]string{"id", "event", "data", "retry"}, name) {
+			return garble("sse: %q", line)
+		}
+		fields[name] = strings.TrimPrefix(value, " ")
+	}
+	data := fields["data"]
+	if data == `{"type":"beat"}` && fields["event"] == "beat" && len(fields) == 2 {
+		e.add(heard{kind: "beat"})
+		return nil
+	}
+	if retry, ok := fields["retry"]; ok { // in the first block, and not in one of its own, which some clients take for an event
+		if e.retry != "" || data == "" {
+			return garble("sse: retry in %q", fields)
+		}
+		e.retry = retry
+	}
+	if err := e.addJSON(data); err != nil {
+		return err
+	}
+	h := e.due[len(e.due)-1]
+	id := ""
+	if h.id != 0 || h.kind == "hello" {
+		id = fmt.Sprint(h.id)
+	}
+	if fields["id"] != id || fields["event"] != strings.TrimPrefix(h.kind, "message") {
+		return garble("sse: the fields %q do not fit %s", fields, h.json)
+	}
+	return nil
+}
+
+// multipart: a part an event, and at once the next boundary and the next
+// part's headers. An empty line before a part's content is a heartbeat.
+func (e *ear) hearMultipart() error {
+	mime := map[string]string{"multipart": "application/json", "multipart-text": "text/plain", "multipart-html": "text/html"}[e.name]
+	if e.boundary == "" {
+		_, params, ok := strings.Cut(e.res.Header.Get("Content-Type"), "boundary=")
+		if !ok {
+			return garble("multipart without a boundary")
+		}
+		e.boundary = "\r\n--" + params + "\r\nContent-Type: " + mime + "; charset=utf-8\r\n\r\n"
+		if err := e.until(io.Discard, e.boundary[2:]); err != nil {
+			return err
+		}
+	}
+	first, err := e.body.Peek(1)
+	if err != nil {
+		return err
+	}
+	if first[0] == '\r' {
+		if b, err := io.ReadAll(io.LimitReader(e.body, 2)); err != nil || string(b) != "\r\n" {
+			return garble("multipart: a heartbeat that is %q", b)
+		}
+		e.add(heard{kind: "beat"})
+		return nil
+	}
+	var part strings.Builder
+	if err := e.until(&part, e.boundary); err != nil {
+		return err
+	}
+	switch e.name {
+	case "multipart":
+		return e.addJSON(part.String())
+	case "multipart-html":
+		if !e.begun {
+			e.begun = true
+			e.add(heard{kind: "hello"})
+		}
+		return e.addPage(part.String())
+	}
+	line, ok := strings.CutSuffix(part.String(), "\n")
+	if !ok || strings.Contains(line, "\n") {
+		return garble("multipart: not a line of text: %q", part.String())
+	}
+	who, text, said := strings.Cut(line, ": ")
+	kind, rest, _ := strings.Cut(line, " ")
+	switch {
+	case line == "Connected.":
+		e.add(heard{kind: "hello"})
+	case kind == "gap" || kind == "bye":
+		e.add(heard{kind: kind})
+	case strings.HasPrefix(rest, " ") || kind == "presence":
+		_, text, _ := strings.Cut(rest, " ")
+		e.add(heard{kind: kind, text: text})
+	case said:
+		e.add(heard{kind: "message", from: who, text: text})
+	default:
+		e.add(heard{kind: "message", text: line})
+	}
+	return nil
+}
+
+// until copies the body up to and without the mark, which must be all there is.
+func (e *ear) until(w io.Writer, mark string) error {
+	var b []byte
+	for !bytes.HasSuffix(b, []byte(mark)) {
+		c, err := e.body.ReadByte()
+		if err == io.EOF && len(b) > 0 {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return err
+		}
+		b = append(b, c)
+	}
+	w.Write(b[:len(b)-len(mark)])
+	return nil
+}
+
+// iframe: a script an event, which tells the page around. Every script has
+// the nonce that the policy names.
+func (e *ear) hearIframe() error {
+	policy := e.res.Header.Get("Content-Security-Policy")
+	_, nonce, _ := strings.Cut(policy, "script-src 'nonce-")
+	nonce, _, ok := strings.Cut(nonce, "'")
+	if !ok || len(nonce) < 20 {
+		return garble("iframe: no nonce in the policy %q", policy)
+	}
+	line, err := e.line()
+	if err != nil {
+		return err
+	}
+	open := `<script nonce="` + nonce + `">`
+	call, ok := strings.CutPrefix(line, open+"tell(")
+	call, closed := strings.CutSuffix(call, ")</script>")
+	switch {
+	case ok && closed:
+		if call == `{"type":"beat"}` {
+			e.add(heard{kind: "beat"})
+			return nil
+		}
+		e.begun = true
+		return e.addJSON(call)
+	case e.begun:
+		return garble("iframe: %q", line)
+	case strings.HasPrefix(line, "<!DOCTYPE html>"), strings.HasPrefix(line, "<title>"), strings.HasPrefix(line, open+"const tell = "):
+		return nil
+	}
+	return garble("iframe: %q", line)
+}
+
+// html: a page's head, then a paragraph an event, and comments for heartbeats.
+func (e *ear) hearHTML() error {
+	line, err := e.line()
+	switch {
+	case err != nil:
+		return err
+	case line == "<!-- beat -->":
+		e.add(heard{kind: "beat"})
+		return nil
+	case line == `<main class="log endless">`:
+		e.begun = true
+		return nil
+	case !e.begun:
+		return nil
+	}
+	return e.addParagraph(line)
+}
+
+// refresh: a whole page, the newest first. What was on the page before is not
+// heard again.
+func (e *ear) hearRefresh() error {
+	res, err := e.ask(e.path)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	e.res = res
+	page, err := io.ReadAll(res.Body)
+	if err != nil {
+		return err
+	}
+	due := len(e.due)
+	if err := e.addPage(string(page)); err != nil {
+		return err
+	}
+	if len(e.due) == due {
+		e.add(heard{kind: "beat"})
+	}
+	return nil
+}
+
+func (e *ear) addPage(page string) error {
+	_, log, ok := strings.Cut(page, "<main class=\"log\">\n")
+	log, closed := strings.CutSuffix(log, "</main>\n")
+	if !ok || !closed || !strings.HasPrefix(page, "<!DOCTYPE html>") {
+		return garble("not a page: %q", page)
+	}
+	lines := strings.SplitAfter(log, "\n")
+	for _, line := range slices.Backward(lines[:len(lines)-1]) {
+		if e.seen[line] {
+			continue
+		}
+		e.seen[line] = true
+		if err := e.addParagraph(strings.TrimSuffix(line, "\n")); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+var (
+	paragraphForm = regexp.MustCompile(`^<p class="(message|note|gap)">(.*)</p>$`)
+	speechForm    = regexp.MustCompile(`^<time datetime="[0-9TZ:-]{20}">\d\d:\d\d</time> (?:<i>([\w.:-]+)</i> )?<b><bdi>([^<]*)</bdi></b> <span dir="auto">([^<]*)</span>$`)
+	byeForm       = regexp.MustCompile(`^The relay is going away.*<meta http-equiv="refresh" content="\d+">$`)
+)
+
+func (e *ear) addParagraph(line string) error {
+	m := paragraphForm.FindStringSubmatch(line)
+	if m == nil {
+		return garble("not a paragraph: %q", line)
+	}
+	speech := speechForm.FindStringSubmatch(m[2])
+	switch {
+	case m[1] == "gap":
+		e.add(heard{kind: "gap"})
+	case m[2] == "Connected.":
+		e.add(heard{kind: "hello"})
+	case byeForm.MatchString(m[2]):
+		e.add(heard{kind: "bye"})
+	case speech != nil && (speech[1] == "") == (m[1] == "message"):
+		kind := speech[1]
+		if kind == "" {
+			kind = "message"
+		}
+		e.add(heard{kind: kind, from: html.UnescapeString(speech[2]), text: html.UnescapeString(speech[3])})
+	default:
+		e.add(heard{kind: "presence", text: html.UnescapeString(strings.NewReplacer("<bdi>", "", "</bdi>", "").Replace(m[2]))})
+	}
+	return nil
+}
+
+// poll, longpoll, jsonp: a whole answer, with the cursor to ask with next. An
+// answer with nothing is a heartbeat.
+func (e *ear) hearAnswer() error {
+	path := e.path
+	if e.after >= 0 {
+		name, query, _ := strings.Cut(path, "?")
+		q, _ := url.ParseQuery(query)
+		q.Set("after", fmt.Sprint(e.after))
+		path = name + "?" + q.Encode()
+		e.header.Del("Last-Event-ID")
+	}
+	res, err := e.ask(path)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	e.res = res
+	b, err := io.ReadAll(res.Body)
+	if err != nil {
+		return err
+	}
+	body := string(b)
+	if e.technique == "jsonp" {
+		call, ok := strings.CutPrefix(body, "/**/my.$cb_1(")
+		call, closed := strings.CutSuffix(call, ");\n")
+		if !ok || !closed {
+			return garble("jsonp: %q", body)
+		}
+		body = call + "\n"
+	}
+	var answer struct {
+		Cursor *int64
+		Events []json.RawMessage
+	}
+	if err := json.Unmarshal([]byte(body), &answer); err != nil || answer.Cursor == nil || answer.Events == nil || !strings.HasSuffix(body, "]}\n") {
+		return garble("%v: %q", err, body)
+	}
+	e.after = *answer.Cursor
+	for _, event := range answer.Events {
+		if err := e.addJSON(string(event)); err != nil {
+			return err
+		}
+	}
+	if len(answer.Events) == 0 {
+		e.add(heard{kind: "beat"})
+	}
+	return nil
+}
+
+// ws: text frames of an event a line.
+func (e *ear) hearWebSocket() error {
+	kind, frame, err := e.conn.Read(e.ctx)
+	if err != nil {
+		return err
+	}
+	if kind != websocket.MessageText {
+		return garble("ws: a binary frame %q", frame)
+	}
+	for line := range strings.SplitSeq(string(frame), "\n") {
+		if line == `{"type":"beat"}` {
+			e.add(heard{kind: "beat"})
+		} else if err := e.addJSON(line); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// onNetwork runs a test in a bubble, if the network is one in memory.
+func onNetwork(t *testing.T, network string, test func(*testing.T)) {
+	switch network {
+	case tcp:
+		test(t)
+		return
+	case pipeH2:
+		// net/http keeps channels in a pool, and none may go from one bubble to
+		// another. Two collections empty it.
+		runtime.GC()
+		runtime.GC()
+	}
+	synctest.Test(t, test)
+}
+
+// inNoTime fails if virtual time went by.
+func inNoTime(t *testing.T, since time.Time) {
+	t.Helper()
+	if d := time.Since(since); since.Year() == 2000 && d != 0 {
+		t.Errorf("it took %v, want it at once", d)
+	}
+}
+
+// isError reports whether the body is {"error":"some sentence"} and a newline.
+func isError(body string) bool {
+	var e struct{ Error string }
+	d := json.NewDecoder(strings.NewReader(body))
+	d.DisallowUnknownFields()
+	return d.Decode(&e) == nil && len(e.Error) > 10 && strings.HasSuffix(body, "}\n") && strings.Count(body, "\n") == 1
+}
+
+// frail is a client whose connections are cut.
+func (b *testbed) frail(rng *rand.Rand, h2 bool) *http.Client {
+	cut := rng.Int64N(8000)
+	return b.newClient(func(ctx context.Context) (net.Conn, error) {
+		conn, err := b.dial(ctx)
+		if err != nil {
+			return nil, err
+		}
+		c := &cutConn{Conn: conn}
+		c.left.Store(cut)
+		return c, nil
+	}, h2)
+}
+
+// insist publishes over a frail connection, and reports whether it was told so.
+func (b *testbed) insist(rng *rand.Rand, h2 bool, room, key, text string) bool {
+	client := b.frail(rng, h2 && rng.IntN(2) == 0)
+	defer client.CloseIdleConnections()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if rng.IntN(2) == 0 {
+		req, _ := http.NewRequestWithContext(ctx, "POST", b.url+"/rooms/"+room+"?key="+key, strings.NewReader(text))
+		res, err := client.Do(req)
+		if err != nil {
+			return false
+		}
+		defer res.Body.Close()
+		_, err = io.ReadAll(res.Body)
+		if res.StatusCode != 200 && res.StatusCode != 201 {
+			b.t.Errorf("publish: %s", res.Status)
+		}
+		return err == nil
+	}
+	client = b.frail(rng, false)
+	conn, _, err := websocket.Dial(ctx, "ws"+strings.TrimPrefix(b.url, "http")+"/rooms/elsewhere/ws", &websocket.DialOptions{HTTPClient: client})
+	if err != nil {
+		return false
+	}
+	defer conn.CloseNow()
+	frame, _ := json.Marshal(map[string]string{"room": room, "key": key, "data": text})
+	if conn.Write(ctx, websocket.MessageText, frame) != nil {
+		return false
+	}
+	for {
+		_, frame, err := conn.Read(ctx)
+		if err != nil {
+			return false
+		}
+		if strings.HasPrefix(string(frame), `{"type":"ack","key":"`+key+`","id":`) {
+			return true
+		}
+	}
+}
+
+// stay listens for a while, by any technique, in some of the rooms.
+func (b *testbed) stay(ctx context.Context, t *testing.T, rng *rand.Rand, h2 bool, rooms []string, cursor int64) visit {
+	var k earKind
+	for k.name == "" || k.people {
+		k = earKinds[rng.IntN(len(earKinds))]
+	}
+	some := []string{}
+	for len(some) == 0 {
+		for _, i := range rng.Perm(len(rooms)) {
+			if rng.IntN(3) > 0 {
+				some = append(some, rooms[i])
+			}
+		}
+	}
+	client := b.frail(rng, h2 && rng.IntN(2) == 0 && k.technique != "ws")
+	defer client.CloseIdleConnections()
+	ask := []string{"wait=20", fmt.Sprint("after=", cursor)}
+	if rng.IntN(2) == 0 {
+		ask = []string{"wait=20", "after=1", fmt.Sprint("Last-Event-ID: ", cursor)}
+	}
+	s := visit{k.name, some, cursor, cursor, nil}
+	e, err := b.tryListen(ctx, client, k, strings.Join(some, ","), ask...)
+	if err == nil {
+		defer e.close()
+		s.hear(t, e, 1+rng.IntN(30))
+	} else if _, ok := err.(garbled); ok {
+		t.Error(err)
+	}
+	return s
+}
+
+// The long-polls.
+
+func bubble(test func(*testing.T)) func(*testing.T) {
+	return func(t *testing.T) { synctest.Test(t, test) }
+}
+
+func (b *testbed) tryAsk(ctx context.Context, path string) {
+	req, _ := http.NewRequestWithContext(ctx, "GET", b.url+path, nil)
+	if res, err := b.client.Do(req); err == nil {
+		res.Body.Close()
+	}
+}
+
+func (b *testbed) weigh() (goroutines int, heap uint64) {
+	if b.network != tcp {
+		time.Sleep(time.Hour) // rooms, leases and connections without a request are forgotten
+	}
+	b.settle()
+	b.until(func() bool { return runtime.NumGoroutine() < 12 || b.network != tcp }) // who has said goodbye lingers for a second
+	var m runtime.MemStats
+	for range 3 {
+		runtime.GC()
+	}
+	runtime.ReadMemStats(&m)
+	return runtime.NumGoroutine(), m.HeapAlloc
+}
+
+// rawStream asks for the room a as lines over a connection that the test keeps,
+// and returns those behind the hello.
+func rawStream(t *testing.T, conn net.Conn) *bufio.Scanner {
+	t.Helper()
+	io.WriteString(conn, "GET /rooms/a/stream HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(res.Body)
+	if !lines.Scan() || !strings.Contains(lines.Text(), "hello") {
+		t.Fatalf("the stream begins with %q", lines.Text())
+	}
+	return lines
+}
+
+// The WebSocket.
+
+// dials a WebSocket, past its hello.
+func (b *testbed) socket(rooms string, ask ...string) *ear {
+	b.t.Helper()
+	return b.listen(kindOf("ws"), rooms, ask...).begin()
+}
+
+func (e *ear) send(frame string) {
+	e.t.Helper()
+	if err := e.conn.Write(e.ctx, websocket.MessageText, []byte(frame)); err != nil {
+		e.t.Fatal(err)
+	}
+}
+
+// raw is a WebSocket by hand: its connection after the handshake.
+func (b *testbed) raw(path string, headers ...string) (net.Conn, *bufio.Reader) {
+	b.t.Helper()
+	conn, err := b.dial(context.Background())
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: cometes.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", path)
+	for _, h := range headers {
+		io.WriteString(conn, h+"\r\n")
+	}
+	io.WriteString(conn, "\r\n")
+	r := bufio.NewReader(conn)
+	res, err := http.ReadResponse(r, nil)
+	if err != nil || res.StatusCode != 101 {
+		b.t.Fatalf("the handshake: %v %v", res, err)
+	}
+	return conn, r
+}
