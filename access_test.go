@@ -34,8 +34,8 @@ const (
 	secondSecret = "the secret that comes after the first"
 )
 
-// minted is a token made by hand, with nothing of what is tested.
-func minted(head, claims, secret string) string {
+// makeToken is a token made by hand, with nothing of what is tested.
+func makeToken(head, claims, secret string) string {
 	b64 := base64.RawURLEncoding.EncodeToString
 	said := b64([]byte(head)) + "." + b64([]byte(claims))
 	h := hmac.New(sha256.New, []byte(secret))
@@ -45,7 +45,7 @@ func minted(head, claims, secret string) string {
 
 // signedToken is one with the head that all use.
 func signedToken(claims string) string {
-	return minted(`{"alg":"HS256","typ":"JWT"}`, claims, firstSecret)
+	return makeToken(`{"alg":"HS256","typ":"JWT"}`, claims, firstSecret)
 }
 
 // unixIn is a moment from now as a token says it.
@@ -54,36 +54,36 @@ func unixIn(d time.Duration) string { return fmt.Sprint(time.Now().Add(d).Unix()
 func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 	const now = 946684800 // as in a bubble
 	hs := `{"alg":"HS256","typ":"JWT"}`
-	good := minted(hs, `{"sub":"ada"}`, firstSecret)
+	good := makeToken(hs, `{"sub":"ada"}`, firstSecret)
 	parts := strings.Split(good, ".")
 	head, body, sum := parts[0], parts[1], parts[2]
 	b64 := base64.RawURLEncoding.EncodeToString
 	long := strings.Repeat("x", maxToken)
 	for _, tc := range []struct{ name, token, want string }{
 		{"good", good, ""},
-		{"good for a second more", minted(hs, `{"exp":946684801}`, firstSecret), ""},
-		{"good for a fraction of a second more", minted(hs, `{"exp":946684800.001}`, firstSecret), ""},
-		{"good from now on", minted(hs, `{"nbf":946684800}`, firstSecret), ""},
-		{"good for ever", minted(hs, `{"exp":1e300}`, firstSecret), ""},
-		{"with claims that mean nothing here", minted(hs, `{"iss":"x","aud":["y"],"jti":"1","iat":0}`, firstSecret), ""},
-		{"with a head that has more", minted(`{"kid":"1","alg":"HS256"}`, `{}`, firstSecret), ""},
-		{"of the other secret", minted(hs, `{}`, secondSecret), ""},
+		{"good for a second more", makeToken(hs, `{"exp":946684801}`, firstSecret), ""},
+		{"good for a fraction of a second more", makeToken(hs, `{"exp":946684800.001}`, firstSecret), ""},
+		{"good from now on", makeToken(hs, `{"nbf":946684800}`, firstSecret), ""},
+		{"good for ever", makeToken(hs, `{"exp":1e300}`, firstSecret), ""},
+		{"with claims that mean nothing here", makeToken(hs, `{"iss":"x","aud":["y"],"jti":"1","iat":0}`, firstSecret), ""},
+		{"with a head that has more", makeToken(`{"kid":"1","alg":"HS256"}`, `{}`, firstSecret), ""},
+		{"of the other secret", makeToken(hs, `{}`, secondSecret), ""},
 
-		{"expired", minted(hs, `{"exp":946684799}`, firstSecret), "expired"},
-		{"expired this very moment", minted(hs, `{"exp":946684800}`, firstSecret), "expired"},
-		{"expired at the beginning of time", minted(hs, `{"exp":0}`, firstSecret), "expired"},
-		{"expired before it", minted(hs, `{"exp":-1e300}`, firstSecret), "expired"},
-		{"not good yet", minted(hs, `{"nbf":946684801}`, firstSecret), "not good yet"},
-		{"with an exp in quotes", minted(hs, `{"exp":"946689999"}`, firstSecret), "claims"},
-		{"with an exp too big for a number", minted(hs, `{"exp":1e999}`, firstSecret), "claims"},
-		{"with a read that is no list", minted(hs, `{"read":"*"}`, firstSecret), "claims"},
-		{"with a sub that is no string", minted(hs, `{"sub":7}`, firstSecret), "claims"},
-		{"with a sub that is no name", minted(hs, `{"sub":"a\nb"}`, firstSecret), "sub"},
-		{"with a sub of 65 characters", minted(hs, `{"sub":"`+long[:65]+`"}`, firstSecret), "sub"},
+		{"expired", makeToken(hs, `{"exp":946684799}`, firstSecret), "expired"},
+		{"expired this very moment", makeToken(hs, `{"exp":946684800}`, firstSecret), "expired"},
+		{"expired at the beginning of time", makeToken(hs, `{"exp":0}`, firstSecret), "expired"},
+		{"expired before it", makeToken(hs, `{"exp":-1e300}`, firstSecret), "expired"},
+		{"not good yet", makeToken(hs, `{"nbf":946684801}`, firstSecret), "not good yet"},
+		{"with an exp in quotes", makeToken(hs, `{"exp":"946689999"}`, firstSecret), "claims"},
+		{"with an exp too big for a number", makeToken(hs, `{"exp":1e999}`, firstSecret), "claims"},
+		{"with a read that is no list", makeToken(hs, `{"read":"*"}`, firstSecret), "claims"},
+		{"with a sub that is no string", makeToken(hs, `{"sub":7}`, firstSecret), "claims"},
+		{"with a sub that is no name", makeToken(hs, `{"sub":"a\nb"}`, firstSecret), "sub"},
+		{"with a sub of 65 characters", makeToken(hs, `{"sub":"`+long[:65]+`"}`, firstSecret), "sub"},
 
-		{"of a secret of before", minted(hs, `{}`, "the secret that was before the first"), "signed"},
-		{"of no secret", minted(hs, `{}`, ""), "signed"},
-		{"of a secret that begins as ours", minted(hs, `{}`, firstSecret[:31]), "signed"},
+		{"of a secret of before", makeToken(hs, `{}`, "the secret that was before the first"), "signed"},
+		{"of no secret", makeToken(hs, `{}`, ""), "signed"},
+		{"of a secret that begins as ours", makeToken(hs, `{}`, firstSecret[:31]), "signed"},
 		{"with another body", head + "." + b64([]byte(`{"sub":"bob"}`)) + "." + sum, "signed"},
 		{"with another head", b64([]byte(`{"alg":"HS256"}`)) + "." + body + "." + sum, "signed"},
 		{"with the body of one and the head of another", body + "." + head + "." + sum, "HS256"},
@@ -92,22 +92,22 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 		{"signed with a signature", good + "." + sum, "no JWT"},
 
 		{"unsigned, alg none", b64([]byte(`{"alg":"none"}`)) + "." + body + ".", "HS256"},
-		{"alg None and a signature", minted(`{"alg":"None"}`, `{}`, firstSecret), "HS256"},
-		{"alg RS256", minted(`{"alg":"RS256"}`, `{}`, firstSecret), "HS256"},
-		{"alg HS512", minted(`{"alg":"HS512"}`, `{}`, firstSecret), "HS256"},
-		{"alg hs256", minted(`{"alg":"hs256"}`, `{}`, firstSecret), "HS256"},
-		{"alg HS256 with a space", minted(`{"alg":"HS256 "}`, `{}`, firstSecret), "HS256"},
-		{"alg a list", minted(`{"alg":["HS256"]}`, `{}`, firstSecret), "HS256"},
-		{"no alg", minted(`{"typ":"JWT"}`, `{}`, firstSecret), "HS256"},
-		{"with what must be understood", minted(`{"alg":"HS256","crit":["b64"],"b64":false}`, `{}`, firstSecret), "HS256"},
-		{"with an empty crit", minted(`{"alg":"HS256","crit":[]}`, `{}`, firstSecret), "HS256"},
+		{"alg None and a signature", makeToken(`{"alg":"None"}`, `{}`, firstSecret), "HS256"},
+		{"alg RS256", makeToken(`{"alg":"RS256"}`, `{}`, firstSecret), "HS256"},
+		{"alg HS512", makeToken(`{"alg":"HS512"}`, `{}`, firstSecret), "HS256"},
+		{"alg hs256", makeToken(`{"alg":"hs256"}`, `{}`, firstSecret), "HS256"},
+		{"alg HS256 with a space", makeToken(`{"alg":"HS256 "}`, `{}`, firstSecret), "HS256"},
+		{"alg a list", makeToken(`{"alg":["HS256"]}`, `{}`, firstSecret), "HS256"},
+		{"no alg", makeToken(`{"typ":"JWT"}`, `{}`, firstSecret), "HS256"},
+		{"with what must be understood", makeToken(`{"alg":"HS256","crit":["b64"],"b64":false}`, `{}`, firstSecret), "HS256"},
+		{"with an empty crit", makeToken(`{"alg":"HS256","crit":[]}`, `{}`, firstSecret), "HS256"},
 
-		{"with ALG for alg", minted(`{"ALG":"HS256"}`, `{}`, firstSecret), "HS256"},
-		{"with alg twice", minted(`{"alg":"none","alg":"HS256"}`, `{}`, firstSecret), "HS256"},
-		{"expired, with another exp in capitals", minted(hs, `{"exp":946684799,"EXP":946689999}`, firstSecret), "expired"},
-		{"expired, with a second exp", minted(hs, `{"exp":946684799,"exp":946689999}`, firstSecret), "claims"},
-		{"with an EXP that is past, which is no exp", minted(hs, `{"EXP":1}`, firstSecret), ""},
-		{"with a sub that turns what is around it", minted(hs, `{"sub":"\u202eada"}`, firstSecret), "sub"},
+		{"with ALG for alg", makeToken(`{"ALG":"HS256"}`, `{}`, firstSecret), "HS256"},
+		{"with alg twice", makeToken(`{"alg":"none","alg":"HS256"}`, `{}`, firstSecret), "HS256"},
+		{"expired, with another exp in capitals", makeToken(hs, `{"exp":946684799,"EXP":946689999}`, firstSecret), "expired"},
+		{"expired, with a second exp", makeToken(hs, `{"exp":946684799,"exp":946689999}`, firstSecret), "claims"},
+		{"with an EXP that is past, which is no exp", makeToken(hs, `{"EXP":1}`, firstSecret), ""},
+		{"with a sub that turns what is around it", makeToken(hs, `{"sub":"\u202eada"}`, firstSecret), "sub"},
 
 		{"empty", "", "no JWT"},
 		{"a word", "token", "no JWT"},
@@ -118,12 +118,12 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 		{"with padding", good + "=", "HS256"},
 		{"in base64 that is not for URLs", head + "." + body + "." + strings.NewReplacer("-", "+", "_", "/").Replace(sum), "HS256"},
 		{"with a line end in it", head + ".\n" + body + "." + sum, "signed"},
-		{"with stray bits at the end", head + "." + body + "." + stray(sum), "HS256"},
+		{"with stray bits at the end", head + "." + body + "." + respell(sum), "HS256"},
 		{"with a letter that is none of base64", head + "." + body + "." + "é" + sum[2:], "HS256"},
-		{"with a head that is no JSON", minted(`alg=HS256`, `{}`, firstSecret), "HS256"},
-		{"with a body that is no JSON", minted(hs, `sub=ada`, firstSecret), "claims"},
-		{"with two bodies", minted(hs, `{}{}`, firstSecret), "claims"},
-		{"oversized", minted(hs, `{"x":"`+long+`"}`, firstSecret), "no JWT"},
+		{"with a head that is no JSON", makeToken(`alg=HS256`, `{}`, firstSecret), "HS256"},
+		{"with a body that is no JSON", makeToken(hs, `sub=ada`, firstSecret), "claims"},
+		{"with two bodies", makeToken(hs, `{}{}`, firstSecret), "claims"},
+		{"oversized", makeToken(hs, `{"x":"`+long+`"}`, firstSecret), "no JWT"},
 	} {
 		c, err := verifyToken(tc.token, [][]byte{[]byte(firstSecret), []byte(secondSecret)}, time.Unix(now, 0))
 		switch {
@@ -134,7 +134,7 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 		}
 	}
 
-	fits := minted(hs, `{"x":"`+long[:3003]+`"}`, firstSecret)
+	fits := makeToken(hs, `{"x":"`+long[:3003]+`"}`, firstSecret)
 	if _, err := verifyToken(fits, [][]byte{[]byte(firstSecret)}, time.Unix(now, 0)); len(fits) > maxToken || len(fits) < maxToken-2 || err != nil {
 		t.Errorf("a token of %d bytes, and %d are allowed: %v", len(fits), maxToken, err)
 	}
@@ -143,8 +143,8 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 	}
 }
 
-// stray is the same base64 but for bits that mean nothing: one token has one spelling.
-func stray(sum string) string {
+// respell is the same base64 but for bits that mean nothing: one token has one spelling.
+func respell(sum string) string {
 	const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 	i := strings.IndexByte(letters, sum[len(sum)-1])
 	return sum[:len(sum)-1] + letters[i^1:i^1+1]
@@ -188,8 +188,8 @@ func TestATokenOfAnotherLibraryIsGood(t *testing.T) {
 	}
 }
 
-// printed is what tokenCommand prints.
-func printed(t *testing.T, env map[string]string, args ...string) (string, error) {
+// runTokenCommand is what tokenCommand prints.
+func runTokenCommand(t *testing.T, env map[string]string, args ...string) (string, error) {
 	t.Helper()
 	stdout, stderr := os.Stdout, os.Stderr
 	defer func() { os.Stdout, os.Stderr = stdout, stderr }()
@@ -206,7 +206,7 @@ func printed(t *testing.T, env map[string]string, args ...string) (string, error
 
 func TestTheTokenThatCometesTokenPrintsIsGood(t *testing.T) {
 	env := map[string]string{"COMETES_SECRET": secondSecret + ", " + firstSecret}
-	out, err := printed(t, env, "-sub", "ada", "-read", "team-*, lobby", "-write", "lobby", "-ttl", "90s")
+	out, err := runTokenCommand(t, env, "-sub", "ada", "-read", "team-*, lobby", "-write", "lobby", "-ttl", "90s")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,17 +217,17 @@ func TestTheTokenThatCometesTokenPrintsIsGood(t *testing.T) {
 	if c.Sub != "ada" || fmt.Sprint(c.Read, c.Write) != "[team-* lobby] [lobby]" || math.Abs(*c.Exp-float64(time.Now().Unix()+90)) > 2 {
 		t.Errorf("it says %+v", *c)
 	}
-	if out, err := printed(t, env, "-secret", firstSecret); err != nil {
+	if out, err := runTokenCommand(t, env, "-secret", firstSecret); err != nil {
 		t.Error(err)
 	} else if _, err := verifyToken(strings.TrimSpace(out), parseSecrets(firstSecret), time.Now()); err != nil {
 		t.Errorf("with -secret: %v", err)
 	}
 	for _, args := range [][]string{{"-ttl", "0s"}, {"-sub", "a\nb"}, {"ada"}, {"-ttl", "soon"}} {
-		if out, err := printed(t, env, args...); err == nil {
+		if out, err := runTokenCommand(t, env, args...); err == nil {
 			t.Errorf("%q prints %q, want an error", args, out)
 		}
 	}
-	if _, err := printed(t, nil); err == nil || !strings.Contains(err.Error(), "COMETES_SECRET") {
+	if _, err := runTokenCommand(t, nil); err == nil || !strings.Contains(err.Error(), "COMETES_SECRET") {
 		t.Errorf("without a secret: %v, want to be told where to say it", err)
 	}
 }
@@ -235,7 +235,7 @@ func TestTheTokenThatCometesTokenPrintsIsGood(t *testing.T) {
 func TestTheSecretIsNotInTheHelp(t *testing.T) {
 	env := map[string]string{"COMETES_SECRET": firstSecret}
 	for _, args := range [][]string{{"-help"}, {"-nonsense"}, {"-ttl", "soon"}} {
-		if out, err := printed(t, env, args...); err == nil || strings.Contains(out+err.Error(), firstSecret) {
+		if out, err := runTokenCommand(t, env, args...); err == nil || strings.Contains(out+err.Error(), firstSecret) {
 			t.Errorf("cometes token %s says %v and shows the secret:\n%s", args, err, out)
 		}
 	}
@@ -276,9 +276,9 @@ func TestPatternsOfRooms(t *testing.T) {
 	}
 }
 
-// asks is every way to ask something of a room: the techniques, to publish,
+// allRequests is every way to ask something of a room: the techniques, to publish,
 // and presence.
-func asks(room string) (all []string) {
+func allRequests(room string) (all []string) {
 	for _, tech := range techniques {
 		q := ""
 		switch tech.name {
@@ -293,8 +293,8 @@ func asks(room string) (all []string) {
 		"GET /rooms/"+room+"/presence", "POST /rooms/"+room+"/presence?user=ada", "POST /rooms/"+room+"?user=ada")
 }
 
-// withParam adds a parameter to what is asked.
-func withParam(what, parameter string) string {
+// addParam adds a parameter to what is asked.
+func addParam(what, parameter string) string {
 	if strings.Contains(what, "?") {
 		return what + "&" + parameter
 	}
@@ -309,13 +309,13 @@ func bodyFor(what string) string {
 	return "hi"
 }
 
-func TestEveryWayToAskNeedsAToken(t *testing.T) {
+func TestEveryRequestNeedsAToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret+","+secondSecret)
+		h := newLimitedTestbed(t, "-secret", firstSecret+","+secondSecret)
 		all := signedToken(`{"read":["lobby"],"write":["lobby"]}`)
-		second := minted(`{"alg":"HS256"}`, `{"read":["lobby"],"write":["lobby"]}`, secondSecret)
+		second := makeToken(`{"alg":"HS256"}`, `{"read":["lobby"],"write":["lobby"]}`, secondSecret)
 		n := 0
-		for _, what := range asks("lobby") {
+		for _, what := range allRequests("lobby") {
 			reads := signedToken(`{"read":["lobby","a*"],"write":["b*"]}`)
 			if strings.HasPrefix(what, "POST /rooms/lobby?") {
 				reads = signedToken(`{"read":["b*"],"write":["lobby","a*"]}`)
@@ -328,20 +328,20 @@ func TestEveryWayToAskNeedsAToken(t *testing.T) {
 				{"none", what, nil, 401},
 				{"as a bearer", what, []string{"Authorization: Bearer " + all}, 200},
 				{"as a bearer in lower case", what, []string{"Authorization: bearer " + all}, 200},
-				{"in the query", withParam(what, "token="+all), nil, 200},
+				{"in the query", addParam(what, "token="+all), nil, 200},
 				{"in a cookie", what, []string{"Cookie: a=b; token=" + all}, 200},
-				{"in the query beside another scheme", withParam(what, "token="+all), []string{"Authorization: Basic YTpi"}, 200},
+				{"in the query beside another scheme", addParam(what, "token="+all), []string{"Authorization: Basic YTpi"}, 200},
 				{"of the second secret", what, []string{"Authorization: Bearer " + second}, 200},
 				{"bad as a bearer, good in a cookie", what, []string{"Authorization: Bearer x.y.z", "Cookie: token=" + all}, 401},
-				{"bad in the query, good in a cookie", withParam(what, "token=x"), []string{"Cookie: token=" + all}, 401},
-				{"twice in the query", withParam(what, "token="+all+"&token="+all), nil, 400},
-				{"expired", withParam(what, "token="+signedToken(`{"read":["*"],"write":["*"],"exp":`+unixIn(0)+`}`)), nil, 401},
-				{"not good yet", withParam(what, "token="+signedToken(`{"read":["*"],"write":["*"],"nbf":`+unixIn(time.Second)+`}`)), nil, 401},
-				{"for nothing", withParam(what, "token="+signedToken(`{"sub":"ada"}`)), nil, 403},
-				{"for another room", withParam(what, "token="+signedToken(`{"read":["lobby2","lob"],"write":["lobby2","lob"]}`)), nil, 403},
-				{"for just this", withParam(what, "token="+reads), nil, 200},
-				{"for just the other", withParam(what, "token="+signedToken(`{"read":["b*"],"write":["b*"]}`)), nil, 403},
-				{"of another user", withParam(what, "user=ada&token="+signedToken(`{"sub":"bob","read":["*"],"write":["*"]}`)), nil, 403},
+				{"bad in the query, good in a cookie", addParam(what, "token=x"), []string{"Cookie: token=" + all}, 401},
+				{"twice in the query", addParam(what, "token="+all+"&token="+all), nil, 400},
+				{"expired", addParam(what, "token="+signedToken(`{"read":["*"],"write":["*"],"exp":`+unixIn(0)+`}`)), nil, 401},
+				{"not good yet", addParam(what, "token="+signedToken(`{"read":["*"],"write":["*"],"nbf":`+unixIn(time.Second)+`}`)), nil, 401},
+				{"for nothing", addParam(what, "token="+signedToken(`{"sub":"ada"}`)), nil, 403},
+				{"for another room", addParam(what, "token="+signedToken(`{"read":["lobby2","lob"],"write":["lobby2","lob"]}`)), nil, 403},
+				{"for just this", addParam(what, "token="+reads), nil, 200},
+				{"for just the other", addParam(what, "token="+signedToken(`{"read":["b*"],"write":["b*"]}`)), nil, 403},
+				{"of another user", addParam(what, "user=ada&token="+signedToken(`{"sub":"bob","read":["*"],"write":["*"]}`)), nil, 403},
 			} {
 				if strings.Contains(what, "user=ada") { // it says so already
 					tc.what = strings.Replace(tc.what, "&user=ada", "", 1)
@@ -372,7 +372,7 @@ func TestEveryWayToAskNeedsAToken(t *testing.T) {
 
 func TestWhatNeedsNoToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
+		h := newLimitedTestbed(t, "-secret", firstSecret)
 		for _, what := range []string{"GET /", "GET /comet.js", "GET /healthz", "HEAD /healthz"} {
 			if got := h.status("192.0.2.1", what); got != 200 {
 				t.Errorf("%s: %d, want 200", what, got)
@@ -401,8 +401,8 @@ func TestWhatNeedsNoToken(t *testing.T) {
 
 func TestWithoutASecretATokenIsOfNoUse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		for _, what := range append(asks("lobby"), "GET /metrics") {
+		h := newLimitedTestbed(t)
+		for _, what := range append(allRequests("lobby"), "GET /metrics") {
 			for _, token := range []string{"", "x", signedToken(`{"sub":"bob","exp":1}`)} {
 				if got := h.status("192.0.2.1", what, "Authorization: Bearer "+token, "Cookie: token="+token); got != 200 {
 					t.Errorf("%s with the token %q: %d, want 200", what, token, got)
@@ -416,9 +416,9 @@ func TestWithoutASecretATokenIsOfNoUse(t *testing.T) {
 	})
 }
 
-func TestTheSubOfATokenIsWhoSpeaksAndIsSeen(t *testing.T) {
+func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
+		h := newLimitedTestbed(t, "-secret", firstSecret)
 		ada := "Authorization: Bearer " + signedToken(`{"sub":"ada","read":["*"],"write":["lobby"]}`)
 		any := "Authorization: Bearer " + signedToken(`{"read":["*"],"write":["*"]}`)
 		const from = "192.0.2.1"
@@ -478,12 +478,12 @@ func TestTheSubOfATokenIsWhoSpeaksAndIsSeen(t *testing.T) {
 		}
 
 		// The socket speaks as ada, wherever it may.
-		c, status := h.socket(from, "/rooms/lobby,b/ws?user=ada", ada)
+		c, status := h.webSocketFrom(from, "/rooms/lobby,b/ws?user=ada", ada)
 		if status != 101 {
 			t.Fatalf("ada's socket: %d", status)
 		}
 		defer c.CloseNow()
-		hearSocket(t, c, "hello")
+		readWebSocketUntil(t, c, "hello")
 		for _, tc := range []struct{ frame, want string }{
 			{`{"type":"message","room":"lobby","data":"hi","key":"1"}`, `"ack"`},
 			{`{"type":"message","room":"b","data":"hi","key":"2"}`, "the token is not good for the room \\\"b\\\""},
@@ -492,7 +492,7 @@ func TestTheSubOfATokenIsWhoSpeaksAndIsSeen(t *testing.T) {
 			{`{"type":"presence","room":"_stats","data":"away","key":"5"}`, "not good"},
 			{`{"type":"message","room":"lobby","from":"bob","user":"bob","data":"hi","key":"6"}`, `"ack"`},
 		} {
-			if got := tellSocket(t, c, tc.frame); !strings.Contains(got, tc.want) {
+			if got := exchange(t, c, tc.frame); !strings.Contains(got, tc.want) {
 				t.Errorf("%s is answered %s, want %s", tc.frame, got, tc.want)
 			}
 		}
@@ -507,7 +507,7 @@ func TestTheSubOfATokenIsWhoSpeaksAndIsSeen(t *testing.T) {
 
 func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
+		h := newLimitedTestbed(t, "-secret", firstSecret)
 		const from = "192.0.2.1"
 		tok := signedToken(`{"sub":"ada","read":["lobby"],"write":["lobby"],"exp":` + unixIn(time.Hour) + `}`)
 		for _, path := range []string{"/rooms/lobby/html", "/rooms/lobby/refresh", "/rooms/lobby/form"} {
@@ -557,11 +557,11 @@ func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 		} else {
 			r.stop()
 		}
-		for _, what := range asks("lobby") { // and what is no page sets none
+		for _, what := range allRequests("lobby") { // and what is no page sets none
 			if strings.HasSuffix(what, "/html") || strings.HasSuffix(what, "/refresh") || strings.HasSuffix(what, "/form") || strings.HasSuffix(what, "/ws") {
 				continue
 			}
-			r := h.open(from, withParam(what, "token="+tok), bodyFor(what), "Accept: text/html")
+			r := h.open(from, addParam(what, "token="+tok), bodyFor(what), "Accept: text/html")
 			if r.StatusCode >= 300 || len(r.Cookies()) > 0 {
 				t.Errorf("%s: %d, cookies %v", what, r.StatusCode, r.Cookies())
 			}
@@ -572,7 +572,7 @@ func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 
 func TestAFormWithTheCookiePublishesAndStaysOnItsPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
+		h := newLimitedTestbed(t, "-secret", firstSecret)
 		cookie := "Cookie: token=" + signedToken(`{"sub":"ada","read":["lobby"],"write":["lobby"]}`)
 		_, page := h.ask("192.0.2.1", "GET /rooms/lobby/form", "", cookie)
 		if !strings.Contains(page, `name="user" value="ada"`) {
@@ -593,9 +593,9 @@ func TestAFormWithTheCookiePublishesAndStaysOnItsPage(t *testing.T) {
 
 // Another site of the same domain, or on another port of the same machine, may
 // have set a cookie of that name.
-func TestOfSeveralCookiesTheGoodOneCounts(t *testing.T) {
+func TestAGoodCookieAmongOthersIsFound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
+		h := newLimitedTestbed(t, "-secret", firstSecret)
 		good := "token=" + signedToken(`{"sub":"ada","read":["lobby"]}`)
 		for cookies, status := range map[string]int{
 			"token=another; " + good:           200,
@@ -613,7 +613,7 @@ func TestOfSeveralCookiesTheGoodOneCounts(t *testing.T) {
 
 func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
+		h := newLimitedTestbed(t, "-secret", firstSecret)
 		const good = 40 * time.Second
 		start := time.Now()
 		auth := "Authorization: Bearer " + signedToken(`{"read":["*"],"exp":`+unixIn(good)+`}`)
@@ -632,7 +632,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 			wg.Go(func() {
 				r := h.open("192.0.2.1", "GET /rooms/lobby/"+tech.name, "", auth)
 				defer r.stop()
-				body := r.rest() // and it ends as an answer should
+				body := r.readAll() // and it ends as an answer should
 				bye := `"type":"bye","data":{"retry":`
 				if tech.name == "html" {
 					bye = "this page comes back by itself"
@@ -643,9 +643,9 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 			})
 		}
 		wg.Go(func() {
-			c, _ := h.socket("192.0.2.1", "/rooms/lobby/ws", auth)
+			c, _ := h.webSocketFrom("192.0.2.1", "/rooms/lobby/ws", auth)
 			defer c.CloseNow()
-			hearSocket(t, c, `"type":"bye","data":{"retry":`)
+			readWebSocketUntil(t, c, `"type":"bye","data":{"retry":`)
 			_, _, err := c.Read(context.Background())
 			if wrong := late(); wrong != "" || websocket.CloseStatus(err) != websocket.StatusPolicyViolation {
 				t.Errorf("ws: %s, with %v, want the code 1008", wrong, err)
@@ -672,9 +672,9 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 
 func TestOverHTTP2AStreamEndsWhenItsTokenExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret, "-h2c")
+		h := newLimitedTestbed(t, "-secret", firstSecret, "-h2c")
 		start := time.Now()
-		get := hallH2(h)
+		get := http2Client(h)
 		resp := get("/rooms/lobby/sse?token=" + signedToken(`{"read":["*"],"exp":`+unixIn(40*time.Second)+`}`))
 		b, err := io.ReadAll(resp.Body)
 		if d := time.Since(start); err != nil || d != 40*time.Second || !strings.Contains(string(b), "event: bye") {
@@ -683,13 +683,13 @@ func TestOverHTTP2AStreamEndsWhenItsTokenExpires(t *testing.T) {
 	})
 }
 
-func TestNoTokenAndNoSecretIsInALogOrAnAnswer(t *testing.T) {
+func TestNoTokenOrSecretIsInALogOrAnAnswer(t *testing.T) {
 	var log syncedLog
 	before := slog.Default()
 	defer slog.SetDefault(before)
 	slog.SetDefault(slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", "a2b4,"+firstSecret, "-streams", "2")
+		h := newLimitedTestbed(t, "-secret", "a2b4,"+firstSecret, "-streams", "2")
 		var marks []string // none of these may be seen
 		mint := func(claims string) string {
 			tok := signedToken(claims)
@@ -700,7 +700,7 @@ func TestNoTokenAndNoSecretIsInALogOrAnAnswer(t *testing.T) {
 		good := mint(`{"sub":"ada","read":["*"],"write":["*"],"exp":` + unixIn(time.Hour) + `}`)
 		tokens := []string{
 			good, mint(`{"exp":1}`), mint(`{"nbf":` + unixIn(time.Hour) + `}`), mint(`{"sub":"bob"}`), mint(`{"sub":7}`),
-			minted(`{"alg":"none"}`, `{"sub":"none-none"}`, ""), "not-a-token-at-all", good + ".extra.parts",
+			makeToken(`{"alg":"none"}`, `{"sub":"none-none"}`, ""), "not-a-token-at-all", good + ".extra.parts",
 		}
 		marks = append(marks, tokens[5], "not-a-token-at-all", "extra.parts")
 		clean := func(where, text string) {
@@ -711,7 +711,7 @@ func TestNoTokenAndNoSecretIsInALogOrAnAnswer(t *testing.T) {
 			}
 		}
 		for _, tok := range tokens {
-			for _, what := range append(asks("lobby"), "GET /metrics", "GET /nothing", "PUT /rooms/lobby", "GET /rooms/l%zzy/sse",
+			for _, what := range append(allRequests("lobby"), "GET /metrics", "GET /nothing", "PUT /rooms/lobby", "GET /rooms/l%zzy/sse",
 				"GET /rooms/lobby/nothing", "GET /rooms/lobby/sse?after=x", "POST /rooms/lobby?type=hello", "GET /rooms/lobby/poll?a=%zz") {
 				for _, headers := range [][]string{{"Authorization: Bearer " + tok}, {"Cookie: token=" + tok}, {"Authorization: " + tok}} {
 					if strings.Contains(what, "/ws") {
@@ -721,12 +721,12 @@ func TestNoTokenAndNoSecretIsInALogOrAnAnswer(t *testing.T) {
 					if strings.Contains(what, "%zzy") { // net/http does not send it
 						continue
 					}
-					r := h.open("192.0.2.1", withParam(what, "token="+tok), bodyFor(what), append(headers, "Accept: text/html")...)
+					r := h.open("192.0.2.1", addParam(what, "token="+tok), bodyFor(what), append(headers, "Accept: text/html")...)
 					if !strings.HasPrefix(r.Header.Get("Set-Cookie"), "token=") {
 						clean(what, fmt.Sprint(r.Header))
 					}
 					if r.StatusCode != 200 {
-						clean(what, r.rest())
+						clean(what, r.readAll())
 					}
 					r.stop()
 				}
@@ -738,7 +738,7 @@ func TestNoTokenAndNoSecretIsInALogOrAnAnswer(t *testing.T) {
 				"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer\x00" + tok + "\r\n\r\n",
 				"GET / HTTP/1.1\r\nHost: x\r\nAuthorization Bearer " + tok + "\r\n\r\n",
 			} {
-				c, err := h.dial("192.0.2.1")
+				c, err := h.dialFrom("192.0.2.1")
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -759,20 +759,20 @@ func TestNoTokenAndNoSecretIsInALogOrAnAnswer(t *testing.T) {
 
 // Origins.
 
-func TestWhosePagesMayAsk(t *testing.T) {
+func TestWhichOriginsMayRead(t *testing.T) {
 	const (
 		own, ownTLS  = "http://" + hallHost, "https://" + hallHost
 		listed, evil = "https://ok.example", "https://evil.example"
 	)
 	synctest.Test(t, func(t *testing.T) {
 		for _, secret := range []string{"", firstSecret} {
-			h := openHall(t, "-origins", listed, "-secret", secret)
+			h := newLimitedTestbed(t, "-origins", listed, "-secret", secret)
 			cookies := []string{""}
 			if secret != "" {
 				cookies = append(cookies, signedToken(`{"read":["*"],"write":["*"]}`))
 			}
 			n, refused := 0, 0
-			for _, what := range asks("lobby") {
+			for _, what := range allRequests("lobby") {
 				for _, origin := range []string{"", own, ownTLS, listed, evil, "null", "http://ok.example", listed + ".evil.example"} {
 					for _, site := range []string{"", "none", "same-origin", "same-site", "cross-site"} {
 						for _, referer := range []string{"", listed + "/page", evil + "/page"} {
@@ -846,12 +846,12 @@ func TestWhosePagesMayAsk(t *testing.T) {
 	})
 }
 
-func TestASocketIsJudgedAsAllElse(t *testing.T) {
+func TestAWebSocketIsCheckedLikeAnyRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
+		h := newLimitedTestbed(t)
 		// A proxy that gives the relay another Host (nginx does, unless told); the browser says it is the same origin.
 		headers := []string{"Host: 10.0.0.1:8080", "Origin: https://" + hallHost, "Sec-Fetch-Site: same-origin"}
-		for _, what := range asks("lobby") {
+		for _, what := range allRequests("lobby") {
 			if got := h.status("192.0.2.1", what, headers...); got != 200 {
 				t.Errorf("%s behind a proxy that sets the Host: %d, want 200", what, got)
 			}
@@ -859,9 +859,9 @@ func TestASocketIsJudgedAsAllElse(t *testing.T) {
 	})
 }
 
-func TestALinkToAPageMayBeFollowedAndAFrameOfItNot(t *testing.T) {
+func TestAPageMayBeLinkedButNotFramed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
+		h := newLimitedTestbed(t)
 		for _, tc := range []struct {
 			mode, dest string
 			want       int
@@ -875,7 +875,7 @@ func TestALinkToAPageMayBeFollowedAndAFrameOfItNot(t *testing.T) {
 			{"cors", "empty", 403},
 			{"websocket", "websocket", 403},
 		} {
-			for _, what := range asks("lobby") {
+			for _, what := range allRequests("lobby") {
 				want := tc.want
 				if !strings.HasPrefix(what, "GET ") || strings.HasSuffix(what, "/ws") {
 					want = 403 // nobody navigates to these
@@ -897,10 +897,10 @@ func TestALinkToAPageMayBeFollowedAndAFrameOfItNot(t *testing.T) {
 	})
 }
 
-func TestWithAStarAllPagesMayAskButBringNoCookies(t *testing.T) {
+func TestWithAStarAllOriginsMayAskButWithoutCookies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-origins", "*")
-		for _, what := range asks("lobby") {
+		h := newLimitedTestbed(t, "-origins", "*")
+		for _, what := range allRequests("lobby") {
 			for _, origin := range []string{"https://evil.example", "null"} {
 				headers := []string{"Origin: " + origin, "Sec-Fetch-Site: cross-site"}
 				if got := h.status("192.0.2.1", what, headers...); got != 200 {
@@ -919,9 +919,9 @@ func TestWithAStarAllPagesMayAskButBringNoCookies(t *testing.T) {
 	})
 }
 
-func TestAPreflightIsAnsweredForThoseListed(t *testing.T) {
+func TestAPreflightIsAnsweredForListedOrigins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-origins", "https://ok.example", "-secret", firstSecret)
+		h := newLimitedTestbed(t, "-origins", "https://ok.example", "-secret", firstSecret)
 		for _, what := range []string{"/rooms/lobby", "/rooms/lobby/sse", "/rooms/lobby/presence", "/rooms/lobby/poll"} {
 			for origin, ok := range map[string]bool{"https://ok.example": true, "https://evil.example": false, "null": false} {
 				r, body := h.ask("192.0.2.1", "OPTIONS "+what, "", "Origin: "+origin, "Sec-Fetch-Site: cross-site",
@@ -935,10 +935,10 @@ func TestAPreflightIsAnsweredForThoseListed(t *testing.T) {
 	})
 }
 
-func TestOnlyThoseListedMayFrameAPage(t *testing.T) {
+func TestOnlyListedOriginsMayFrameAPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for origins, want := range map[string]string{"": "'self'", "https://a.example, https://b.example": "'self' https://a.example https://b.example", "*": "*"} {
-			h := openHall(t, "-origins", origins)
+			h := newLimitedTestbed(t, "-origins", origins)
 			for _, page := range []string{"html", "refresh", "form", "iframe"} {
 				r := h.open("192.0.2.1", "GET /rooms/lobby/"+page, "")
 				r.stop()
@@ -953,16 +953,16 @@ func TestOnlyThoseListedMayFrameAPage(t *testing.T) {
 	})
 }
 
-func TestTheForeverFrameTellsOnlyThePageThatMayRead(t *testing.T) {
+func TestTheForeverFramePostsOnlyToTheOriginThatMayRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-origins", "https://ok.example")
+		h := newLimitedTestbed(t, "-origins", "https://ok.example")
 		for referer, want := range map[string]string{"": "location.origin", "https://ok.example/x": `"https://ok.example"`} {
 			site := "same-origin"
 			if referer != "" {
 				site = "cross-site"
 			}
 			r := h.open("192.0.2.1", "GET /rooms/lobby/iframe", "", "Referer: "+referer, "Sec-Fetch-Site: "+site, "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe")
-			if line := r.until("postMessage"); !strings.Contains(line, "postMessage(event, "+want+")") {
+			if line := r.readUntil("postMessage"); !strings.Contains(line, "postMessage(event, "+want+")") {
 				t.Errorf("asked for by %q it is %s", referer, line)
 			}
 			r.stop()
@@ -970,13 +970,13 @@ func TestTheForeverFrameTellsOnlyThePageThatMayRead(t *testing.T) {
 	})
 }
 
-func FuzzAToken(f *testing.F) {
+func FuzzToken(f *testing.F) {
 	secrets := [][]byte{[]byte(firstSecret), []byte(secondSecret)}
 	hs := `{"alg":"HS256","typ":"JWT"}`
 	for _, seed := range []string{
-		"", ".", "..", "...", minted(hs, `{}`, firstSecret), minted(hs, `{"sub":"ada","exp":946684801,"read":["*"],"write":["a*"]}`, secondSecret),
-		minted(hs, `{"exp":1e400}`, firstSecret), minted(`{"alg":"none"}`, `{}`, firstSecret), minted(`{"Alg":"HS256"}`, `{"EXP":1}`, firstSecret),
-		minted(hs, `null`, firstSecret), minted(`null`, `null`, firstSecret), minted(`[]`, `[]`, firstSecret), minted(hs, `{"sub":"\ud800"}`, firstSecret),
+		"", ".", "..", "...", makeToken(hs, `{}`, firstSecret), makeToken(hs, `{"sub":"ada","exp":946684801,"read":["*"],"write":["a*"]}`, secondSecret),
+		makeToken(hs, `{"exp":1e400}`, firstSecret), makeToken(`{"alg":"none"}`, `{}`, firstSecret), makeToken(`{"Alg":"HS256"}`, `{"EXP":1}`, firstSecret),
+		makeToken(hs, `null`, firstSecret), makeToken(`null`, `null`, firstSecret), makeToken(`[]`, `[]`, firstSecret), makeToken(hs, `{"sub":"\ud800"}`, firstSecret),
 		"eyJhbGciOiJIUzI1NiJ9.eyJ3cml0ZSI6WyJhLmI6Yy0qIl19.aFPZqmyNcUBOTb_YL6XTDOiCOgdFeiB41194QcLAYEA",
 	} {
 		f.Add(seed, "")
@@ -986,7 +986,7 @@ func FuzzAToken(f *testing.F) {
 	f.Fuzz(func(t *testing.T, head, claims string) {
 		now := time.Unix(946684800, 0)
 		// Either what came is a token, or we sign it; else no luck would ever sign one.
-		tokens := []string{head, minted(head, claims, firstSecret)}
+		tokens := []string{head, makeToken(head, claims, firstSecret)}
 		for i, tok := range tokens {
 			c, err := verifyToken(tok, secrets, now)
 			if (c == nil) == (err == nil) {
@@ -1034,7 +1034,7 @@ func FuzzAToken(f *testing.F) {
 }
 
 // Names in a token are what they are, not what they look like.
-func TestAClaimInCapitalsIsNone(t *testing.T) {
+func TestAClaimInCapitalsIsIgnored(t *testing.T) {
 	c, err := verifyToken(signedToken(`{"SUB":"ada","READ":["*"],"Write":["lobby"]}`), [][]byte{[]byte(firstSecret)}, time.Now())
 	if err != nil || c.Sub != "" || c.allows("lobby", false) || c.allows("lobby", true) {
 		t.Errorf("%v %+v, want a token that is good for nothing", err, c)
@@ -1042,7 +1042,7 @@ func TestAClaimInCapitalsIsNone(t *testing.T) {
 }
 
 // An operator's token names _stats; without tokens an operator is at the machine itself.
-func TestWhoIsAnOperator(t *testing.T) {
+func TestOperators(t *testing.T) {
 	for _, tc := range []struct {
 		secret, from string
 		headers      []string
@@ -1063,7 +1063,7 @@ func TestWhoIsAnOperator(t *testing.T) {
 		{firstSecret, "192.0.2.1", []string{"Authorization: Bearer x"}, 401, 401},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			h := openHall(t, "-secret", tc.secret)
+			h := newLimitedTestbed(t, "-secret", tc.secret)
 			h.relay.publish(publishRequest{room: "lobby", kind: "message", data: []byte(`"hi"`)})
 			list, _ := h.ask(tc.from, "GET /rooms", "", tc.headers...)
 			erase, body := h.ask(tc.from, "DELETE /rooms/lobby", "", tc.headers...)
@@ -1079,9 +1079,9 @@ func TestWhoIsAnOperator(t *testing.T) {
 
 // A page of ours with a good token in its URL keeps it as html does; and can
 // ask what its token, which no script sees, is good for.
-func TestAPagesTokenAndWhatItIsGoodFor(t *testing.T) {
+func TestTheTokenOfAPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
+		h := newLimitedTestbed(t, "-secret", firstSecret)
 		const from, html = "192.0.2.1", "Accept: text/html"
 		exp := unixIn(time.Hour)
 		tok := signedToken(`{"sub":"ada","read":["lobby"],"exp":` + exp + `}`)
@@ -1116,7 +1116,7 @@ func TestAPagesTokenAndWhatItIsGoodFor(t *testing.T) {
 		}
 	})
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
+		h := newLimitedTestbed(t)
 		if r, body := h.ask("192.0.2.1", "GET /token?room=lobby&token=x", ""); r.StatusCode != 200 || body != `{"read":true,"required":false,"write":true}`+"\n" {
 			t.Errorf("of an open relay: %d %s", r.StatusCode, body)
 		}
@@ -1170,8 +1170,8 @@ func TestAccess(t *testing.T) {
 		{"an object", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: object"}, "all", ""},
 	}
 	for open, list := range map[string]string{"own": "", "list": friend + ", http://localhost:3000", "all": "*"} {
-		t.Run(open, bubble(func(t *testing.T) {
-			b := newBed(t, pipe, func(c *config) { c.origins = list })
+		t.Run(open, inBubble(func(t *testing.T) {
+			b := newTestbed(t, pipe, func(c *config) { c.origins = list })
 			for _, a := range all {
 				origin := ""
 				for _, h := range a.headers {
@@ -1261,7 +1261,7 @@ func TestAccess(t *testing.T) {
 // headers it needs.
 func TestPreflight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *config) { c.origins = "https://friend.example" })
+		b := newTestbed(t, pipe, func(c *config) { c.origins = "https://friend.example" })
 		for path, methods := range map[string]string{
 			"/rooms/a":          "POST, PUT, DELETE, OPTIONS",
 			"/rooms/a/presence": "GET, HEAD, POST, OPTIONS",
@@ -1300,7 +1300,7 @@ func TestPreflight(t *testing.T) {
 // A listed page sees what is wrong with its request, whatever that is.
 func TestErrorsAcrossOrigins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *config) { c.origins = "https://friend.example" })
+		b := newTestbed(t, pipe, func(c *config) { c.origins = "https://friend.example" })
 		for _, test := range []struct {
 			method, path string
 			status       int
@@ -1341,8 +1341,8 @@ func TestFrameTarget(t *testing.T) {
 			{`https://a"</script><script>alert(1)</script>/`, "cross-site", ``, "*"},
 		},
 	} {
-		t.Run(list, bubble(func(t *testing.T) {
-			b := newBed(t, pipe, func(c *config) { c.origins = list })
+		t.Run(list, inBubble(func(t *testing.T) {
+			b := newTestbed(t, pipe, func(c *config) { c.origins = list })
 			for _, test := range tests {
 				headers := []string{"Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe"}
 				if test.site != "" {
@@ -1351,7 +1351,7 @@ func TestFrameTarget(t *testing.T) {
 				if test.referer != "" {
 					headers = append(headers, "Referer: "+test.referer)
 				}
-				e := b.listen(kindOf("iframe"), "a", headers...)
+				e := b.subscribe(variantOf("iframe"), "a", headers...)
 				head, err := e.body.Peek(200)
 				if err != nil {
 					t.Fatal(err)

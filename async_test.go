@@ -20,8 +20,8 @@ import (
 	"github.com/coder/websocket"
 )
 
-// sip reads n bytes each pause, until it is told to stop.
-func sip(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
+// readSlowly reads n bytes each pause, until it is told to stop.
+func readSlowly(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
 	enough, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
@@ -39,16 +39,16 @@ func sip(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
 	return func() { close(enough); c.Close(); <-done }
 }
 
-func TestWhoLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
+func TestAClientThatLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
+		h := newLimitedTestbed(t)
 		h.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
-		stream, err := h.dial("192.0.2.1")
+		stream, err := h.dialFrom("192.0.2.1")
 		if err != nil {
 			t.Fatal(err)
 		}
 		io.WriteString(stream, "GET /rooms/a/stream?last=1 HTTP/1.1\r\nHost: x\r\n\r\n")
-		socket := rawSocket(t, h, "/rooms/a/ws?last=1")
+		socket := dialRawWebSocket(t, h, "/rooms/a/ws?last=1")
 		synctest.Wait()
 		for _, st := range h.pool.sessions {
 			if st.state.Load() != stateBlocked {
@@ -65,11 +65,11 @@ func TestWhoLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
 	})
 }
 
-func TestAReaderThatTakesNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
+func TestAClientThatReadsNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
+		h := newLimitedTestbed(t)
 		ask := func(tech string) net.Conn {
-			c, err := h.dial("192.0.2.1")
+			c, err := h.dialFrom("192.0.2.1")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -82,7 +82,7 @@ func TestAReaderThatTakesNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
 			stuck = append(stuck, ask(tech))
 		}
 		slow := ask("stream")
-		defer sip(t, slow, 100, 9*time.Second)()
+		defer readSlowly(t, slow, 100, 9*time.Second)()
 		time.Sleep(writeTimeout - time.Second)
 		if n := h.metric(`connections{technique="stream"}`); n != 2 {
 			t.Errorf("after 9 s %v streams are open, want 2", n)
@@ -113,10 +113,10 @@ func TestAReaderThatTakesNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
 
 // Behind a frame that closes nothing may come (RFC 6455, 5.5.1), though the
 // library has not closed the connection yet.
-func TestNothingFollowsAGoodbye(t *testing.T) {
+func TestNothingFollowsACloseFrame(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		c := rawSocket(t, h, "/rooms/a/ws")
+		h := newLimitedTestbed(t)
+		c := dialRawWebSocket(t, h, "/rooms/a/ws")
 		defer c.Close()
 		synctest.Wait()
 		h.pool.mu.Lock()
@@ -134,12 +134,12 @@ func TestNothingFollowsAGoodbye(t *testing.T) {
 	})
 }
 
-func TestASocketThatReadsSlowlyIsNotListenedToWhenItsTokenHasExpired(t *testing.T) {
+func TestASlowWebSocketPublishesNothingAfterItsTokenHasExpired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
-		c := rawSocket(t, h, "/rooms/a/ws?token="+signedToken(`{"read":["a"],"write":["a"],"exp":`+unixIn(20*time.Second)+`}`))
+		h := newLimitedTestbed(t, "-secret", firstSecret)
+		c := dialRawWebSocket(t, h, "/rooms/a/ws?token="+signedToken(`{"read":["a"],"write":["a"],"exp":`+unixIn(20*time.Second)+`}`))
 		defer c.Close()
-		defer sip(t, c, 1, 5*time.Second)()
+		defer readSlowly(t, c, 1, 5*time.Second)()
 		time.Sleep(time.Second)
 		c.Write(maskedFrame(1, "in time"))
 		time.Sleep(time.Minute)
@@ -152,25 +152,25 @@ func TestASocketThatReadsSlowlyIsNotListenedToWhenItsTokenHasExpired(t *testing.
 	})
 }
 
-func TestNothingIsToldThatWasPublishedAfterATokenExpired(t *testing.T) {
+func TestNothingIsSentThatWasPublishedAfterATokenExpired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
+		h := newLimitedTestbed(t, "-secret", firstSecret)
 		write := "Authorization: Bearer " + signedToken(`{"write":["a"]}`)
 		time.Sleep(300 * time.Millisecond)
 		r := h.open("192.0.2.1", "GET /rooms/a/stream?token="+signedToken(`{"read":["a"],"exp":`+unixIn(10*time.Second)+`}`), "")
 		defer r.stop()
 		time.Sleep(9900 * time.Millisecond)
 		h.ask("192.0.2.2", "POST /rooms/a", "too late", write)
-		if body := r.rest(); strings.Contains(body, "too late") {
+		if body := r.readAll(); strings.Contains(body, "too late") {
 			t.Errorf("200 ms after the token expired:\n%s", body)
 		}
 	})
 }
 
-func TestASocketThatIsSilentAndDoesNotAnswerPingsIsDropped(t *testing.T) {
+func TestASilentWebSocketThatAnswersNoPingsIsDropped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		c := rawSocket(t, h, "/rooms/a/ws")
+		h := newLimitedTestbed(t)
+		c := dialRawWebSocket(t, h, "/rooms/a/ws")
 		defer c.Close()
 		start := time.Now()
 		io.Copy(io.Discard, c) // takes all, and says nothing
@@ -182,7 +182,7 @@ func TestASocketThatIsSilentAndDoesNotAnswerPingsIsDropped(t *testing.T) {
 
 // A chunk may be as long as a page of fifty of the longest messages.
 func TestALongChunk(t *testing.T) {
-	s := newServer(testRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20}))
+	s := newServer(newTestRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20}))
 	st := &session{stream: &stream{server: s, headroom: chunkHeadSize}}
 	st.fd = -1
 	ours, theirs := net.Pipe()
@@ -201,12 +201,12 @@ func TestALongChunk(t *testing.T) {
 }
 
 // A client that comes and goes leaves no clock behind.
-func TestNoClockIsLeft(t *testing.T) {
+func TestNoTimerIsLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		allocations := func() uint64 {
 			var before, after runtime.MemStats
-			e := b.listen(kindOf("stream"), "a").begin()
+			e := b.subscribe(variantOf("stream"), "a").begin()
 			runtime.ReadMemStats(&before)
 			for range 20 {
 				e.expect("beat")
@@ -218,13 +218,13 @@ func TestNoClockIsLeft(t *testing.T) {
 		}
 		once := allocations()
 		for range 1000 { // all at once
-			b.listen(kindOf("stream"), "a").begin().close()
+			b.subscribe(variantOf("stream"), "a").begin().close()
 			synctest.Wait()
 		}
-		stays := b.listen(kindOf("stream"), "a").begin()
+		stays := b.subscribe(variantOf("stream"), "a").begin()
 		go io.Copy(io.Discard, stays.body)
 		for range 100 { // one now and then, while somebody stays
-			b.listen(kindOf("stream"), "a").begin().close()
+			b.subscribe(variantOf("stream"), "a").begin().close()
 			time.Sleep(300 * time.Millisecond)
 		}
 		if again := allocations(); again > 3*once+1000 {
@@ -235,10 +235,10 @@ func TestNoClockIsLeft(t *testing.T) {
 
 // A client has nothing to say to a stream. If it does that is lost, and its
 // going is noticed as ever; if it says more than a request may, it is given up.
-func TestWhoSpeaksToAStream(t *testing.T) {
+func TestBytesSentToAStreamAreDiscarded(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
-		onNetwork(t, network, func(t *testing.T) {
-			b := newBed(t, network)
+		runOnNetwork(t, network, func(t *testing.T) {
+			b := newTestbed(t, network)
 			for _, size := range []int{10, maxHeader + 100} {
 				conn, err := b.dial(t.Context())
 				if err != nil {
@@ -247,7 +247,7 @@ func TestWhoSpeaksToAStream(t *testing.T) {
 				lines := rawStream(t, conn)
 				go io.WriteString(conn, strings.Repeat("x", size))
 				if size < maxHeader {
-					b.say("a", "hi")
+					b.post("a", "hi")
 					if !lines.Scan() || !strings.Contains(lines.Text(), `"hi"`) {
 						t.Errorf("%d bytes were said, and then came %q", size, lines.Text())
 					}
@@ -255,7 +255,7 @@ func TestWhoSpeaksToAStream(t *testing.T) {
 				} else if lines.Scan() {
 					t.Errorf("%d bytes were said, and then came %q", size, lines.Text())
 				}
-				b.until(func() bool { return b.active() == 0 })
+				b.waitUntil(func() bool { return b.active() == 0 })
 				conn.Close()
 			}
 		})
@@ -263,9 +263,9 @@ func TestWhoSpeaksToAStream(t *testing.T) {
 }
 
 // A lateConn is slow to rouse who reads it.
-type lateConn struct{ net.Conn }
+type slowWakeConn struct{ net.Conn }
 
-func (c lateConn) SetReadDeadline(at time.Time) error {
+func (c slowWakeConn) SetReadDeadline(at time.Time) error {
 	if at.Equal(longAgo) {
 		time.Sleep(100 * time.Millisecond)
 	}
@@ -274,19 +274,19 @@ func (c lateConn) SetReadDeadline(at time.Time) error {
 
 // Who speaks while their socket is full has its goroutine see to it before it
 // is roused. The rousing comes late then, and ends nobody.
-func TestALateRousingEndsNobody(t *testing.T) {
+func TestALateWakeUpEndsNoStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
 		srv := b.http(false)
 		go srv.Serve(l)
 		defer srv.Close()
 		conn, theirs := net.Pipe()
 		defer conn.Close()
-		l.conns <- lateConn{theirs}
+		l.conns <- slowWakeConn{theirs}
 		lines := rawStream(t, conn)
 		for i := range 5 {
-			b.say("a", fmt.Sprint("message ", i))
+			b.post("a", fmt.Sprint("message ", i))
 			time.Sleep(50 * time.Millisecond)
 			go io.WriteString(conn, "x")
 			if !lines.Scan() || !strings.Contains(lines.Text(), fmt.Sprint("message ", i)) {
@@ -303,13 +303,13 @@ func TestALateRousingEndsNobody(t *testing.T) {
 // A frame's length is said in one, two or eight bytes.
 func TestWebSocketLengths(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *config) { c.body = 1 << 20 })
-		e := b.socket("a")
-		b.say("a", "")
+		b := newTestbed(t, pipe, func(c *config) { c.body = 1 << 20 })
+		e := b.webSocket("a")
+		b.post("a", "")
 		least := len(e.next().json)
 		for _, size := range []int{125, 126, 127, 65_535, 65_536, 65_537} {
 			text := strings.Repeat("x", size-least)
-			b.say("a", text)
+			b.post("a", text)
 			if h := e.next(); len(h.json) != size || h.text != text {
 				t.Errorf("an event of %d bytes came with %d", size, len(h.json))
 			}
@@ -320,7 +320,7 @@ func TestWebSocketLengths(t *testing.T) {
 // A WebSocket is woken whatever minor version of HTTP/1 it was asked for with.
 func TestAWebSocketOfALaterHTTP(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		conn, err := b.dial(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -337,7 +337,7 @@ func TestAWebSocketOfALaterHTTP(t *testing.T) {
 			}
 		}()
 		synctest.Wait()
-		b.say("a", "at once")
+		b.post("a", "at once")
 		synctest.Wait()
 		if !bytes.Contains(heard, []byte("at once")) {
 			t.Errorf("heard %q", heard)
@@ -346,10 +346,10 @@ func TestAWebSocketOfALaterHTTP(t *testing.T) {
 }
 
 // Who was published for as the relay stops is answered before the bye.
-func TestAnAckIsNotLostToAStop(t *testing.T) {
+func TestAnAckIsSentBeforeTheBye(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		e := b.socket("a")
+		b := newTestbed(t, pipe)
+		e := b.webSocket("a")
 		st := b.pool.sessions[0]
 		st.handling.Store(true) // hear has published, and is on its way to say so
 		b.stop()
@@ -370,19 +370,19 @@ func TestAnAckIsNotLostToAStop(t *testing.T) {
 // Who answers no ping is gone within a minute, who does may stay.
 func TestWebSocketPings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		alive := b.socket("a")
+		b := newTestbed(t, pipe)
+		alive := b.webSocket("a")
 		heartbeats := make(chan int, 1)
 		go func() {
 			n := 0
-			for h, err := alive.hears(); err == nil; h, err = alive.hears() {
+			for h, err := alive.receive(); err == nil; h, err = alive.receive() {
 				if h.kind == "beat" {
 					n++
 				}
 			}
 			heartbeats <- n
 		}()
-		conn, r := b.raw("/rooms/a/ws")
+		conn, r := b.rawWebSocket("/rooms/a/ws")
 		dead := make(chan time.Duration, 1)
 		start := time.Now()
 		go func() {
@@ -417,19 +417,19 @@ func TestWebSocketPings(t *testing.T) {
 
 // What a full socket leaves is the rest, to the byte, and of a big event there
 // is one for all who are slow.
-func TestLeft(t *testing.T) {
+func TestUnwritten(t *testing.T) {
 	r := benchRelay(t)
 	big := strings.Repeat("long hair, ", 200)
-	publishPost(t, r, publishRequest{room: "lobby", kind: "message", data: []byte(`"` + big + `"`)})
-	publishPost(t, r, publishRequest{room: "lobby", kind: "message", data: []byte(`"short"`)})
-	publishPost(t, r, publishRequest{room: "lobby", kind: "comet", data: []byte(`"` + big + `"`), from: "ada"})
-	events := openReader(t, r, "lobby", r.lastID.Load()-r.epoch-3, subscribeRequest{}).next(nil)
+	publishEvent(t, r, publishRequest{room: "lobby", kind: "message", data: []byte(`"` + big + `"`)})
+	publishEvent(t, r, publishRequest{room: "lobby", kind: "message", data: []byte(`"short"`)})
+	publishEvent(t, r, publishRequest{room: "lobby", kind: "comet", data: []byte(`"` + big + `"`), from: "ada"})
+	events := openSubscriber(t, r, "lobby", r.lastID.Load()-r.epoch-3, subscribeRequest{}).next(nil)
 	quoted := &event{id: 1, kind: "message", json: slices.Concat([]byte(`{"data":`), events[0].json, []byte("}"))} // holds the next
 	for _, technique := range techniques {
 		if technique.mode != streaming {
 			continue
 		}
-		f := benchFraming(t, technique)
+		f := newTestEncoder(t, technique)
 		for _, due := range [][]*event{events, events[:1], events[1:2], {quoted, events[0]}, {events[0], quoted}} {
 			b := f.encode([]byte("head"), 1, due...)
 			for n := range b {
@@ -451,7 +451,7 @@ func TestLeft(t *testing.T) {
 
 // Pings are few where the kernel knows of the client itself.
 func TestHowManyPings(t *testing.T) {
-	b := newBed(t, tcp)
+	b := newTestbed(t, tcp)
 	for _, test := range []struct {
 		patient, proxied bool
 		pings            int
@@ -478,8 +478,8 @@ func TestHowManyPings(t *testing.T) {
 // Frames that are broken end their socket, and nothing else.
 func TestWebSocketBroken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		other := b.socket("a")
+		b := newTestbed(t, pipe)
+		other := b.webSocket("a")
 		for name, bytes := range map[string]string{
 			"not masked":           "\x81\x02hi",
 			"reserved bits":        "\xf1\x82\x00\x00\x00\x00hi",
@@ -492,7 +492,7 @@ func TestWebSocketBroken(t *testing.T) {
 			"no WebSocket at all":  "GET / HTTP/1.1\r\n\r\n",
 		} {
 			mark := b.relay.lastID.Load()
-			conn, r := b.raw("/rooms/a/ws")
+			conn, r := b.rawWebSocket("/rooms/a/ws")
 			go conn.Write([]byte(bytes))
 			start := time.Now()
 			rest, _ := io.ReadAll(r)
@@ -504,11 +504,11 @@ func TestWebSocketBroken(t *testing.T) {
 			}
 			conn.Close()
 			synctest.Wait()
-			if n := b.readers(); n != 1 || b.relay.lastID.Load() != mark {
+			if n := b.subscriptions(); n != 1 || b.relay.lastID.Load() != mark {
 				t.Errorf("%s: %d readers, want 1, and nothing published", name, n)
 			}
 		}
-		b.say("a", "hi")
+		b.post("a", "hi")
 		other.expect("message hi")
 	})
 }
@@ -516,9 +516,9 @@ func TestWebSocketBroken(t *testing.T) {
 // Who leaves 16 KiB of answers unread, beside what the socket holds, is given up.
 func TestWebSocketFlood(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		other := b.socket("a")
-		conn, _ := b.raw("/rooms/b/ws")
+		b := newTestbed(t, pipe)
+		other := b.webSocket("a")
+		conn, _ := b.rawWebSocket("/rooms/b/ws")
 		var sent atomic.Int64
 		go func() {
 			for i := range 100_000 {
@@ -534,19 +534,19 @@ func TestWebSocketFlood(t *testing.T) {
 			t.Errorf("%d frames were taken whose answers nobody read", n)
 		}
 		time.Sleep(2 * time.Second)
-		if n := b.readers(); n != 1 {
+		if n := b.subscriptions(); n != 1 {
 			t.Errorf("after 11 s there are %d readers, want 1", n)
 		}
-		b.say("a", "hi")
+		b.post("a", "hi")
 		other.expect("message hi")
 		conn.Close()
 	})
 }
 
 // Hello is first, however soon the client speaks.
-func TestHelloIsBeforeAnyAnswer(t *testing.T) {
+func TestHelloComesBeforeAnyReply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		st := &session{ws: true, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), headroom: maxFrameHead, expiresAt: math.MaxInt64}}
 		st.send = st.sendMessage
 		if err := b.relay.subscribe(&st.sub, subscribeRequest{rooms: []string{"a"}, cursor: -1, maxBatchBytes: 1, driver: st}); err != nil {
@@ -562,12 +562,12 @@ func TestHelloIsBeforeAnyAnswer(t *testing.T) {
 }
 
 // A client may speak before it has read the answer to its handshake.
-func TestWebSocketEarly(t *testing.T) {
+func TestAWebSocketClientMaySendBeforeTheHandshakeIsAnswered(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
 		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network)
-				e := b.listen(kindOf("stream"), "a").begin()
+			runOnNetwork(t, network, func(t *testing.T) {
+				b := newTestbed(t, network)
+				e := b.subscribe(variantOf("stream"), "a").begin()
 				conn, err := b.dial(t.Context())
 				if err != nil {
 					t.Fatal(err)

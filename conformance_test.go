@@ -21,16 +21,16 @@ var conformance = []struct {
 	sentence string
 	streams  bool // asked of streams only
 	virtual  bool // it takes its time
-	check    func(*testing.T, *testbed, earKind)
+	check    func(*testing.T, *testbed, variant)
 }{
 	{"its headers let nobody hold it back", false, false, checkHeaders},
 	{"it says hello at once", true, false, checkHello},
 	{"it tells what happens in its rooms, in order", false, false, checkLive},
-	{"it passes over what only another technique takes", false, false, checkOthers},
+	{"it passes over what only another technique takes", false, false, checkForeignParameters},
 	{"it catches up from a cursor", false, false, checkCatchUp},
 	{"it tells of a gap", false, false, checkGap},
 	{"it tells signals while they last", false, true, checkSignals},
-	{"its heart beats when it is silent", true, true, checkHeart},
+	{"its heart beats when it is silent", true, true, checkHeartbeat},
 	{"it says bye after all that was published", true, false, checkBye},
 	{"HEAD is answered at once, without a body", false, false, checkHead},
 	{"OPTIONS tells the methods, and others are refused", false, false, checkMethods},
@@ -38,12 +38,12 @@ var conformance = []struct {
 
 func TestTechniques(t *testing.T) {
 	for _, technique := range techniques {
-		if !slices.ContainsFunc(earKinds, func(k earKind) bool { return k.technique == technique.name }) {
+		if !slices.ContainsFunc(variants, func(k variant) bool { return k.technique == technique.name }) {
 			t.Errorf("nobody listens to %s here", technique.name)
 		}
 	}
 	for _, network := range []string{pipe, pipe10, pipeH2, tcp} {
-		for _, k := range earKinds {
+		for _, k := range variants {
 			if k.technique == "ws" && (network == pipe10 || network == pipeH2) || !k.streams() && network == pipe10 {
 				continue
 			}
@@ -52,23 +52,23 @@ func TestTechniques(t *testing.T) {
 					continue
 				}
 				t.Run(network+"/"+k.name+"/"+c.sentence, func(t *testing.T) {
-					onNetwork(t, network, func(t *testing.T) { c.check(t, newBed(t, network), k) })
+					runOnNetwork(t, network, func(t *testing.T) { c.check(t, newTestbed(t, network), k) })
 				})
 			}
 		}
 	}
 }
 
-func checkOthers(t *testing.T, b *testbed, k earKind) {
+func checkForeignParameters(t *testing.T, b *testbed, k variant) {
 	if k.technique != "multipart" {
-		e := b.listen(k, "a", "as=svg", "w=1", "h=1").begin()
-		b.say("a", "one")
+		e := b.subscribe(k, "a", "as=svg", "w=1", "h=1").begin()
+		b.post("a", "one")
 		e.expect("message one")
 	}
 }
 
-func checkHeaders(t *testing.T, b *testbed, k earKind) {
-	e := b.listen(k, "a")
+func checkHeaders(t *testing.T, b *testbed, k variant) {
+	e := b.subscribe(k, "a")
 	var h http.Header
 	if k.technique == "ws" {
 		res, _ := b.do("GET", e.path, "")
@@ -79,8 +79,8 @@ func checkHeaders(t *testing.T, b *testbed, k earKind) {
 	} else {
 		e.next()
 		h = e.res.Header
-		if got := h.Get("Content-Type"); !regexp.MustCompile("^(" + k.mime + ")$").MatchString(got) {
-			t.Errorf("Content-Type: %s, want %s", got, k.mime)
+		if got := h.Get("Content-Type"); !regexp.MustCompile("^(" + k.contentType + ")$").MatchString(got) {
+			t.Errorf("Content-Type: %s, want %s", got, k.contentType)
 		}
 		if h.Get("Cache-Control") != "no-store, no-transform" || h.Get("X-Accel-Buffering") != "no" {
 			t.Errorf("headers %v, want Cache-Control: no-store, no-transform and X-Accel-Buffering: no", h)
@@ -106,19 +106,19 @@ func checkHeaders(t *testing.T, b *testbed, k earKind) {
 	}
 }
 
-func checkHello(t *testing.T, b *testbed, k earKind) {
-	b.say("a", "before")
+func checkHello(t *testing.T, b *testbed, k variant) {
+	b.post("a", "before")
 	start := time.Now()
-	e := b.listen(k, "a,b.c:d-e_F")
+	e := b.subscribe(k, "a,b.c:d-e_F")
 	h := e.next()
-	inNoTime(t, start)
+	checkImmediate(t, start)
 	if h.kind != "hello" {
 		t.Fatalf("began with %v", h)
 	}
 	if k.technique == "sse" && !regexp.MustCompile(`^[23]\d\d\d$`).MatchString(e.retry) {
 		t.Errorf("retry: %q, want 2000 to 3999", e.retry)
 	}
-	if k.people {
+	if k.forPeople {
 		return
 	}
 	var hello struct {
@@ -145,39 +145,39 @@ func checkHello(t *testing.T, b *testbed, k earKind) {
 		t.Errorf("hello's time is %v ago", d)
 	}
 	// A cursor that was given is the one it goes on from.
-	if h := b.listen(k, "a", fmt.Sprintf("after=%d", hello.ID-1)).next(); h.id != hello.ID-1 {
+	if h := b.subscribe(k, "a", fmt.Sprintf("after=%d", hello.ID-1)).next(); h.id != hello.ID-1 {
 		t.Errorf("hello %s, want the cursor given, %d", h.json, hello.ID-1)
 	}
 }
 
-func checkLive(t *testing.T, b *testbed, k earKind) {
-	b.say("a", "before")
-	e := b.listen(k, "a,b").begin()
+func checkLive(t *testing.T, b *testbed, k variant) {
+	b.post("a", "before")
+	e := b.subscribe(k, "a,b").begin()
 	start := time.Now()
-	id := b.say("a", "one")
+	id := b.post("a", "one")
 	got := e.expect("message one")[0]
-	if !k.people && (got.id != id || got.room != "a" || got.data != `"one"`) {
+	if !k.forPeople && (got.id != id || got.room != "a" || got.data != `"one"`) {
 		t.Errorf("heard %s", got.json)
 	}
-	b.say("c", "elsewhere")
-	b.say("b?user=ada", "two")
+	b.post("c", "elsewhere")
+	b.post("b?user=ada", "two")
 	got = e.expect("message two")[0]
 	if got.from != "ada" {
 		t.Errorf("two is from %q", got.from)
 	}
-	b.say("a", "three")
-	b.say("b?type=x:y", "four")
+	b.post("a", "three")
+	b.post("b?type=x:y", "four")
 	e.expect("message three", "x:y four")
-	inNoTime(t, start)
+	checkImmediate(t, start)
 }
 
-func checkCatchUp(t *testing.T, b *testbed, k earKind) {
+func checkCatchUp(t *testing.T, b *testbed, k variant) {
 	type said struct {
 		id         int64
 		room, text string
 	}
 	var log []said
-	say := func(room, text string) { log = append(log, said{b.say(room, text), room, text}) }
+	say := func(room, text string) { log = append(log, said{b.post(room, text), room, text}) }
 	for i := range 6 {
 		say([]string{"a", "b"}[i%2], fmt.Sprintf("m%d", i))
 	}
@@ -214,7 +214,7 @@ func checkCatchUp(t *testing.T, b *testbed, k earKind) {
 		if test.after < 0 {
 			want = want[max(0, len(want)-test.last):]
 		}
-		e := b.listen(k, test.rooms, test.ask...)
+		e := b.subscribe(k, test.rooms, test.ask...)
 		if k.streams() {
 			e.begin()
 		}
@@ -231,13 +231,13 @@ func checkCatchUp(t *testing.T, b *testbed, k earKind) {
 	}
 }
 
-func checkGap(t *testing.T, b *testbed, k earKind) {
+func checkGap(t *testing.T, b *testbed, k variant) {
 	b.relay.maxEvents = 4 // are kept
 	var ids []string
 	for i := range 10 {
-		ids = append(ids, fmt.Sprint(b.say("a", fmt.Sprintf("m%d", i))))
+		ids = append(ids, fmt.Sprint(b.post("a", fmt.Sprintf("m%d", i))))
 	}
-	b.say("b", "other")
+	b.post("b", "other")
 	kept := []string{"message m6", "message m7", "message m8", "message m9"}
 	for _, test := range []struct{ after, reason, id string }{
 		{ids[1], "history", ids[5]},
@@ -248,20 +248,20 @@ func checkGap(t *testing.T, b *testbed, k earKind) {
 		{fmt.Sprint(b.relay.lastID.Load() + 1), "future", ids[5]},
 		{"9223372036854775807", "future", ids[5]},
 	} {
-		e := b.listen(k, "a", "after="+test.after)
+		e := b.subscribe(k, "a", "after="+test.after)
 		if k.streams() {
 			e.begin()
 		}
 		gap := e.expect(append([]string{"gap"}, kept...)...)[0]
 		want := fmt.Sprintf(`{"type":"gap","room":"a","id":%s,"data":{"reason":"%s"}}`, test.id, test.reason)
-		if !k.people && gap.json != want {
+		if !k.forPeople && gap.json != want {
 			t.Errorf("after %s: %s, want %s", test.after, gap.json, want)
 		}
 		e.close()
 	}
 	// Who goes on from the gap has lost nothing more, and who gave no cursor lost nothing.
 	for _, ask := range []string{"after=" + ids[5], "last=4"} {
-		e := b.listen(k, "a", ask)
+		e := b.subscribe(k, "a", ask)
 		if k.streams() {
 			e.begin()
 		}
@@ -269,7 +269,7 @@ func checkGap(t *testing.T, b *testbed, k earKind) {
 		e.close()
 	}
 	// A gap is a room's: b, beside it, has lost nothing.
-	e := b.listen(k, "a,b", "after="+ids[0])
+	e := b.subscribe(k, "a,b", "after="+ids[0])
 	if k.streams() {
 		e.begin()
 	}
@@ -277,7 +277,7 @@ func checkGap(t *testing.T, b *testbed, k earKind) {
 	e.close()
 	// A stream that falls behind while it is read is told too.
 	if k.streams() {
-		e := b.listen(k, "a").begin()
+		e := b.subscribe(k, "a").begin()
 		b.settle()
 		b.relay.mu.Lock() // ten messages at once
 		for i := range 10 {
@@ -289,40 +289,40 @@ func checkGap(t *testing.T, b *testbed, k earKind) {
 	}
 }
 
-func checkSignals(t *testing.T, b *testbed, k earKind) {
+func checkSignals(t *testing.T, b *testbed, k variant) {
 	b.relay.maxEvents = 4
 	before := fmt.Sprint(b.relay.lastID.Load())
-	live := b.listen(k, "a").begin()
+	live := b.subscribe(k, "a").begin()
 	for i := range 4 { // as many as are kept
-		b.say("a", fmt.Sprintf("m%d", i))
-		b.say("a?type=typing&ttl=5", fmt.Sprintf("s%d", i))
+		b.post("a", fmt.Sprintf("m%d", i))
+		b.post("a?type=typing&ttl=5", fmt.Sprintf("s%d", i))
 	}
 	all := []string{"message m0", "typing s0", "message m1", "typing s1", "message m2", "typing s2", "message m3", "typing s3"}
 	live.expect(all...)
 	time.Sleep(4900 * time.Millisecond) // TestPublishSignal has the moment
-	e := b.listen(k, "a", "after="+before)
+	e := b.subscribe(k, "a", "after="+before)
 	if k.streams() {
 		e.begin()
 	}
 	e.expect(all...)
 	time.Sleep(200 * time.Millisecond)
-	e = b.listen(k, "a", "after="+before)
+	e = b.subscribe(k, "a", "after="+before)
 	if k.streams() {
 		e.begin()
 	}
 	e.expect("message m0", "message m1", "message m2", "message m3")
 	for range 50 {
-		b.say("a?ttl=1", "signal") // push out no message
+		b.post("a?ttl=1", "signal") // push out no message
 	}
-	e = b.listen(k, "a", "after="+before)
+	e = b.subscribe(k, "a", "after="+before)
 	if k.streams() {
 		e.begin()
 	}
 	e.expect("message m0", "message m1", "message m2", "message m3")
 }
 
-func checkHeart(t *testing.T, b *testbed, k earKind) {
-	e := b.listen(k, "a").begin()
+func checkHeartbeat(t *testing.T, b *testbed, k variant) {
+	e := b.subscribe(k, "a").begin()
 	since := time.Now()
 	for range 40 {
 		h := e.next()
@@ -334,7 +334,7 @@ func checkHeart(t *testing.T, b *testbed, k earKind) {
 	}
 	for i := range 20 { // what is said counts as a heartbeat
 		time.Sleep(7 * time.Second)
-		b.say("a", fmt.Sprint(i))
+		b.post("a", fmt.Sprint(i))
 		e.expect("message " + fmt.Sprint(i))
 	}
 	since = time.Now()
@@ -343,9 +343,9 @@ func checkHeart(t *testing.T, b *testbed, k earKind) {
 	}
 }
 
-func checkBye(t *testing.T, b *testbed, k earKind) {
+func checkBye(t *testing.T, b *testbed, k variant) {
 	b.relay.maxEvents = 1000
-	e := b.listen(k, "a").begin()
+	e := b.subscribe(k, "a").begin()
 	want := []string{}
 	for i := range 300 { // more than one batch
 		data, _ := json.Marshal(fmt.Sprint(i))
@@ -362,24 +362,24 @@ func checkBye(t *testing.T, b *testbed, k earKind) {
 	} else {
 		e.expect(want...)
 		bye := e.expect("bye")[0]
-		if m := regexp.MustCompile(`^{"type":"bye","data":{"retry":(\d+)}}$`).FindStringSubmatch(bye.json); !k.people && m == nil {
+		if m := regexp.MustCompile(`^{"type":"bye","data":{"retry":(\d+)}}$`).FindStringSubmatch(bye.json); !k.forPeople && m == nil {
 			t.Errorf("%s", bye.json)
-		} else if !k.people {
+		} else if !k.forPeople {
 			if retry, _ := strconv.Atoi(m[1]); retry < 1000 || retry > 31_000 {
 				t.Errorf("retry in %d ms", retry)
 			}
 		}
 	}
-	e.ends()
-	inNoTime(t, start)
+	e.expectEnd()
+	checkImmediate(t, start)
 }
 
-func checkHead(t *testing.T, b *testbed, k earKind) {
-	b.say("a", "before")
-	e := b.listen(k, "a", "last=1")
+func checkHead(t *testing.T, b *testbed, k variant) {
+	b.post("a", "before")
+	e := b.subscribe(k, "a", "last=1")
 	start := time.Now()
 	res, body := b.do("HEAD", e.path, "")
-	inNoTime(t, start)
+	checkImmediate(t, start)
 	if body != "" {
 		t.Errorf("HEAD has the body %q", body)
 	}
@@ -408,7 +408,7 @@ func checkHead(t *testing.T, b *testbed, k earKind) {
 	}
 }
 
-func checkMethods(t *testing.T, b *testbed, k earKind) {
+func checkMethods(t *testing.T, b *testbed, k variant) {
 	start := time.Now()
 	path := "/rooms/a/" + k.technique
 	const allow = "GET, HEAD, OPTIONS"
@@ -427,5 +427,5 @@ func checkMethods(t *testing.T, b *testbed, k earKind) {
 			t.Errorf("%s: %s %q, want 404 and the techniques there are", no, res.Status, body)
 		}
 	}
-	inNoTime(t, start)
+	checkImmediate(t, start)
 }

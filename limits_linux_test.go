@@ -25,7 +25,7 @@ import (
 	"github.com/coder/websocket"
 )
 
-func TestOutOfDescriptorsItRefusesWithAnAnswerAndDoesNotSpin(t *testing.T) {
+func TestOutOfDescriptorsTheRelayAnswers503AndDoesNotSpin(t *testing.T) {
 	c := startRelay(t, []string{"COMETES_TEST_NOFILE=48"})
 	before := c.descriptors()
 	var mu sync.Mutex
@@ -344,7 +344,7 @@ func (f *flood) dial() net.Conn {
 	}}
 	conn, err := d.Dial("tcp", f.c.addr)
 	if err != nil {
-		f.note(fmt.Sprintf("%.30v", err))
+		f.count(fmt.Sprintf("%.30v", err))
 		return nil
 	}
 	f.mu.Lock()
@@ -353,14 +353,14 @@ func (f *flood) dial() net.Conn {
 	return conn
 }
 
-func (f *flood) note(what string) {
+func (f *flood) count(what string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.said[what]++
 }
 
-// ask writes a request from an address and notes the answer's first line.
-func (f *flood) ask(from, request, headers, body string) net.Conn {
+// request writes a request from an address and notes the answer's first line.
+func (f *flood) request(from, request, headers, body string) net.Conn {
 	conn := f.dial()
 	if conn == nil {
 		return nil
@@ -369,8 +369,8 @@ func (f *flood) ask(from, request, headers, body string) net.Conn {
 	return conn
 }
 
-// dribble sends so many bytes now and then, until the flood or the connection is over.
-func (f *flood) dribble(conn net.Conn, every time.Duration, bytes int) {
+// sendSlowly sends so many bytes now and then, until the flood or the connection is over.
+func (f *flood) sendSlowly(conn net.Conn, every time.Duration, bytes int) {
 	for conn != nil && !f.isOver() {
 		time.Sleep(every)
 		if _, err := conn.Write([]byte(strings.Repeat("x", bytes))); err != nil {
@@ -379,8 +379,8 @@ func (f *flood) dribble(conn net.Conn, every time.Duration, bytes int) {
 	}
 }
 
-// first reads and notes the first line of an answer.
-func (f *flood) first(conn net.Conn) string {
+// readFirst reads and notes the first line of an answer.
+func (f *flood) readFirst(conn net.Conn) string {
 	conn.SetReadDeadline(time.Now().Add(3 * time.Second))
 	b := make([]byte, 32)
 	n, err := io.ReadFull(conn, b)
@@ -391,7 +391,7 @@ func (f *flood) first(conn net.Conn) string {
 	if _, status, ok := strings.Cut(line, " "); ok && strings.HasPrefix(line, "HTTP/1.1 ") {
 		line = status
 	}
-	f.note(line)
+	f.count(line)
 	return line
 }
 
@@ -406,12 +406,12 @@ func (f *flood) posts(workers int, request func(worker, n int) (path, body strin
 			r.Header.Set("X-Forwarded-For", floodFrom(worker*1000+n%1000))
 			resp, err := client.Do(r)
 			if err != nil {
-				f.note(fmt.Sprintf("%.60v", err))
+				f.count(fmt.Sprintf("%.60v", err))
 				return
 			}
 			io.Copy(io.Discard, resp.Body)
 			resp.Body.Close()
-			f.note(resp.Status)
+			f.count(resp.Status)
 		}
 	})
 }
@@ -436,22 +436,22 @@ var floods = []struct {
 
 	{"slow heads", func(f *flood) {
 		f.each(1500, func(i int) {
-			f.dribble(f.ask(floodFrom(i), "GET /rooms/a/sse", "X-Slow: ", ""), 100*time.Millisecond, 1)
+			f.sendSlowly(f.request(floodFrom(i), "GET /rooms/a/sse", "X-Slow: ", ""), 100*time.Millisecond, 1)
 		})
 	}, "connections", true, 60, "", ""},
 
 	{"slow bodies", func(f *flood) {
 		f.each(400, func(i int) {
-			f.dribble(f.ask(floodFrom(i), "POST /rooms/a", "Content-Length: 60000\r\n", "x"), 50*time.Millisecond, 100)
+			f.sendSlowly(f.request(floodFrom(i), "POST /rooms/a", "Content-Length: 60000\r\n", "x"), 50*time.Millisecond, 100)
 		})
 	}, "", false, 60, "", ""},
 
 	{"streams that close their half", func(f *flood) {
 		f.each(4, func(worker int) {
 			for i := 0; !f.isOver(); i++ {
-				if conn := f.ask(floodFrom(worker<<16+i), "GET /rooms/a/stream", "", ""); conn != nil {
+				if conn := f.request(floodFrom(worker<<16+i), "GET /rooms/a/stream", "", ""); conn != nil {
 					conn.(*net.TCPConn).CloseWrite()
-					f.first(conn)
+					f.readFirst(conn)
 					conn.Close()
 				}
 			}
@@ -460,8 +460,8 @@ var floods = []struct {
 
 	{"slow readers", func(f *flood) {
 		f.each(400, func(i int) {
-			if conn := f.ask(floodFrom(i), "GET /rooms/big/"+[]string{"sse", "stream", "html", "iframe"}[i%4], "", ""); conn != nil {
-				f.first(conn)
+			if conn := f.request(floodFrom(i), "GET /rooms/big/"+[]string{"sse", "stream", "html", "iframe"}[i%4], "", ""); conn != nil {
+				f.readFirst(conn)
 			}
 		})
 		time.Sleep(floodFor / 4)
@@ -470,16 +470,16 @@ var floods = []struct {
 
 	{"streams in all", func(f *flood) {
 		f.each(1200, func(i int) {
-			if conn := f.ask(floodFrom(i), "GET /rooms/a/stream", "", ""); conn != nil {
-				f.first(conn)
+			if conn := f.request(floodFrom(i), "GET /rooms/a/stream", "", ""); conn != nil {
+				f.readFirst(conn)
 			}
 		})
 	}, "streams", true, 60, "", ""},
 
 	{"streams of one address", func(f *flood) {
 		f.each(300, func(i int) {
-			if conn := f.ask("192.0.2.1", "GET /rooms/a/sse", "", ""); conn != nil {
-				f.first(conn)
+			if conn := f.request("192.0.2.1", "GET /rooms/a/sse", "", ""); conn != nil {
+				f.readFirst(conn)
 			}
 		})
 	}, "address", false, 60, "", ""},
@@ -494,8 +494,8 @@ var floods = []struct {
 			for n := range maxRooms {
 				rooms = append(rooms, fmt.Sprintf("%060d-%d", i, n))
 			}
-			if conn := f.ask(floodFrom(i), "GET /rooms/"+strings.Join(rooms, ",")+"/stream", "", ""); conn != nil {
-				f.first(conn)
+			if conn := f.request(floodFrom(i), "GET /rooms/"+strings.Join(rooms, ",")+"/stream", "", ""); conn != nil {
+				f.readFirst(conn)
 			}
 		})
 	}, "", false, 60, "", ""},
@@ -521,7 +521,7 @@ var floods = []struct {
 				r.Header.Set("X-Forwarded-For", "192.0.2.1")
 				if resp, err := client.Do(r); err == nil {
 					resp.Body.Close()
-					f.note(resp.Status)
+					f.count(resp.Status)
 				}
 			}
 		})
@@ -529,8 +529,8 @@ var floods = []struct {
 
 	{"WebSockets that do nothing", func(f *flood) {
 		f.each(1200, func(i int) {
-			if conn := f.ask(floodFrom(i), "GET /rooms/a/ws", webSocketHead, ""); conn != nil {
-				f.first(conn)
+			if conn := f.request(floodFrom(i), "GET /rooms/a/ws", webSocketHead, ""); conn != nil {
+				f.readFirst(conn)
 			}
 		})
 	}, "streams", true, 60, "", ""},
@@ -538,7 +538,7 @@ var floods = []struct {
 	{"pings, and pongs that nobody reads", func(f *flood) {
 		f.each(50, func(i int) {
 			for !f.isOver() {
-				conn := f.ask(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
+				conn := f.request(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
 				if conn == nil {
 					return
 				}
@@ -547,7 +547,7 @@ var floods = []struct {
 				for !f.isOver() {
 					if _, err := conn.Write(pings); err != nil {
 						if !f.isOver() {
-							f.note("cut off")
+							f.count("cut off")
 						}
 						break
 					}
@@ -560,7 +560,7 @@ var floods = []struct {
 	{"frames too many and too long", func(f *flood) {
 		f.each(20, func(i int) {
 			for n := 0; !f.isOver(); n++ {
-				conn := f.ask(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
+				conn := f.request(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
 				if conn == nil {
 					return
 				}
@@ -573,7 +573,7 @@ var floods = []struct {
 				for !f.isOver() {
 					if _, err := conn.Write(frame); err != nil {
 						if !f.isOver() {
-							f.note("cut off")
+							f.count("cut off")
 						}
 						break
 					}
@@ -585,7 +585,7 @@ var floods = []struct {
 	}, "rate", false, 60, "cut off", ""},
 }
 
-func TestAReaderThatTakesNothingCostsLittle(t *testing.T) {
+func TestAClientThatReadsNothingCostsLittle(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 2 s")
 	}
@@ -599,9 +599,9 @@ func TestAReaderThatTakesNothingCostsLittle(t *testing.T) {
 			before := c.metric("memory_bytes")
 			f := &flood{t: t, c: c, over: make(chan struct{}), said: map[string]int{}}
 			for range readers {
-				if conn := f.ask("", "GET /rooms/big/stream", "", ""); conn != nil {
+				if conn := f.request("", "GET /rooms/big/stream", "", ""); conn != nil {
 					defer conn.Close()
-					f.first(conn)
+					f.readFirst(conn)
 				}
 			}
 			for range 80 {
@@ -621,7 +621,7 @@ func TestAReaderThatTakesNothingCostsLittle(t *testing.T) {
 	}
 }
 
-func TestHonestClientsNoticeNoneOfTheFloodsAndAllIsGivenBackAfterwards(t *testing.T) {
+func TestHonestClientsNoticeNoFloodAndAllMemoryIsReleasedAfterwards(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 40 s")
 	}

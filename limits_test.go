@@ -94,9 +94,9 @@ func TestTheAddressOfAClient(t *testing.T) {
 	}
 }
 
-func TestNobodyBehindAProxyCanSayThatTheyAreTheMachineItself(t *testing.T) {
+func TestNoClientBehindAProxyCanClaimALocalAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-trust-proxy", "-rate", "1", "-room-rate", "5")
+		h := newLimitedTestbed(t, "-trust-proxy", "-rate", "1", "-room-rate", "5")
 		published := 0
 		for i := range 20 {
 			r, _ := h.ask("10.0.0.1", "POST /rooms/a", "hi", "X-Forwarded-For: 198.51.100.1", fmt.Sprintf("Fly-Client-IP: 127.0.0.%d", i+1))
@@ -110,8 +110,8 @@ func TestNobodyBehindAProxyCanSayThatTheyAreTheMachineItself(t *testing.T) {
 	})
 }
 
-// streamsFrom opens n streams, each from an address of its own.
-func streamsFrom(h *hall, n int, from, what string, headers func(i int) []string) (all []*hallReply) {
+// openStreams opens n streams, each from an address of its own.
+func openStreams(h *hall, n int, from, what string, headers func(i int) []string) (all []*response) {
 	h.t.Helper()
 	for i := range n {
 		addr := from
@@ -131,9 +131,9 @@ func streamsFrom(h *hall, n int, from, what string, headers func(i int) []string
 	return all
 }
 
-func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
+func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 	forwarded := func(addr string) []string { return []string{"X-Forwarded-For: 203.0.113.7, " + addr} }
-	var held []*hallReply
+	var held []*response
 	leave := func(*hall) { held[0].stop(); time.Sleep(time.Second) }
 	wait := func(d time.Duration) func(*hall) { return func(*hall) { time.Sleep(d) } }
 	post := func(h *hall, from string, rooms ...string) {
@@ -158,34 +158,34 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 		relief       func(*hall) // and nobody then
 	}{
 		{"streams in all", "streams", []string{"-streams", "3"},
-			func(h *hall) { held = streamsFrom(h, 3, "192.0.2.%d", "GET /rooms/a/stream", nil) },
+			func(h *hall) { held = openStreams(h, 3, "192.0.2.%d", "GET /rooms/a/stream", nil) },
 			b, "GET /rooms/b/multipart", "", nil, 503, "10", "", leave},
 		{"waiting polls in all", "streams", []string{"-streams", "3"},
-			func(h *hall) { held = streamsFrom(h, 3, "192.0.2.%d", "GET /rooms/a/sse", nil) },
+			func(h *hall) { held = openStreams(h, 3, "192.0.2.%d", "GET /rooms/a/sse", nil) },
 			b, "GET /rooms/b/longpoll?wait=1", "", nil, 503, "10", "", leave},
 		{"a picture is a stream", "streams", []string{"-streams", "3"},
-			func(h *hall) { held = streamsFrom(h, 3, "192.0.2.%d", "GET /rooms/a/multipart?as=svg", nil) },
+			func(h *hall) { held = openStreams(h, 3, "192.0.2.%d", "GET /rooms/a/multipart?as=svg", nil) },
 			b, "GET /rooms/b/jsonp?callback=f&wait=1", "", nil, 503, "10", "", leave},
 		{"connections of an IPv4 address", "address", []string{"-per-addr", "3"},
-			func(h *hall) { held = streamsFrom(h, 3, a, "GET /rooms/a/html", nil) },
+			func(h *hall) { held = openStreams(h, 3, a, "GET /rooms/a/html", nil) },
 			a, "GET /healthz", "", nil, 503, "10", b, leave},
 		{"connections of an IPv6 /64", "address", []string{"-per-addr", "3"},
-			func(h *hall) { held = streamsFrom(h, 3, "2001:db8:1:2::%d", "GET /rooms/a/iframe", nil) },
+			func(h *hall) { held = openStreams(h, 3, "2001:db8:1:2::%d", "GET /rooms/a/iframe", nil) },
 			"2001:db8:1:2:9::9", "GET /rooms/a/poll", "", nil, 503, "10", "2001:db8:1:3::1", leave},
 		{"streams of an address behind a proxy", "address", []string{"-per-addr", "3", "-trust-proxy"},
 			func(h *hall) {
-				held = streamsFrom(h, 3, "10.0.0.1", "GET /rooms/a/stream", func(int) []string { return forwarded("192.0.2.1") })
+				held = openStreams(h, 3, "10.0.0.1", "GET /rooms/a/stream", func(int) []string { return forwarded("192.0.2.1") })
 			},
 			"10.0.0.1", "GET /rooms/a/stream", "", forwarded("192.0.2.1"), 429, "10", "", leave},
 		{"streams of a /64 behind a proxy", "address", []string{"-per-addr", "3", "-trust-proxy"},
 			func(h *hall) {
-				held = streamsFrom(h, 3, "10.0.0.1", "GET /rooms/a/stream", func(i int) []string { return forwarded(fmt.Sprintf("2001:db8::%d", i)) })
+				held = openStreams(h, 3, "10.0.0.1", "GET /rooms/a/stream", func(i int) []string { return forwarded(fmt.Sprintf("2001:db8::%d", i)) })
 			},
 			"10.0.0.1", "GET /rooms/a/longpoll?wait=1", "", forwarded("2001:db8::9:9:9"), 429, "10", "", leave},
 		{"connections in all, silent ones", "connections", []string{"-streams", "3"},
 			func(h *hall) {
 				for i := range 103 {
-					if _, err := h.dial(fmt.Sprintf("192.0.2.%d", i+1)); err != nil {
+					if _, err := h.dialFrom(fmt.Sprintf("192.0.2.%d", i+1)); err != nil {
 						h.t.Fatal(err)
 					}
 				}
@@ -219,7 +219,7 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 			},
 			a, "POST /rooms/a/presence?user=ada", "away", nil, 503, "60", "", wait(63 * time.Second)},
 		{"users who read", "users", []string{"-users", "2"},
-			func(h *hall) { held = streamsFrom(h, 1, a, "GET /rooms/a,b/stream?user=bob", nil) },
+			func(h *hall) { held = openStreams(h, 1, a, "GET /rooms/a,b/stream?user=bob", nil) },
 			a, "GET /rooms/a/stream?user=ada", "", nil, 503, "60", "", func(h *hall) { leave(h); time.Sleep(leaveGrace + announceInterval) }},
 		{"a big body", "body", []string{"-body", "10"}, func(h *hall) { h.ask(a, "POST /rooms/a", "0123456789") },
 			a, "POST /rooms/a", "0123456789a", nil, 413, "", "", nil},
@@ -231,7 +231,7 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 			func(h *hall) {
 				held = nil
 				for i := range maxPictures {
-					held = append(held, streamsFrom(h, 1, a, fmt.Sprintf("GET /rooms/a/multipart?as=svg&w=%d", 100+i), nil)...)
+					held = append(held, openStreams(h, 1, a, fmt.Sprintf("GET /rooms/a/multipart?as=svg&w=%d", 100+i), nil)...)
 				}
 			},
 			a, "GET /rooms/a/multipart?as=svg&w=99", "", nil, 503, "10", "", leave},
@@ -241,11 +241,11 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 		covered[tc.reason] = true
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := openHall(t, tc.args...)
+				h := newLimitedTestbed(t, tc.args...)
 				tc.fill(h)
 				before := h.refusals(tc.reason)
 				// A fresh connection: the one that the filling left open would be let in.
-				h.client(tc.from).CloseIdleConnections()
+				h.clientFrom(tc.from).CloseIdleConnections()
 				synctest.Wait()
 				r, body := h.ask(tc.from, tc.what, tc.body, tc.headers...)
 				var said struct{ Error string }
@@ -293,11 +293,11 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 	}
 }
 
-func TestTheMachineItselfIsNotLimited(t *testing.T) {
+func TestLocalClientsAreNotLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-per-addr", "2", "-rate", "1", "-room-rate", "1")
+		h := newLimitedTestbed(t, "-per-addr", "2", "-rate", "1", "-room-rate", "1")
 		for _, from := range []string{"127.0.0.1", "::1", "::ffff:127.0.0.2"} {
-			for _, r := range streamsFrom(h, 5, from, "GET /rooms/a/stream", nil) {
+			for _, r := range openStreams(h, 5, from, "GET /rooms/a/stream", nil) {
 				defer r.stop()
 			}
 			for range 10 {
@@ -309,7 +309,7 @@ func TestTheMachineItselfIsNotLimited(t *testing.T) {
 	})
 }
 
-func TestAnEventSourceThatIsRefusedIsSentAwayToComeBack(t *testing.T) {
+func TestAnEventSourceThatIsRefusedIsSentByeAndReconnects(t *testing.T) {
 	for _, tc := range []struct{ name, args, reason string }{
 		{"at the limit of all", "-streams 1", "streams"},
 		{"at the limit of its address", "-per-addr 1 -trust-proxy", "address"},
@@ -317,10 +317,10 @@ func TestAnEventSourceThatIsRefusedIsSentAwayToComeBack(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := openHall(t, strings.Fields(tc.args)...)
+				h := newLimitedTestbed(t, strings.Fields(tc.args)...)
 				first := h.open("192.0.2.1", "GET /rooms/a/stream", "")
 				defer first.stop()
-				first.until("hello")
+				first.readUntil("hello")
 				if tc.reason == "" {
 					h.relay.stop()
 				}
@@ -340,29 +340,29 @@ func TestAnEventSourceThatIsRefusedIsSentAwayToComeBack(t *testing.T) {
 	}
 }
 
-func TestWhatASocketIsRefusedIsSaidAndCounted(t *testing.T) {
+func TestWhatAWebSocketIsRefusedIsSentAndCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-rate", "3", "-room-rate", "2", "-rooms", "1", "-users", "1", "-body", "200")
-		c, _ := h.socket("192.0.2.1", "/rooms/a,b/ws")
+		h := newLimitedTestbed(t, "-rate", "3", "-room-rate", "2", "-rooms", "1", "-users", "1", "-body", "200")
+		c, _ := h.webSocketFrom("192.0.2.1", "/rooms/a,b/ws")
 		defer c.CloseNow()
 		said := func(want string) {
 			t.Helper()
-			got := tellSocket(t, c, `{"type":"message","room":"a","data":"hi","key":"`+want+`"}`)
+			got := exchange(t, c, `{"type":"message","room":"a","data":"hi","key":"`+want+`"}`)
 			if !strings.Contains(got, want) {
 				t.Errorf("answered %s, want %s", got, want)
 			}
 		}
 		for range 4 {
-			tellSocket(t, c, `{"room":"a","data":"hi","key":"`+fmt.Sprint(time.Now().UnixNano())+`"}`)
+			exchange(t, c, `{"room":"a","data":"hi","key":"`+fmt.Sprint(time.Now().UnixNano())+`"}`)
 			time.Sleep(time.Millisecond)
 		}
 		said("room is published to too fast")
 		time.Sleep(time.Second)
-		if got := tellSocket(t, c, `{"room":"b","data":"hi","key":"k"}`); !strings.Contains(got, "too many rooms") {
+		if got := exchange(t, c, `{"room":"b","data":"hi","key":"k"}`); !strings.Contains(got, "too many rooms") {
 			t.Errorf("a second room: %s", got)
 		}
 		for range 9 {
-			tellSocket(t, c, `{"type":"hello","room":"a","key":"x"}`)
+			exchange(t, c, `{"type":"hello","room":"a","key":"x"}`)
 		}
 		said("address publishes too fast")
 		if n := h.refusals("rate"); n == 0 {
@@ -376,14 +376,14 @@ func TestWhatASocketIsRefusedIsSaidAndCounted(t *testing.T) {
 	})
 }
 
-func TestTheDoormanLetsInNoMoreThanItMay(t *testing.T) {
+func TestTheLimitListenerAcceptsNoMoreThanItMay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-streams", "1000", "-per-addr", "20")
+		h := newLimitedTestbed(t, "-streams", "1000", "-per-addr", "20")
 		const most = 1100
 		var in, out int
 		var conns []net.Conn
 		for i := range 2000 {
-			c, err := h.dial(fmt.Sprintf("198.51.%d.%d", i/20/256, i/20%256)) // 20 of each address
+			c, err := h.dialFrom(fmt.Sprintf("198.51.%d.%d", i/20/256, i/20%256)) // 20 of each address
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -415,7 +415,7 @@ func TestTheDoormanLetsInNoMoreThanItMay(t *testing.T) {
 		}
 		time.Sleep(idleTimeout)
 		for range 3 { // and their places are given back, once each
-			for _, r := range streamsFrom(h, 20, "198.51.0.0", "GET /rooms/a/stream", nil) {
+			for _, r := range openStreams(h, 20, "198.51.0.0", "GET /rooms/a/stream", nil) {
 				r.stop()
 			}
 			time.Sleep(time.Second)
@@ -428,14 +428,14 @@ func TestTheDoormanLetsInNoMoreThanItMay(t *testing.T) {
 func TestStreamLimit(t *testing.T) {
 	for _, network := range []string{pipe, pipeH2} {
 		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network, func(c *config) { c.streams, c.maxUsers = 2, 1 })
+			runOnNetwork(t, network, func(t *testing.T) {
+				b := newTestbed(t, network, func(c *config) { c.streams, c.maxUsers = 2, 1 })
 				if res, body := b.do("GET", "/rooms/a,b/stream?user=ada", ""); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body) {
 					t.Errorf("two users where one may be: %s %s", res.Status, body)
 				}
-				b.idle() // what was refused holds nothing
-				one, two := b.listen(kindOf("stream"), "a").begin(), b.listen(kindOf("sse"), "a").begin()
-				for _, k := range earKinds {
+				b.checkIdle() // what was refused holds nothing
+				one, two := b.subscribe(variantOf("stream"), "a").begin(), b.subscribe(variantOf("sse"), "a").begin()
+				for _, k := range variants {
 					path := "/rooms/a/" + k.technique + "?" + k.query
 					if k.technique == "ws" {
 						continue
@@ -457,12 +457,12 @@ func TestStreamLimit(t *testing.T) {
 				if _, _, err := websocket.Dial(t.Context(), "ws://cometes.test/rooms/a/ws", &websocket.DialOptions{HTTPClient: b.newClient(b.dial, false)}); err == nil || !strings.Contains(err.Error(), "503") {
 					t.Errorf("ws: %v, want 503", err)
 				}
-				b.say("a", "hi")
+				b.post("a", "hi")
 				one.expect("message hi")
 				two.expect("message hi")
 				two.close()
 				b.settle()
-				b.listen(kindOf("multipart"), "a").begin()
+				b.subscribe(variantOf("multipart"), "a").begin()
 			})
 		})
 	}

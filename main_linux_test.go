@@ -201,7 +201,7 @@ type soak struct {
 
 	mu       sync.Mutex                         // guards what follows
 	counts   map[string]int64                   // what happened
-	faults   map[string]int64                   // what must not
+	failures map[string]int64                   // what must not
 	examples []string                           // of those, three of a kind
 	acked    [soakRooms]struct{ n, id int64 }   // the last publish that was answered
 	first    [soakRooms]struct{ born, n int64 } // the first message that readers saw of a process
@@ -224,13 +224,13 @@ func (s *soak) count(what string, n int64) {
 	s.counts[what] += n
 }
 
-func (s *soak) fault(what string, n int64, format string, args ...any) {
+func (s *soak) fail(what string, n int64, format string, args ...any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.faults[what] < 3 {
+	if s.failures[what] < 3 {
 		s.examples = append(s.examples, what+": "+fmt.Sprintf(format, args...))
 	}
-	s.faults[what] += n
+	s.failures[what] += n
 }
 
 // restart is the one that was last. The caller holds s.mu.
@@ -271,27 +271,27 @@ func soakRoom(i int) string { return fmt.Sprintf("soak%d", i) }
 // Readers.
 
 type soakReader struct {
-	s      *soak
-	name   string
-	kind   string
-	query  string
-	slow   bool
-	places []*soakPlace
-	after  int64 // the cursor, or -1 for none
+	s         *soak
+	name      string
+	kind      string
+	query     string
+	slow      bool
+	positions []*soakPosition
+	after     int64 // the cursor, or -1 for none
 
 	// Of the connection.
-	said bool          // hello was
-	sent time.Duration // away, for so long, by a bye; 0 for not
-	open time.Time     // since
-	was  [2]time.Time  // when the one before was opened, and ended
+	opened     bool          // hello was
+	retryAfter time.Duration // away, for so long, by a bye; 0 for not
+	open       time.Time     // since
+	was        [2]time.Time  // when the one before was opened, and ended
 }
 
 // A soakPlace is what a reader has of one room.
-type soakPlace struct {
-	room int
-	last atomic.Int64 // the number of the newest message
-	era  int64        // the id of the newest message or gap
-	told bool         // of a gap, and no message came since
+type soakPosition struct {
+	room    int
+	last    atomic.Int64 // the number of the newest message
+	base    int64        // the id of the newest message or gap
+	gapSent bool         // of a gap, and no message came since
 }
 
 func newSoakReader(s *soak, i int) *soakReader {
@@ -302,9 +302,9 @@ func newSoakReader(s *soak, i int) *soakReader {
 	} else {
 		r.kind = soakKinds[j]
 	}
-	r.places = []*soakPlace{{room: room}}
+	r.positions = []*soakPosition{{room: room}}
 	if !r.slow && j%5 == 3 {
-		r.places = append(r.places, &soakPlace{room: (room + 7) % soakRooms})
+		r.positions = append(r.positions, &soakPosition{room: (room + 7) % soakRooms})
 	}
 	if j%4 == 1 {
 		r.query += fmt.Sprintf("&user=user%d-%d", room, j/8) // who has two tabs
@@ -316,7 +316,7 @@ func newSoakReader(s *soak, i int) *soakReader {
 // once reads over one connection, and returns when to come back.
 func (r *soakReader) once() time.Duration {
 	s, epoch, soon := r.s, r.s.epoch.Load(), rand.N(time.Second)
-	r.said, r.sent = false, 0
+	r.opened, r.retryAfter = false, 0
 	d := net.Dialer{Timeout: 10 * time.Second}
 	if r.slow { // what is not read stays with the relay
 		d.Control = func(_, _ string, raw syscall.RawConn) error {
@@ -336,21 +336,21 @@ func (r *soakReader) once() time.Duration {
 		}
 		err = r.read(conn)
 	}
-	if r.said {
+	if r.opened {
 		r.was = [2]time.Time{r.open, time.Now()}
 	}
 	switch enough := conn != nil && errors.Is(err, os.ErrDeadlineExceeded); {
 	case s.ctx.Err() != nil:
-	case r.sent > 0:
-		return min(r.sent, s.every/6)
+	case r.retryAfter > 0:
+		return min(r.retryAfter, s.every/6)
 	case enough && r.slow && s.begun.Load():
 		r.stall(conn, epoch)
 	case enough:
 		r.cut(conn)
 	case !s.stopped(epoch):
-		s.fault("broken off", 1, "%s: %v", r.name, err)
-	case r.said:
-		s.fault("ended without a bye", 1, "%s: %v", r.name, err)
+		s.fail("broken off", 1, "%s: %v", r.name, err)
+	case r.opened:
+		s.fail("ended without a bye", 1, "%s: %v", r.name, err)
 	}
 	return soon
 }
@@ -360,7 +360,7 @@ func (r *soakReader) cut(conn net.Conn) {
 	r.s.count("cuts", 1)
 	if rand.N(2) == 0 {
 		conn.(*net.TCPConn).SetLinger(0) // a reset
-	} else if r.kind == "ws" && r.said {
+	} else if r.kind == "ws" && r.opened {
 		conn.Write(maskedFrame(8, "\x03\xe8"))
 	}
 }
@@ -383,7 +383,7 @@ func (r *soakReader) stall(conn net.Conn, epoch int64) {
 			return
 		}
 	}
-	r.s.fault("slow, and not dropped", 1, "%s", r.name)
+	r.s.fail("slow, and not dropped", 1, "%s", r.name)
 }
 
 // read asks, and takes what comes.
@@ -411,11 +411,11 @@ func (r *soakReader) read(conn net.Conn) error {
 			if err := json.Unmarshal(b, &said); err != nil {
 				return err
 			}
-			r.goOn(max(0, r.after)) // before the events, of which there may be some already
+			r.setCursor(max(0, r.after)) // before the events, of which there may be some already
 			for _, e := range said.Events {
 				r.got(e)
 			}
-			r.goOn(said.Cursor)
+			r.setCursor(said.Cursor)
 			if resp.Close || r.kind == "poll" && !r.s.sleep(2*time.Second+rand.N(2*time.Second)) {
 				return io.EOF
 			}
@@ -437,7 +437,7 @@ func (r *soakReader) read(conn net.Conn) error {
 
 func (r *soakReader) ask(conn net.Conn, in *bufio.Reader) (*http.Response, error) {
 	var rooms []string
-	for _, p := range r.places {
+	for _, p := range r.positions {
 		rooms = append(rooms, soakRoom(p.room))
 	}
 	query, head := r.query, ""
@@ -490,16 +490,16 @@ func (r *soakReader) frames(conn net.Conn, in *bufio.Reader) error {
 	}
 }
 
-// goOn moves the cursor, to what a poll or a hello says.
-func (r *soakReader) goOn(cursor int64) {
+// setCursor moves the cursor, to what a poll or a hello says.
+func (r *soakReader) setCursor(cursor int64) {
 	if r.after < 0 {
 		r.s.joined.Add(1)
-		for _, p := range r.places {
-			p.era = r.s.born.Load()
+		for _, p := range r.positions {
+			p.base = r.s.born.Load()
 		}
 	}
 	if cursor < r.after {
-		r.s.fault("out of order", 1, "%s: the cursor goes from %d to %d", r.name, r.after, cursor)
+		r.s.fail("out of order", 1, "%s: the cursor goes from %d to %d", r.name, r.after, cursor)
 	}
 	r.after = cursor
 }
@@ -513,7 +513,7 @@ func (r *soakReader) got(line []byte) {
 		Data       json.RawMessage
 	}
 	if err := json.Unmarshal(line, &e); err != nil {
-		s.fault("malformed", 1, "%s: %.100s", r.name, line)
+		s.fail("malformed", 1, "%s: %.100s", r.name, line)
 		return
 	}
 	var data struct {
@@ -525,8 +525,8 @@ func (r *soakReader) got(line []byte) {
 	}
 	switch {
 	case e.Type == "hello":
-		r.said, r.open = true, time.Now()
-		r.goOn(e.ID)
+		r.opened, r.open = true, time.Now()
+		r.setCursor(e.ID)
 		return
 	case e.Type == "bye":
 		r.bye(time.Duration(data.Retry) * time.Millisecond)
@@ -534,30 +534,30 @@ func (r *soakReader) got(line []byte) {
 	case e.ID == 0: // a heartbeat, or the roster
 		return
 	case e.ID < r.after || e.ID == r.after && e.Type != "gap": // of several rooms' gaps the ids may be the same
-		s.fault("out of order", 1, "%s: behind %d came %.100s", r.name, r.after, line)
+		s.fail("out of order", 1, "%s: behind %d came %.100s", r.name, r.after, line)
 	}
 	r.after = e.ID
-	for _, p := range r.places {
+	for _, p := range r.positions {
 		if soakRoom(p.room) != e.Room {
 			continue
 		}
 		switch e.Type {
 		case "gap":
 			r.gap(p, data.Reason)
-			p.era = e.ID
+			p.base = e.ID
 		case "message":
 			r.message(p, e.ID, data.N, time.UnixMilli(e.Time))
-			p.era = e.ID
+			p.base = e.ID
 		}
 		return
 	}
-	s.fault("of another room", 1, "%s: %.100s", r.name, line)
+	s.fail("of another room", 1, "%s: %.100s", r.name, line)
 }
 
-func (r *soakReader) gap(p *soakPlace, reason string) {
+func (r *soakReader) gap(p *soakPosition, reason string) {
 	s := r.s
-	if p.told = true; reason != "restart" { // the history is long enough for everybody here
-		s.fault("gap for another reason", 1, "%s: %s", r.name, reason)
+	if p.gapSent = true; reason != "restart" { // the history is long enough for everybody here
+		s.fail("gap for another reason", 1, "%s: %s", r.name, reason)
 		return
 	}
 	s.mu.Lock()
@@ -569,22 +569,22 @@ func (r *soakReader) gap(p *soakPlace, reason string) {
 	}
 }
 
-func (r *soakReader) message(p *soakPlace, id, n int64, at time.Time) {
+func (r *soakReader) message(p *soakPosition, id, n int64, at time.Time) {
 	s := r.s
-	last, told := p.last.Load(), p.told
-	p.told = false
+	last, told := p.last.Load(), p.gapSent
+	p.gapSent = false
 	s.count("delivered", 1)
 	born := s.born.Load()
-	if id >= born && p.era < born && !told {
-		s.fault("not told of a restart", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
+	if id >= born && p.base < born && !told {
+		s.fail("not told of a restart", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
 	}
 	switch {
 	case n == last && told: // its answer was lost with the process, which knew its key
 		s.count("again after a restart", 1)
 	case n <= last:
-		s.fault("doubled", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
+		s.fail("doubled", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
 	case n > last+1 && !told:
-		s.fault("lost", n-last-1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
+		s.fail("lost", n-last-1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
 	}
 	p.last.Store(n)
 
@@ -594,10 +594,10 @@ func (r *soakReader) message(p *soakPlace, id, n int64, at time.Time) {
 		if first.born != born {
 			first.born, first.n = born, n
 		} else if first.n != n {
-			s.faults["begun late after a restart"]++
+			s.failures["begun late after a restart"]++
 		}
 	}
-	if r.said && !r.slow { // poll and the like say no hello
+	if r.opened && !r.slow { // poll and the like say no hello
 		now, waited := time.Now(), time.Duration(0)
 		for _, span := range [][2]time.Time{r.was, {r.open, now}} {
 			if span[0].Before(at) {
@@ -612,14 +612,14 @@ func (r *soakReader) message(p *soakPlace, id, n int64, at time.Time) {
 // bye is the relay's. What it answered for before it was stopped must have come.
 func (r *soakReader) bye(retry time.Duration) {
 	s := r.s
-	r.sent = max(retry, time.Millisecond)
+	r.retryAfter = max(retry, time.Millisecond)
 	s.mu.Lock()
 	last := s.restart()
 	last.byes++
 	s.mu.Unlock()
-	for _, p := range r.places {
-		if n := last.due[p.room] - p.last.Load(); n > 0 && r.said { // without a hello it was never let in
-			s.fault("not delivered before the bye", n, "%s: room %d has %d, of %d", r.name, p.room, p.last.Load(), last.due[p.room])
+	for _, p := range r.positions {
+		if n := last.due[p.room] - p.last.Load(); n > 0 && r.opened { // without a hello it was never let in
+			s.fail("not delivered before the bye", n, "%s: room %d has %d, of %d", r.name, p.room, p.last.Load(), last.due[p.room])
 		}
 	}
 }
@@ -632,8 +632,8 @@ func (s *soak) publish(room int) {
 	defer p.client.CloseIdleConnections()
 	send, pad, pause := p.post, 200, 2*time.Second
 	if room%10 == 9 {
-		send = p.speak
-		defer p.hangUp()
+		send = p.publishOnce
+		defer p.disconnect()
 	}
 	switch {
 	case room == 0:
@@ -675,7 +675,7 @@ func (s *soak) publish(room int) {
 			}
 			s.count("publishes tried again", 1)
 			if time.Now().After(late) {
-				s.fault("not published for a minute", 1, "message %d of room %d: %v", n, room, err)
+				s.fail("not published for a minute", 1, "message %d of room %d: %v", n, room, err)
 				return
 			}
 			if !s.sleep(100*time.Millisecond + rand.N(200*time.Millisecond)) {
@@ -708,11 +708,11 @@ func (p *soakPublisher) post(ctx context.Context, key, body string) (int64, erro
 	return said.ID, nil
 }
 
-// speak publishes by WebSocket, and waits for the ack.
-func (p *soakPublisher) speak(ctx context.Context, key, body string) (id int64, err error) {
+// publishOnce publishes by WebSocket, and waits for the ack.
+func (p *soakPublisher) publishOnce(ctx context.Context, key, body string) (id int64, err error) {
 	defer func() {
 		if err != nil {
-			p.hangUp()
+			p.disconnect()
 		}
 	}()
 	if p.socket == nil {
@@ -743,7 +743,7 @@ func (p *soakPublisher) speak(ctx context.Context, key, body string) (id int64, 
 	}
 }
 
-func (p *soakPublisher) hangUp() {
+func (p *soakPublisher) disconnect() {
 	if p.socket != nil {
 		p.socket.CloseNow()
 		p.socket = nil
@@ -821,7 +821,7 @@ func TestSoak(t *testing.T) {
 	ctx, leave := context.WithCancel(t.Context())
 	defer leave()
 	s := &soak{ctx: ctx, addr: freeSoakAddr(t), life: min(time.Minute, lasts/2),
-		volley: make(chan struct{}), counts: map[string]int64{}, faults: map[string]int64{}}
+		volley: make(chan struct{}), counts: map[string]int64{}, failures: map[string]int64{}}
 	// Who takes nothing is dropped after 10 s: shorter lives would never see it.
 	s.every = min(3*time.Minute, max(lasts/10, 20*time.Second))
 	if v := os.Getenv("SOAK_EVERY"); v != "" {
@@ -907,7 +907,7 @@ func TestSoak(t *testing.T) {
 	due := s.due()
 	eventually(t, time.Minute, "everybody has the last message of every room", func() bool {
 		return !slices.ContainsFunc(all, func(r *soakReader) bool {
-			return slices.ContainsFunc(r.places, func(p *soakPlace) bool { return p.last.Load() < due[p.room] })
+			return slices.ContainsFunc(r.positions, func(p *soakPosition) bool { return p.last.Load() < due[p.room] })
 		})
 	})
 	leave()
@@ -941,11 +941,11 @@ func TestSoak(t *testing.T) {
 	for _, what := range slices.Sorted(maps.Keys(s.counts)) {
 		fmt.Fprintf(b, "%s %d, ", what, s.counts[what])
 	}
-	fmt.Fprintf(b, "the slowest after %v; lost %d, doubled %d, out of order %d", s.slowest.Round(time.Millisecond), s.faults["lost"], s.faults["doubled"], s.faults["out of order"])
+	fmt.Fprintf(b, "the slowest after %v; lost %d, doubled %d, out of order %d", s.slowest.Round(time.Millisecond), s.failures["lost"], s.failures["doubled"], s.failures["out of order"])
 	t.Log(b.String())
 
-	for _, what := range slices.Sorted(maps.Keys(s.faults)) {
-		t.Errorf("%s: %d", what, s.faults[what])
+	for _, what := range slices.Sorted(maps.Keys(s.failures)) {
+		t.Errorf("%s: %d", what, s.failures[what])
 	}
 	if len(s.examples) > 0 {
 		t.Errorf("such as\n%s", strings.Join(s.examples, "\n"))

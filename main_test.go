@@ -24,8 +24,8 @@ import (
 	"github.com/coder/websocket"
 )
 
-// fromMap is a getenv.
-func fromMap(env ...string) func(string) string {
+// testEnv is a getenv.
+func testEnv(env ...string) func(string) string {
 	return func(name string) string {
 		for _, e := range env {
 			if v, ok := strings.CutPrefix(e, name+"="); ok {
@@ -37,7 +37,7 @@ func fromMap(env ...string) func(string) string {
 }
 
 // A flag goes before its environment variable, and that before the default.
-func TestSettings(t *testing.T) {
+func TestFlags(t *testing.T) {
 	for _, test := range []struct {
 		args, env []string
 		get       func(config) any
@@ -61,15 +61,15 @@ func TestSettings(t *testing.T) {
 		{nil, nil, func(c config) any { return c.roomIdle }, 10 * time.Minute},
 		{[]string{"-idle=1s", "-present", "1h"}, nil, func(c config) any { return c.presenceTTL }, time.Hour},
 	} {
-		c, err := parseFlags(test.args, fromMap(test.env...))
+		c, err := parseFlags(test.args, testEnv(test.env...))
 		if err != nil || test.get(c) != test.want {
 			t.Errorf("%q %q: %v %v, want %v", test.args, test.env, test.get(c), err, test.want)
 		}
 	}
 }
 
-func TestSettingsRefused(t *testing.T) {
-	quiet(t)
+func TestFlagsRefused(t *testing.T) {
+	silence(t)
 	for _, test := range []struct {
 		args, env []string
 		names     string // what is wrong is said
@@ -91,29 +91,29 @@ func TestSettingsRefused(t *testing.T) {
 		{nil, []string{"COMETES_ROOM_BYTES=1e6"}, "COMETES_ROOM_BYTES"},
 		{nil, []string{"COMETES_ALL_BYTES=1"}, "-all-bytes"},
 	} {
-		if _, err := parseFlags(test.args, fromMap(test.env...)); err == nil || !strings.Contains(err.Error(), test.names) {
+		if _, err := parseFlags(test.args, testEnv(test.env...)); err == nil || !strings.Contains(err.Error(), test.names) {
 			t.Errorf("%q %q: %v, want an error that names %s", test.args, test.env, err, test.names)
 		}
 	}
 	stopped, stop := context.WithCancel(t.Context())
 	stop()
 	for _, secret := range []string{" ", ",", " , "} {
-		if err := run(stopped, []string{"-addr", "127.0.0.1:0", "-secret", secret}, fromMap()); err == nil || !strings.Contains(err.Error(), "-secret") {
+		if err := run(stopped, []string{"-addr", "127.0.0.1:0", "-secret", secret}, testEnv()); err == nil || !strings.Contains(err.Error(), "-secret") {
 			t.Errorf("-secret %q: %v; whoever sets one does not want an open relay", secret, err)
 		}
 	}
-	if _, err := parseFlags([]string{"-help"}, fromMap()); !errors.Is(err, flag.ErrHelp) {
+	if _, err := parseFlags([]string{"-help"}, testEnv()); !errors.Is(err, flag.ErrHelp) {
 		t.Errorf("-help: %v", err)
 	}
 	for _, list := range []string{"example.com", "https://", "https://a.example/", "https://a.example/path", "ftp:a", "null", "https://a.example,b"} {
-		if err := run(t.Context(), []string{"-addr", "127.0.0.1:0", "-origins", list}, fromMap()); err == nil || !strings.Contains(err.Error(), "origin") {
+		if err := run(t.Context(), []string{"-addr", "127.0.0.1:0", "-origins", list}, testEnv()); err == nil || !strings.Contains(err.Error(), "origin") {
 			t.Errorf("-origins %s: %v", list, err)
 		}
 	}
 }
 
-// quiet keeps what flag says of wrong flags, and the log, to itself.
-func quiet(t *testing.T) {
+// silence keeps what flag says of wrong flags, and the log, to itself.
+func silence(t *testing.T) {
 	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -132,7 +132,7 @@ func TestHelp(t *testing.T) {
 	}
 	was := os.Stderr
 	os.Stderr = w
-	parseFlags([]string{"-help"}, fromMap())
+	parseFlags([]string{"-help"}, testEnv())
 	os.Stderr = was
 	w.Close()
 	help, _ := io.ReadAll(r)
@@ -148,14 +148,14 @@ func TestHelp(t *testing.T) {
 }
 
 // A listening is a log that tells where run listens.
-type listening struct {
+type addrLog struct {
 	slog.Handler
 	addr chan string
 }
 
-func (l listening) Enabled(context.Context, slog.Level) bool { return true }
+func (l addrLog) Enabled(context.Context, slog.Level) bool { return true }
 
-func (l listening) Handle(_ context.Context, r slog.Record) error {
+func (l addrLog) Handle(_ context.Context, r slog.Record) error {
 	r.Attrs(func(a slog.Attr) bool {
 		if r.Message == "listening" && a.Key == "addr" {
 			l.addr <- a.Value.String()
@@ -170,12 +170,12 @@ func (l listening) Handle(_ context.Context, r slog.Record) error {
 func TestRun(t *testing.T) {
 	before := slog.Default()
 	defer slog.SetDefault(before)
-	log := listening{addr: make(chan string, 1)}
+	log := addrLog{addr: make(chan string, 1)}
 	slog.SetDefault(slog.New(log))
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, []string{"-addr", "127.0.0.1:0"}, fromMap()) }()
+	go func() { done <- run(ctx, []string{"-addr", "127.0.0.1:0"}, testEnv()) }()
 	var addr string
 	select {
 	case addr = <-log.addr:
@@ -205,7 +205,7 @@ func TestRun(t *testing.T) {
 	}
 	res.Body.Close()
 	says(`"data":"hi"`)
-	if err := run(ctx, []string{"-addr", addr}, fromMap()); err == nil {
+	if err := run(ctx, []string{"-addr", addr}, testEnv()); err == nil {
 		t.Error("two listen on one address")
 	}
 	stop()
@@ -227,15 +227,15 @@ func TestRun(t *testing.T) {
 
 // A thousand streams are sent away at once, to return at different times, as
 // many as can be in each second.
-func TestStopSpreadsTheReturn(t *testing.T) {
+func TestStopSpreadsReconnects(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		const n = 1000
-		var ears []*ear
+		var ears []*eventReader
 		for i := range n {
-			ears = append(ears, b.listen(kindOf([]string{"sse", "stream", "ws"}[i%3]), "a").begin())
+			ears = append(ears, b.subscribe(variantOf([]string{"sse", "stream", "ws"}[i%3]), "a").begin())
 		}
-		b.say("a", "last")
+		b.post("a", "last")
 		start := time.Now()
 		b.stop()
 		perSecond := map[int]int{}
@@ -248,10 +248,10 @@ func TestStopSpreadsTheReturn(t *testing.T) {
 				t.Errorf("retry in %d ms", said.Data.Retry)
 			}
 			if e.conn != nil {
-				e.ends()
+				e.expectEnd()
 			}
 		}
-		inNoTime(t, start)
+		checkImmediate(t, start)
 		for second, n := range perSecond {
 			if n > 400 {
 				t.Errorf("%d return in second %d", n, second)
@@ -266,7 +266,7 @@ func TestStopSpreadsTheReturn(t *testing.T) {
 // A stop takes 5 s at most, whoever does not go; what was asked before is answered.
 func TestStopWithin5s(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		polling := make(chan *http.Response, 1)
 		go func() {
 			res, err := b.client.Get(b.url + "/rooms/a/longpoll?wait=55")
@@ -285,12 +285,12 @@ func TestStopWithin5s(t *testing.T) {
 			publishing <- res
 		}()
 		send.Write([]byte("begun "))
-		for _, k := range earKinds { // who stand still
+		for _, k := range variants { // who stand still
 			if k.streams() {
-				b.listen(k, "a").begin()
+				b.subscribe(k, "a").begin()
 			}
 		}
-		dead, _ := b.raw("/rooms/a/ws") // never reads, never says goodbye
+		dead, _ := b.rawWebSocket("/rooms/a/ws") // never reads, never says goodbye
 		defer dead.Close()
 		half, _ := b.dial(t.Context()) // half a head
 		io.WriteString(half, "GET /rooms/a/po")
@@ -331,11 +331,11 @@ func TestStopWithin5s(t *testing.T) {
 }
 
 // With nobody there, a stop takes no time.
-func TestStopAtOnce(t *testing.T) {
+func TestStopIsImmediateWithoutClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		for _, name := range []string{"sse", "ws", "stream"} {
-			b.listen(kindOf(name), "a").begin().close()
+			b.subscribe(variantOf(name), "a").begin().close()
 		}
 		b.do("GET", "/healthz", "")
 		synctest.Wait()
@@ -353,20 +353,20 @@ func TestStopAtOnce(t *testing.T) {
 // would give up for ever on any status but 200.
 func TestSSEWhileStopping(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		b.say("a", "before")
+		b := newTestbed(t, pipe)
+		b.post("a", "before")
 		b.relay.stop()
-		b.saysBye(b.whileStopping("GET", "/rooms/a/sse?last=1", ""))
+		b.wantBye(b.record("GET", "/rooms/a/sse?last=1", ""))
 	})
 }
 
-func (b *testbed) whileStopping(method, path, body string) recorder {
-	w := newRecorder()
+func (b *testbed) record(method, path, body string) deadlineRecorder {
+	w := newDeadlineRecorder()
 	b.ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
 	return w
 }
 
-func (b *testbed) saysBye(w recorder) {
+func (b *testbed) wantBye(w deadlineRecorder) {
 	b.t.Helper()
 	if w.Code != 200 || w.Header().Get("Content-Type") != "text/event-stream; charset=utf-8" || !regexp.MustCompile(`^retry: \d{4}\nevent: bye\ndata: \{"type":"bye","data":\{"retry":\d+\}\}\n\n$`).MatchString(w.Body.String()) {
 		b.t.Errorf("sse: %d %q, want 200, retry and bye", w.Code, w.Body)
@@ -375,35 +375,35 @@ func (b *testbed) saysBye(w recorder) {
 
 // Who asks while the relay stops is sent away in the way that their client
 // understands.
-func TestAskedWhileStopping(t *testing.T) {
+func TestRequestsWhileStopping(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		b.say("a", "before")
+		b := newTestbed(t, pipe)
+		b.post("a", "before")
 		b.relay.stop()
 		for _, r := range [][3]string{{"POST", "/rooms/a", "hi"}, {"POST", "/rooms/new", "hi"}, {"POST", "/rooms/a/presence?user=ada", "online"}, {"GET", "/healthz", ""}} {
-			w := b.whileStopping(r[0], r[1], r[2])
+			w := b.record(r[0], r[1], r[2])
 			if w.Code != 503 || w.Header().Get("Retry-After") == "" || !isError(w.Body.String()) {
 				t.Errorf("%s: %d %q %v, want 503 and Retry-After", r[1], w.Code, w.Body, w.Header())
 			}
 		}
-		for _, k := range earKinds {
+		for _, k := range variants {
 			if k.technique == "sse" || k.technique == "ws" {
 				continue
 			}
 			start := time.Now()
-			w := b.whileStopping("GET", "/rooms/a/"+k.technique+"?"+k.query, "")
+			w := b.record("GET", "/rooms/a/"+k.technique+"?"+k.query, "")
 			refused := w.Code == 503 && w.Header().Get("Retry-After") != "" && isError(w.Body.String())
 			bye := w.Code == 200 && (!k.streams() || strings.Contains(w.Body.String(), "bye") || strings.Contains(w.Body.String(), "going away"))
 			if !refused && !bye {
 				t.Errorf("%s: %d %q, want 503 or a bye", k.name, w.Code, w.Body)
 			}
-			inNoTime(t, start)
+			checkImmediate(t, start)
 		}
 		_, _, err := websocket.Dial(t.Context(), "ws://cometes.test/rooms/a/ws", &websocket.DialOptions{HTTPClient: b.client})
 		if err == nil || !strings.Contains(err.Error(), "503") {
 			t.Errorf("ws: %v, want 503", err)
 		}
-		if n := b.readers(); n != 0 {
+		if n := b.subscriptions(); n != 0 {
 			t.Errorf("%d readers are left", n)
 		}
 		b.relay.mu.Lock()
@@ -434,7 +434,7 @@ func TestGreeting(t *testing.T) {
 // A body that does not come is waited for 20 s; a head 10 s.
 func TestSlowRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		for name, test := range map[string]struct {
 			request string
 			trickle bool
@@ -491,11 +491,11 @@ func TestSlowRequests(t *testing.T) {
 
 // Slow clients.
 
-// dribble writes text a byte each pause, and returns what came back and how
+// sendSlowly writes text a byte each pause, and returns what came back and how
 // long the connection lived.
-func dribble(t *testing.T, h *hall, first, rest string, pause time.Duration) (string, time.Duration) {
+func sendSlowly(t *testing.T, h *hall, first, rest string, pause time.Duration) (string, time.Duration) {
 	t.Helper()
-	c, err := h.dial("192.0.2.1")
+	c, err := h.dialFrom("192.0.2.1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -519,21 +519,21 @@ func dribble(t *testing.T, h *hall, first, rest string, pause time.Duration) (st
 
 func TestASlowHeadIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
+		h := newLimitedTestbed(t)
 		for _, first := range []string{"", "G", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\nX-A: "} {
-			if said, d := dribble(t, h, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
+			if said, d := sendSlowly(t, h, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
 				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headTimeout, said)
 			}
 		}
 		// Nor a second one, after an answer.
 		ok := "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-		if _, d := dribble(t, h, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
+		if _, d := sendSlowly(t, h, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
 			t.Errorf("a second head that never ends is given %v", d)
 		}
-		if _, d := dribble(t, h, ok, "", 0); d > idleTimeout+time.Second {
+		if _, d := sendSlowly(t, h, ok, "", 0); d > idleTimeout+time.Second {
 			t.Errorf("a connection without a second request is kept for %v, want %v", d, idleTimeout)
 		}
-		if said, d := dribble(t, h, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10)+"\r\n\r\n", "", 0); !strings.HasPrefix(said, "HTTP/1.1 431 ") || d > time.Second {
+		if said, d := sendSlowly(t, h, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10)+"\r\n\r\n", "", 0); !strings.HasPrefix(said, "HTTP/1.1 431 ") || d > time.Second {
 			t.Errorf("a head of 30 KiB is answered after %v: %.100s", d, said)
 		}
 	})
@@ -541,14 +541,14 @@ func TestASlowHeadIsNotWaitedFor(t *testing.T) {
 
 func TestASlowBodyIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
+		h := newLimitedTestbed(t)
 		for _, first := range []string{
 			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhi",
 			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\nhi",
 			"POST /rooms/a/presence?user=ada HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\naw",
 		} {
 			before := h.refusals("body")
-			said, d := dribble(t, h, first, strings.Repeat("x", 500), time.Second)
+			said, d := sendSlowly(t, h, first, strings.Repeat("x", 500), time.Second)
 			if !strings.HasPrefix(said, "HTTP/1.1 408 ") || !strings.Contains(said, "Connection: close") || d < requestTimeout || d > requestTimeout+2*time.Second {
 				t.Errorf("%q and then a byte a second is answered after %v: %s", first, d, said)
 			}
@@ -564,10 +564,10 @@ func TestASlowBodyIsNotWaitedFor(t *testing.T) {
 
 func TestABodyThatNobodyAskedForIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-rate", "0.001")
+		h := newLimitedTestbed(t, "-rate", "0.001")
 		h.ask("192.0.2.1", "POST /rooms/a", "hi") // the second is too fast
 		for _, first := range []string{"GET /rooms/a/poll", "GET /healthz", "POST /healthz", "GET /rooms/a/refresh", "POST /rooms/a", "POST /rooms/a,b", "PUT /rooms/a", "GET /rooms/a/longpoll?wait=1"} {
-			if _, d := dribble(t, h, first+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", "", 0); d > idleTimeout+time.Minute {
+			if _, d := sendSlowly(t, h, first+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", "", 0); d > idleTimeout+time.Minute {
 				t.Errorf("%s with a body that does not come keeps its connection for %v", first, d)
 			}
 		}
@@ -581,8 +581,8 @@ func TestABodyThatIsLongerThanItSaidIsNotPublished(t *testing.T) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		for _, length := range []string{"0", "2", "abc"} {
-			h := openHall(t, "-h2c")
-			c, err := h.dial("192.0.2.1")
+			h := newLimitedTestbed(t, "-h2c")
+			c, err := h.dialFrom("192.0.2.1")
 			if err != nil {
 				t.Fatal(err)
 			}

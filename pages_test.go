@@ -16,7 +16,7 @@ import (
 
 func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-origins", "https://ok.example")
+		h := newLimitedTestbed(t, "-origins", "https://ok.example")
 		h.ask("192.0.2.1", "POST /rooms/lobby?user=%3Cscript%3E", `<script>alert(1)</script><img onerror=x>" onload="x`)
 		inline := regexp.MustCompile(`(?i)<script(?:>| [^>]*>)|<style|\son[a-z]+\s*=\s*"|\sstyle\s*=\s*"|javascript:`)
 		pages := []string{"/rooms/lobby/html?last=9", "/rooms/lobby/refresh?last=9", "/rooms/lobby/form", "/rooms/lobby/form?live=refresh",
@@ -30,7 +30,7 @@ func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 			r := h.open("192.0.2.1", "GET "+page, "")
 			b := make([]byte, 64<<10)
 			time.Sleep(time.Second) // all that is due has come
-			n, _ := io.ReadAtLeast(r.r, b, 200)
+			n, _ := io.ReadAtLeast(r.body, b, 200)
 			text := string(b[:n])
 			policy := r.Header.Get("Content-Security-Policy")
 			r.stop()
@@ -67,9 +67,9 @@ func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 }
 
 // A person who types an address comes to a page; a program is told what there is.
-func TestAddressesThatPeopleType(t *testing.T) {
+func TestShortcuts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		for path, want := range map[string]string{
 			"/rooms/lobby":          "../?room=lobby",
 			"/rooms/lobby?token=x":  "../?room=lobby&token=x",
@@ -104,7 +104,7 @@ func TestAddressesThatPeopleType(t *testing.T) {
 // unless it is told otherwise.
 func TestOptionsOfAPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		for _, path := range []string{"/", "/healthz", "/comet.js"} {
 			if res, body := b.do("OPTIONS", path, ""); res.StatusCode != 204 || body != "" || res.Header.Get("Allow") != "GET, HEAD, OPTIONS" {
 				t.Errorf("%s: %s %v", path, res.Status, res.Header)
@@ -116,7 +116,7 @@ func TestOptionsOfAPage(t *testing.T) {
 // The files of static/ come with their type and an ETag, and nothing else does.
 func TestFiles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		names, _ := os.ReadDir("static")
 		etags := map[string]string{}
 		for _, name := range append([]string{"/"}, func() (paths []string) {
@@ -168,7 +168,7 @@ func TestFiles(t *testing.T) {
 			}
 		}
 		for _, name := range []string{"/..", "/../main.go", "/static/index.html", "/static/../main.go", "/%2e%2e/main.go", "/..%2fmain.go", "//index.html", "/index.html/", "/index.html%00", "/.", "/main.go", "/\\index.html", "/static", "/favicon.ico2", "/.git/config"} {
-			res, body := b.raw1("GET", name, "")
+			res, body := b.doRaw("GET", name, "")
 			if res.StatusCode != 404 || !isError(body) {
 				t.Errorf("%s: %s %.60s, want 404", name, res.Status, body)
 			}

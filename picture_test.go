@@ -15,26 +15,26 @@ import (
 func TestPicture(t *testing.T) {
 	for _, network := range []string{pipe, pipe10, pipeH2} {
 		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network)
-				b.say("a", "early </text><script>")
+			runOnNetwork(t, network, func(t *testing.T) {
+				b := newTestbed(t, network)
+				b.post("a", "early </text><script>")
 				start := time.Now()
-				e := b.listen(kindOf("multipart"), "a", "as=svg", "w=300", "h=200")
-				inNoTime(t, start)
+				e := b.subscribe(variantOf("multipart"), "a", "as=svg", "w=300", "h=200")
+				checkImmediate(t, start)
 				_, boundary, _ := strings.Cut(e.res.Header.Get("Content-Type"), "boundary=")
 				mark := "\r\n--" + boundary + "\r\nContent-Type: image/svg+xml\r\n\r\n"
-				if err := e.until(io.Discard, mark[2:]); err != nil {
+				if err := e.copyUntil(io.Discard, mark[2:]); err != nil {
 					t.Fatal(err)
 				}
 				picture := func() string {
 					var b strings.Builder
-					if err := e.until(&b, mark); err != nil {
+					if err := e.copyUntil(&b, mark); err != nil {
 						t.Fatal(err)
 					}
 					return strings.TrimLeft(b.String(), "\r\n")
 				}
 				first := picture()
-				inNoTime(t, start)
+				checkImmediate(t, start)
 				if len(first) < 1024 {
 					t.Errorf("the first picture has %d bytes; Chromium waits for 1024 before it shows one of another origin", len(first))
 				}
@@ -43,14 +43,14 @@ func TestPicture(t *testing.T) {
 				}
 				time.Sleep(time.Second)
 				start = time.Now()
-				b.say("a", "later")
+				b.post("a", "later")
 				if p := picture(); !strings.Contains(p, "later") {
 					t.Errorf("the second picture is %s", p)
 				}
-				inNoTime(t, start)
+				checkImmediate(t, start)
 				for i := range 100 { // in five seconds
 					time.Sleep(50 * time.Millisecond)
-					b.say("a", fmt.Sprint("n", i))
+					b.post("a", fmt.Sprint("n", i))
 				}
 				start = time.Now()
 				n := 1
@@ -61,9 +61,9 @@ func TestPicture(t *testing.T) {
 					t.Errorf("%d pictures of a hundred messages in five seconds, the last after %v", n, time.Since(start))
 				}
 				e.close()
-				b.hangUp()
+				b.disconnect()
 				b.settle()
-				if b.idle(); len(b.pictures.renderers) != 0 {
+				if b.checkIdle(); len(b.pictures.renderers) != 0 {
 					t.Errorf("%d pictures are still drawn", len(b.pictures.renderers))
 				}
 			})

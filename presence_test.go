@@ -25,20 +25,20 @@ import (
 )
 
 // A house is a relay whose room a is watched.
-type house struct {
+type presenceTest struct {
 	*testing.T
 	*relay
 	start time.Time
 	stop  func()
 
-	mu   sync.Mutex
-	told []string // what the watcher was told, and when
+	mu     sync.Mutex
+	events []string // what the watcher was told, and when
 }
 
-// newHouse opens a house, whose watcher sees presence and is not seen.
-func newHouse(t *testing.T, l limits) *house {
-	h := &house{T: t, relay: testRelay(l), start: time.Now()}
-	rd := openReader(t, h.relay, "a", -1, subscribeRequest{seesPresence: true, longLived: true})
+// newPresenceTest opens a house, whose watcher sees presence and is not seen.
+func newPresenceTest(t *testing.T, l limits) *presenceTest {
+	h := &presenceTest{T: t, relay: newTestRelay(l), start: time.Now()}
+	rd := openSubscriber(t, h.relay, "a", -1, subscribeRequest{seesPresence: true, longLived: true})
 	rd.wantRoster()
 	ctx, cancel := context.WithCancel(context.Background())
 	watching := make(chan struct{})
@@ -48,7 +48,7 @@ func newHouse(t *testing.T, l limits) *house {
 		for {
 			for _, e := range readAll(rd) {
 				h.mu.Lock()
-				h.told = append(h.told, fmt.Sprint(time.Since(h.start), " ", testWords(h.relay, []*event{e})))
+				h.events = append(h.events, fmt.Sprint(time.Since(h.start), " ", summarize(h.relay, []*event{e})))
 				h.mu.Unlock()
 			}
 			if !rd.wait(ctx, nil) {
@@ -63,32 +63,32 @@ func newHouse(t *testing.T, l limits) *house {
 }
 
 // stream opens a stream that names the user; who calls leave closes it.
-func (h *house) stream(user string) *subscriber {
+func (h *presenceTest) stream(user string) *subscriber {
 	h.Helper()
-	return openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, seesPresence: true, longLived: true})
+	return openSubscriber(h.T, h.relay, "a", -1, subscribeRequest{user: user, seesPresence: true, longLived: true})
 }
 
-func (h *house) poll(user string) {
+func (h *presenceTest) poll(user string) {
 	h.Helper()
-	openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, seesPresence: true}).unsubscribe()
+	openSubscriber(h.T, h.relay, "a", -1, subscribeRequest{user: user, seesPresence: true}).unsubscribe()
 }
 
 // client opens a stream of one of the user's clients.
-func (h *house) client(user, client string) *subscriber {
+func (h *presenceTest) client(user, client string) *subscriber {
 	h.Helper()
-	return openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, client: client, seesPresence: true, longLived: true})
+	return openSubscriber(h.T, h.relay, "a", -1, subscribeRequest{user: user, client: client, seesPresence: true, longLived: true})
 }
 
 // goodbye says that one of the user's clients leaves.
-func (h *house) goodbye(user, client string) {
+func (h *presenceTest) goodbye(user, client string) {
 	h.Helper()
 	if err := h.setPresence("a", user, client, "offline"); err != nil {
 		h.Error(err)
 	}
 }
 
-// says posts a state.
-func (h *house) says(user, state string) {
+// setState posts a state.
+func (h *presenceTest) setState(user, state string) {
 	h.Helper()
 	if err := h.setPresence("a", user, "", state); err != nil {
 		h.Error(err)
@@ -96,7 +96,7 @@ func (h *house) says(user, state string) {
 }
 
 // at sleeps until so long after the beginning.
-func (h *house) at(s string) {
+func (h *presenceTest) at(s string) {
 	d, err := time.ParseDuration(s)
 	if err != nil {
 		h.Fatal(err)
@@ -105,28 +105,28 @@ func (h *house) at(s string) {
 	synctest.Wait()
 }
 
-// wantTold checks all that was told so far.
-func (h *house) wantTold(want ...string) {
+// wantEvents checks all that was told so far.
+func (h *presenceTest) wantEvents(want ...string) {
 	h.Helper()
 	synctest.Wait()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !slices.Equal(h.told, want) {
-		h.Errorf("the room was told\n\t%s\nwant\n\t%s", strings.Join(h.told, "\n\t"), strings.Join(want, "\n\t"))
+	if !slices.Equal(h.events, want) {
+		h.Errorf("the room was told\n\t%s\nwant\n\t%s", strings.Join(h.events, "\n\t"), strings.Join(want, "\n\t"))
 	}
 }
 
-// wantHere checks who asks is told.
-func (h *house) wantHere(want string) {
+// wantRoster checks who asks is told.
+func (h *presenceTest) wantRoster(want string) {
 	h.Helper()
 	ros := h.roster("a")
-	if got := testNames(ros.Users); got != want || ros.Count != len(ros.Users) {
+	if got := summarizeUsers(ros.Users); got != want || ros.Count != len(ros.Users) {
 		h.Errorf("after %v %d are here: %s; want %s", time.Since(h.start), ros.Count, got, want)
 	}
 }
 
-// wantGone checks that in time nothing is left of presence.
-func (h *house) wantGone() {
+// wantNothingLeft checks that in time nothing is left of presence.
+func (h *presenceTest) wantNothingLeft() {
 	h.Helper()
 	h.stop()
 	for range 2 {
@@ -134,7 +134,7 @@ func (h *house) wantGone() {
 		synctest.Wait()
 		h.sweep(time.Now())
 	}
-	checkBooks(h.T, h.relay)
+	checkAccounting(h.T, h.relay)
 	if h.leases != 0 || len(h.rooms) != 0 {
 		h.Errorf("%d leases and %d rooms are left of an empty house", h.leases, len(h.rooms))
 	}
@@ -149,19 +149,19 @@ func (h *house) wantGone() {
 func TestPresence(t *testing.T) {
 	for _, tc := range []struct {
 		what string
-		do   func(h *house)
+		do   func(h *presenceTest)
 		want []string
 	}{
-		{"a stream holds its user while it lasts, and 10 s more", func(h *house) {
+		{"a stream holds its user while it lasts, and 10 s more", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.at("5m")
 			ada.unsubscribe()
 			h.at("5m9.999999999s")
-			h.wantHere("ada:online")
+			h.wantRoster("ada:online")
 			h.at("5m10s")
-			h.wantHere("")
+			h.wantRoster("")
 		}, []string{"0s ada:online", "5m10s ada:offline"}},
-		{"a reload tells nothing", func(h *house) {
+		{"a reload tells nothing", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.at("1m")
 			ada.unsubscribe()
@@ -170,7 +170,7 @@ func TestPresence(t *testing.T) {
 			h.at("2m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"nor does one whose new stream comes before the old is gone", func(h *house) {
+		{"nor does one whose new stream comes before the old is gone", func(h *presenceTest) {
 			old := h.stream("ada")
 			h.at("1m")
 			ada := h.stream("ada")
@@ -179,18 +179,18 @@ func TestPresence(t *testing.T) {
 			h.at("2m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"a client's goodbye is for the stream it has, though another of it has just been replaced", func(h *house) {
+		{"a client's goodbye is for the stream it has, though another of it has just been replaced", func(h *presenceTest) {
 			old := h.client("ada", "tab1")
 			h.at("1m")
 			ada := h.client("ada", "tab1")
 			old.unsubscribe()
 			h.at("1m1s")
 			h.goodbye("ada", "tab1")
-			h.wantHere("")
+			h.wantRoster("")
 			h.at("1m2s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m1s ada:offline"}},
-		{"and so it is when the stream is gone before the goodbye comes", func(h *house) {
+		{"and so it is when the stream is gone before the goodbye comes", func(h *presenceTest) {
 			old := h.client("ada", "tab1")
 			h.at("1m")
 			ada := h.client("ada", "tab1")
@@ -199,7 +199,7 @@ func TestPresence(t *testing.T) {
 			h.at("1m1s")
 			h.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "1m1s ada:offline"}},
-		{"and when it long-polls", func(h *house) {
+		{"and when it long-polls", func(h *presenceTest) {
 			for range 3 {
 				ada := h.client("ada", "tab1")
 				time.Sleep(time.Second)
@@ -209,12 +209,12 @@ func TestPresence(t *testing.T) {
 			h.goodbye("ada", "tab1")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:offline"}},
-		{"and when it polls", func(h *house) {
-			openReader(h.T, h.relay, "a", -1, subscribeRequest{user: "ada", client: "tab1", seesPresence: true}).unsubscribe()
+		{"and when it polls", func(h *presenceTest) {
+			openSubscriber(h.T, h.relay, "a", -1, subscribeRequest{user: "ada", client: "tab1", seesPresence: true}).unsubscribe()
 			h.at("2s")
 			h.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "2s ada:offline"}},
-		{"a client's goodbye leaves the user's others alone", func(h *house) {
+		{"a client's goodbye leaves the user's others alone", func(h *presenceTest) {
 			one, two := h.client("ada", "tab1"), h.client("ada", "tab2")
 			nameless := h.stream("ada")
 			h.at("1m")
@@ -229,7 +229,7 @@ func TestPresence(t *testing.T) {
 			h.at("3m")
 			nameless.unsubscribe()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
-		{"a client that says goodbye and comes back is here", func(h *house) {
+		{"a client that says goodbye and comes back is here", func(h *presenceTest) {
 			h.client("ada", "tab1").unsubscribe()
 			h.goodbye("ada", "tab1")
 			h.at("2s")
@@ -237,13 +237,13 @@ func TestPresence(t *testing.T) {
 			h.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:offline", "2s ada:online", "1m10s ada:offline"}},
-		{"a goodbye that names no client is the user's, whatever their clients are called", func(h *house) {
+		{"a goodbye that names no client is the user's, whatever their clients are called", func(h *presenceTest) {
 			ada := h.client("ada", "tab1")
 			h.at("1m")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
-		{"of more clients than are kept apart, those without a connection are here together", func(h *house) {
+		{"of more clients than are kept apart, those without a connection are here together", func(h *presenceTest) {
 			for i := range 3 * maxClients {
 				h.client("ada", fmt.Sprint("tab", i)).unsubscribe()
 			}
@@ -252,20 +252,20 @@ func TestPresence(t *testing.T) {
 			}
 			h.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "10s ada:offline"}},
-		{"who returns too late has been offline", func(h *house) {
+		{"who returns too late has been offline", func(h *presenceTest) {
 			h.stream("ada").unsubscribe()
 			h.at("12s")
 			h.stream("ada").unsubscribe()
 		}, []string{"0s ada:online", "10s ada:offline", "12s ada:online", "22s ada:offline"}},
-		{"who returns just too late, as at a reload, is told at once", func(h *house) {
+		{"who returns just too late, as at a reload, is told at once", func(h *presenceTest) {
 			h.stream("ada").unsubscribe()
 			h.at("10.5s")
 			ada := h.stream("ada")
-			h.wantHere("ada:online")
+			h.wantRoster("ada:online")
 			h.at("20s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "10s ada:offline", "10.5s ada:online", "30s ada:offline"}},
-		{"several streams are one user", func(h *house) {
+		{"several streams are one user", func(h *presenceTest) {
 			one, two := h.stream("ada"), h.stream("ada")
 			h.at("1m")
 			one.unsubscribe()
@@ -275,14 +275,14 @@ func TestPresence(t *testing.T) {
 			h.at("3m")
 			three.unsubscribe()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
-		{"who polls is here for a minute after", func(h *house) {
+		{"who polls is here for a minute after", func(h *presenceTest) {
 			h.poll("ada")
 			h.at("59s")
 			h.poll("ada")
 			h.at("1m58.999s")
-			h.wantHere("ada:online")
+			h.wantRoster("ada:online")
 		}, []string{"0s ada:online", "1m59s ada:offline"}},
-		{"the longer of poll and grace counts", func(h *house) {
+		{"the longer of poll and grace counts", func(h *presenceTest) {
 			h.poll("ada")
 			h.at("1s")
 			h.stream("ada").unsubscribe()
@@ -290,7 +290,7 @@ func TestPresence(t *testing.T) {
 			h.at("55s")
 			h.stream("bob").unsubscribe()
 		}, []string{"0s ada:online", "1s bob:online", "1m0s ada:offline", "1m5s bob:offline"}},
-		{"long-polls with pauses between them tell nothing", func(h *house) {
+		{"long-polls with pauses between them tell nothing", func(h *presenceTest) {
 			for range 10 {
 				ada := h.stream("ada")
 				time.Sleep(25 * time.Second)
@@ -298,132 +298,132 @@ func TestPresence(t *testing.T) {
 				time.Sleep(9 * time.Second)
 			}
 		}, []string{"0s ada:online", "5m41s ada:offline"}},
-		{"typing falls back after 5 s", func(h *house) {
+		{"typing falls back after 5 s", func(h *presenceTest) {
 			h.poll("ada")
 			h.at("2s")
-			h.says("ada", "typing")
+			h.setState("ada", "typing")
 			h.at("6.999s")
-			h.wantHere("ada:typing")
+			h.wantRoster("ada:typing")
 			h.at("7s")
-			h.wantHere("ada:online")
+			h.wantRoster("ada:online")
 		}, []string{"0s ada:online", "2s ada:typing", "7s ada:online", "1m2s ada:offline"}},
-		{"typing lasts while it goes on", func(h *house) {
+		{"typing lasts while it goes on", func(h *presenceTest) {
 			ada := h.stream("ada")
 			for range 10 {
 				time.Sleep(3 * time.Second)
-				h.says("ada", "typing")
+				h.setState("ada", "typing")
 			}
 			h.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:typing", "35s ada:online", "1m10s ada:offline"}},
-		{"typing ends when its user says so", func(h *house) {
+		{"typing ends when its user says so", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.at("2s")
-			h.says("ada", "typing")
+			h.setState("ada", "typing")
 			h.at("4s")
-			h.says("ada", "online")
+			h.setState("ada", "online")
 			h.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2s ada:typing", "4s ada:online", "1m10s ada:offline"}},
-		{"typing may follow on coming at once", func(h *house) {
+		{"typing may follow on coming at once", func(h *presenceTest) {
 			ada := h.stream("ada")
-			h.says("ada", "typing")
+			h.setState("ada", "typing")
 			h.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:typing", "5s ada:online", "1m10s ada:offline"}},
-		{"away lasts, until something else is said", func(h *house) {
+		{"away lasts, until something else is said", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.at("2s")
-			h.says("ada", "away")
+			h.setState("ada", "away")
 			h.at("1h")
-			h.wantHere("ada:away")
-			h.says("ada", "online")
+			h.wantRoster("ada:away")
+			h.setState("ada", "online")
 			h.at("1h2s")
-			h.says("ada", "away")
+			h.setState("ada", "away")
 			h.at("1h4s")
-			h.says("ada", "typing")
+			h.setState("ada", "typing")
 			h.at("2h")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2s ada:away", "1h0m0s ada:online", "1h0m2s ada:away", "1h0m4s ada:typing", "1h0m9s ada:online", "2h0m10s ada:offline"}},
-		{"away outlasts a reload, and not a stay", func(h *house) {
+		{"away outlasts a reload, and not a stay", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.at("2s")
-			h.says("ada", "away")
+			h.setState("ada", "away")
 			ada.unsubscribe()
 			h.at("5s")
 			h.stream("ada").unsubscribe()
 			h.at("20s")
 			h.stream("ada").unsubscribe()
 		}, []string{"0s ada:online", "2s ada:away", "15s ada:offline", "20s ada:online", "30s ada:offline"}},
-		{"offline is at once", func(h *house) {
+		{"offline is at once", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.at("1m")
-			h.says("ada", "offline")
-			h.wantHere("")
+			h.setState("ada", "offline")
+			h.wantRoster("")
 			h.at("1m1s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
-		{"offline is at once, in the middle of typing too", func(h *house) {
+		{"offline is at once, in the middle of typing too", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.at("1m")
-			h.says("ada", "typing")
+			h.setState("ada", "typing")
 			h.at("1m0.1s")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:typing", "1m0.1s ada:offline"}},
-		{"offline is at once for who polls", func(h *house) {
+		{"offline is at once for who polls", func(h *presenceTest) {
 			h.poll("ada")
 			h.at("3s")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 		}, []string{"0s ada:online", "3s ada:offline"}},
-		{"a tab that says offline leaves the other", func(h *house) {
+		{"a tab that says offline leaves the other", func(h *presenceTest) {
 			one, two := h.stream("ada"), h.stream("ada")
 			h.at("1m")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			one.unsubscribe()
-			h.wantHere("ada:online")
+			h.wantRoster("ada:online")
 			h.at("2m")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"the last tab's offline is at once", func(h *house) {
+		{"the last tab's offline is at once", func(h *presenceTest) {
 			one, two := h.stream("ada"), h.stream("ada")
 			h.at("1m")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			one.unsubscribe()
 			h.at("2m")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
-		{"a tab's offline that comes when the tab has gone is not the other's", func(h *house) {
+		{"a tab's offline that comes when the tab has gone is not the other's", func(h *presenceTest) {
 			one, two := h.stream("ada"), h.stream("ada")
 			h.at("1m")
 			one.unsubscribe()
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			h.at("2m")
-			h.wantHere("ada:online")
-			h.says("ada", "offline")
+			h.wantRoster("ada:online")
+			h.setState("ada", "offline")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
-		{"offline from a tab while another polls is the poller's, who asks again", func(h *house) {
+		{"offline from a tab while another polls is the poller's, who asks again", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.poll("ada")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			h.at("2s")
-			h.wantHere("ada:online")
+			h.wantRoster("ada:online")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "12s ada:offline"}},
-		{"who said offline and polls is back, though their stream closes later", func(h *house) {
+		{"who said offline and polls is back, though their stream closes later", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.at("1m")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			h.at("1m2s")
 			h.poll("ada")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m2s ada:offline"}},
-		{"a reload that says offline is a moment's", func(h *house) {
+		{"a reload that says offline is a moment's", func(h *presenceTest) {
 			old := h.stream("ada")
 			h.at("1m")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			h.at("1m2s")
 			ada := h.stream("ada")
 			h.at("1m3s")
@@ -431,65 +431,65 @@ func TestPresence(t *testing.T) {
 			h.at("2m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m10s ada:offline"}},
-		{"who said offline and comes again is back", func(h *house) {
+		{"who said offline and comes again is back", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.at("1m")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			ada.unsubscribe()
 			h.at("2m")
 			h.poll("ada")
-			h.says("ada", "offline")
+			h.setState("ada", "offline")
 			h.at("3m")
-			h.says("ada", "online")
-			h.says("ada", "offline")
+			h.setState("ada", "online")
+			h.setState("ada", "offline")
 		}, []string{"0s ada:online", "1m0s ada:offline", "2m0s ada:online", "2m0s ada:offline", "3m0s ada:online", "3m0s ada:offline"}},
-		{"a state without a stream is a visit of a minute", func(h *house) {
-			h.says("ada", "online")
-			h.says("bob", "away")
-			h.says("cyd", "typing")
-			h.wantHere("ada:online bob:away cyd:typing")
+		{"a state without a stream is a visit of a minute", func(h *presenceTest) {
+			h.setState("ada", "online")
+			h.setState("bob", "away")
+			h.setState("cyd", "typing")
+			h.wantRoster("ada:online bob:away cyd:typing")
 		}, []string{"0s ada:online", "0s bob:away", "0s cyd:typing", "5s cyd:online"}}, // and offline, in any order
-		{"offline from who is not here says nothing", func(h *house) {
-			h.says("ada", "offline")
-			h.wantHere("")
+		{"offline from who is not here says nothing", func(h *presenceTest) {
+			h.setState("ada", "offline")
+			h.wantRoster("")
 		}, nil},
-		{"two users", func(h *house) {
+		{"two users", func(h *presenceTest) {
 			ada := h.stream("ada")
 			h.at("1s")
 			bob := h.stream("bob")
 			h.at("2s")
 			ada.unsubscribe()
 			h.at("3s")
-			h.says("bob", "typing")
+			h.setState("bob", "typing")
 			h.at("1m")
 			bob.unsubscribe()
 		}, []string{"0s ada:online", "1s bob:online", "3s bob:typing", "8s bob:online", "12s ada:offline", "1m10s bob:offline"}},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t, limits{})
+				h := newPresenceTest(t, limits{})
 				tc.do(h)
 				time.Sleep(5 * time.Minute)
 				synctest.Wait()
 				if strings.HasPrefix(tc.what, "a state without") {
-					last := h.told[len(h.told)-3:]
+					last := h.events[len(h.events)-3:]
 					slices.Sort(last)
 					tc.want = append(tc.want, "1m0s ada:offline", "1m0s bob:offline", "1m0s cyd:offline")
 				}
-				h.wantTold(append([]string{"0s {}"}, tc.want...)...)
-				h.wantGone()
+				h.wantEvents(append([]string{"0s {}"}, tc.want...)...)
+				h.wantNothingLeft()
 			})
 		})
 	}
 }
 
-func TestAUserIsSeenInEachRoomOfTheirStream(t *testing.T) {
+func TestAUserIsPresentInEachRoomOfTheirStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{})
-		watcher := openReader(t, r, "a,b,c", -1, subscribeRequest{seesPresence: true})
+		r := newTestRelay(limits{})
+		watcher := openSubscriber(t, r, "a,b,c", -1, subscribeRequest{seesPresence: true})
 		watcher.wantRoster()
 		wantRead(t, watcher, "{} {} {}")
-		ada := openReader(t, r, "a,b", -1, subscribeRequest{user: "ada", seesPresence: true, longLived: true})
+		ada := openSubscriber(t, r, "a,b", -1, subscribeRequest{user: "ada", seesPresence: true, longLived: true})
 		wantRead(t, watcher, "ada:online ada:online")
 		if a, c := r.roster("a").Count, r.roster("c").Count; a != 1 || c != 0 {
 			t.Errorf("%d in a and %d in c, want 1 and 0", a, c)
@@ -507,46 +507,46 @@ func TestAUserIsSeenInEachRoomOfTheirStream(t *testing.T) {
 // by what was told since the cursor, and some not at all.
 func TestWhoSeesPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
+		h := newPresenceTest(t, limits{})
 		mark := h.lastID.Load() - h.relay.epoch
 		h.stream("ada")
 		publishText(t, h.relay, "a", "hi")
 
-		blind := openReader(t, h.relay, "a", mark, subscribeRequest{longLived: true})
+		blind := openSubscriber(t, h.relay, "a", mark, subscribeRequest{longLived: true})
 		wantRead(t, blind, "2:a:hi")
-		poller := openReader(t, h.relay, "a", mark, subscribeRequest{user: "pol", seesPresence: true})
+		poller := openSubscriber(t, h.relay, "a", mark, subscribeRequest{user: "pol", seesPresence: true})
 		wantRead(t, poller, "ada:online 2:a:hi pol:online")
-		unseen := openReader(t, h.relay, "a", mark, subscribeRequest{seesPresence: true, longLived: true})
+		unseen := openSubscriber(t, h.relay, "a", mark, subscribeRequest{seesPresence: true, longLived: true})
 		unseen.wantRoster()
 		wantRead(t, unseen, "2:a:hi {ada:online pol:online}")
-		eve := openReader(t, h.relay, "a", mark, subscribeRequest{user: "eve", seesPresence: true, longLived: true})
+		eve := openSubscriber(t, h.relay, "a", mark, subscribeRequest{user: "eve", seesPresence: true, longLived: true})
 		eve.wantRoster()
 		wantRead(t, eve, "2:a:hi {ada:online eve:online pol:online}")
 
-		h.says("ada", "away")
+		h.setState("ada", "away")
 		wantRead(t, blind, "")
 		wantRead(t, poller, "eve:online ada:away")
 		wantRead(t, unseen, "eve:online ada:away")
 		wantRead(t, eve, "ada:away")
-		h.wantHere("ada:away eve:online pol:online")
+		h.wantRoster("ada:away eve:online pol:online")
 	})
 }
 
 // With a backlog that takes several batches, the roster comes behind it, and
 // presence that happened before is not told.
-func TestTheRosterComesBehindTheBacklog(t *testing.T) {
+func TestTheRosterComesAfterTheBacklog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
+		h := newPresenceTest(t, limits{})
 		const n = maxBatchEvents + 10
 		for range n {
 			publishText(t, h.relay, "a", "x")
 		}
 		h.stream("ada")
-		rd := openReader(t, h.relay, "a", 0, subscribeRequest{seesPresence: true, longLived: true})
+		rd := openSubscriber(t, h.relay, "a", 0, subscribeRequest{seesPresence: true, longLived: true})
 		rd.wantRoster()
 		batch := rd.next(nil)
 		h.stream("bob")
-		rest := testWords(h.relay, readAll(rd))
+		rest := summarize(h.relay, readAll(rd))
 		if len(batch) != maxBatchEvents || !strings.HasSuffix(rest, fmt.Sprintf("%d:a:x {ada:online bob:online}", n)) || strings.Contains(rest, " ada:") {
 			t.Errorf("behind %d events came %s", len(batch), rest)
 		}
@@ -557,15 +557,15 @@ func TestTheRosterComesBehindTheBacklog(t *testing.T) {
 
 // Who comes between a stream's last read and its roster is in the roster, and
 // not told again; a message of that time is not lost.
-func TestNoneIsTwiceBetweenRosterAndEvents(t *testing.T) {
+func TestNoPresenceEventRepeatsTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
-		rd := openReader(t, h.relay, "a", -1, wantPresence)
+		h := newPresenceTest(t, limits{})
+		rd := openSubscriber(t, h.relay, "a", -1, wantPresence)
 		rd.wantRoster()
 		rd.next(nil)
 		h.stream("ada")
 		publishText(t, h.relay, "a", "hi")
-		if opening := testWords(h.relay, rd.appendRosters(nil)); opening != "{ada:online}" {
+		if opening := summarize(h.relay, rd.appendRosters(nil)); opening != "{ada:online}" {
 			t.Errorf("the roster is %s", opening)
 		}
 		h.stream("bob")
@@ -577,10 +577,10 @@ func TestNoneIsTwiceBetweenRosterAndEvents(t *testing.T) {
 // Cloud Run does with a whole machine.
 func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
+		h := newPresenceTest(t, limits{})
 		h.poll("ada")
 		bob := h.stream("bob")
-		h.says("bob", "typing")
+		h.setState("bob", "typing")
 		h.relay.mu.Lock()
 		for _, l := range h.rooms["a"].leases {
 			l.timer.Stop()
@@ -588,26 +588,26 @@ func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 		h.relay.mu.Unlock()
 
 		h.at("4.999s")
-		h.wantHere("ada:online bob:typing")
+		h.wantRoster("ada:online bob:typing")
 		h.at("5s")
-		h.wantHere("ada:online bob:online")
+		h.wantRoster("ada:online bob:online")
 		h.at("59.999s")
-		h.wantHere("ada:online bob:online")
+		h.wantRoster("ada:online bob:online")
 		h.at("1m")
-		h.wantHere("bob:online")
-		rd := openReader(t, h.relay, "a", -1, subscribeRequest{seesPresence: true})
+		h.wantRoster("bob:online")
+		rd := openSubscriber(t, h.relay, "a", -1, subscribeRequest{seesPresence: true})
 		rd.wantRoster()
 		wantRead(t, rd, "{bob:online}")
-		h.wantTold("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing")
+		h.wantEvents("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing")
 
 		h.at("2m")
 		h.relay.mu.Lock()
 		h.rooms["a"].leases["ada"].timer.Reset(0)
 		h.relay.mu.Unlock()
-		h.wantTold("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing", "2m0s ada:offline")
+		h.wantEvents("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing", "2m0s ada:offline")
 		bob.unsubscribe()
 		rd.unsubscribe()
-		h.wantGone()
+		h.wantNothingLeft()
 	})
 }
 
@@ -615,24 +615,24 @@ func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 // comes then is online, whatever they were.
 func TestAnOldStateDoesNotOutliveItsLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
+		h := newPresenceTest(t, limits{})
 		h.poll("ada")
-		h.says("ada", "away")
+		h.setState("ada", "away")
 		h.rooms["a"].leases["ada"].timer.Stop()
 		h.at("2m")
 		h.poll("ada")
-		h.wantHere("ada:online")
-		h.wantTold("0s {}", "0s ada:online", "0s ada:away", "2m0s ada:online")
-		h.wantGone()
+		h.wantRoster("ada:online")
+		h.wantEvents("0s {}", "0s ada:online", "0s ada:away", "2m0s ada:online")
+		h.wantNothingLeft()
 	})
 }
 
 // mostInASecond counts what the room was told in a second of the clock.
-func (h *house) mostInASecond() (most int) {
+func (h *presenceTest) mostInASecond() (most int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	count := map[time.Duration]int{}
-	for _, line := range h.told {
+	for _, line := range h.events {
 		at, _, _ := strings.Cut(line, " ")
 		d, _ := time.ParseDuration(at)
 		count[d.Truncate(time.Second)]++
@@ -656,21 +656,21 @@ func TestAFloodOfTypingIsOneEventASecond(t *testing.T) {
 	} {
 		t.Run(strings.Join(tc.states, " "), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t, limits{})
+				h := newPresenceTest(t, limits{})
 				h.at("1s")
 				for i := range 2000 {
-					h.says("ada", tc.states[i%len(tc.states)])
+					h.setState("ada", tc.states[i%len(tc.states)])
 					time.Sleep(10 * time.Millisecond)
 				}
 				synctest.Wait()
-				if n, most := len(h.told), h.mostInASecond(); n > 2+20*tc.rate || most > tc.rate+1 {
+				if n, most := len(h.events), h.mostInASecond(); n > 2+20*tc.rate || most > tc.rate+1 {
 					t.Errorf("20 s of flood were %d events, up to %d in a second", n, most)
 				}
 				h.at("25.99s")
-				if last := h.told[len(h.told)-1]; !strings.HasSuffix(last, " ada:"+tc.last) {
+				if last := h.events[len(h.events)-1]; !strings.HasSuffix(last, " ada:"+tc.last) {
 					t.Errorf("the room was last told %s, want %s", last, tc.last)
 				}
-				h.wantGone()
+				h.wantNothingLeft()
 			})
 		})
 	}
@@ -678,7 +678,7 @@ func TestAFloodOfTypingIsOneEventASecond(t *testing.T) {
 
 func TestACrowdIsOnlyCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
+		h := newPresenceTest(t, limits{})
 		var streams []*subscriber
 		var want []string
 		told := func(format string, args ...any) { want = append(want, fmt.Sprintf(format, args...)) }
@@ -694,19 +694,19 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		told("1s {101}")
 		told("2s {150}")
 		h.at("3s")
-		h.wantTold(want...)
+		h.wantEvents(want...)
 
 		// Nobody's typing is told, but who asks for everyone is told of it.
-		h.says("u007", "typing")
+		h.setState("u007", "typing")
 		if ros := h.roster("a"); ros.Count != 150 || ros.Users["u007"] != "typing" {
 			t.Errorf("%d are here, u007 is %s", ros.Count, ros.Users["u007"])
 		}
-		rd := openReader(t, h.relay, "a", -1, wantPresence)
+		rd := openSubscriber(t, h.relay, "a", -1, wantPresence)
 		rd.wantRoster()
 		wantRead(t, rd, "{150}")
 		rd.unsubscribe()
 		h.at("9s")
-		h.wantTold(want...)
+		h.wantEvents(want...)
 
 		// 49 leave, and it still is a crowd; then one more, and it is told who is left.
 		for _, rd := range streams[:49] {
@@ -715,7 +715,7 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		told("19s {149}")
 		told("20s {101}")
 		h.at("30s")
-		h.wantTold(want...)
+		h.wantEvents(want...)
 		streams[49].unsubscribe()
 		var left []string
 		for i := 50; i < 150; i++ {
@@ -723,36 +723,36 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		}
 		told("40s {%s}", strings.Join(left, " "))
 		h.at("50s")
-		h.wantTold(want...)
-		rd = openReader(t, h.relay, "a", -1, wantPresence)
+		h.wantEvents(want...)
+		rd = openSubscriber(t, h.relay, "a", -1, wantPresence)
 		rd.wantRoster()
 		wantRead(t, rd, "{"+strings.Join(left, " ")+"}")
 		rd.unsubscribe()
 
 		// From there on, singly.
 		streams[50].unsubscribe()
-		h.says("u149", "away")
+		h.setState("u149", "away")
 		told("50s u149:away")
 		told("1m0s u050:offline")
 		h.at("2m")
-		h.wantTold(want...)
+		h.wantEvents(want...)
 		for _, rd := range streams[51:] {
 			rd.unsubscribe()
 		}
-		h.wantGone()
+		h.wantNothingLeft()
 	})
 }
 
 var wantPresence = subscribeRequest{seesPresence: true, longLived: true}
 
 // Everybody comes, and goes, and the room is told of it a few hundred times.
-func TestTenThousandComeAndGo(t *testing.T) {
+func TestTenThousandUsersJoinAndLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n = 10_000
-		r := testRelay(limits{})
+		r := newTestRelay(limits{})
 		var streams []*subscriber
 		for i := range n { // over 20 s
-			streams = append(streams, openReader(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), seesPresence: true, longLived: true}))
+			streams = append(streams, openSubscriber(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), seesPresence: true, longLived: true}))
 			time.Sleep(2 * time.Millisecond)
 		}
 		time.Sleep(time.Second)
@@ -763,7 +763,7 @@ func TestTenThousandComeAndGo(t *testing.T) {
 		if c := r.roster("a").Count; c != n {
 			t.Errorf("%d of %d are here", c, n)
 		}
-		checkBooks(t, r)
+		checkAccounting(t, r)
 		before := r.lastID.Load()
 		for _, rd := range streams {
 			rd.unsubscribe()
@@ -782,7 +782,7 @@ func TestTenThousandComeAndGo(t *testing.T) {
 
 func TestTooManyUsers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxUsers: 1000})
+		r := newTestRelay(limits{maxUsers: 1000})
 		for i := range r.limits.maxUsers {
 			if err := r.setPresence("a", fmt.Sprint("user", i), "", "online"); err != nil {
 				t.Fatal(i, err)
@@ -792,7 +792,7 @@ func TestTooManyUsers(t *testing.T) {
 		if err := r.setPresence("b", "one more", "", "online"); err != errTooManyUsers {
 			t.Errorf("a user too many: %v", err)
 		}
-		if _, err := tryReader(r, subscribeRequest{rooms: []string{"a", "b"}, user: "one more", longLived: true}); err != errTooManyUsers {
+		if _, err := trySubscriber(r, subscribeRequest{rooms: []string{"a", "b"}, user: "one more", longLived: true}); err != errTooManyUsers {
 			t.Errorf("a reader too many: %v", err)
 		}
 		if len(r.rooms) != rooms || r.lastID.Load() != mark || len(r.rooms["a"].subscriptions) != 0 {
@@ -801,8 +801,8 @@ func TestTooManyUsers(t *testing.T) {
 		if err := r.setPresence("a", "user7", "", "away"); err != nil {
 			t.Errorf("one who is here: %v", err)
 		}
-		openReader(t, r, "a", 0, subscribeRequest{seesPresence: true}).unsubscribe() // who is not seen may read
-		checkBooks(t, r)
+		openSubscriber(t, r, "a", 0, subscribeRequest{seesPresence: true}).unsubscribe() // who is not seen may read
+		checkAccounting(t, r)
 		time.Sleep(time.Minute + time.Second)
 		synctest.Wait()
 		if err := r.setPresence("b", "one more", "", "online"); err != nil {
@@ -816,10 +816,10 @@ func TestTooManyUsers(t *testing.T) {
 
 // A stream that could not read a presence event in time, for its room had many
 // signals, is sent the roster.
-func TestWhoMissedPresenceIsSentTheRoster(t *testing.T) {
+func TestASubscriberThatMissedPresenceIsSentTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{maxEvents: 2})
-		rd := openReader(t, h.relay, "a", -1, wantPresence)
+		h := newPresenceTest(t, limits{maxEvents: 2})
+		rd := openSubscriber(t, h.relay, "a", -1, wantPresence)
 		rd.wantRoster()
 		wantRead(t, rd, "{}")
 		for _, user := range []string{"ada", "bob"} {
@@ -844,10 +844,10 @@ func TestWhoMissedPresenceIsSentTheRoster(t *testing.T) {
 
 // The same when it read so late that the event had expired, as one does whose
 // client takes a piece now and then.
-func TestWhoReadsPresenceLateIsSentTheRoster(t *testing.T) {
+func TestASubscriberThatReadsPresenceLateIsSentTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
-		rd := openReader(t, h.relay, "a", -1, wantPresence)
+		h := newPresenceTest(t, limits{})
+		rd := openSubscriber(t, h.relay, "a", -1, wantPresence)
 		rd.wantRoster()
 		wantRead(t, rd, "{}")
 		h.stream("ada")
@@ -863,17 +863,17 @@ func TestWhoReadsPresenceLateIsSentTheRoster(t *testing.T) {
 
 // Who returned within a second of being told offline is told when the second
 // is over; a stream that opens in between has them in its roster already.
-func TestAJoinHeldBackIsNotToldTwice(t *testing.T) {
+func TestADelayedJoinIsNotSentTwice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
-		h.says("ada", "online")
-		h.says("ada", "offline")
+		h := newPresenceTest(t, limits{})
+		h.setState("ada", "online")
+		h.setState("ada", "offline")
 		h.stream("ada")
-		rd := openReader(t, h.relay, "a", -1, wantPresence)
+		rd := openSubscriber(t, h.relay, "a", -1, wantPresence)
 		rd.wantRoster()
-		opening := testWords(h.relay, readAll(rd))
+		opening := summarize(h.relay, readAll(rd))
 		h.at("2s")
-		after := testWords(h.relay, readAll(rd))
+		after := summarize(h.relay, readAll(rd))
 		if strings.Count(opening+after, "ada:online") != 1 {
 			t.Errorf("told %s and then %s", opening, after)
 		}
@@ -884,10 +884,10 @@ func TestAJoinHeldBackIsNotToldTwice(t *testing.T) {
 // count of the room that then has its name.
 func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxBytes: 64 << 10, roomIdle: time.Minute})
+		r := newTestRelay(limits{maxBytes: 64 << 10, roomIdle: time.Minute})
 		var streams []*subscriber
 		for i := range maxRosterUsers + 2 {
-			streams = append(streams, openReader(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), longLived: true}))
+			streams = append(streams, openSubscriber(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), longLived: true}))
 		}
 		for i, rd := range streams {
 			r.setPresence("a", fmt.Sprint("user", i), "", "offline")
@@ -897,8 +897,8 @@ func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 		if r.rooms["a"] != nil {
 			t.Fatal("room a was not forgotten")
 		}
-		openReader(t, r, "a", -1, subscribeRequest{user: "ada", longLived: true})
-		rd := openReader(t, r, "a", -1, wantPresence)
+		openSubscriber(t, r, "a", -1, subscribeRequest{user: "ada", longLived: true})
+		rd := openSubscriber(t, r, "a", -1, wantPresence)
 		rd.wantRoster()
 		wantRead(t, rd, "{ada:online}")
 		time.Sleep(time.Minute)
@@ -909,17 +909,17 @@ func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 
 // A guest reads a room's presence as a page does: by the roster, and what
 // follows.
-type guest struct {
+type watcher struct {
 	*testing.T
-	rd     *subscriber
-	users  map[string]string
-	count  int
-	crowd  bool
-	opened int64 // when it had its last roster, in milliseconds
-	misses bool  // it may miss events, and so be told what it knows
+	rd       *subscriber
+	users    map[string]string
+	count    int
+	crowd    bool
+	rosterAt int64 // when it had its last roster, in milliseconds
+	mayMiss  bool  // it may miss events, and so be told what it knows
 }
 
-func (g *guest) read() {
+func (g *watcher) read() {
 	g.Helper()
 	for _, e := range readAll(g.rd) {
 		var c struct {
@@ -932,9 +932,9 @@ func (g *guest) read() {
 			var ros roster
 			json.Unmarshal(c.Data, &ros)
 			g.users, g.count, g.crowd = ros.Users, ros.Count, ros.Users == nil
-			g.opened = time.Now().UnixMilli()
+			g.rosterAt = time.Now().UnixMilli()
 			if c.Time != 0 {
-				g.opened = c.Time
+				g.rosterAt = c.Time
 			}
 			if !g.crowd && ros.Count != len(ros.Users) {
 				g.Errorf("a roster of %d has %d names", ros.Count, len(ros.Users))
@@ -952,7 +952,7 @@ func (g *guest) read() {
 			known = "offline"
 		}
 		// What is held back for its rate is in the roster before it is told.
-		if !g.misses && known == state && c.Time-g.opened >= announceInterval.Milliseconds() {
+		if !g.mayMiss && known == state && c.Time-g.rosterAt >= announceInterval.Milliseconds() {
 			g.Errorf("%s was %s already", c.From, state)
 		}
 		if g.users[c.From] = state; state == "offline" {
@@ -982,7 +982,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := testRelay(tc.limits)
+				r := newTestRelay(tc.limits)
 				var done atomic.Bool
 				var acting, reading sync.WaitGroup
 				pause := func(rnd *rand.Rand, most time.Duration) { time.Sleep(time.Duration(rnd.Int64N(int64(most)))) }
@@ -998,13 +998,13 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 							switch n := rnd.IntN(8); {
 							case n < 2 && len(streams) < 3:
 								w.longLived = true
-								streams = append(streams, openReader(t, r, "a", -1, w))
+								streams = append(streams, openSubscriber(t, r, "a", -1, w))
 							case n < 5 && len(streams) > 0:
 								streams[0].unsubscribe()
 								streams = streams[1:]
 							case n == 5:
 								w.longLived = false
-								openReader(t, r, "a", -1, w).unsubscribe()
+								openSubscriber(t, r, "a", -1, w).unsubscribe()
 							default:
 								r.setPresence("a", user, "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
 							}
@@ -1014,20 +1014,20 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 						}
 						if i < tc.stay {
 							w.longLived = true
-							openReader(t, r, "a", -1, w)
+							openSubscriber(t, r, "a", -1, w)
 						}
 						for _, rd := range streams {
 							rd.unsubscribe()
 						}
 					})
 				}
-				guests := make([]*guest, tc.guest)
+				guests := make([]*watcher, tc.guest)
 				for i := range guests {
 					reading.Go(func() {
 						rnd := rand.New(rand.NewPCG(uint64(i), 5))
 						for !done.Load() {
 							pause(rnd, 20*time.Second)
-							g := &guest{T: t, rd: openReader(t, r, "a", -1, wantPresence), misses: tc.limits != limits{}}
+							g := &watcher{T: t, rd: openSubscriber(t, r, "a", -1, wantPresence), mayMiss: tc.limits != limits{}}
 							g.rd.wantRoster()
 							for turns := 50 + rnd.IntN(200); turns > 0 && !done.Load(); turns-- {
 								g.read()
@@ -1048,7 +1048,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 				time.Sleep(2 * time.Minute) // leases end
 				done.Store(true)
 				reading.Wait()
-				checkBooks(t, r)
+				checkAccounting(t, r)
 
 				truth := r.roster("a")
 				if truth.Count != tc.stay {
@@ -1076,22 +1076,22 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 // Presence by HTTP: declared by text, JSON or a form, read as JSON.
 func TestPresenceByHTTP(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		_, body := b.do("GET", "/rooms/a/presence", "")
 		if body != `{"room":"a","count":0,"users":{}}`+"\n" {
 			t.Errorf("nobody: %s", body)
 		}
 		for _, test := range []struct{ query, kind, body, want string }{
-			{"?user=ada", textKind, "online", `{"ada":"online"}`},
+			{"?user=ada", textType, "online", `{"ada":"online"}`},
 			{"?user=ada", "Content-Type: text/plain;charset=UTF-8", "away", `{"ada":"away"}`}, // as sendBeacon does
-			{"?user=ada", jsonKind, `{"state":"typing"}`, `{"ada":"typing"}`},
-			{"?user=ada", textKind, `{"state":"online"}`, `{"ada":"online"}`},
-			{"?user=ada", formKind, "state=away", `{"ada":"away"}`},
-			{"", formKind, "user=bob&state=online", `{"ada":"away","bob":"online"}`},
-			{"?user=%3Cb%3E", textKind, "typing\n", `{"\u003cb\u003e":"typing","ada":"away","bob":"online"}`},
-			{"?user=%3Cb%3E", textKind, "offline", `{"ada":"away","bob":"online"}`},
-			{"?user=bob", textKind, "offline", `{"ada":"away"}`},
-			{"?user=nobody", textKind, "offline", `{"ada":"away"}`},
+			{"?user=ada", jsonType, `{"state":"typing"}`, `{"ada":"typing"}`},
+			{"?user=ada", textType, `{"state":"online"}`, `{"ada":"online"}`},
+			{"?user=ada", formType, "state=away", `{"ada":"away"}`},
+			{"", formType, "user=bob&state=online", `{"ada":"away","bob":"online"}`},
+			{"?user=%3Cb%3E", textType, "typing\n", `{"\u003cb\u003e":"typing","ada":"away","bob":"online"}`},
+			{"?user=%3Cb%3E", textType, "offline", `{"ada":"away","bob":"online"}`},
+			{"?user=bob", textType, "offline", `{"ada":"away"}`},
+			{"?user=nobody", textType, "offline", `{"ada":"away"}`},
 		} {
 			if res, body := b.do("POST", "/rooms/a/presence"+test.query, test.body, test.kind); res.StatusCode != 200 || !json.Valid([]byte(body)) {
 				t.Errorf("%s %s: %s %s", test.query, test.body, res.Status, body)
@@ -1113,7 +1113,7 @@ func TestPresenceByHTTP(t *testing.T) {
 		}
 		// And who streams while that lasts, and 10 s more.
 		ctx, leave := context.WithCancel(t.Context())
-		e, err := b.tryListen(ctx, b.client, kindOf("sse"), "s", "user=eve")
+		e, err := b.trySubscribe(ctx, b.client, variantOf("sse"), "s", "user=eve")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1142,12 +1142,12 @@ func FuzzPresence(f *testing.F) {
 		f.Add(seed.kind, seed.user, []byte(seed.body))
 	}
 	f.Fuzz(func(t *testing.T, kind, user string, body []byte) {
-		s := fuzzBed(t)
+		s := newTestApp(t)
 		s.relay.presenceTTL = 1
 		r := httptest.NewRequest("POST", "/rooms/a/presence?"+url.Values{"user": {user}}.Encode(), bytes.NewReader(body))
 		r.Header.Set("Content-Type", kind)
 		before := s.relay.lastID.Load()
-		w := newRecorder()
+		w := newDeadlineRecorder()
 		s.ServeHTTP(w, r)
 		if w.Code != http.StatusOK {
 			if w.Code < 400 || w.Code > 499 || !isError(w.Body.String()) || s.relay.lastID.Load() != before || len(s.relay.rooms) != 0 {
@@ -1162,7 +1162,7 @@ func FuzzPresence(f *testing.F) {
 		if !utf8.ValidString(said.User) || said.User == "" || utf8.RuneCountInString(said.User) > 64 || strings.ContainsFunc(said.User, unicode.IsControl) {
 			t.Errorf("the user %q", said.User)
 		}
-		w = newRecorder()
+		w = newDeadlineRecorder()
 		s.ServeHTTP(w, httptest.NewRequest("GET", "/rooms/a/presence", nil))
 		var roster struct {
 			Count int

@@ -23,8 +23,8 @@ import (
 	"weak"
 )
 
-// testRelay makes a relay with room enough for everything but what l limits.
-func testRelay(l limits) *relay {
+// newTestRelay makes a relay with room enough for everything but what l limits.
+func newTestRelay(l limits) *relay {
 	set := func(v *int, absent int) {
 		if *v == 0 {
 			*v = absent
@@ -47,11 +47,11 @@ func testRelay(l limits) *relay {
 // publishText publishes a message, and returns its number.
 func publishText(t testing.TB, r *relay, room, text string) int64 {
 	t.Helper()
-	return publishPost(t, r, publishRequest{room: room, kind: "message", data: []byte(text)})
+	return publishEvent(t, r, publishRequest{room: room, kind: "message", data: []byte(text)})
 }
 
-// publishPost publishes p, its data as a string.
-func publishPost(t testing.TB, r *relay, p publishRequest) int64 {
+// publishEvent publishes p, its data as a string.
+func publishEvent(t testing.TB, r *relay, p publishRequest) int64 {
 	t.Helper()
 	p.data, _ = json.Marshal(string(p.data))
 	id, _, err := r.publish(p)
@@ -70,22 +70,22 @@ func publishScript(t *testing.T, r *relay, script string) {
 	}
 }
 
-// openReader subscribes; after is a number, or -1.
-func openReader(t testing.TB, r *relay, rooms string, after int64, w subscribeRequest) *subscriber {
+// openSubscriber subscribes; after is a number, or -1.
+func openSubscriber(t testing.TB, r *relay, rooms string, after int64, w subscribeRequest) *subscriber {
 	t.Helper()
 	w.rooms, w.cursor = strings.Split(rooms, ","), after
 	if after >= 0 {
 		w.cursor += r.epoch
 	}
-	rd, err := tryReader(r, w)
+	rd, err := trySubscriber(r, w)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return rd
 }
 
-// tryReader subscribes with a batch of 64 KiB, unless w says otherwise.
-func tryReader(r *relay, w subscribeRequest) (*subscriber, error) {
+// trySubscriber subscribes with a batch of 64 KiB, unless w says otherwise.
+func trySubscriber(r *relay, w subscribeRequest) (*subscriber, error) {
 	if w.maxBatchBytes == 0 {
 		w.maxBatchBytes = 64 << 10
 	}
@@ -107,10 +107,10 @@ func readAll(rd *subscriber) (all []*event) {
 	}
 }
 
-// testWords is events in short: 3:a:hi is the third, said in room a; gaps are
+// summarize is events in short: 3:a:hi is the third, said in room a; gaps are
 // 3:a:gap(history). Presence has no number: ada:online, or {ada:online bob:away},
 // or {150} for a crowd.
-func testWords(r *relay, events []*event) string {
+func summarize(r *relay, events []*event) string {
 	var words []string
 	for _, e := range events {
 		var c struct {
@@ -135,7 +135,7 @@ func testWords(r *relay, events []*event) string {
 			json.Unmarshal(c.Data, &ros)
 			text = fmt.Sprintf("{%d}", ros.Count)
 			if ros.Users != nil {
-				text = "{" + testNames(ros.Users) + "}"
+				text = "{" + summarizeUsers(ros.Users) + "}"
 			}
 		default:
 			json.Unmarshal(c.Data, &text)
@@ -150,15 +150,15 @@ func testWords(r *relay, events []*event) string {
 	return strings.Join(words, " ")
 }
 
-// testNames is a roster in short: ada:online bob:away.
-func testNames(users map[string]string) string {
+// summarizeUsers is a roster in short: ada:online bob:away.
+func summarizeUsers(users map[string]string) string {
 	return strings.TrimSuffix(strings.TrimPrefix(fmt.Sprint(users), "map["), "]")
 }
 
 // wantRead checks what lies behind a reader's cursor.
 func wantRead(t *testing.T, rd *subscriber, want string) {
 	t.Helper()
-	if got := testWords(rd.relay, readAll(rd)); got != want {
+	if got := summarize(rd.relay, readAll(rd)); got != want {
 		t.Errorf("read %q, want %q", got, want)
 	}
 	if mark := rd.relay.lastID.Load(); rd.cursor != mark {
@@ -166,9 +166,9 @@ func wantRead(t *testing.T, rd *subscriber, want string) {
 	}
 }
 
-// checkBooks walks the relay and compares what it finds with what the relay
+// checkAccounting walks the relay and compares what it finds with what the relay
 // has counted, and with its bounds.
-func checkBooks(t *testing.T, r *relay) {
+func checkAccounting(t *testing.T, r *relay) {
 	t.Helper()
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -235,7 +235,7 @@ func TestIDsBeginAtTheStartInMicroseconds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		// The bubble's clock begins with the year 2000.
 		const start = 946684800_000000
-		r := testRelay(limits{})
+		r := newTestRelay(limits{})
 		for i := range 5 {
 			id, fresh, err := r.publish(publishRequest{room: fmt.Sprint("room", i%2), kind: "message", data: []byte("1")})
 			if want := int64(start + 1 + i); id != want || !fresh || err != nil {
@@ -243,7 +243,7 @@ func TestIDsBeginAtTheStartInMicroseconds(t *testing.T) {
 			}
 		}
 		time.Sleep(time.Millisecond)
-		if again := testRelay(limits{}); again.epoch != start+1000 {
+		if again := newTestRelay(limits{}); again.epoch != start+1000 {
 			t.Errorf("a restart 1 ms later begins at %d, want %d", again.epoch, start+1000)
 		}
 	})
@@ -262,8 +262,8 @@ func TestAnEventsJSON(t *testing.T) {
 			`{"id":946684800000001,"room":"lobby","type":"typing","from":"\u003c/script\u003e\u2028\"\n","time":946684800123,"data":true}`},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			r := testRelay(limits{})
-			rd := openReader(t, r, tc.post.room, -1, subscribeRequest{})
+			r := newTestRelay(limits{})
+			rd := openSubscriber(t, r, tc.post.room, -1, subscribeRequest{})
 			time.Sleep(123 * time.Millisecond)
 			if _, _, err := r.publish(tc.post); err != nil {
 				t.Fatal(err)
@@ -302,9 +302,9 @@ func TestReading(t *testing.T) {
 		{"a", 4, 10, ""}, // with a cursor, last says nothing
 	} {
 		t.Run(fmt.Sprintf("%s after %d last %d", tc.rooms, tc.after, tc.last), func(t *testing.T) {
-			r := testRelay(limits{})
+			r := newTestRelay(limits{})
 			publishScript(t, r, "a:one b:two a:three c:four b:five b:six")
-			rd := openReader(t, r, tc.rooms, tc.after, subscribeRequest{last: tc.last})
+			rd := openSubscriber(t, r, tc.rooms, tc.after, subscribeRequest{last: tc.last})
 			defer rd.unsubscribe()
 			wantRead(t, rd, tc.want)
 			first, _, _ := strings.Cut(tc.rooms, ",")
@@ -340,7 +340,7 @@ func TestGaps(t *testing.T) {
 		{"zero", "a", math.MinInt64, "1:a:gap(restart) 3:a:x 5:a:x"},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
-			r := testRelay(limits{maxEvents: 2})
+			r := newTestRelay(limits{maxEvents: 2})
 			publishScript(t, r, script)
 			after := r.epoch + tc.after
 			switch tc.after {
@@ -349,7 +349,7 @@ func TestGaps(t *testing.T) {
 			case math.MinInt64:
 				after = 0
 			}
-			rd, err := tryReader(r, subscribeRequest{rooms: strings.Split(tc.rooms, ","), cursor: after})
+			rd, err := trySubscriber(r, subscribeRequest{rooms: strings.Split(tc.rooms, ","), cursor: after})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -366,9 +366,9 @@ func TestGaps(t *testing.T) {
 
 // To erase is to forget a history: all who read it are told, and go on.
 func TestErase(t *testing.T) {
-	r := testRelay(limits{})
+	r := newTestRelay(limits{})
 	publishScript(t, r, "a:one b:two a:three")
-	rd := openReader(t, r, "a,b", 0, subscribeRequest{})
+	rd := openSubscriber(t, r, "a,b", 0, subscribeRequest{})
 	wantRead(t, rd, "1:a:one 2:b:two 3:a:three")
 	if err := r.erase("a"); err != nil {
 		t.Fatal(err)
@@ -377,21 +377,21 @@ func TestErase(t *testing.T) {
 	wantRead(t, rd, "")
 	publishScript(t, r, "a:five")
 	wantRead(t, rd, "5:a:five")
-	wantRead(t, openReader(t, r, "a", -1, subscribeRequest{last: 10}), "5:a:five")
+	wantRead(t, openSubscriber(t, r, "a", -1, subscribeRequest{last: 10}), "5:a:five")
 	for after, read := range map[int64]string{0: "4:a:gap(erased) 5:a:five", 3: "4:a:gap(erased) 5:a:five", 4: "5:a:five"} {
-		wantRead(t, openReader(t, r, "a", after, subscribeRequest{}), read)
+		wantRead(t, openSubscriber(t, r, "a", after, subscribeRequest{}), read)
 	}
-	wantRead(t, openReader(t, r, "b", 0, subscribeRequest{}), "2:b:two")
+	wantRead(t, openSubscriber(t, r, "b", 0, subscribeRequest{}), "2:b:two")
 
 	// What is lost later is lost as ever.
 	for range r.maxEvents {
 		publishScript(t, r, "a:x")
 	}
-	late := openReader(t, r, "a", 0, subscribeRequest{})
-	if got := testWords(r, late.next(nil)[:1]); got != "5:a:gap(history)" {
+	late := openSubscriber(t, r, "a", 0, subscribeRequest{})
+	if got := summarize(r, late.next(nil)[:1]); got != "5:a:gap(history)" {
 		t.Errorf("got %s", got)
 	}
-	checkBooks(t, r)
+	checkAccounting(t, r)
 
 	// A room that nobody reads is erased too, and one that there is none of.
 	publishScript(t, r, "c:secret")
@@ -399,17 +399,17 @@ func TestErase(t *testing.T) {
 	if r.erase("c") != nil || r.erase("nobody") != nil || r.rooms["c"] != nil || r.rooms["nobody"] != nil {
 		t.Error("erase made a room, or kept one")
 	}
-	wantRead(t, openReader(t, r, "c", n-1, subscribeRequest{}), fmt.Sprintf("%d:c:gap(erased)", n+1))
-	checkBooks(t, r)
+	wantRead(t, openSubscriber(t, r, "c", n-1, subscribeRequest{}), fmt.Sprintf("%d:c:gap(erased)", n+1))
+	checkAccounting(t, r)
 	r.stop()
 	if err := r.erase("a"); err != errStopping {
 		t.Errorf("while stopping: %v", err)
 	}
 }
 
-func TestAGapIsToldWhileReading(t *testing.T) {
-	r := testRelay(limits{maxEvents: 2})
-	rd := openReader(t, r, "a,b", -1, subscribeRequest{})
+func TestAGapIsSentWhileReading(t *testing.T) {
+	r := newTestRelay(limits{maxEvents: 2})
+	rd := openSubscriber(t, r, "a,b", -1, subscribeRequest{})
 	publishScript(t, r, "a:x a:x a:x b:x")
 	wantRead(t, rd, "1:a:gap(history) 2:a:x 3:a:x 4:b:x")
 	publishScript(t, r, "a:x b:x")
@@ -419,12 +419,12 @@ func TestAGapIsToldWhileReading(t *testing.T) {
 }
 
 // What was lost before the reader came is no gap to who has no cursor.
-func TestWhoHasNoCursorIsToldOfNoGap(t *testing.T) {
+func TestASubscriberWithoutACursorIsSentNoGap(t *testing.T) {
 	for _, last := range []int{0, 1, 3, 1000} {
-		r := testRelay(limits{maxEvents: 2})
+		r := newTestRelay(limits{maxEvents: 2})
 		publishScript(t, r, "b:x a:x a:x a:x a:x")
-		rd := openReader(t, r, "a,b", -1, subscribeRequest{last: last})
-		if got := testWords(r, readAll(rd)); strings.Contains(got, "gap") {
+		rd := openSubscriber(t, r, "a,b", -1, subscribeRequest{last: last})
+		if got := summarize(r, readAll(rd)); strings.Contains(got, "gap") {
 			t.Errorf("last %d: %s", last, got)
 		}
 		publishScript(t, r, "a:x a:x a:x")
@@ -434,9 +434,9 @@ func TestWhoHasNoCursorIsToldOfNoGap(t *testing.T) {
 
 // A publisher may drop what lies behind the mark while a reader is between
 // loading the mark and the views. Here the mark stands for one loaded early.
-func TestAGapBeyondTheMarkIsToldAtTheMark(t *testing.T) {
-	r := testRelay(limits{maxEvents: 2})
-	rd := openReader(t, r, "a", 0, subscribeRequest{})
+func TestAGapBeyondTheHeadIsSentAtTheHead(t *testing.T) {
+	r := newTestRelay(limits{maxEvents: 2})
+	rd := openSubscriber(t, r, "a", 0, subscribeRequest{})
 	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
 	r.lastID.Store(r.epoch + 3)
 	wantRead(t, rd, "3:a:gap(history)")
@@ -448,8 +448,8 @@ func TestAGapBeyondTheMarkIsToldAtTheMark(t *testing.T) {
 // first: who is cut off between the two goes on from that id, and must have it.
 func TestAnEventComesBeforeAGapOfItsID(t *testing.T) {
 	for _, rooms := range []string{"a,b", "b,a"} {
-		r := testRelay(limits{maxEvents: 2})
-		rd := openReader(t, r, rooms, 0, subscribeRequest{})
+		r := newTestRelay(limits{maxEvents: 2})
+		rd := openSubscriber(t, r, rooms, 0, subscribeRequest{})
 		publishScript(t, r, "b:x a:x b:x b:x b:x")
 		r.lastID.Store(r.epoch + 2)
 		wantRead(t, rd, "2:a:x 2:b:gap(history)")
@@ -457,17 +457,17 @@ func TestAnEventComesBeforeAGapOfItsID(t *testing.T) {
 }
 
 // Who then reads other rooms will not come to that next read.
-func TestAGapBeyondTheMarkIsToldToWhoChangesRooms(t *testing.T) {
-	r := testRelay(limits{maxEvents: 2})
-	rd := openReader(t, r, "a", 0, subscribeRequest{})
+func TestAGapBeyondTheHeadIsSentToAClientThatChangesRooms(t *testing.T) {
+	r := newTestRelay(limits{maxEvents: 2})
+	rd := openSubscriber(t, r, "a", 0, subscribeRequest{})
 	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
 	r.lastID.Store(r.epoch + 3)
-	told := testWords(r, readAll(rd))
+	told := summarize(r, readAll(rd))
 	r.lastID.Store(r.epoch + 6)
-	rd = openReader(t, r, "b", rd.cursor-r.epoch, subscribeRequest{})
-	told += testWords(r, readAll(rd))
-	rd = openReader(t, r, "a", rd.cursor-r.epoch, subscribeRequest{})
-	told += testWords(r, readAll(rd))
+	rd = openSubscriber(t, r, "b", rd.cursor-r.epoch, subscribeRequest{})
+	told += summarize(r, readAll(rd))
+	rd = openSubscriber(t, r, "a", rd.cursor-r.epoch, subscribeRequest{})
+	told += summarize(r, readAll(rd))
 	if !strings.Contains(told, "gap") {
 		t.Errorf("events 1 to 3 were asked for and lost, and the reader was told %q", told)
 	}
@@ -475,17 +475,17 @@ func TestAGapBeyondTheMarkIsToldToWhoChangesRooms(t *testing.T) {
 
 // The newest N of the history may go before they are read, as of a room in a
 // hurry while hello is written.
-func TestWhatIsLostOfTheNewestIsToldByAGap(t *testing.T) {
-	r := testRelay(limits{maxEvents: 3})
+func TestTheLossOfTheNewestMessageIsAGap(t *testing.T) {
+	r := newTestRelay(limits{maxEvents: 3})
 	publishScript(t, r, "a:x a:x a:x a:x")
-	rd := openReader(t, r, "a", -1, subscribeRequest{last: 3})
+	rd := openSubscriber(t, r, "a", -1, subscribeRequest{last: 3})
 	publishScript(t, r, "a:x a:x")
 	wantRead(t, rd, "3:a:gap(history) 4:a:x 5:a:x 6:a:x")
 }
 
 func TestABatchCutShortMovesTheCursorToItsEnd(t *testing.T) {
-	r := testRelay(limits{})
-	rd := openReader(t, r, "a,b", 0, subscribeRequest{})
+	r := newTestRelay(limits{})
+	rd := openSubscriber(t, r, "a,b", 0, subscribeRequest{})
 	const n = 2*maxBatchEvents + 10
 	for i := range n {
 		publishText(t, r, "ab"[i%2:][:1], "x")
@@ -508,12 +508,12 @@ func TestABatchCutShortMovesTheCursorToItsEnd(t *testing.T) {
 		t.Errorf("two events of half a batch: read %d, cut short %v", len(batch), rd.more)
 	}
 	// Whoever goes on elsewhere from a cut batch has the rest.
-	wantRead(t, openReader(t, r, "a,b", rd.cursor-r.epoch, subscribeRequest{}), fmt.Sprintf("%d:a:small", n+3))
+	wantRead(t, openSubscriber(t, r, "a,b", rd.cursor-r.epoch, subscribeRequest{}), fmt.Sprintf("%d:a:small", n+3))
 }
 
 func TestAFloorOutlivesItsRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{roomIdle: time.Minute})
+		r := newTestRelay(limits{roomIdle: time.Minute})
 		publishScript(t, r, "a:x a:x b:x")
 		time.Sleep(time.Minute - 1)
 		r.sweep(time.Now())
@@ -526,13 +526,13 @@ func TestAFloorOutlivesItsRoom(t *testing.T) {
 		if r.rooms["a"] != nil || r.rooms["b"] == nil {
 			t.Errorf("after a minute without a publish, a is %v, and b, which had one, is %v", r.rooms["a"], r.rooms["b"])
 		}
-		checkBooks(t, r)
+		checkAccounting(t, r)
 
 		for range 2 { // reading opens the room and closes it again
-			rd := openReader(t, r, "a", 1, subscribeRequest{})
+			rd := openSubscriber(t, r, "a", 1, subscribeRequest{})
 			wantRead(t, rd, "2:a:gap(history)")
 			rd.unsubscribe()
-			rd = openReader(t, r, "a", 2, subscribeRequest{})
+			rd = openSubscriber(t, r, "a", 2, subscribeRequest{})
 			wantRead(t, rd, "")
 			rd.unsubscribe()
 			if len(r.rooms) != 1 {
@@ -540,16 +540,16 @@ func TestAFloorOutlivesItsRoom(t *testing.T) {
 			}
 		}
 		publishText(t, r, "a", "again")
-		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), "2:a:gap(history) 5:a:again")
-		wantRead(t, openReader(t, r, "a", 2, subscribeRequest{}), "5:a:again")
+		wantRead(t, openSubscriber(t, r, "a", 0, subscribeRequest{}), "2:a:gap(history) 5:a:again")
+		wantRead(t, openSubscriber(t, r, "a", 2, subscribeRequest{}), "5:a:again")
 	})
 }
 
 func TestARoomThatIsReadIsNotIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{roomIdle: time.Minute})
+		r := newTestRelay(limits{roomIdle: time.Minute})
 		publishScript(t, r, "a:x b:x")
-		rd := openReader(t, r, "a", 0, subscribeRequest{})
+		rd := openSubscriber(t, r, "a", 0, subscribeRequest{})
 		time.Sleep(time.Hour)
 		r.sweep(time.Now())
 		wantRead(t, rd, "1:a:x")
@@ -571,21 +571,21 @@ func TestARoomThatIsReadIsNotIdle(t *testing.T) {
 // too many, but hides none.
 func TestFloorsBeyondTheirBoundHideNoGap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxRooms: 3, roomIdle: time.Minute})
+		r := newTestRelay(limits{maxRooms: 3, roomIdle: time.Minute})
 		for i := range 20 {
 			publishText(t, r, fmt.Sprint("room", i), "x")
 			time.Sleep(time.Minute)
 			r.sweep(time.Now())
-			checkBooks(t, r)
+			checkAccounting(t, r)
 		}
 		for i := range 20 {
 			name := fmt.Sprint("room", i)
-			rd := openReader(t, r, name, int64(i), subscribeRequest{})
-			if got := testWords(r, readAll(rd)); !strings.HasSuffix(got, name+":gap(history)") {
+			rd := openSubscriber(t, r, name, int64(i), subscribeRequest{})
+			if got := summarize(r, readAll(rd)); !strings.HasSuffix(got, name+":gap(history)") {
 				t.Errorf("%s lost event %d, and its reader was told %q", name, i+1, got)
 			}
 			rd.unsubscribe()
-			rd = openReader(t, r, name, 20, subscribeRequest{})
+			rd = openSubscriber(t, r, name, 20, subscribeRequest{})
 			wantRead(t, rd, "")
 			rd.unsubscribe()
 		}
@@ -593,10 +593,10 @@ func TestFloorsBeyondTheirBoundHideNoGap(t *testing.T) {
 }
 
 func TestReadingCreatesNoRoom(t *testing.T) {
-	r := testRelay(limits{maxRooms: 1})
+	r := newTestRelay(limits{maxRooms: 1})
 	var readers []*subscriber
 	for i := range 100 {
-		rd := openReader(t, r, fmt.Sprintf("room%d,room%d", i, i+1), int64(i%2)-1, subscribeRequest{seesPresence: true})
+		rd := openSubscriber(t, r, fmt.Sprintf("room%d,room%d", i, i+1), int64(i%2)-1, subscribeRequest{seesPresence: true})
 		rd.wantRoster()
 		readAll(rd)
 		readers = append(readers, rd)
@@ -606,7 +606,7 @@ func TestReadingCreatesNoRoom(t *testing.T) {
 		t.Error(err)
 	}
 	publishText(t, r, "one", "readers' rooms do not count")
-	checkBooks(t, r)
+	checkAccounting(t, r)
 	for _, rd := range readers {
 		rd.unsubscribe()
 	}
@@ -616,7 +616,7 @@ func TestReadingCreatesNoRoom(t *testing.T) {
 }
 
 func TestBounds(t *testing.T) {
-	measure := testRelay(limits{})
+	measure := newTestRelay(limits{})
 	publishScript(t, measure, "a:x")
 	size := measure.bytes
 	for _, tc := range []struct {
@@ -636,21 +636,21 @@ func TestBounds(t *testing.T) {
 		{"and then the next", limits{maxBytes: 2 * size}, "a:x b:x a:x c:x c:x", "a,b,c", "2:b:gap(history) 3:a:gap(history) 4:c:x 5:c:x"},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
-			r := testRelay(tc.limits)
-			reading := openReader(t, r, tc.rooms, 0, subscribeRequest{})
+			r := newTestRelay(tc.limits)
+			reading := openSubscriber(t, r, tc.rooms, 0, subscribeRequest{})
 			publishScript(t, r, tc.script)
-			checkBooks(t, r)
+			checkAccounting(t, r)
 			wantRead(t, reading, tc.want)
-			wantRead(t, openReader(t, r, tc.rooms, 0, subscribeRequest{}), tc.want)
+			wantRead(t, openSubscriber(t, r, tc.rooms, 0, subscribeRequest{}), tc.want)
 		})
 	}
 }
 
 func TestTooManyRooms(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxRooms: 2, roomIdle: time.Minute})
+		r := newTestRelay(limits{maxRooms: 2, roomIdle: time.Minute})
 		publishScript(t, r, "a:x b:x")
-		rd := openReader(t, r, "c", 0, subscribeRequest{})
+		rd := openSubscriber(t, r, "c", 0, subscribeRequest{})
 		before := fmt.Sprint(len(r.rooms), r.bytes, r.lastID.Load())
 		for _, room := range []string{"c", "d"} {
 			if id, fresh, err := r.publish(publishRequest{room: room, kind: "message", key: "k", data: []byte("1")}); err != errTooManyRooms || id != 0 || fresh {
@@ -660,7 +660,7 @@ func TestTooManyRooms(t *testing.T) {
 		if after := fmt.Sprint(len(r.rooms), r.bytes, r.lastID.Load()); after != before {
 			t.Errorf("a refused publish made %s of %s", after, before)
 		}
-		checkBooks(t, r)
+		checkAccounting(t, r)
 		publishScript(t, r, "a:x b:x") // those that exist go on
 		wantRead(t, rd, "")
 
@@ -672,11 +672,11 @@ func TestTooManyRooms(t *testing.T) {
 }
 
 // After every step of a random history the books are right.
-func TestBooksAreRight(t *testing.T) {
+func TestAccountingMatchesWhatIsKept(t *testing.T) {
 	for seed := range uint64(4) {
 		synctest.Test(t, func(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(seed, 1))
-			r := testRelay(limits{maxEvents: 1 + rnd.IntN(20), maxRoomBytes: 5000, maxBytes: 20_000, maxRooms: 8, roomIdle: time.Minute})
+			r := newTestRelay(limits{maxEvents: 1 + rnd.IntN(20), maxRoomBytes: 5000, maxBytes: 20_000, maxRooms: 8, roomIdle: time.Minute})
 			name := func() string { return fmt.Sprint("room", rnd.IntN(12)) }
 			var readers []*subscriber
 			for range 1500 {
@@ -700,7 +700,7 @@ func TestBooksAreRight(t *testing.T) {
 					if rnd.IntN(2) == 0 {
 						w.user, w.longLived = fmt.Sprint("user", rnd.IntN(5)), rnd.IntN(2) == 0
 					}
-					rd, err := tryReader(r, w)
+					rd, err := trySubscriber(r, w)
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -719,7 +719,7 @@ func TestBooksAreRight(t *testing.T) {
 					synctest.Wait()
 					r.sweep(time.Now())
 				}
-				checkBooks(t, r)
+				checkAccounting(t, r)
 			}
 			for _, rd := range readers {
 				rd.unsubscribe()
@@ -729,7 +729,7 @@ func TestBooksAreRight(t *testing.T) {
 				synctest.Wait()
 				r.sweep(time.Now())
 			}
-			checkBooks(t, r)
+			checkAccounting(t, r)
 			if r.bytes != 0 || len(r.rooms) != 0 || r.leases != 0 {
 				t.Errorf("%d bytes, %d rooms and %d users are left", r.bytes, len(r.rooms), r.leases)
 			}
@@ -739,50 +739,50 @@ func TestBooksAreRight(t *testing.T) {
 
 func TestSignals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxEvents: 3})
+		r := newTestRelay(limits{maxEvents: 3})
 		publishText(t, r, "a", "x")
 		for range 100 {
-			publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: 5 * time.Second})
+			publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: 5 * time.Second})
 		}
 		publishText(t, r, "a", "x")
-		checkBooks(t, r)
+		checkAccounting(t, r)
 		const all = "1:a:x 99:a: 100:a: 101:a: 102:a:x"
-		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), all)
+		wantRead(t, openSubscriber(t, r, "a", 0, subscribeRequest{}), all)
 		time.Sleep(5*time.Second - time.Millisecond)
-		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), all)
+		wantRead(t, openSubscriber(t, r, "a", 0, subscribeRequest{}), all)
 		time.Sleep(time.Millisecond)
-		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), "1:a:x 102:a:x")
-		wantRead(t, openReader(t, r, "a", -1, subscribeRequest{last: 5}), "1:a:x 102:a:x")
+		wantRead(t, openSubscriber(t, r, "a", 0, subscribeRequest{}), "1:a:x 102:a:x")
+		wantRead(t, openSubscriber(t, r, "a", -1, subscribeRequest{last: 5}), "1:a:x 102:a:x")
 
 		// An expired signal is let go when the next comes.
-		publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: time.Second})
+		publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: time.Second})
 		if v := r.rooms["a"].history.Load(); len(v.signals) != 1 || len(v.messages) != 2 {
 			t.Errorf("%d signals and %d messages are kept, want 1 and 2", len(v.signals), len(v.messages))
 		}
-		checkBooks(t, r)
+		checkAccounting(t, r)
 	})
 }
 
 // The clock may jump, or the machine be stopped, for longer than a signal lives
 // while it is being published.
-func TestASignalMayBeBornExpired(t *testing.T) {
-	r := testRelay(limits{})
-	publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
-	publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
+func TestASignalMayExpireAtOnce(t *testing.T) {
+	r := newTestRelay(limits{})
+	publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
+	publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
 	publishText(t, r, "a", "x")
-	checkBooks(t, r)
+	checkAccounting(t, r)
 }
 
 func TestKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxEvents: 2, roomIdle: time.Minute})
+		r := newTestRelay(limits{maxEvents: 2, roomIdle: time.Minute})
 		put := func(room, key string, ttl time.Duration) string {
 			t.Helper()
 			id, fresh, err := r.publish(publishRequest{room: room, kind: "message", key: key, ttl: ttl, data: []byte("1")})
 			if err != nil {
 				t.Fatal(err)
 			}
-			checkBooks(t, r)
+			checkAccounting(t, r)
 			if fresh {
 				return fmt.Sprint("new ", id-r.epoch)
 			}
@@ -812,7 +812,7 @@ func TestKeys(t *testing.T) {
 		if mark := r.lastID.Load() - r.epoch; mark != 6 {
 			t.Errorf("%d events were published, want 6", mark)
 		}
-		rd := openReader(t, r, "a", -1, subscribeRequest{})
+		rd := openSubscriber(t, r, "a", -1, subscribeRequest{})
 		put("a", "k", 0)
 		if len(rd.wakeup) != 0 {
 			t.Error("a retry woke a reader")
@@ -827,7 +827,7 @@ func TestKeys(t *testing.T) {
 }
 
 func TestOneKeyAtOnceIsOneEvent(t *testing.T) {
-	r := testRelay(limits{})
+	r := newTestRelay(limits{})
 	for round := range int64(100) {
 		var fresh atomic.Int64
 		var wg sync.WaitGroup
@@ -856,7 +856,7 @@ func TestOneKeyAtOnceIsOneEvent(t *testing.T) {
 // Presence has its own bounds, and a retry is no publish.
 func TestARoomsRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{})
+		r := newTestRelay(limits{})
 		quota := &clientQuota{l: &limiter{roomRate: 5}}
 		put := func(room, key string) error {
 			allow := func() error { return quota.publishTo(room) }
@@ -877,7 +877,7 @@ func TestARoomsRate(t *testing.T) {
 			if after := fmt.Sprint(r.lastID.Load(), r.bytes); after != before {
 				t.Errorf("a refused publish made %s of %s", after, before)
 			}
-			checkBooks(t, r)
+			checkAccounting(t, r)
 			if err := put("a", "k9"); err != nil {
 				t.Errorf("a retry: %v", err)
 			}
@@ -917,8 +917,8 @@ func TestWaiting(t *testing.T) {
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := testRelay(limits{})
-				rd := openReader(t, r, "a", -1, subscribeRequest{})
+				r := newTestRelay(limits{})
+				rd := openSubscriber(t, r, "a", -1, subscribeRequest{})
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				start := time.Now()
@@ -934,8 +934,8 @@ func TestWaiting(t *testing.T) {
 // A burst is one wake-up, and who was woken reads all of it.
 func TestWakesCoalesce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{})
-		rd := openReader(t, r, "a,b", -1, subscribeRequest{})
+		r := newTestRelay(limits{})
+		rd := openSubscriber(t, r, "a,b", -1, subscribeRequest{})
 		for range 1000 {
 			publishScript(t, r, "a:x b:x")
 		}
@@ -959,19 +959,19 @@ func TestWakesCoalesce(t *testing.T) {
 // What a reader without a cursor was promised of one room, and lost, is told,
 // though another room had lost more before it came.
 func TestARoomsFloorForgivesNoOther(t *testing.T) {
-	r := testRelay(limits{maxEvents: 4})
+	r := newTestRelay(limits{maxEvents: 4})
 	publishScript(t, r, "a:1 a:2 a:3 a:4 b:5 b:6 b:7 b:8 b:9 b:10")
-	rd := openReader(t, r, "a,b", -1, subscribeRequest{last: 8})
+	rd := openSubscriber(t, r, "a,b", -1, subscribeRequest{last: 8})
 	publishScript(t, r, "a:11 a:12 a:13 a:14")
 	wantRead(t, rd, "4:a:gap(history) 7:b:7 8:b:8 9:b:9 10:b:10 11:a:11 12:a:12 13:a:13 14:a:14")
 }
 
-func TestAStreamIsWokenInPlaceOfTheToken(t *testing.T) {
-	r := testRelay(limits{})
+func TestAStreamWithADriverIsWokenByWakeAll(t *testing.T) {
+	r := newTestRelay(limits{})
 	st := new(session)
 	st.state.Store(stateWriting)
 	r.wakeAll = new(writerPool).wakeSubscriptions
-	rd := openReader(t, r, "a", -1, subscribeRequest{driver: st})
+	rd := openSubscriber(t, r, "a", -1, subscribeRequest{driver: st})
 	publishScript(t, r, "b:x a:x")
 	if turn := st.state.Load(); turn != stateDirty || len(rd.wakeup) != 0 {
 		t.Errorf("the stream's turn is %d, with %d tokens beside, want %d and none", turn, len(rd.wakeup), stateDirty)
@@ -979,8 +979,8 @@ func TestAStreamIsWokenInPlaceOfTheToken(t *testing.T) {
 }
 
 func TestStopping(t *testing.T) {
-	r := testRelay(limits{})
-	rd := openReader(t, r, "a", -1, subscribeRequest{})
+	r := newTestRelay(limits{})
+	rd := openSubscriber(t, r, "a", -1, subscribeRequest{})
 	var last atomic.Int64
 	var wg sync.WaitGroup
 	for range 4 {
@@ -1010,8 +1010,8 @@ func TestStopping(t *testing.T) {
 	}
 }
 
-// keptOf returns how many of the events are still in memory.
-func keptOf(events []weak.Pointer[event]) (n int) {
+// countAlive returns how many of the events are still in memory.
+func countAlive(events []weak.Pointer[event]) (n int) {
 	runtime.GC()
 	for _, e := range events {
 		if e.Value() != nil {
@@ -1021,15 +1021,15 @@ func keptOf(events []weak.Pointer[event]) (n int) {
 	return n
 }
 
-// weakLog is the room's messages, not keeping them.
-func weakLog(r *relay, room string) (events []weak.Pointer[event]) {
+// weakMessages is the room's messages, not keeping them.
+func weakMessages(r *relay, room string) (events []weak.Pointer[event]) {
 	for _, e := range r.rooms[room].history.Load().messages {
 		events = append(events, weak.Make(e))
 	}
 	return events
 }
 
-func TestASlowReaderKeepsNothing(t *testing.T) {
+func TestASlowSubscriberKeepsNothing(t *testing.T) {
 	const n = 2 * maxBatchEvents
 	for _, tc := range []struct {
 		what string
@@ -1045,17 +1045,17 @@ func TestASlowReaderKeepsNothing(t *testing.T) {
 		}},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
-			r := testRelay(limits{maxEvents: n})
-			rd := openReader(t, r, "a", 0, subscribeRequest{})
+			r := newTestRelay(limits{maxEvents: n})
+			rd := openSubscriber(t, r, "a", 0, subscribeRequest{})
 			for range n {
 				publishText(t, r, "a", "x")
 			}
-			events := weakLog(r, "a")
+			events := weakMessages(r, "a")
 			tc.read(rd)
 			for range 2 * n {
 				publishText(t, r, "a", "x")
 			}
-			if kept := keptOf(events); kept > 0 {
+			if kept := countAlive(events); kept > 0 {
 				t.Errorf("a reader %s keeps %d events that the log dropped", tc.what, kept)
 			}
 			runtime.KeepAlive(r)
@@ -1067,15 +1067,15 @@ func TestASlowReaderKeepsNothing(t *testing.T) {
 // What the log drops is let go soon, though a log's array still has it.
 func TestTheLogKeepsLittleOfWhatItDropped(t *testing.T) {
 	const n = 256
-	r := testRelay(limits{maxEvents: n})
+	r := newTestRelay(limits{maxEvents: n})
 	for range n {
 		publishText(t, r, "a", "x")
 	}
-	events := weakLog(r, "a")
+	events := weakMessages(r, "a")
 	for range n + n/4 + 8 {
 		publishText(t, r, "a", "x")
 	}
-	if kept := keptOf(events); kept > 0 {
+	if kept := countAlive(events); kept > 0 {
 		t.Errorf("%d of %d dropped events are kept", kept, n)
 	}
 	runtime.KeepAlive(r)
@@ -1089,15 +1089,15 @@ func TestNoRequestIsKept(t *testing.T) {
 		do   func(r *relay, s string)
 	}{
 		{"room", func(r *relay, s string) { publishText(t, r, s, "x") }},
-		{"room read", func(r *relay, s string) { openReader(t, r, s, -1, subscribeRequest{}).next(nil) }},
-		{"type", func(r *relay, s string) { publishPost(t, r, publishRequest{room: "a", kind: s}) }},
-		{"from", func(r *relay, s string) { publishPost(t, r, publishRequest{room: "a", kind: "message", from: s}) }},
-		{"key", func(r *relay, s string) { publishPost(t, r, publishRequest{room: "a", kind: "message", key: s}) }},
-		{"user who polls", func(r *relay, s string) { openReader(t, r, "a", -1, subscribeRequest{user: s}).unsubscribe() }},
+		{"room read", func(r *relay, s string) { openSubscriber(t, r, s, -1, subscribeRequest{}).next(nil) }},
+		{"type", func(r *relay, s string) { publishEvent(t, r, publishRequest{room: "a", kind: s}) }},
+		{"from", func(r *relay, s string) { publishEvent(t, r, publishRequest{room: "a", kind: "message", from: s}) }},
+		{"key", func(r *relay, s string) { publishEvent(t, r, publishRequest{room: "a", kind: "message", key: s}) }},
+		{"user who polls", func(r *relay, s string) { openSubscriber(t, r, "a", -1, subscribeRequest{user: s}).unsubscribe() }},
 		{"user who posts presence", func(r *relay, s string) { r.setPresence("a", s, "", "typing") }},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
-			r := testRelay(limits{})
+			r := newTestRelay(limits{})
 			kept := func() weak.Pointer[byte] {
 				request := strings.Repeat("x", 16<<10)
 				tc.do(r, request[100:105])
@@ -1136,7 +1136,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				const rooms, publishers, readers, each = 6, 6, 8, 1000
-				r := testRelay(tc.limits)
+				r := newTestRelay(tc.limits)
 				name := func(i int) string { return string(rune('a' + i)) }
 
 				var mu sync.Mutex
@@ -1172,7 +1172,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 						for _, i := range set[:min(n, rooms)] {
 							names = append(names, name(i))
 						}
-						rd, err := tryReader(r, subscribeRequest{rooms: names, cursor: cursor, maxBatchBytes: 1 + rnd.IntN(4000)})
+						rd, err := trySubscriber(r, subscribeRequest{rooms: names, cursor: cursor, maxBatchBytes: 1 + rnd.IntN(4000)})
 						if err != nil {
 							t.Error(err)
 							return nil
@@ -1240,7 +1240,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 					publish(name(i))
 				}
 				reading.Wait()
-				checkBooks(t, r)
+				checkAccounting(t, r)
 
 				gaps := 0
 				for i, traces := range all {
@@ -1259,12 +1259,12 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 
 // The mark never runs ahead of the log, nor the log of the mark: a reader who
 // looks all the time reads one event after the other.
-func TestTheMarkAndTheLogAreOne(t *testing.T) {
+func TestTheHeadAndTheLogChangeTogether(t *testing.T) {
 	const n = 50_000
-	r := testRelay(limits{})
+	r := newTestRelay(limits{})
 	var reading sync.WaitGroup
 	for range 2 {
-		rd := openReader(t, r, "a,b", 0, subscribeRequest{})
+		rd := openSubscriber(t, r, "a,b", 0, subscribeRequest{})
 		reading.Go(func() {
 			defer rd.unsubscribe()
 			last := r.epoch
@@ -1333,13 +1333,13 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 
 // Who reads several rooms and is cut off between their gaps is told of the
 // others again.
-func TestGapsOfOneIDAreAllTold(t *testing.T) {
-	r := testRelay(limits{})
+func TestAllGapsOfOneIDAreSent(t *testing.T) {
+	r := newTestRelay(limits{})
 	for range 3 {
 		publishText(t, r, "a", "lost")
 		publishText(t, r, "b", "lost")
 	}
-	old, err := tryReader(r, subscribeRequest{rooms: []string{"a", "b", "c"}, cursor: 1})
+	old, err := trySubscriber(r, subscribeRequest{rooms: []string{"a", "b", "c"}, cursor: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1351,7 +1351,7 @@ func TestGapsOfOneIDAreAllTold(t *testing.T) {
 		}
 		rooms = append(rooms, string(e.json))
 		rest := 0
-		back, err := tryReader(r, subscribeRequest{rooms: []string{"a", "b", "c"}, cursor: e.id})
+		back, err := trySubscriber(r, subscribeRequest{rooms: []string{"a", "b", "c"}, cursor: e.id})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1376,19 +1376,19 @@ func TestGapsOfOneIDAreAllTold(t *testing.T) {
 }
 
 // typical is a chat message.
-var typical = publishRequest{room: "lobby", kind: "message", from: "ada", data: []byte(`"A comet's hair is long, and so is this connection."`)}
+var typicalMessage = publishRequest{room: "lobby", kind: "message", from: "ada", data: []byte(`"A comet's hair is long, and so is this connection."`)}
 
 // benchRelay has the default limits, and a room whose history is full.
 func benchRelay(tb testing.TB) *relay {
 	r := newRelay(limits{maxEvents: 256, maxRoomBytes: 1 << 20, maxBytes: 32 << 20, maxRooms: 10_000, maxUsers: 20_000, roomIdle: time.Hour, presenceTTL: time.Minute})
 	for range 2 * r.maxEvents {
-		publishTypical(tb, r)
+		publishTypicalMessage(tb, r)
 	}
 	return r
 }
 
-func publishTypical(tb testing.TB, r *relay) {
-	if _, _, err := r.publish(typical); err != nil {
+func publishTypicalMessage(tb testing.TB, r *relay) {
+	if _, _, err := r.publish(typicalMessage); err != nil {
 		tb.Fatal(err)
 	}
 }
@@ -1403,11 +1403,11 @@ func BenchmarkPublish(b *testing.B) {
 			r := benchRelay(b)
 			readers := make([]*subscriber, n)
 			for i := range readers {
-				readers[i] = openReader(b, r, "lobby", -1, subscribeRequest{})
+				readers[i] = openSubscriber(b, r, "lobby", -1, subscribeRequest{})
 			}
 			b.ReportAllocs()
 			for b.Loop() {
-				publishTypical(b, r)
+				publishTypicalMessage(b, r)
 				for _, rd := range readers {
 					<-rd.wakeup
 				}
@@ -1422,7 +1422,7 @@ func BenchmarkRead(b *testing.B) {
 		for _, n := range []int{1, 100} {
 			b.Run(fmt.Sprintf("rooms=%s/events=%d", rooms, n), func(b *testing.B) {
 				r := benchRelay(b)
-				rd := openReader(b, r, rooms, -1, subscribeRequest{})
+				rd := openSubscriber(b, r, rooms, -1, subscribeRequest{})
 				batch := make([]*event, 0, maxBatchEvents)
 				b.ReportAllocs()
 				for b.Loop() {
@@ -1442,7 +1442,7 @@ func TestPublishingAllocatesLittle(t *testing.T) {
 	r := benchRelay(t)
 	var counts []float64
 	for range 101 {
-		counts = append(counts, testing.AllocsPerRun(1, func() { publishTypical(t, r) }))
+		counts = append(counts, testing.AllocsPerRun(1, func() { publishTypicalMessage(t, r) }))
 	}
 	slices.Sort(counts)
 	if n := counts[50]; n > 5 {

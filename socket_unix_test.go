@@ -14,13 +14,13 @@ import (
 // The kernel ends a connection that acknowledges nothing for two beats, be it
 // silent or not: a stream's and a WebSocket's. For a socket that is only full
 // it waits as long as drain does, and more.
-func TestPatience(t *testing.T) {
+func TestTheKernelEndsAConnectionThatAcknowledgesNothing(t *testing.T) {
 	for beat, want := range map[time.Duration]time.Duration{15 * time.Second: 30 * time.Second, time.Second: 20 * time.Second} {
-		b := newBed(t, tcp)
+		b := newTestbed(t, tcp)
 		b.heartbeat = beat
-		b.listen(kindOf("sse"), "a").begin()
-		b.listen(kindOf("ws"), "a").begin()
-		_, r := b.raw("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")
+		b.subscribe(variantOf("sse"), "a").begin()
+		b.subscribe(variantOf("ws"), "a").begin()
+		_, r := b.rawWebSocket("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")
 		r.Peek(1) // hello
 		b.pool.mu.Lock()
 		streams := slices.Clone(b.pool.sessions)

@@ -17,7 +17,7 @@ import (
 // An operator sees which rooms there are, and can erase one.
 func TestRoomsAreListedAndErased(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
+		h := newLimitedTestbed(t)
 		const here = "127.0.0.1"
 		list := func(query string) string {
 			_, body := h.ask(here, "GET /rooms"+query, "")
@@ -84,9 +84,9 @@ func TestRoomsAreListedAndErased(t *testing.T) {
 }
 
 // What a request says of its length is not counted before it has come.
-func TestOnlyWhatComesIsCounted(t *testing.T) {
+func TestOnlyReceivedBytesAreCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		conn, _ := b.dial(t.Context())
 		fmt.Fprint(conn, "POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 9000000000000000000\r\n\r\n")
 		if res, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil || res.StatusCode != 413 {
@@ -104,10 +104,10 @@ func TestOnlyWhatComesIsCounted(t *testing.T) {
 }
 
 // The room _stats is the relay's own, and not bound by the rate of others.
-func TestStatsGoOn(t *testing.T) {
+func TestStatsAreNotRateLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *config) { c.roomRate = 0.1 })
-		e := b.listen(kindOf("stream"), "_stats").begin()
+		b := newTestbed(t, pipe, func(c *config) { c.roomRate = 0.1 })
+		e := b.subscribe(variantOf("stream"), "_stats").begin()
 		for range 5 {
 			if h := e.next(); h.kind != "stats" {
 				t.Fatalf("heard %v, want stats", h)

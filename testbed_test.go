@@ -59,9 +59,9 @@ type hall struct {
 
 const hallHost = "relay.example"
 
-// openHall runs a relay with the flags args, set up as run does it. It is for
+// newLimitedTestbed runs a relay with the flags args, set up as run does it. It is for
 // use in a synctest bubble.
-func openHall(t testing.TB, args ...string) *hall {
+func newLimitedTestbed(t testing.TB, args ...string) *hall {
 	t.Helper()
 	c, err := parseFlags(args, func(string) string { return "" })
 	if err != nil {
@@ -104,7 +104,7 @@ func (d hallDoor) Accept() (net.Conn, error) {
 	}
 }
 
-func (d hallDoor) Close() error   { close(d.h.shut); return nil }
+func (d hallDoor) Close() error { close(d.h.shut); return nil }
 
 func (d hallDoor) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv6loopback, Port: 80} }
 
@@ -116,8 +116,8 @@ type hallPipe struct {
 
 func (p hallPipe) RemoteAddr() net.Addr { return p.from }
 
-// dial connects from an address.
-func (h *hall) dial(from string) (net.Conn, error) {
+// dialFrom connects from an address.
+func (h *hall) dialFrom(from string) (net.Conn, error) {
 	ours, theirs := net.Pipe()
 	addr := net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), uint16(1024+rand.IntN(60000))))
 	select {
@@ -128,29 +128,29 @@ func (h *hall) dial(from string) (net.Conn, error) {
 	}
 }
 
-// client is what speaks HTTP from an address.
-func (h *hall) client(from string) *http.Client {
+// clientFrom is what speaks HTTP from an address.
+func (h *hall) clientFrom(from string) *http.Client {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	c := h.clients[from]
 	if c == nil {
-		c = &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return h.dial(from) }}
+		c = &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return h.dialFrom(from) }}
 		h.clients[from] = c
 	}
 	return &http.Client{Transport: c, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 }
 
 // A hallReply is an answer whose body may still be coming.
-type hallReply struct {
+type response struct {
 	*http.Response
 	t    testing.TB
-	r    *bufio.Reader
+	body *bufio.Reader
 	stop context.CancelFunc
 }
 
 // open asks from an address: "GET /rooms/a/sse", with headers such as
 // "Origin: https://a.example", and reads no more than the head of the answer.
-func (h *hall) open(from, what, body string, headers ...string) *hallReply {
+func (h *hall) open(from, what, body string, headers ...string) *response {
 	h.t.Helper()
 	method, path, _ := strings.Cut(what, " ")
 	ctx, cancel := context.WithTimeout(context.Background(), 24*time.Hour)
@@ -170,36 +170,36 @@ func (h *hall) open(from, what, body string, headers ...string) *hallReply {
 		}
 		r.Header.Add(name, value)
 	}
-	resp, err := h.client(from).Do(r)
+	resp, err := h.clientFrom(from).Do(r)
 	if err != nil {
 		h.t.Fatalf("%s from %s: %v", what, from, err)
 	}
-	return &hallReply{resp, h.t, bufio.NewReader(resp.Body), func() { cancel(); resp.Body.Close() }}
+	return &response{resp, h.t, bufio.NewReader(resp.Body), func() { cancel(); resp.Body.Close() }}
 }
 
 // ask reads the whole answer.
-func (h *hall) ask(from, what, body string, headers ...string) (*hallReply, string) {
+func (h *hall) ask(from, what, body string, headers ...string) (*response, string) {
 	h.t.Helper()
 	r := h.open(from, what, body, headers...)
 	defer r.stop()
-	return r, r.rest()
+	return r, r.readAll()
 }
 
-// rest is the body from here to its end.
-func (r *hallReply) rest() string {
+// readAll is the body from here to its end.
+func (r *response) readAll() string {
 	r.t.Helper()
-	b, err := io.ReadAll(r.r)
+	b, err := io.ReadAll(r.body)
 	if err != nil {
 		r.t.Fatalf("the answer broke off: %v", err)
 	}
 	return string(b)
 }
 
-// until reads to the line that contains want, and returns it.
-func (r *hallReply) until(want string) string {
+// readUntil reads to the line that contains want, and returns it.
+func (r *response) readUntil(want string) string {
 	r.t.Helper()
 	for {
-		line, err := r.r.ReadString('\n')
+		line, err := r.body.ReadString('\n')
 		if strings.Contains(line, want) {
 			return line
 		}
@@ -209,10 +209,10 @@ func (r *hallReply) until(want string) string {
 	}
 }
 
-// socket opens a WebSocket, or returns the status it was refused with.
-func (h *hall) socket(from, path string, headers ...string) (*websocket.Conn, int) {
+// webSocketFrom opens a WebSocket, or returns the status it was refused with.
+func (h *hall) webSocketFrom(from, path string, headers ...string) (*websocket.Conn, int) {
 	h.t.Helper()
-	o := &websocket.DialOptions{HTTPClient: h.client(from), HTTPHeader: http.Header{}}
+	o := &websocket.DialOptions{HTTPClient: h.clientFrom(from), HTTPHeader: http.Header{}}
 	for _, line := range headers {
 		name, value, _ := strings.Cut(line, ": ")
 		if name == "Host" {
@@ -231,8 +231,8 @@ func (h *hall) socket(from, path string, headers ...string) (*websocket.Conn, in
 	return c, resp.StatusCode
 }
 
-// hearSocket reads a WebSocket until a frame contains want, and returns that.
-func hearSocket(t testing.TB, c *websocket.Conn, want string) string {
+// readWebSocketUntil reads a WebSocket until a frame contains want, and returns that.
+func readWebSocketUntil(t testing.TB, c *websocket.Conn, want string) string {
 	t.Helper()
 	for {
 		_, b, err := c.Read(context.Background())
@@ -245,14 +245,14 @@ func hearSocket(t testing.TB, c *websocket.Conn, want string) string {
 	}
 }
 
-// tellSocket writes to a WebSocket and returns the answer to it.
-func tellSocket(t testing.TB, c *websocket.Conn, frame string) string {
+// exchange writes to a WebSocket and returns the answer to it.
+func exchange(t testing.TB, c *websocket.Conn, frame string) string {
 	t.Helper()
 	if err := c.Write(context.Background(), websocket.MessageText, []byte(frame)); err != nil {
 		t.Fatal(err)
 	}
 	for {
-		b := hearSocket(t, c, "")
+		b := readWebSocketUntil(t, c, "")
 		if strings.Contains(b, `"type":"ack"`) || strings.Contains(b, `"type":"error"`) {
 			return b
 		}
@@ -287,7 +287,7 @@ func (h *hall) status(from, what string, headers ...string) int {
 	h.t.Helper()
 	code := 0
 	if strings.Contains(what, "/ws") {
-		c, status := h.socket(from, strings.TrimPrefix(what, "GET "), headers...)
+		c, status := h.webSocketFrom(from, strings.TrimPrefix(what, "GET "), headers...)
 		if c != nil {
 			c.CloseNow()
 		}
@@ -304,9 +304,9 @@ func (h *hall) status(from, what string, headers ...string) int {
 	return code
 }
 
-// hallH2 asks by HTTP/2 without TLS.
-func hallH2(h *hall) func(path string) *http.Response {
-	tr := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return h.dial("192.0.2.1") }}
+// http2Client asks by HTTP/2 without TLS.
+func http2Client(h *hall) func(path string) *http.Response {
+	tr := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return h.dialFrom("192.0.2.1") }}
 	tr.Protocols = new(http.Protocols)
 	tr.Protocols.SetUnencryptedHTTP2(true)
 	h.clients["h2"] = tr
@@ -338,9 +338,9 @@ func (l *syncedLog) String() string {
 }
 
 const (
-	formKind = "Content-Type: application/x-www-form-urlencoded"
-	jsonKind = "Content-Type: application/json"
-	textKind = "Content-Type: text/plain"
+	formType = "Content-Type: application/x-www-form-urlencoded"
+	jsonType = "Content-Type: application/json"
+	textType = "Content-Type: text/plain"
 )
 
 // newest is the newest event of a room, without id and time.
@@ -373,8 +373,8 @@ func formParts(fields ...string) (body, kind string) {
 	return b.String(), "Content-Type: " + w.FormDataContentType()
 }
 
-// raw1 makes a request with a path that a client might not send as it is.
-func (b *testbed) raw1(method, path, body string, headers ...string) (*http.Response, string) {
+// doRaw makes a request with a path that a client might not send as it is.
+func (b *testbed) doRaw(method, path, body string, headers ...string) (*http.Response, string) {
 	b.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // if it should be a stream
 	defer cancel()
@@ -399,8 +399,8 @@ func (b *testbed) raw1(method, path, body string, headers ...string) (*http.Resp
 	return res, string(answer)
 }
 
-// benchFraming is a technique's framing for a usual query.
-func benchFraming(tb testing.TB, t *technique) encoder {
+// newTestEncoder is a technique's framing for a usual query.
+func newTestEncoder(tb testing.TB, t *technique) encoder {
 	q := &request{rooms: []string{"lobby"}, user: "ada", permit: &permit{}, values: url.Values{"callback": {"comet.told"}}}
 	defer func() {
 		if q.err != nil {
@@ -410,8 +410,8 @@ func benchFraming(tb testing.TB, t *technique) encoder {
 	return t.encoder(newServer(newRelay(defaultLimits)), q)
 }
 
-// fuzzBed is a server that does not listen.
-func fuzzBed(t testing.TB) *app {
+// newTestApp is a server that does not listen.
+func newTestApp(t testing.TB) *app {
 	c, err := parseFlags(nil, func(string) string { return "" })
 	if err != nil {
 		t.Fatal(err)
@@ -424,10 +424,10 @@ func fuzzBed(t testing.TB) *app {
 	return s
 }
 
-// rawSocket opens a WebSocket of which the test writes every byte.
-func rawSocket(t *testing.T, h *hall, path string) net.Conn {
+// dialRawWebSocket opens a WebSocket of which the test writes every byte.
+func dialRawWebSocket(t *testing.T, h *hall, path string) net.Conn {
 	t.Helper()
-	c, err := h.dial("192.0.2.1")
+	c, err := h.dialFrom("192.0.2.1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -452,25 +452,25 @@ func maskedFrame(opcode byte, text string) []byte {
 }
 
 // A recorder is an answer without a connection.
-type recorder struct{ *httptest.ResponseRecorder }
+type deadlineRecorder struct{ *httptest.ResponseRecorder }
 
-func newRecorder() recorder { return recorder{httptest.NewRecorder()} }
+func newDeadlineRecorder() deadlineRecorder { return deadlineRecorder{httptest.NewRecorder()} }
 
-func (recorder) SetReadDeadline(time.Time) error  { return nil }
+func (deadlineRecorder) SetReadDeadline(time.Time) error { return nil }
 
-func (recorder) SetWriteDeadline(time.Time) error { return nil }
+func (deadlineRecorder) SetWriteDeadline(time.Time) error { return nil }
 
 // A testbed is a relay that serves, with the connections made to it.
 type testbed struct {
 	*app
-	t       testing.TB
-	network string
-	tattle  bool   // that a client left while something was written to it
-	url     string // http://cometes.test
-	client  *http.Client
-	dial    func(context.Context) (net.Conn, error)
-	stop    context.CancelFunc // what SIGTERM does
-	served  chan error         // what serve returned, once
+	t                testing.TB
+	network          string
+	failOnDisconnect bool   // that a client left while something was written to it
+	url              string // http://cometes.test
+	client           *http.Client
+	dial             func(context.Context) (net.Conn, error)
+	stop             context.CancelFunc // what SIGTERM does
+	served           chan error         // what serve returned, once
 
 	mu    sync.Mutex
 	conns []net.Conn
@@ -487,7 +487,7 @@ const (
 // techniques are those of every server.
 var techniques = newTechniques()
 
-func newBed(t testing.TB, network string, tune ...func(*config)) *testbed {
+func newTestbed(t testing.TB, network string, tune ...func(*config)) *testbed {
 	t.Helper()
 	c, err := parseFlags(nil, func(string) string { return "" })
 	if err != nil {
@@ -502,7 +502,7 @@ func newBed(t testing.TB, network string, tune ...func(*config)) *testbed {
 	}
 	before := slog.Default()
 	b := &testbed{app: s, t: t, network: network, url: "http://cometes.test", served: make(chan error, 1)}
-	slog.SetDefault(slog.New(tattler{b}))
+	slog.SetDefault(slog.New(strictLog{b}))
 	var listener net.Listener
 	if network == tcp {
 		listener, err = net.Listen("tcp", "127.0.0.1:0")
@@ -543,13 +543,13 @@ func newBed(t testing.TB, network string, tune ...func(*config)) *testbed {
 	go func() { b.served <- serve(ctx, s, srv, listener) }()
 
 	t.Cleanup(func() {
-		b.hangUp()
+		b.disconnect()
 		b.settle()
 		b.stop()
 		if err := <-b.served; err != nil {
 			t.Errorf("serve: %v", err)
 		}
-		b.idle()
+		b.checkIdle()
 		slog.SetDefault(before)
 	})
 	return b
@@ -569,8 +569,8 @@ func (b *testbed) newClient(dial func(context.Context) (net.Conn, error), h2 boo
 	}
 }
 
-// hangUp closes every connection at the client's end.
-func (b *testbed) hangUp() {
+// disconnect closes every connection at the client's end.
+func (b *testbed) disconnect() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, conn := range b.conns {
@@ -589,12 +589,12 @@ func (b *testbed) settle() {
 	if b.network != tcp {
 		synctest.Wait()
 	} else if left {
-		b.until(func() bool { return b.readers() == 0 && b.active() == 0 })
+		b.waitUntil(func() bool { return b.subscriptions() == 0 && b.active() == 0 })
 	}
 }
 
-// until waits for what will be, and reports whether it is.
-func (b *testbed) until(is func() bool) bool {
+// waitUntil waits for what will be, and reports whether it is.
+func (b *testbed) waitUntil(is func() bool) bool {
 	if b.network != tcp {
 		synctest.Wait()
 		return is()
@@ -607,18 +607,18 @@ func (b *testbed) until(is func() bool) bool {
 	return true
 }
 
-// idle fails unless nobody is subscribed, which every test has to end with.
-func (b *testbed) idle() {
+// checkIdle fails unless nobody is subscribed, which every test has to end with.
+func (b *testbed) checkIdle() {
 	b.t.Helper()
 	if n := b.active(); n != 0 {
 		b.t.Errorf("%d streams are still counted", n)
 	}
-	if n := b.readers(); n != 0 {
+	if n := b.subscriptions(); n != 0 {
 		b.t.Errorf("%d readers are still subscribed", n)
 	}
 }
 
-func (b *testbed) readers() int {
+func (b *testbed) subscriptions() int {
 	b.relay.mu.Lock()
 	defer b.relay.mu.Unlock()
 	n := 0
@@ -631,23 +631,23 @@ func (b *testbed) readers() int {
 }
 
 // A tattler is a log that fails the test for what should not have to be logged.
-type tattler struct{ b *testbed }
+type strictLog struct{ testbed *testbed }
 
-func (l tattler) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
+func (l strictLog) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
 
-func (l tattler) WithAttrs([]slog.Attr) slog.Handler               { return l }
+func (l strictLog) WithAttrs([]slog.Attr) slog.Handler { return l }
 
-func (l tattler) WithGroup(string) slog.Handler                    { return l }
+func (l strictLog) WithGroup(string) slog.Handler { return l }
 
-func (l tattler) Handle(_ context.Context, r slog.Record) error {
+func (l strictLog) Handle(_ context.Context, r slog.Record) error {
 	attrs := ""
 	r.Attrs(func(a slog.Attr) bool { attrs += " " + a.String(); return true })
 	for _, left := range []string{"client disconnected", "closed pipe", "connection reset", "broken pipe"} {
-		if strings.Contains(attrs, left) && !l.b.tattle {
+		if strings.Contains(attrs, left) && !l.testbed.failOnDisconnect {
 			return nil // TestLeavingIsNoError
 		}
 	}
-	l.b.t.Errorf("logged: %s%s", r.Message, attrs)
+	l.testbed.t.Errorf("logged: %s%s", r.Message, attrs)
 	return nil
 }
 
@@ -725,7 +725,7 @@ func (b *testbed) do(method, path, body string, headers ...string) (*http.Respon
 }
 
 // publish posts text to a room, "lobby" or "lobby?type=typing", and returns the id.
-func (b *testbed) say(room, text string) int64 {
+func (b *testbed) post(room, text string) int64 {
 	b.t.Helper()
 	res, body := b.do("POST", "/rooms/"+room, text)
 	var answer struct{ ID int64 }
@@ -736,7 +736,7 @@ func (b *testbed) say(room, text string) int64 {
 }
 
 // A heard is one thing that a technique said, taken apart.
-type heard struct {
+type received struct {
 	kind string // the event's type; beat is a heartbeat
 	id   int64
 	room string
@@ -746,51 +746,51 @@ type heard struct {
 	text string // the data, as people read it
 }
 
-func (h heard) String() string { return strings.TrimRight(h.kind+" "+h.text, " ") }
+func (h received) String() string { return strings.TrimRight(h.kind+" "+h.text, " ") }
 
 // An earKind is one way to listen: a technique, and its mirror here.
-type earKind struct {
+type variant struct {
 	name, technique, query string
-	mime                   string // a regular expression
-	people                 bool   // for people, who don't read JSON
-	hear                   func(*ear) error
+	contentType            string // a regular expression
+	forPeople              bool   // for people, who don't read JSON
+	read                   func(*eventReader) error
 }
 
-var earKinds = []earKind{
-	{"refresh", "refresh", "", `text/html; charset=utf-8`, true, (*ear).hearRefresh},
-	{"multipart", "multipart", "", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, false, (*ear).hearMultipart},
-	{"multipart-text", "multipart", "as=text", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, true, (*ear).hearMultipart},
-	{"multipart-html", "multipart", "as=html&last=0", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, true, (*ear).hearMultipart},
-	{"html", "html", "last=0", `text/html; charset=utf-8`, true, (*ear).hearHTML},
-	{"poll", "poll", "", `application/json; charset=utf-8`, false, (*ear).hearAnswer},
-	{"iframe", "iframe", "", `text/html; charset=utf-8`, false, (*ear).hearIframe},
-	{"longpoll", "longpoll", "wait=0", `application/json; charset=utf-8`, false, (*ear).hearAnswer},
-	{"jsonp", "jsonp", "wait=0&callback=my.$cb_1", `application/javascript; charset=utf-8`, false, (*ear).hearAnswer},
-	{"stream", "stream", "", `application/x-ndjson; charset=utf-8`, false, (*ear).hearLine},
-	{"sse", "sse", "", `text/event-stream; charset=utf-8`, false, (*ear).hearSSE},
-	{"ws", "ws", "", ``, false, (*ear).hearWebSocket},
+var variants = []variant{
+	{"refresh", "refresh", "", `text/html; charset=utf-8`, true, (*eventReader).readRefresh},
+	{"multipart", "multipart", "", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, false, (*eventReader).readMultipart},
+	{"multipart-text", "multipart", "as=text", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, true, (*eventReader).readMultipart},
+	{"multipart-html", "multipart", "as=html&last=0", `multipart/x-mixed-replace; boundary=[A-Z2-7]{20,70}`, true, (*eventReader).readMultipart},
+	{"html", "html", "last=0", `text/html; charset=utf-8`, true, (*eventReader).readHTML},
+	{"poll", "poll", "", `application/json; charset=utf-8`, false, (*eventReader).readAnswer},
+	{"iframe", "iframe", "", `text/html; charset=utf-8`, false, (*eventReader).readIframe},
+	{"longpoll", "longpoll", "wait=0", `application/json; charset=utf-8`, false, (*eventReader).readAnswer},
+	{"jsonp", "jsonp", "wait=0&callback=my.$cb_1", `application/javascript; charset=utf-8`, false, (*eventReader).readAnswer},
+	{"stream", "stream", "", `application/x-ndjson; charset=utf-8`, false, (*eventReader).readLine},
+	{"sse", "sse", "", `text/event-stream; charset=utf-8`, false, (*eventReader).readSSE},
+	{"ws", "ws", "", ``, false, (*eventReader).readWebSocket},
 }
 
-func (k earKind) streams() bool {
+func (k variant) streams() bool {
 	return !slices.Contains([]string{"refresh", "poll", "longpoll", "jsonp"}, k.technique)
 }
 
-func kindOf(name string) earKind {
-	return earKinds[slices.IndexFunc(earKinds, func(k earKind) bool { return k.name == name })]
+func variantOf(name string) variant {
+	return variants[slices.IndexFunc(variants, func(k variant) bool { return k.name == name })]
 }
 
 // An ear listens by one technique. A stream is asked once; for the others the
 // ear asks again whenever it is asked, with the cursor it was given.
-type ear struct {
-	earKind
+type eventReader struct {
+	variant
 	*testbed
-	ctx    context.Context
-	client *http.Client
-	path   string // with what to ask for first
-	header http.Header
-	begun  bool
-	after  int64 // the cursor of the last answer
-	due    []heard
+	ctx     context.Context
+	client  *http.Client
+	path    string // with what to ask for first
+	header  http.Header
+	begun   bool
+	after   int64 // the cursor of the last answer
+	pending []received
 
 	res      *http.Response
 	body     *bufio.Reader
@@ -801,25 +801,25 @@ type ear struct {
 }
 
 // A garbled error is an answer that its technique does not allow.
-type garbled struct{ error }
+type malformed struct{ error }
 
-func garble(format string, args ...any) error { return garbled{fmt.Errorf(format, args...)} }
+func malformedf(format string, args ...any) error { return malformed{fmt.Errorf(format, args...)} }
 
-// listen begins to listen. What to ask for is "after=5", or as a header
+// subscribe begins to listen. What to ask for is "after=5", or as a header
 // "Last-Event-ID: 5". A test that waits for more than an hour fails.
-func (b *testbed) listen(k earKind, rooms string, ask ...string) *ear {
+func (b *testbed) subscribe(k variant, rooms string, ask ...string) *eventReader {
 	b.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
 	b.t.Cleanup(cancel)
-	e, err := b.tryListen(ctx, b.client, k, rooms, ask...)
+	e, err := b.trySubscribe(ctx, b.client, k, rooms, ask...)
 	if err != nil {
 		b.t.Fatalf("%s: %v", k.name, err)
 	}
 	return e
 }
 
-func (b *testbed) tryListen(ctx context.Context, client *http.Client, k earKind, rooms string, ask ...string) (*ear, error) {
-	e := &ear{earKind: k, testbed: b, ctx: ctx, client: client, header: http.Header{}, after: -1, seen: map[string]bool{}}
+func (b *testbed) trySubscribe(ctx context.Context, client *http.Client, k variant, rooms string, ask ...string) (*eventReader, error) {
+	e := &eventReader{variant: k, testbed: b, ctx: ctx, client: client, header: http.Header{}, after: -1, seen: map[string]bool{}}
 	q, _ := url.ParseQuery(k.query)
 	for _, a := range ask {
 		if name, value, ok := strings.Cut(a, ": "); ok {
@@ -845,7 +845,7 @@ func (b *testbed) tryListen(ctx context.Context, client *http.Client, k earKind,
 		e.conn = conn
 		return e, nil
 	}
-	res, err := e.ask(e.path)
+	res, err := e.get(e.path)
 	if err != nil {
 		return nil, err
 	}
@@ -853,7 +853,7 @@ func (b *testbed) tryListen(ctx context.Context, client *http.Client, k earKind,
 	return e, nil
 }
 
-func (e *ear) ask(path string) (*http.Response, error) {
+func (e *eventReader) get(path string) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(e.ctx, "GET", e.url+path, nil)
 	if err != nil {
 		return nil, err
@@ -866,13 +866,13 @@ func (e *ear) ask(path string) (*http.Response, error) {
 	if res.StatusCode != 200 {
 		body, _ := io.ReadAll(res.Body)
 		res.Body.Close()
-		return nil, garble("%s: %s %s", path, res.Status, body)
+		return nil, malformedf("%s: %s %s", path, res.Status, body)
 	}
 	return res, nil
 }
 
 // close leaves.
-func (e *ear) close() {
+func (e *eventReader) close() {
 	if e.res != nil {
 		e.res.Body.Close()
 	}
@@ -881,21 +881,21 @@ func (e *ear) close() {
 	}
 }
 
-// hears returns what is heard next.
-func (e *ear) hears() (heard, error) {
-	for len(e.due) == 0 {
-		if err := e.hear(e); err != nil {
-			return heard{}, err
+// receive returns what is heard next.
+func (e *eventReader) receive() (received, error) {
+	for len(e.pending) == 0 {
+		if err := e.read(e); err != nil {
+			return received{}, err
 		}
 	}
-	h := e.due[0]
-	e.due = e.due[1:]
+	h := e.pending[0]
+	e.pending = e.pending[1:]
 	return h, nil
 }
 
-func (e *ear) next() heard {
+func (e *eventReader) next() received {
 	e.t.Helper()
-	h, err := e.hears()
+	h, err := e.receive()
 	if err != nil {
 		e.t.Fatalf("%s: %v", e.name, err)
 	}
@@ -904,7 +904,7 @@ func (e *ear) next() heard {
 
 // begin passes over the hello of a stream; what only asks asks once, to get a
 // cursor.
-func (e *ear) begin() *ear {
+func (e *eventReader) begin() *eventReader {
 	e.t.Helper()
 	if e.streams() {
 		if h := e.next(); h.kind != "hello" {
@@ -917,7 +917,7 @@ func (e *ear) begin() *ear {
 }
 
 // expect hears exactly what is wanted, each as "type text".
-func (e *ear) expect(want ...string) (got []heard) {
+func (e *eventReader) expect(want ...string) (got []received) {
 	e.t.Helper()
 	for i, w := range want {
 		h := e.next()
@@ -929,10 +929,10 @@ func (e *ear) expect(want ...string) (got []heard) {
 	return got
 }
 
-// ends fails unless the stream ends here, in the way that its technique ends well.
-func (e *ear) ends() {
+// expectEnd fails unless the stream ends here, in the way that its technique ends well.
+func (e *eventReader) expectEnd() {
 	e.t.Helper()
-	h, err := e.hears()
+	h, err := e.receive()
 	switch {
 	case err == nil:
 		e.t.Fatalf("%s heard %v, want the end", e.name, h)
@@ -943,12 +943,12 @@ func (e *ear) ends() {
 	}
 }
 
-func (e *ear) add(h heard) { e.due = append(e.due, h) }
+func (e *eventReader) add(h received) { e.pending = append(e.pending, h) }
 
 // addJSON adds an event, which is one line of JSON that is safe in a script.
-func (e *ear) addJSON(line string) error {
+func (e *eventReader) addJSON(line string) error {
 	if strings.ContainsAny(line, "\n\r<>&\u2028\u2029") || !json.Valid([]byte(line)) {
-		return garble("an event that is not one line of safe JSON: %q", line)
+		return malformedf("an event that is not one line of safe JSON: %q", line)
 	}
 	var ev struct {
 		ID               int64
@@ -956,9 +956,9 @@ func (e *ear) addJSON(line string) error {
 		Data             json.RawMessage
 	}
 	if err := json.Unmarshal([]byte(line), &ev); err != nil {
-		return garble("%v: %q", err, line)
+		return malformedf("%v: %q", err, line)
 	}
-	h := heard{ev.Type, ev.ID, ev.Room, ev.From, string(ev.Data), line, ""}
+	h := received{ev.Type, ev.ID, ev.Room, ev.From, string(ev.Data), line, ""}
 	if json.Unmarshal(ev.Data, &h.text) != nil && ev.Type != "hello" && ev.Type != "gap" && ev.Type != "bye" {
 		h.text = h.data
 	}
@@ -966,7 +966,7 @@ func (e *ear) addJSON(line string) error {
 	return nil
 }
 
-func (e *ear) line() (string, error) {
+func (e *eventReader) line() (string, error) {
 	s, err := e.body.ReadString('\n')
 	if err == io.EOF && s != "" {
 		err = io.ErrUnexpectedEOF
@@ -975,20 +975,20 @@ func (e *ear) line() (string, error) {
 }
 
 // stream: a line an event, an empty one a heartbeat.
-func (e *ear) hearLine() error {
+func (e *eventReader) readLine() error {
 	line, err := e.line()
 	if err != nil {
 		return err
 	}
 	if line == "" {
-		e.add(heard{kind: "beat"})
+		e.add(received{kind: "beat"})
 		return nil
 	}
 	return e.addJSON(line)
 }
 
 // sse: fields up to an empty line.
-func (e *ear) hearSSE() error {
+func (e *eventReader) readSSE() error {
 	fields := map[string]string{}
 	for {
 		line, err := e.line()
@@ -1000,46 +1000,46 @@ func (e *ear) hearSSE() error {
 		}
 		name, value, ok := strings.Cut(line, ":")
 		if _, twice := fields[name]; !ok || twice || !slices.Contains([]string{"id", "event", "data", "retry"}, name) {
-			return garble("sse: %q", line)
+			return malformedf("sse: %q", line)
 		}
 		fields[name] = strings.TrimPrefix(value, " ")
 	}
 	data := fields["data"]
 	if data == `{"type":"beat"}` && fields["event"] == "beat" && len(fields) == 2 {
-		e.add(heard{kind: "beat"})
+		e.add(received{kind: "beat"})
 		return nil
 	}
 	if retry, ok := fields["retry"]; ok { // in the first block, and not in one of its own, which some clients take for an event
 		if e.retry != "" || data == "" {
-			return garble("sse: retry in %q", fields)
+			return malformedf("sse: retry in %q", fields)
 		}
 		e.retry = retry
 	}
 	if err := e.addJSON(data); err != nil {
 		return err
 	}
-	h := e.due[len(e.due)-1]
+	h := e.pending[len(e.pending)-1]
 	id := ""
 	if h.id != 0 || h.kind == "hello" {
 		id = fmt.Sprint(h.id)
 	}
 	if fields["id"] != id || fields["event"] != strings.TrimPrefix(h.kind, "message") {
-		return garble("sse: the fields %q do not fit %s", fields, h.json)
+		return malformedf("sse: the fields %q do not fit %s", fields, h.json)
 	}
 	return nil
 }
 
 // multipart: a part an event, and at once the next boundary and the next
 // part's headers. An empty line before a part's content is a heartbeat.
-func (e *ear) hearMultipart() error {
+func (e *eventReader) readMultipart() error {
 	mime := map[string]string{"multipart": "application/json", "multipart-text": "text/plain", "multipart-html": "text/html"}[e.name]
 	if e.boundary == "" {
 		_, params, ok := strings.Cut(e.res.Header.Get("Content-Type"), "boundary=")
 		if !ok {
-			return garble("multipart without a boundary")
+			return malformedf("multipart without a boundary")
 		}
 		e.boundary = "\r\n--" + params + "\r\nContent-Type: " + mime + "; charset=utf-8\r\n\r\n"
-		if err := e.until(io.Discard, e.boundary[2:]); err != nil {
+		if err := e.copyUntil(io.Discard, e.boundary[2:]); err != nil {
 			return err
 		}
 	}
@@ -1049,13 +1049,13 @@ func (e *ear) hearMultipart() error {
 	}
 	if first[0] == '\r' {
 		if b, err := io.ReadAll(io.LimitReader(e.body, 2)); err != nil || string(b) != "\r\n" {
-			return garble("multipart: a heartbeat that is %q", b)
+			return malformedf("multipart: a heartbeat that is %q", b)
 		}
-		e.add(heard{kind: "beat"})
+		e.add(received{kind: "beat"})
 		return nil
 	}
 	var part strings.Builder
-	if err := e.until(&part, e.boundary); err != nil {
+	if err := e.copyUntil(&part, e.boundary); err != nil {
 		return err
 	}
 	switch e.name {
@@ -1064,34 +1064,34 @@ func (e *ear) hearMultipart() error {
 	case "multipart-html":
 		if !e.begun {
 			e.begun = true
-			e.add(heard{kind: "hello"})
+			e.add(received{kind: "hello"})
 		}
 		return e.addPage(part.String())
 	}
 	line, ok := strings.CutSuffix(part.String(), "\n")
 	if !ok || strings.Contains(line, "\n") {
-		return garble("multipart: not a line of text: %q", part.String())
+		return malformedf("multipart: not a line of text: %q", part.String())
 	}
 	who, text, said := strings.Cut(line, ": ")
 	kind, rest, _ := strings.Cut(line, " ")
 	switch {
 	case line == "Connected.":
-		e.add(heard{kind: "hello"})
+		e.add(received{kind: "hello"})
 	case kind == "gap" || kind == "bye":
-		e.add(heard{kind: kind})
+		e.add(received{kind: kind})
 	case strings.HasPrefix(rest, " ") || kind == "presence":
 		_, text, _ := strings.Cut(rest, " ")
-		e.add(heard{kind: kind, text: text})
+		e.add(received{kind: kind, text: text})
 	case said:
-		e.add(heard{kind: "message", from: who, text: text})
+		e.add(received{kind: "message", from: who, text: text})
 	default:
-		e.add(heard{kind: "message", text: line})
+		e.add(received{kind: "message", text: line})
 	}
 	return nil
 }
 
-// until copies the body up to and without the mark, which must be all there is.
-func (e *ear) until(w io.Writer, mark string) error {
+// copyUntil copies the body up to and without the mark, which must be all there is.
+func (e *eventReader) copyUntil(w io.Writer, mark string) error {
 	var b []byte
 	for !bytes.HasSuffix(b, []byte(mark)) {
 		c, err := e.body.ReadByte()
@@ -1109,12 +1109,12 @@ func (e *ear) until(w io.Writer, mark string) error {
 
 // iframe: a script an event, which tells the page around. Every script has
 // the nonce that the policy names.
-func (e *ear) hearIframe() error {
+func (e *eventReader) readIframe() error {
 	policy := e.res.Header.Get("Content-Security-Policy")
 	_, nonce, _ := strings.Cut(policy, "script-src 'nonce-")
 	nonce, _, ok := strings.Cut(nonce, "'")
 	if !ok || len(nonce) < 20 {
-		return garble("iframe: no nonce in the policy %q", policy)
+		return malformedf("iframe: no nonce in the policy %q", policy)
 	}
 	line, err := e.line()
 	if err != nil {
@@ -1126,27 +1126,27 @@ func (e *ear) hearIframe() error {
 	switch {
 	case ok && closed:
 		if call == `{"type":"beat"}` {
-			e.add(heard{kind: "beat"})
+			e.add(received{kind: "beat"})
 			return nil
 		}
 		e.begun = true
 		return e.addJSON(call)
 	case e.begun:
-		return garble("iframe: %q", line)
+		return malformedf("iframe: %q", line)
 	case strings.HasPrefix(line, "<!DOCTYPE html>"), strings.HasPrefix(line, "<title>"), strings.HasPrefix(line, open+"const tell = "):
 		return nil
 	}
-	return garble("iframe: %q", line)
+	return malformedf("iframe: %q", line)
 }
 
 // html: a page's head, then a paragraph an event, and comments for heartbeats.
-func (e *ear) hearHTML() error {
+func (e *eventReader) readHTML() error {
 	line, err := e.line()
 	switch {
 	case err != nil:
 		return err
 	case line == "<!-- beat -->":
-		e.add(heard{kind: "beat"})
+		e.add(received{kind: "beat"})
 		return nil
 	case line == `<main class="log endless">`:
 		e.begun = true
@@ -1159,8 +1159,8 @@ func (e *ear) hearHTML() error {
 
 // refresh: a whole page, the newest first. What was on the page before is not
 // heard again.
-func (e *ear) hearRefresh() error {
-	res, err := e.ask(e.path)
+func (e *eventReader) readRefresh() error {
+	res, err := e.get(e.path)
 	if err != nil {
 		return err
 	}
@@ -1170,21 +1170,21 @@ func (e *ear) hearRefresh() error {
 	if err != nil {
 		return err
 	}
-	due := len(e.due)
+	due := len(e.pending)
 	if err := e.addPage(string(page)); err != nil {
 		return err
 	}
-	if len(e.due) == due {
-		e.add(heard{kind: "beat"})
+	if len(e.pending) == due {
+		e.add(received{kind: "beat"})
 	}
 	return nil
 }
 
-func (e *ear) addPage(page string) error {
+func (e *eventReader) addPage(page string) error {
 	_, log, ok := strings.Cut(page, "<main class=\"log\">\n")
 	log, closed := strings.CutSuffix(log, "</main>\n")
 	if !ok || !closed || !strings.HasPrefix(page, "<!DOCTYPE html>") {
-		return garble("not a page: %q", page)
+		return malformedf("not a page: %q", page)
 	}
 	lines := strings.SplitAfter(log, "\n")
 	for _, line := range slices.Backward(lines[:len(lines)-1]) {
@@ -1200,39 +1200,39 @@ func (e *ear) addPage(page string) error {
 }
 
 var (
-	paragraphForm = regexp.MustCompile(`^<p class="(message|note|gap)">(.*)</p>$`)
-	speechForm    = regexp.MustCompile(`^<time datetime="[0-9TZ:-]{20}">\d\d:\d\d</time> (?:<i>([\w.:-]+)</i> )?<b><bdi>([^<]*)</bdi></b> <span dir="auto">([^<]*)</span>$`)
-	byeForm       = regexp.MustCompile(`^The relay is going away.*<meta http-equiv="refresh" content="\d+">$`)
+	paragraphPattern = regexp.MustCompile(`^<p class="(message|note|gap)">(.*)</p>$`)
+	messagePattern   = regexp.MustCompile(`^<time datetime="[0-9TZ:-]{20}">\d\d:\d\d</time> (?:<i>([\w.:-]+)</i> )?<b><bdi>([^<]*)</bdi></b> <span dir="auto">([^<]*)</span>$`)
+	byePattern       = regexp.MustCompile(`^The relay is going away.*<meta http-equiv="refresh" content="\d+">$`)
 )
 
-func (e *ear) addParagraph(line string) error {
-	m := paragraphForm.FindStringSubmatch(line)
+func (e *eventReader) addParagraph(line string) error {
+	m := paragraphPattern.FindStringSubmatch(line)
 	if m == nil {
-		return garble("not a paragraph: %q", line)
+		return malformedf("not a paragraph: %q", line)
 	}
-	speech := speechForm.FindStringSubmatch(m[2])
+	speech := messagePattern.FindStringSubmatch(m[2])
 	switch {
 	case m[1] == "gap":
-		e.add(heard{kind: "gap"})
+		e.add(received{kind: "gap"})
 	case m[2] == "Connected.":
-		e.add(heard{kind: "hello"})
-	case byeForm.MatchString(m[2]):
-		e.add(heard{kind: "bye"})
+		e.add(received{kind: "hello"})
+	case byePattern.MatchString(m[2]):
+		e.add(received{kind: "bye"})
 	case speech != nil && (speech[1] == "") == (m[1] == "message"):
 		kind := speech[1]
 		if kind == "" {
 			kind = "message"
 		}
-		e.add(heard{kind: kind, from: html.UnescapeString(speech[2]), text: html.UnescapeString(speech[3])})
+		e.add(received{kind: kind, from: html.UnescapeString(speech[2]), text: html.UnescapeString(speech[3])})
 	default:
-		e.add(heard{kind: "presence", text: html.UnescapeString(strings.NewReplacer("<bdi>", "", "</bdi>", "").Replace(m[2]))})
+		e.add(received{kind: "presence", text: html.UnescapeString(strings.NewReplacer("<bdi>", "", "</bdi>", "").Replace(m[2]))})
 	}
 	return nil
 }
 
 // poll, longpoll, jsonp: a whole answer, with the cursor to ask with next. An
 // answer with nothing is a heartbeat.
-func (e *ear) hearAnswer() error {
+func (e *eventReader) readAnswer() error {
 	path := e.path
 	if e.after >= 0 {
 		name, query, _ := strings.Cut(path, "?")
@@ -1241,7 +1241,7 @@ func (e *ear) hearAnswer() error {
 		path = name + "?" + q.Encode()
 		e.header.Del("Last-Event-ID")
 	}
-	res, err := e.ask(path)
+	res, err := e.get(path)
 	if err != nil {
 		return err
 	}
@@ -1256,7 +1256,7 @@ func (e *ear) hearAnswer() error {
 		call, ok := strings.CutPrefix(body, "/**/my.$cb_1(")
 		call, closed := strings.CutSuffix(call, ");\n")
 		if !ok || !closed {
-			return garble("jsonp: %q", body)
+			return malformedf("jsonp: %q", body)
 		}
 		body = call + "\n"
 	}
@@ -1265,7 +1265,7 @@ func (e *ear) hearAnswer() error {
 		Events []json.RawMessage
 	}
 	if err := json.Unmarshal([]byte(body), &answer); err != nil || answer.Cursor == nil || answer.Events == nil || !strings.HasSuffix(body, "]}\n") {
-		return garble("%v: %q", err, body)
+		return malformedf("%v: %q", err, body)
 	}
 	e.after = *answer.Cursor
 	for _, event := range answer.Events {
@@ -1274,23 +1274,23 @@ func (e *ear) hearAnswer() error {
 		}
 	}
 	if len(answer.Events) == 0 {
-		e.add(heard{kind: "beat"})
+		e.add(received{kind: "beat"})
 	}
 	return nil
 }
 
 // ws: text frames of an event a line.
-func (e *ear) hearWebSocket() error {
+func (e *eventReader) readWebSocket() error {
 	kind, frame, err := e.conn.Read(e.ctx)
 	if err != nil {
 		return err
 	}
 	if kind != websocket.MessageText {
-		return garble("ws: a binary frame %q", frame)
+		return malformedf("ws: a binary frame %q", frame)
 	}
 	for line := range strings.SplitSeq(string(frame), "\n") {
 		if line == `{"type":"beat"}` {
-			e.add(heard{kind: "beat"})
+			e.add(received{kind: "beat"})
 		} else if err := e.addJSON(line); err != nil {
 			return err
 		}
@@ -1298,8 +1298,8 @@ func (e *ear) hearWebSocket() error {
 	return nil
 }
 
-// onNetwork runs a test in a bubble, if the network is one in memory.
-func onNetwork(t *testing.T, network string, test func(*testing.T)) {
+// runOnNetwork runs a test in a bubble, if the network is one in memory.
+func runOnNetwork(t *testing.T, network string, test func(*testing.T)) {
 	switch network {
 	case tcp:
 		test(t)
@@ -1313,8 +1313,8 @@ func onNetwork(t *testing.T, network string, test func(*testing.T)) {
 	synctest.Test(t, test)
 }
 
-// inNoTime fails if virtual time went by.
-func inNoTime(t *testing.T, since time.Time) {
+// checkImmediate fails if virtual time went by.
+func checkImmediate(t *testing.T, since time.Time) {
 	t.Helper()
 	if d := time.Since(since); since.Year() == 2000 && d != 0 {
 		t.Errorf("it took %v, want it at once", d)
@@ -1329,8 +1329,8 @@ func isError(body string) bool {
 	return d.Decode(&e) == nil && len(e.Error) > 10 && strings.HasSuffix(body, "}\n") && strings.Count(body, "\n") == 1
 }
 
-// frail is a client whose connections are cut.
-func (b *testbed) frail(rng *rand.Rand, h2 bool) *http.Client {
+// unreliableClient is a client whose connections are cut.
+func (b *testbed) unreliableClient(rng *rand.Rand, h2 bool) *http.Client {
 	cut := rng.Int64N(8000)
 	return b.newClient(func(ctx context.Context) (net.Conn, error) {
 		conn, err := b.dial(ctx)
@@ -1343,9 +1343,9 @@ func (b *testbed) frail(rng *rand.Rand, h2 bool) *http.Client {
 	}, h2)
 }
 
-// insist publishes over a frail connection, and reports whether it was told so.
-func (b *testbed) insist(rng *rand.Rand, h2 bool, room, key, text string) bool {
-	client := b.frail(rng, h2 && rng.IntN(2) == 0)
+// tryPublish publishes over a frail connection, and reports whether it was told so.
+func (b *testbed) tryPublish(rng *rand.Rand, h2 bool, room, key, text string) bool {
+	client := b.unreliableClient(rng, h2 && rng.IntN(2) == 0)
 	defer client.CloseIdleConnections()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -1362,7 +1362,7 @@ func (b *testbed) insist(rng *rand.Rand, h2 bool, room, key, text string) bool {
 		}
 		return err == nil
 	}
-	client = b.frail(rng, false)
+	client = b.unreliableClient(rng, false)
 	conn, _, err := websocket.Dial(ctx, "ws"+strings.TrimPrefix(b.url, "http")+"/rooms/elsewhere/ws", &websocket.DialOptions{HTTPClient: client})
 	if err != nil {
 		return false
@@ -1383,11 +1383,11 @@ func (b *testbed) insist(rng *rand.Rand, h2 bool, room, key, text string) bool {
 	}
 }
 
-// stay listens for a while, by any technique, in some of the rooms.
-func (b *testbed) stay(ctx context.Context, t *testing.T, rng *rand.Rand, h2 bool, rooms []string, cursor int64) visit {
-	var k earKind
-	for k.name == "" || k.people {
-		k = earKinds[rng.IntN(len(earKinds))]
+// readSome listens for a while, by any technique, in some of the rooms.
+func (b *testbed) readSome(ctx context.Context, t *testing.T, rng *rand.Rand, h2 bool, rooms []string, cursor int64) segment {
+	var k variant
+	for k.name == "" || k.forPeople {
+		k = variants[rng.IntN(len(variants))]
 	}
 	some := []string{}
 	for len(some) == 0 {
@@ -1397,18 +1397,18 @@ func (b *testbed) stay(ctx context.Context, t *testing.T, rng *rand.Rand, h2 boo
 			}
 		}
 	}
-	client := b.frail(rng, h2 && rng.IntN(2) == 0 && k.technique != "ws")
+	client := b.unreliableClient(rng, h2 && rng.IntN(2) == 0 && k.technique != "ws")
 	defer client.CloseIdleConnections()
 	ask := []string{"wait=20", fmt.Sprint("after=", cursor)}
 	if rng.IntN(2) == 0 {
 		ask = []string{"wait=20", "after=1", fmt.Sprint("Last-Event-ID: ", cursor)}
 	}
-	s := visit{k.name, some, cursor, cursor, nil}
-	e, err := b.tryListen(ctx, client, k, strings.Join(some, ","), ask...)
+	s := segment{k.name, some, cursor, cursor, nil}
+	e, err := b.trySubscribe(ctx, client, k, strings.Join(some, ","), ask...)
 	if err == nil {
 		defer e.close()
-		s.hear(t, e, 1+rng.IntN(30))
-	} else if _, ok := err.(garbled); ok {
+		s.receive(t, e, 1+rng.IntN(30))
+	} else if _, ok := err.(malformed); ok {
 		t.Error(err)
 	}
 	return s
@@ -1416,23 +1416,23 @@ func (b *testbed) stay(ctx context.Context, t *testing.T, rng *rand.Rand, h2 boo
 
 // The long-polls.
 
-func bubble(test func(*testing.T)) func(*testing.T) {
+func inBubble(test func(*testing.T)) func(*testing.T) {
 	return func(t *testing.T) { synctest.Test(t, test) }
 }
 
-func (b *testbed) tryAsk(ctx context.Context, path string) {
+func (b *testbed) tryGet(ctx context.Context, path string) {
 	req, _ := http.NewRequestWithContext(ctx, "GET", b.url+path, nil)
 	if res, err := b.client.Do(req); err == nil {
 		res.Body.Close()
 	}
 }
 
-func (b *testbed) weigh() (goroutines int, heap uint64) {
+func (b *testbed) measure() (goroutines int, heap uint64) {
 	if b.network != tcp {
 		time.Sleep(time.Hour) // rooms, leases and connections without a request are forgotten
 	}
 	b.settle()
-	b.until(func() bool { return runtime.NumGoroutine() < 12 || b.network != tcp }) // who has said goodbye lingers for a second
+	b.waitUntil(func() bool { return runtime.NumGoroutine() < 12 || b.network != tcp }) // who has said goodbye lingers for a second
 	var m runtime.MemStats
 	for range 3 {
 		runtime.GC()
@@ -1460,20 +1460,20 @@ func rawStream(t *testing.T, conn net.Conn) *bufio.Scanner {
 // The WebSocket.
 
 // dials a WebSocket, past its hello.
-func (b *testbed) socket(rooms string, ask ...string) *ear {
+func (b *testbed) webSocket(rooms string, ask ...string) *eventReader {
 	b.t.Helper()
-	return b.listen(kindOf("ws"), rooms, ask...).begin()
+	return b.subscribe(variantOf("ws"), rooms, ask...).begin()
 }
 
-func (e *ear) send(frame string) {
+func (e *eventReader) send(frame string) {
 	e.t.Helper()
 	if err := e.conn.Write(e.ctx, websocket.MessageText, []byte(frame)); err != nil {
 		e.t.Fatal(err)
 	}
 }
 
-// raw is a WebSocket by hand: its connection after the handshake.
-func (b *testbed) raw(path string, headers ...string) (net.Conn, *bufio.Reader) {
+// rawWebSocket is a WebSocket by hand: its connection after the handshake.
+func (b *testbed) rawWebSocket(path string, headers ...string) (net.Conn, *bufio.Reader) {
 	b.t.Helper()
 	conn, err := b.dial(context.Background())
 	if err != nil {

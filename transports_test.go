@@ -39,17 +39,17 @@ import (
 )
 
 // The hearts of streams that began together do not beat together.
-func TestHeartsDiffer(t *testing.T) {
+func TestHeartbeatsAreSpreadOut(t *testing.T) {
 	for _, network := range []string{pipe, pipeH2} {
 		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network)
+			runOnNetwork(t, network, func(t *testing.T) {
+				b := newTestbed(t, network)
 				start := time.Now()
 				at := make(chan time.Duration)
 				for range 50 {
-					e := b.listen(kindOf("stream"), "a").begin()
+					e := b.subscribe(variantOf("stream"), "a").begin()
 					go func() {
-						e.hears()
+						e.receive()
 						at <- time.Since(start).Round(100 * time.Millisecond)
 					}()
 				}
@@ -70,19 +70,19 @@ func TestHeartsDiffer(t *testing.T) {
 // Every transport sends the same bytes.
 func TestSameBytes(t *testing.T) {
 	for _, network := range []string{pipe, pipeH2, tcp} {
-		t.Run(network, func(t *testing.T) { onNetwork(t, network, testSameBytes) })
+		t.Run(network, func(t *testing.T) { runOnNetwork(t, network, testSameBytes) })
 	}
 }
 
 func testSameBytes(t *testing.T) {
 	network := t.Name()[strings.LastIndex(t.Name(), "/")+1:]
-	b := newBed(t, network)
-	var listening []*ear
-	for _, k := range earKinds {
-		if k.people || k.technique == "ws" && network == pipeH2 {
+	b := newTestbed(t, network)
+	var listening []*eventReader
+	for _, k := range variants {
+		if k.forPeople || k.technique == "ws" && network == pipeH2 {
 			continue
 		}
-		listening = append(listening, b.listen(k, "a,b").begin())
+		listening = append(listening, b.subscribe(k, "a,b").begin())
 	}
 	var want []string
 	for i, data := range []string{
@@ -104,7 +104,7 @@ func testSameBytes(t *testing.T) {
 			}
 		}
 		var sent, got any
-		h := heard{}
+		h := received{}
 		json.Unmarshal([]byte(want[i]), &struct {
 			Data *any
 			From *string
@@ -115,7 +115,7 @@ func testSameBytes(t *testing.T) {
 		}
 	}
 	for _, e := range listening { // and from the history
-		again := b.listen(e.earKind, "a,b", "last=100")
+		again := b.subscribe(e.variant, "a,b", "last=100")
 		if e.streams() {
 			again.begin()
 		}
@@ -131,7 +131,7 @@ func testSameBytes(t *testing.T) {
 // Clients go from technique to technique, over connections that break at any
 // byte, while others publish over such connections: nothing is lost,
 // nothing comes twice, all is in order.
-func TestHop(t *testing.T) {
+func TestSwitchingTechniquesLosesNothing(t *testing.T) {
 	for _, network := range []string{pipe, pipeH2, tcp} {
 		t.Run(network, func(t *testing.T) {
 			seed := rand.Uint64()
@@ -139,7 +139,7 @@ func TestHop(t *testing.T) {
 				seed, _ = strconv.ParseUint(s, 10, 64)
 			}
 			t.Logf("HOP_SEED=%d", seed)
-			onNetwork(t, network, func(t *testing.T) { hop(t, network, seed) })
+			runOnNetwork(t, network, func(t *testing.T) { switchTechniques(t, network, seed) })
 		})
 	}
 }
@@ -155,7 +155,7 @@ type cutConn struct {
 
 func (c *cutConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	return c.pass(n, err)
+	return c.count(n, err)
 }
 
 func (c *cutConn) Write(b []byte) (int, error) {
@@ -165,10 +165,10 @@ func (c *cutConn) Write(b []byte) (int, error) {
 		return n, errCut
 	}
 	n, err := c.Conn.Write(b)
-	return c.pass(n, err)
+	return c.count(n, err)
 }
 
-func (c *cutConn) pass(n int, err error) (int, error) {
+func (c *cutConn) count(n int, err error) (int, error) {
 	if left := c.left.Add(int64(-n)); left < 0 {
 		c.Conn.Close()
 		return max(n+int(left), 0), errCut
@@ -177,15 +177,15 @@ func (c *cutConn) pass(n int, err error) (int, error) {
 }
 
 // A visit is what a hopper heard at one place.
-type visit struct {
+type segment struct {
 	by       string
 	rooms    []string
 	from, to int64 // cursors
-	got      []heard
+	got      []received
 }
 
-func hop(t *testing.T, network string, seed uint64) {
-	b := newBed(t, network, func(c *config) { c.maxEvents, c.maxRoomBytes, c.maxBytes = 10_000, 1<<25, 1<<26 })
+func switchTechniques(t *testing.T, network string, seed uint64) {
+	b := newTestbed(t, network, func(c *config) { c.maxEvents, c.maxRoomBytes, c.maxBytes = 10_000, 1<<25, 1<<26 })
 	rooms := []string{"a", "b", "c"}
 	const publishers, each, hoppers = 3, 60, 4
 	ctx, done := context.WithCancel(t.Context()) // done when all is published
@@ -205,7 +205,7 @@ func hop(t *testing.T, network string, seed uint64) {
 						t.Errorf("publisher %d: %d could not be published", p, i)
 						return
 					}
-					if b.insist(rng, network == pipeH2, room, fmt.Sprintf("%d.%d", p, i), text) {
+					if b.tryPublish(rng, network == pipeH2, room, fmt.Sprintf("%d.%d", p, i), text) {
 						break
 					}
 				}
@@ -213,21 +213,21 @@ func hop(t *testing.T, network string, seed uint64) {
 		})
 	}
 	var hopping sync.WaitGroup
-	stays := make([][]visit, hoppers)
+	stays := make([][]segment, hoppers)
 	for n := range hoppers {
 		rng := rand.New(rand.NewPCG(seed, uint64(100+n)))
 		hopping.Go(func() {
 			cursor := start
 			for ctx.Err() == nil {
-				s := b.stay(ctx, t, rng, network == pipeH2, rooms, cursor)
+				s := b.readSome(ctx, t, rng, network == pipeH2, rooms, cursor)
 				cursor = s.to
 				stays[n] = append(stays[n], s)
 			}
 			end := b.relay.lastID.Load()
 			for cursor < end && !t.Failed() { // what is left, without a cut
-				e, _ := b.tryListen(t.Context(), b.client, kindOf("poll"), "a,b,c", fmt.Sprint("after=", cursor))
-				s := visit{"poll", rooms, cursor, cursor, nil}
-				s.hear(t, e, 1000)
+				e, _ := b.trySubscribe(t.Context(), b.client, variantOf("poll"), "a,b,c", fmt.Sprint("after=", cursor))
+				s := segment{"poll", rooms, cursor, cursor, nil}
+				s.receive(t, e, 1000)
 				cursor = s.to
 				stays[n] = append(stays[n], s)
 			}
@@ -238,8 +238,8 @@ func hop(t *testing.T, network string, seed uint64) {
 	hopping.Wait()
 
 	// The log, which is what all should have heard.
-	var log []heard
-	e := b.listen(kindOf("poll"), "a,b,c", fmt.Sprint("after=", start))
+	var log []received
+	e := b.subscribe(variantOf("poll"), "a,b,c", fmt.Sprint("after=", start))
 	for h := e.next(); h.kind != "beat"; h = e.next() {
 		log = append(log, h)
 	}
@@ -258,7 +258,7 @@ func hop(t *testing.T, network string, seed uint64) {
 	hops, byTechnique := 0, map[string]int{}
 	for n := range stays {
 		for _, s := range stays[n] {
-			var want []heard
+			var want []received
 			for _, h := range log {
 				if slices.Contains(s.rooms, h.room) && s.from < h.id && h.id <= s.to {
 					want = append(want, h)
@@ -273,19 +273,19 @@ func hop(t *testing.T, network string, seed uint64) {
 		}
 	}
 	t.Logf("%d hops, events by technique: %v", hops, byTechnique)
-	for _, k := range earKinds {
-		if !k.people && byTechnique[k.name] == 0 && network != tcp {
+	for _, k := range variants {
+		if !k.forPeople && byTechnique[k.name] == 0 && network != tcp {
 			t.Errorf("%s heard nothing", k.name)
 		}
 	}
 }
 
-// hear takes at most n things.
-func (s *visit) hear(t *testing.T, e *ear, n int) {
+// receive takes at most n things.
+func (s *segment) receive(t *testing.T, e *eventReader, n int) {
 	for ; n > 0; n-- {
-		h, err := e.hears()
+		h, err := e.receive()
 		if err != nil {
-			if _, ok := err.(garbled); ok {
+			if _, ok := err.(malformed); ok {
 				t.Error(err)
 			}
 			break
@@ -303,21 +303,21 @@ func (s *visit) hear(t *testing.T, e *ear, n int) {
 			t.Errorf("%s: heard %s", s.by, h.json)
 		}
 	}
-	if len(e.due) == 0 && e.after >= 0 {
+	if len(e.pending) == 0 && e.after >= 0 {
 		s.to = e.after // an answer's cursor covers what is not in it
 	}
 }
 
 func TestLongPoll(t *testing.T) {
 	for _, name := range []string{"longpoll", "jsonp"} {
-		k := kindOf(name)
+		k := variantOf(name)
 		path := "/rooms/a,b/" + k.technique + "?callback=my.$cb_1&after="
 		// asks makes one request, and returns what it heard and how long it took.
-		asks := func(b *testbed, more string) (*ear, time.Duration) {
+		asks := func(b *testbed, more string) (*eventReader, time.Duration) {
 			start := time.Now()
-			e := b.listen(k, "a,b")
+			e := b.subscribe(k, "a,b")
 			e.path = path + more
-			if err := e.hear(e); err != nil {
+			if err := e.read(e); err != nil {
 				b.t.Fatal(err)
 			}
 			return e, time.Since(start)
@@ -328,50 +328,50 @@ func TestLongPoll(t *testing.T) {
 			t.Cleanup(func() { <-done })
 		}
 
-		t.Run(name+"/the first event is the answer", bubble(func(t *testing.T) {
-			b := newBed(t, pipe)
-			after(t, 7*time.Second, func() { b.say("b", "hi") })
+		t.Run(name+"/the first event is the answer", inBubble(func(t *testing.T) {
+			b := newTestbed(t, pipe)
+			after(t, 7*time.Second, func() { b.post("b", "hi") })
 			e, took := asks(b, "")
 			e.expect("message hi")
-			if took != 7*time.Second || len(e.due) > 0 || e.after != b.relay.lastID.Load() {
+			if took != 7*time.Second || len(e.pending) > 0 || e.after != b.relay.lastID.Load() {
 				t.Errorf("it took %v, the cursor is %d", took, e.after)
 			}
 		}))
-		t.Run(name+"/after 25 s, an empty answer with the cursor", bubble(func(t *testing.T) {
-			b := newBed(t, pipe)
-			b.say("a", "before")
-			after(t, 10*time.Second, func() { b.say("c", "elsewhere") })
+		t.Run(name+"/after 25 s, an empty answer with the cursor", inBubble(func(t *testing.T) {
+			b := newTestbed(t, pipe)
+			b.post("a", "before")
+			after(t, 10*time.Second, func() { b.post("c", "elsewhere") })
 			e, took := asks(b, "")
 			e.expect("beat")
 			if took != 25*time.Second || e.after != b.relay.lastID.Load() {
 				t.Errorf("it took %v, the cursor is %d, want 25 s and %d", took, e.after, b.relay.lastID.Load())
 			}
 		}))
-		t.Run(name+"/after as long as it asks for, an empty answer", bubble(func(t *testing.T) {
-			b := newBed(t, pipe)
+		t.Run(name+"/after as long as it asks for, an empty answer", inBubble(func(t *testing.T) {
+			b := newTestbed(t, pipe)
 			for _, wait := range []int{0, 1, 3, 55} {
 				if _, took := asks(b, fmt.Sprint("&wait=", wait)); took != time.Duration(wait)*time.Second {
 					t.Errorf("wait=%d took %v", wait, took)
 				}
 			}
 		}))
-		t.Run(name+"/what the cursor asks for is there at once", bubble(func(t *testing.T) {
-			b := newBed(t, pipe)
-			first := b.say("a", "one")
+		t.Run(name+"/what the cursor asks for is there at once", inBubble(func(t *testing.T) {
+			b := newTestbed(t, pipe)
+			first := b.post("a", "one")
 			for i := range 300 {
-				b.say([]string{"a", "b"}[i%2], fmt.Sprint(i))
+				b.post([]string{"a", "b"}[i%2], fmt.Sprint(i))
 			}
 			e, took := asks(b, fmt.Sprint(first, "&wait=55"))
-			if took != 0 || len(e.due) != 256 || e.due[0].text != "0" || e.after != first+256 {
-				t.Errorf("%d events after %v, the first %v, the cursor %d", len(e.due), took, e.due[0], e.after)
+			if took != 0 || len(e.pending) != 256 || e.pending[0].text != "0" || e.after != first+256 {
+				t.Errorf("%d events after %v, the first %v, the cursor %d", len(e.pending), took, e.pending[0], e.after)
 			}
 			e, took = asks(b, fmt.Sprint(e.after, "&wait=55")) // and the rest
-			if took != 0 || len(e.due) != 44 || e.due[43].text != "299" {
-				t.Errorf("%d events after %v", len(e.due), took)
+			if took != 0 || len(e.pending) != 44 || e.pending[43].text != "299" {
+				t.Errorf("%d events after %v", len(e.pending), took)
 			}
 		}))
-		t.Run(name+"/nobody's presence ends the wait of who doesn't see it", bubble(func(t *testing.T) {
-			b := newBed(t, pipe)
+		t.Run(name+"/nobody's presence ends the wait of who doesn't see it", inBubble(func(t *testing.T) {
+			b := newTestbed(t, pipe)
 			after(t, time.Second, func() { b.do("POST", "/rooms/a/presence?user=bob", "online") })
 			e, took := asks(b, "&user=ada&presence=0")
 			e.expect("beat")
@@ -379,8 +379,8 @@ func TestLongPoll(t *testing.T) {
 				t.Errorf("it took %v", took)
 			}
 		}))
-		t.Run(name+"/a stop ends the wait", bubble(func(t *testing.T) {
-			b := newBed(t, pipe)
+		t.Run(name+"/a stop ends the wait", inBubble(func(t *testing.T) {
+			b := newTestbed(t, pipe)
 			after(t, 5*time.Second, b.stop)
 			e, took := asks(b, "")
 			e.expect("beat")
@@ -388,18 +388,18 @@ func TestLongPoll(t *testing.T) {
 				t.Errorf("it took %v, the cursor is %d", took, e.after)
 			}
 		}))
-		t.Run(name+"/who leaves is noticed at once", bubble(func(t *testing.T) {
+		t.Run(name+"/who leaves is noticed at once", inBubble(func(t *testing.T) {
 			for _, network := range []string{pipe, pipe10} {
-				b := newBed(t, network)
+				b := newTestbed(t, network)
 				ctx, leave := context.WithCancel(t.Context())
-				go b.tryAsk(ctx, path)
+				go b.tryGet(ctx, path)
 				time.Sleep(time.Second)
-				if n := b.readers(); n != 2 {
+				if n := b.subscriptions(); n != 2 {
 					t.Errorf("%d places in rooms, want 2", n)
 				}
 				leave()
 				synctest.Wait()
-				b.idle()
+				b.checkIdle()
 			}
 		}))
 	}
@@ -410,9 +410,9 @@ func TestLongPoll(t *testing.T) {
 // A refresh is a whole page with a form, which asks to be fetched again.
 func TestRefresh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		for i := range 60 {
-			b.say("a", fmt.Sprint(i))
+			b.post("a", fmt.Sprint(i))
 		}
 		res, page := b.do("GET", "/rooms/a/refresh", "")
 		if n := strings.Count(page, `<p class="message">`); n != 50 || res.Header.Get("Refresh") != "10" {
@@ -431,7 +431,7 @@ func TestRefresh(t *testing.T) {
 			t.Error("a page with form=0 has a form")
 		}
 		// The page that never ends must not have a form: it would end it.
-		e := b.listen(kindOf("html"), "a", "last=2").begin()
+		e := b.subscribe(variantOf("html"), "a", "last=2").begin()
 		e.expect("message 58", "message 59")
 	})
 }
@@ -439,11 +439,11 @@ func TestRefresh(t *testing.T) {
 // What users say is text in a page, a part and a script, and nothing else.
 func TestNoMarkup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		evil := "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&amp;\u2028\u2029--> ]]> \x00 \r\n\r\n--boundary\r\ndata: {}\n\n"
 		who := `"><svg onload=alert(3)>'&`
 		for _, kind := range []string{"message", "typing"} {
-			b.say("a?"+url.Values{"user": {who}, "type": {kind}}.Encode(), evil)
+			b.post("a?"+url.Values{"user": {who}, "type": {kind}}.Encode(), evil)
 		}
 		for _, path := range []string{
 			"refresh?last=9", "refresh?last=9&user=" + url.QueryEscape(who), "poll?last=9", "longpoll?last=9", "jsonp?last=9&callback=f",
@@ -489,13 +489,13 @@ func TestNoMarkup(t *testing.T) {
 func TestNothingIsLeft(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
 		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network)
+			runOnNetwork(t, network, func(t *testing.T) {
+				b := newTestbed(t, network)
 				n := map[string]int{pipe: 1000, tcp: 300}[network]
-				comeAndGo(b, n) // pools, maps and the runtime have their size
-				goroutines, heap := b.weigh()
-				comeAndGo(b, n)
-				goroutines2, heap2 := b.weigh()
+				connectAndLeave(b, n) // pools, maps and the runtime have their size
+				goroutines, heap := b.measure()
+				connectAndLeave(b, n)
+				goroutines2, heap2 := b.measure()
 				if goroutines2 > goroutines+5 {
 					stacks := make([]byte, 1<<20)
 					t.Errorf("%d goroutines before, %d after\n%s", goroutines, goroutines2, stacks[:runtime.Stack(stacks, true)])
@@ -503,25 +503,25 @@ func TestNothingIsLeft(t *testing.T) {
 				if heap2 > heap+1<<20 {
 					t.Errorf("%d bytes of heap before, %d after", heap, heap2)
 				}
-				b.idle()
+				b.checkIdle()
 			})
 		})
 	}
 }
 
-func comeAndGo(b *testbed, n int) {
+func connectAndLeave(b *testbed, n int) {
 	b.t.Helper()
 	ctx, leave := context.WithCancel(context.Background())
-	var ears []*ear
+	var ears []*eventReader
 	waiting := 0
 	for i := range n {
-		k := earKinds[i%len(earKinds)]
+		k := variants[i%len(variants)]
 		ask := []string{}
 		if i%3 == 0 {
 			ask = append(ask, fmt.Sprint("user=u", i))
 		}
 		if k.streams() {
-			e, err := b.tryListen(ctx, b.client, k, fmt.Sprintf("a,r%d", i%50), ask...)
+			e, err := b.trySubscribe(ctx, b.client, k, fmt.Sprintf("a,r%d", i%50), ask...)
 			if err != nil {
 				b.t.Fatal(err)
 			}
@@ -532,14 +532,14 @@ func comeAndGo(b *testbed, n int) {
 			if k.technique == "longpoll" || k.technique == "jsonp" {
 				waiting++
 			}
-			go b.tryAsk(ctx, fmt.Sprintf("/rooms/a,r%d/%s?callback=f&%s", i%50, k.technique, strings.Join(ask, "")))
+			go b.tryGet(ctx, fmt.Sprintf("/rooms/a,r%d/%s?callback=f&%s", i%50, k.technique, strings.Join(ask, "")))
 		}
 	}
 	b.settle()
-	if !b.until(func() bool { return int(b.active()) == len(ears)+waiting }) {
+	if !b.waitUntil(func() bool { return int(b.active()) == len(ears)+waiting }) {
 		b.t.Errorf("%d are held, want %d streams and %d requests", b.active(), len(ears), waiting)
 	}
-	b.say("a", "to all of you")
+	b.post("a", "to all of you")
 	for i, e := range ears {
 		switch i % 3 {
 		case 0: // reads to the end, and says goodbye
@@ -554,18 +554,18 @@ func comeAndGo(b *testbed, n int) {
 		}
 	}
 	leave() // and all others
-	b.hangUp()
+	b.disconnect()
 	b.settle()
 }
 
 // What streams that were not taken over have to write is bounded too.
-func TestWhatIsWrittenTheOrdinaryWayIsBounded(t *testing.T) {
+func TestUnsentBytesOfPlainStreamsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe10, func(c *config) { c.maxRoomBytes, c.maxBytes = 50_000, 100_000 })
+		b := newTestbed(t, pipe10, func(c *config) { c.maxRoomBytes, c.maxBytes = 50_000, 100_000 })
 		for range 20 {
-			b.listen(kindOf("stream"), "a").begin()
+			b.subscribe(variantOf("stream"), "a").begin()
 		}
-		b.say("a", strings.Repeat("x", 10_000))
+		b.post("a", strings.Repeat("x", 10_000))
 		b.settle()
 		if n, dropped := b.unsentBytes.Load(), b.stats.dropped.Load(); n == 0 || n > 100_000 || dropped == 0 {
 			t.Errorf("20 clients that do not read are owed %d bytes, and %d were dropped; want at most 100000", n, dropped)
@@ -585,13 +585,13 @@ func TestAnAnswerTakesNoLargerStack(t *testing.T) {
 	}
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which makes stacks smaller again
 	const n = 200
-	b := newBed(t, tcp)
+	b := newTestbed(t, tcp)
 	conns := make([]net.Conn, n)
 	askAll := func() (stacks uint64) {
 		for _, conn := range conns {
 			fmt.Fprint(conn, "GET /rooms/a/longpoll?wait=55 HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
 		}
-		if !b.until(func() bool { return b.active() == n }) {
+		if !b.waitUntil(func() bool { return b.active() == n }) {
 			t.Fatalf("%d wait, want %d", b.active(), n)
 		}
 		var m runtime.MemStats
@@ -605,7 +605,7 @@ func TestAnAnswerTakesNoLargerStack(t *testing.T) {
 		}
 	}
 	before := askAll()
-	b.say("a", "hi")
+	b.post("a", "hi")
 	for _, conn := range conns {
 		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		if err != nil || res.StatusCode != 200 {
@@ -622,19 +622,19 @@ func TestAnAnswerTakesNoLargerStack(t *testing.T) {
 
 // A client that does not read is ended 10 s after a write that made no
 // progress, alone; the others hear all at once.
-func TestStandstill(t *testing.T) {
+func TestAStalledClientIsEndedAlone(t *testing.T) {
 	for _, network := range []string{pipe, pipe10} {
-		for _, k := range earKinds {
+		for _, k := range variants {
 			if !k.streams() || k.technique == "ws" && network == pipe10 {
 				continue
 			}
-			t.Run(network+"/"+k.name, bubble(func(t *testing.T) {
-				b := newBed(t, network)
-				others := []*ear{b.listen(kindOf("stream"), "a").begin(), b.listen(kindOf("sse"), "a").begin()}
-				still := b.listen(k, "a").begin()
+			t.Run(network+"/"+k.name, inBubble(func(t *testing.T) {
+				b := newTestbed(t, network)
+				others := []*eventReader{b.subscribe(variantOf("stream"), "a").begin(), b.subscribe(variantOf("sse"), "a").begin()}
+				still := b.subscribe(k, "a").begin()
 				time.Sleep(time.Second)
 				for i := range 100 {
-					b.say("a", fmt.Sprint(i, strings.Repeat("x", 1000)))
+					b.post("a", fmt.Sprint(i, strings.Repeat("x", 1000)))
 				}
 				start := time.Now()
 				for i := range 100 {
@@ -644,7 +644,7 @@ func TestStandstill(t *testing.T) {
 						}
 					}
 				}
-				inNoTime(t, start)
+				checkImmediate(t, start)
 				time.Sleep(9900 * time.Millisecond)
 				if n := b.active(); n != 3 {
 					t.Errorf("after 9.9 s there are %d streams, want 3", n)
@@ -654,7 +654,7 @@ func TestStandstill(t *testing.T) {
 					t.Errorf("after 10.1 s there are %d streams, want 2", n)
 				}
 				var err error
-				for h := (heard{}); err == nil; h, err = still.hears() {
+				for h := (received{}); err == nil; h, err = still.receive() {
 					if h.kind == "bye" {
 						t.Error("who stood still was told bye")
 					}
@@ -662,7 +662,7 @@ func TestStandstill(t *testing.T) {
 				if err == io.EOF && network != pipe10 { // where it is the only end there is
 					t.Error("who stood still heard a good end, want a broken connection")
 				}
-				b.say("a", "later")
+				b.post("a", "later")
 				for _, e := range others {
 					for h := e.next(); h.text != "later"; h = e.next() {
 					}
@@ -674,13 +674,13 @@ func TestStandstill(t *testing.T) {
 
 // The same over HTTP/2, where it is the window that is full, of one stream
 // beside others in the connection.
-func TestStandstillHTTP2(t *testing.T) {
-	onNetwork(t, pipeH2, func(t *testing.T) {
-		b := newBed(t, pipeH2, func(c *config) { c.maxRoomBytes = 10 << 20 })
-		other := b.listen(kindOf("sse"), "a").begin()
-		still := b.listen(kindOf("stream"), "a").begin()
+func TestAStalledHTTP2StreamIsEndedAlone(t *testing.T) {
+	runOnNetwork(t, pipeH2, func(t *testing.T) {
+		b := newTestbed(t, pipeH2, func(c *config) { c.maxRoomBytes = 10 << 20 })
+		other := b.subscribe(variantOf("sse"), "a").begin()
+		still := b.subscribe(variantOf("stream"), "a").begin()
 		for i := range 100 { // 6 MB; the client's window has 4
-			b.say("a", fmt.Sprint(i, strings.Repeat("x", 60_000)))
+			b.post("a", fmt.Sprint(i, strings.Repeat("x", 60_000)))
 			if h := other.next(); !strings.HasPrefix(h.text, fmt.Sprint(i, "x")) {
 				t.Fatalf("heard %.20v, want %d", h, i)
 			}
@@ -693,7 +693,7 @@ func TestStandstillHTTP2(t *testing.T) {
 		if n := b.active(); n != 1 {
 			t.Errorf("after 10.1 s there are %d streams, want 1", n)
 		}
-		b.say("a", "later")
+		b.post("a", "later")
 		for h := other.next(); h.text != "later"; h = other.next() {
 		}
 		still.close()
@@ -701,19 +701,19 @@ func TestStandstillHTTP2(t *testing.T) {
 }
 
 // The same for an answer that ends.
-func TestStandstillAnswer(t *testing.T) {
+func TestAStalledAnswerIsEnded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		b.say("a", strings.Repeat("x", 60_000))
+		b := newTestbed(t, pipe)
+		b.post("a", strings.Repeat("x", 60_000))
 		for _, path := range []string{"/rooms/a/poll?last=1", "/rooms/a/longpoll?last=1", "/rooms/a/refresh", "/rooms/a/jsonp?last=1&callback=f"} {
 			conn, _ := b.dial(t.Context())
 			fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: cometes.test\r\n\r\n", path)
 			time.Sleep(10*time.Second - time.Millisecond)
-			if n := b.readers(); n != 1 {
+			if n := b.subscriptions(); n != 1 {
 				t.Errorf("%s: %d are served, want 1", path, n)
 			}
 			time.Sleep(2 * time.Millisecond)
-			b.idle()
+			b.checkIdle()
 			conn.Close()
 		}
 	})
@@ -722,19 +722,19 @@ func TestStandstillAnswer(t *testing.T) {
 // A client that reads slowly, but reads, is not ended.
 func TestSlow(t *testing.T) {
 	for _, name := range []string{"stream", "ws"} {
-		t.Run(name, bubble(func(t *testing.T) {
-			b := newBed(t, pipe, func(c *config) { c.maxEvents = 1000 })
+		t.Run(name, inBubble(func(t *testing.T) {
+			b := newTestbed(t, pipe, func(c *config) { c.maxEvents = 1000 })
 			client := b.newClient(func(ctx context.Context) (net.Conn, error) {
 				conn, err := b.dial(ctx)
 				return &slowConn{Conn: conn}, err
 			}, false)
-			e, err := b.tryListen(t.Context(), client, kindOf(name), "a")
+			e, err := b.trySubscribe(t.Context(), client, variantOf(name), "a")
 			if err != nil {
 				t.Fatal(err)
 			}
 			e.begin()
 			for i := range 200 {
-				b.say("a", fmt.Sprint(i, strings.Repeat("x", 1000)))
+				b.post("a", fmt.Sprint(i, strings.Repeat("x", 1000)))
 			}
 			start := time.Now()
 			for i := range 200 {
@@ -766,18 +766,18 @@ func (c *slowConn) Read(b []byte) (int, error) {
 func TestLeavingIsNoError(t *testing.T) {
 	for _, network := range []string{pipe, pipe10, pipeH2, tcp} {
 		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network)
-				b.tattle = true
+			runOnNetwork(t, network, func(t *testing.T) {
+				b := newTestbed(t, network)
+				b.failOnDisconnect = true
 				for range 20 {
 					client := b.newClient(b.dial, network == pipeH2)
-					e, err := b.tryListen(t.Context(), client, kindOf("stream"), "a", "last=100")
+					e, err := b.trySubscribe(t.Context(), client, variantOf("stream"), "a", "last=100")
 					if err != nil {
 						t.Fatal(err)
 					}
-					b.say("a", strings.Repeat("x", 50_000))
+					b.post("a", strings.Repeat("x", 50_000))
 					e.next()
-					b.hangUp()
+					b.disconnect()
 					b.settle()
 				}
 			})
@@ -790,13 +790,13 @@ func TestLeavingIsNoError(t *testing.T) {
 func TestDataAlone(t *testing.T) {
 	texts := []string{`"hi"`, `"two\nlines"`, `"\r\na\rb\n"`, `""`, `" <b> & é\u2028"`, `{"a":["<"]}`, "42", "null"}
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		sse := b.listen(kindOf("sse"), "a", "as=data", "user=ada")
-		ws, r := b.raw("/rooms/a/ws?as=data&presence=1")
+		b := newTestbed(t, pipe)
+		sse := b.subscribe(variantOf("sse"), "a", "as=data", "user=ada")
+		ws, r := b.rawWebSocket("/rooms/a/ws?as=data&presence=1")
 		for _, text := range texts {
-			b.do("POST", "/rooms/a?type=x", text, jsonKind)
+			b.do("POST", "/rooms/a?type=x", text, jsonType)
 		}
-		b.say("a", "the last")
+		b.post("a", "the last")
 		// By WebSocket each is a frame of its own, and there is nothing else but pings.
 		var frames []string
 		for len(frames) < len(texts)+1 {
@@ -845,7 +845,7 @@ func TestDataAlone(t *testing.T) {
 		}
 
 		// An answer has only who asks for it; what can't be taken is not told to others.
-		e := b.listen(kindOf("ws"), "a", "as=data")
+		e := b.subscribe(variantOf("ws"), "a", "as=data")
 		e.send(`{"data":`)
 		e.send("hi")
 		e.send(`{"data":"with a key","key":"k"}`)
@@ -874,7 +874,7 @@ func TestDataAlone(t *testing.T) {
 // The relay speaks no subprotocol, but to a browser that offers some it has to name one.
 func TestSubprotocols(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		hundred := strings.TrimSuffix(strings.Repeat("p, ", 100), ", ")
 		for offered, want := range map[string]string{"": "", "chat": "chat", "mqtt, chat": "mqtt", "x," + hundred: "x", " a ,b": "a", ",b": ""} {
 			headers := http.Header{}
@@ -896,15 +896,15 @@ func TestSubprotocols(t *testing.T) {
 
 func TestWebSocketPublishes(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
-		t.Run(network, func(t *testing.T) { onNetwork(t, network, testWebSocketPublishes) })
+		t.Run(network, func(t *testing.T) { runOnNetwork(t, network, testWebSocketPublishes) })
 	}
 }
 
 func testWebSocketPublishes(t *testing.T) {
 	network := t.Name()[strings.LastIndex(t.Name(), "/")+1:]
-	b := newBed(t, network)
-	ws := b.socket("a", "user=ada", "presence=0")
-	reader := b.listen(kindOf("stream"), "a,b").begin()
+	b := newTestbed(t, network)
+	ws := b.webSocket("a", "user=ada", "presence=0")
+	reader := b.subscribe(variantOf("stream"), "a,b").begin()
 	for _, test := range []struct{ frame, want, ack string }{
 		{"hi", `"room":"a","type":"message","from":"ada","time":T,"data":"hi"`, ""},
 		{"", `"room":"a","type":"message","from":"ada","time":T,"data":""`, ""},
@@ -953,11 +953,11 @@ func testWebSocketPublishes(t *testing.T) {
 // What can't be taken is said so, with the reason; nothing is published, and the socket lives on.
 func TestWebSocketRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		one, two := b.socket("a", "user=ada", "presence=0"), b.socket("a,b")
+		b := newTestbed(t, pipe)
+		one, two := b.webSocket("a", "user=ada", "presence=0"), b.webSocket("a,b")
 		deep := strings.Repeat("[", 65) + strings.Repeat("]", 65)
 		for _, test := range []struct {
-			ws    *ear
+			ws    *eventReader
 			frame string
 			key   string // that the error has
 			why   string // that it says
@@ -1040,22 +1040,22 @@ func TestWebSocketRefusals(t *testing.T) {
 func TestWebSocketTooBig(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
 		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network)
-				other := b.socket("a")
+			runOnNetwork(t, network, func(t *testing.T) {
+				b := newTestbed(t, network)
+				other := b.webSocket("a")
 				for _, head := range []string{"", `{"data":"`} {
 					tail := ""
 					if head != "" {
 						tail = `"}`
 					}
-					ws := b.socket("b")
+					ws := b.webSocket("b")
 					ws.send(head + strings.Repeat("x", 65_536-len(head)-len(tail)) + tail)
 					if h := ws.next(); h.kind != "message" || len(h.text) != 65_536-len(head)-len(tail) {
 						t.Errorf("heard %.50v of %d", h, len(h.text))
 					}
 					mark := b.relay.lastID.Load()
 					go ws.conn.Write(ws.ctx, websocket.MessageText, []byte(head+strings.Repeat("x", 65_537-len(head)-len(tail))+tail))
-					if h, err := ws.hears(); websocket.CloseStatus(err) != websocket.StatusMessageTooBig {
+					if h, err := ws.receive(); websocket.CloseStatus(err) != websocket.StatusMessageTooBig {
 						t.Errorf("65,537 bytes: %.50v %v, want 1009", h, err)
 					}
 					if b.relay.lastID.Load() != mark {
@@ -1063,10 +1063,10 @@ func TestWebSocketTooBig(t *testing.T) {
 					}
 					b.settle()
 				}
-				if n := b.readers(); network != tcp && n != 1 {
+				if n := b.subscriptions(); network != tcp && n != 1 {
 					t.Errorf("%d readers, want 1", n)
 				}
-				b.say("a", "hi")
+				b.post("a", "hi")
 				other.expect("message hi")
 			})
 		})
@@ -1076,11 +1076,11 @@ func TestWebSocketTooBig(t *testing.T) {
 // Many that are due come in few frames, an event a line.
 func TestWebSocketJoins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		for i := range 100 {
-			b.say("a", fmt.Sprint(i))
+			b.post("a", fmt.Sprint(i))
 		}
-		e := b.socket("a", "last=100")
+		e := b.webSocket("a", "last=100")
 		_, frame, err := e.conn.Read(t.Context())
 		if n := strings.Count(string(frame), "\n"); err != nil || n != 99 {
 			t.Errorf("a frame with %d newlines, %v; want 99", n, err)
@@ -1089,12 +1089,12 @@ func TestWebSocketJoins(t *testing.T) {
 }
 
 // A socket says goodbye to who says goodbye, answers pings, and takes frames in pieces.
-func TestWebSocketManners(t *testing.T) {
+func TestAWebSocketAnswersCloseAndPing(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
 		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network)
-				e := b.socket("a")
+			runOnNetwork(t, network, func(t *testing.T) {
+				b := newTestbed(t, network)
+				e := b.webSocket("a")
 				w, _ := e.conn.Writer(e.ctx, websocket.MessageText)
 				io.WriteString(w, `{"data":`)
 				io.WriteString(w, `"in pieces"}`)
@@ -1104,7 +1104,7 @@ func TestWebSocketManners(t *testing.T) {
 				if err := e.conn.Ping(ctx); err != nil {
 					t.Errorf("ping: %v", err)
 				}
-				e = b.socket("a")
+				e = b.webSocket("a")
 				if err := e.conn.Close(websocket.StatusNormalClosure, "enough"); err != nil {
 					t.Errorf("the goodbye was not answered: %v", err)
 				}
@@ -1116,14 +1116,14 @@ func TestWebSocketManners(t *testing.T) {
 // A WebSocket says who is here, and is told.
 func TestWebSocketPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		ada := b.socket("a", "user=ada")
+		b := newTestbed(t, pipe)
+		ada := b.webSocket("a", "user=ada")
 		h := ada.next()
 		if h.json != `{"type":"presence","room":"a","data":{"count":1,"users":{"ada":"online"}}}` {
 			t.Errorf("the roster is %s", h.json)
 		}
 		time.Sleep(2 * time.Second)
-		bob := b.socket("a", "user=bob")
+		bob := b.webSocket("a", "user=bob")
 		ada.expect("presence online")
 		time.Sleep(2 * time.Second)
 		bob.send(`{"type":"presence","data":"typing"}`)
@@ -1140,7 +1140,7 @@ func TestWebSocketPresence(t *testing.T) {
 // A handshake that isn't one is refused, with a reason.
 func TestWebSocketHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		for _, headers := range [][]string{
 			{},
 			{"Connection: Upgrade", "Upgrade: h2c"},
@@ -1154,9 +1154,9 @@ func TestWebSocketHandshake(t *testing.T) {
 			if res, body := b.do("GET", "/rooms/a/ws", "", headers...); res.StatusCode != 400 && res.StatusCode != 426 || !isError(body) {
 				t.Errorf("%q: %s %q", headers, res.Status, body)
 			}
-			b.idle()
+			b.checkIdle()
 		}
-		b = newBed(t, pipeH2)
+		b = newTestbed(t, pipeH2)
 		if res, body := b.do("GET", "/rooms/a/ws", ""); res.StatusCode != 426 || !isError(body) || res.Header.Get("Upgrade")+res.Header.Get("Connection") != "" {
 			t.Errorf("over HTTP/2, which knows neither Upgrade nor Connection: %s %v %q", res.Status, res.Header, body)
 		}
@@ -1179,53 +1179,53 @@ func TestAHeartbeatIsDueWhenTheClockWasSetBack(t *testing.T) {
 // What is published becomes this event.
 func TestPublish(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		parts, asParts := formParts("user", "ada", "data", "hi\r\nthere", "type", "note")
 		file, asFile := formParts("data", "hi", "else", "where")
 		for _, test := range []struct {
 			name, query, kind, body, want string
 		}{
-			{"curl -d hi", "", formKind, "hi", `{"data":"hi","type":"message"}`},
-			{"curl -d of a sentence", "", formKind, "100% of a=b & c", `{"data":"100% of a=b \u0026 c","type":"message"}`},
-			{"curl -d of a form without data", "", formKind, "user=ada&say=hi", `{"data":"user=ada\u0026say=hi","type":"message"}`},
-			{"curl -d of the field's name", "", formKind, "data", `{"data":"data","type":"message"}`},
-			{"curl -d of JSON", "", formKind, `{"a":1}`, `{"data":"{\"a\":1}","type":"message"}`},
+			{"curl -d hi", "", formType, "hi", `{"data":"hi","type":"message"}`},
+			{"curl -d of a sentence", "", formType, "100% of a=b & c", `{"data":"100% of a=b \u0026 c","type":"message"}`},
+			{"curl -d of a form without data", "", formType, "user=ada&say=hi", `{"data":"user=ada\u0026say=hi","type":"message"}`},
+			{"curl -d of the field's name", "", formType, "data", `{"data":"data","type":"message"}`},
+			{"curl -d of JSON", "", formType, `{"a":1}`, `{"data":"{\"a\":1}","type":"message"}`},
 			{"no type at all", "", "X: y", "hi", `{"data":"hi","type":"message"}`},
 			{"an unknown type", "", "Content-Type: application/octet-stream", "hi", `{"data":"hi","type":"message"}`},
 			{"a type that is none", "", "Content-Type: /;;", "hi", `{"data":"hi","type":"message"}`},
-			{"text", "?user=ada&type=x", textKind, "é \u2028 <&> \x00\r\n", `{"data":"é \u2028 \u003c\u0026\u003e \u0000\r\n","from":"ada","type":"x"}`},
-			{"text that looks like JSON", "", textKind, `{"a":1}`, `{"data":"{\"a\":1}","type":"message"}`},
-			{"text with a charset", "", textKind + `; charset="UTF-8"`, "hi", `{"data":"hi","type":"message"}`},
-			{"nothing", "", textKind, "", `{"data":"","type":"message"}`},
-			{"JSON", "?user=%C3%A9&type=a.b:c-d_E9", jsonKind, " {\n\t\"a\" : [ 1 , null , \"<\" ] }\n", `{"data":{"a":[1,null,"\u003c"]},"from":"é","type":"a.b:c-d_E9"}`},
-			{"JSON with a charset", "", jsonKind + "; charset=utf-8", `"hi"`, `{"data":"hi","type":"message"}`},
+			{"text", "?user=ada&type=x", textType, "é \u2028 <&> \x00\r\n", `{"data":"é \u2028 \u003c\u0026\u003e \u0000\r\n","from":"ada","type":"x"}`},
+			{"text that looks like JSON", "", textType, `{"a":1}`, `{"data":"{\"a\":1}","type":"message"}`},
+			{"text with a charset", "", textType + `; charset="UTF-8"`, "hi", `{"data":"hi","type":"message"}`},
+			{"nothing", "", textType, "", `{"data":"","type":"message"}`},
+			{"JSON", "?user=%C3%A9&type=a.b:c-d_E9", jsonType, " {\n\t\"a\" : [ 1 , null , \"<\" ] }\n", `{"data":{"a":[1,null,"\u003c"]},"from":"é","type":"a.b:c-d_E9"}`},
+			{"JSON with a charset", "", jsonType + "; charset=utf-8", `"hi"`, `{"data":"hi","type":"message"}`},
 			{"JSON by another name", "", "Content-Type: text/json", `[1]`, `{"data":[1],"type":"message"}`},
-			{"JSON behind a byte order mark", "", jsonKind, "\ufeff[1]", `{"data":[1],"type":"message"}`},
-			{"text behind a byte order mark", "", textKind, "\ufeffhi", `{"data":"hi","type":"message"}`},
-			{"a form behind a byte order mark", "", formKind, "\ufeffdata=hi", `{"data":"hi","type":"message"}`},
-			{"JSON with a parameter that is none", "", jsonKind + "; utf-8", "[1]", `{"data":[1],"type":"message"}`},
-			{"JSON with an empty parameter", "", jsonKind + ";;", "[1]", `{"data":[1],"type":"message"}`},
-			{"JSON whose type a proxy joined with another", "", jsonKind + ", text/plain", "[1]", `{"data":[1],"type":"message"}`},
-			{"curl -d of a form with a semicolon", "", formKind, "data=a; b&user=ada", `{"data":"a; b","from":"ada","type":"message"}`},
-			{"curl -d of a form with a percent sign", "", formKind, "data=100% of %C3%A9 %zz%&user=ada", `{"data":"100% of é %zz%","from":"ada","type":"message"}`},
+			{"JSON behind a byte order mark", "", jsonType, "\ufeff[1]", `{"data":[1],"type":"message"}`},
+			{"text behind a byte order mark", "", textType, "\ufeffhi", `{"data":"hi","type":"message"}`},
+			{"a form behind a byte order mark", "", formType, "\ufeffdata=hi", `{"data":"hi","type":"message"}`},
+			{"JSON with a parameter that is none", "", jsonType + "; utf-8", "[1]", `{"data":[1],"type":"message"}`},
+			{"JSON with an empty parameter", "", jsonType + ";;", "[1]", `{"data":[1],"type":"message"}`},
+			{"JSON whose type a proxy joined with another", "", jsonType + ", text/plain", "[1]", `{"data":[1],"type":"message"}`},
+			{"curl -d of a form with a semicolon", "", formType, "data=a; b&user=ada", `{"data":"a; b","from":"ada","type":"message"}`},
+			{"curl -d of a form with a percent sign", "", formType, "data=100% of %C3%A9 %zz%&user=ada", `{"data":"100% of é %zz%","from":"ada","type":"message"}`},
 			{"JSON by a name of its own", "", "Content-Type: application/cloudevents+json; charset=utf-8", `{"id":"x"}`, `{"data":{"id":"x"},"type":"message"}`},
-			{"JSON with whole surrogate pairs", "", jsonKind, `["\ud83d\ude00","\\ud800","\uFFFD"]`, `{"data":["😀","\\ud800","�"],"type":"message"}`},
-			{"JSON with a name again in another object", "", jsonKind, `{"a":{"a":1},"b":[{"a":1},{"a":2}],"c":"a"}`, `{"data":{"a":{"a":1},"b":[{"a":1},{"a":2}],"c":"a"},"type":"message"}`},
-			{"JSON with large and small numbers", "", jsonKind, `[1.7e308,-1.7E+308,1e-400,12345678901234567890,0.1]`, `{"data":[1.7e308,-1.7e308,0,12345678901234567890,0.1],"type":"message"}`},
-			{"null", "", jsonKind, "null", `{"data":null,"type":"message"}`},
-			{"a number", "", jsonKind, "-0.5e-3", `{"data":-0.0005,"type":"message"}`},
-			{"JSON as deep as may be", "", jsonKind, strings.Repeat("[", 64) + strings.Repeat("]", 64), `{"data":` + strings.Repeat("[", 64) + strings.Repeat("]", 64) + `,"type":"message"}`},
-			{"JSON with brackets in a string", "", jsonKind, `"\"` + strings.Repeat("[{", 100) + `"`, `{"data":"\"` + strings.Repeat("[{", 100) + `","type":"message"}`},
-			{"a form", "", formKind, "data=a+b%26c%3D%C3%A9&user=ada&type=note", `{"data":"a b\u0026c=é","from":"ada","type":"note"}`},
-			{"a form and the query", "?user=ada", formKind, "data=hi&type=x", `{"data":"hi","from":"ada","type":"x"}`},
-			{"a form and the query that agree", "?user=ada&type=x", formKind, "data=hi&type=x&user=ada", `{"data":"hi","from":"ada","type":"x"}`},
-			{"a form with more", "", formKind, "data=&other=1&other=2", `{"data":"","type":"message"}`},
+			{"JSON with whole surrogate pairs", "", jsonType, `["\ud83d\ude00","\\ud800","\uFFFD"]`, `{"data":["😀","\\ud800","�"],"type":"message"}`},
+			{"JSON with a name again in another object", "", jsonType, `{"a":{"a":1},"b":[{"a":1},{"a":2}],"c":"a"}`, `{"data":{"a":{"a":1},"b":[{"a":1},{"a":2}],"c":"a"},"type":"message"}`},
+			{"JSON with large and small numbers", "", jsonType, `[1.7e308,-1.7E+308,1e-400,12345678901234567890,0.1]`, `{"data":[1.7e308,-1.7e308,0,12345678901234567890,0.1],"type":"message"}`},
+			{"null", "", jsonType, "null", `{"data":null,"type":"message"}`},
+			{"a number", "", jsonType, "-0.5e-3", `{"data":-0.0005,"type":"message"}`},
+			{"JSON as deep as may be", "", jsonType, strings.Repeat("[", 64) + strings.Repeat("]", 64), `{"data":` + strings.Repeat("[", 64) + strings.Repeat("]", 64) + `,"type":"message"}`},
+			{"JSON with brackets in a string", "", jsonType, `"\"` + strings.Repeat("[{", 100) + `"`, `{"data":"\"` + strings.Repeat("[{", 100) + `","type":"message"}`},
+			{"a form", "", formType, "data=a+b%26c%3D%C3%A9&user=ada&type=note", `{"data":"a b\u0026c=é","from":"ada","type":"note"}`},
+			{"a form and the query", "?user=ada", formType, "data=hi&type=x", `{"data":"hi","from":"ada","type":"x"}`},
+			{"a form and the query that agree", "?user=ada&type=x", formType, "data=hi&type=x&user=ada", `{"data":"hi","from":"ada","type":"x"}`},
+			{"a form with more", "", formType, "data=&other=1&other=2", `{"data":"","type":"message"}`},
 			{"a form in parts", "", asParts, parts, `{"data":"hi\r\nthere","from":"ada","type":"note"}`},
 			{"a form in parts with more", "?user=ada", asFile, file, `{"data":"hi","from":"ada","type":"message"}`},
-			{"a user of 64 characters", "?user=" + strings.Repeat("%C3%A9", 64), textKind, "", `{"data":"","from":"` + strings.Repeat("é", 64) + `","type":"message"}`},
-			{"a user that is markup", "?user=%3Cb%3E%22%27", textKind, "", `{"data":"","from":"\u003cb\u003e\"'","type":"message"}`},
-			{"a type of 64", "?type=" + strings.Repeat("x", 64), textKind, "", `{"data":"","type":"` + strings.Repeat("x", 64) + `"}`},
-			{"parameters that are empty", "?type=&user=&key=&ttl=", textKind, "hi", `{"data":"hi","type":"message"}`},
+			{"a user of 64 characters", "?user=" + strings.Repeat("%C3%A9", 64), textType, "", `{"data":"","from":"` + strings.Repeat("é", 64) + `","type":"message"}`},
+			{"a user that is markup", "?user=%3Cb%3E%22%27", textType, "", `{"data":"","from":"\u003cb\u003e\"'","type":"message"}`},
+			{"a type of 64", "?type=" + strings.Repeat("x", 64), textType, "", `{"data":"","type":"` + strings.Repeat("x", 64) + `"}`},
+			{"parameters that are empty", "?type=&user=&key=&ttl=", textType, "hi", `{"data":"hi","type":"message"}`},
 			{"not encoded", "", "Content-Encoding: identity", "hi", `{"data":"hi","type":"message"}`},
 		} {
 			mark := b.relay.lastID.Load()
@@ -1252,12 +1252,12 @@ func TestPublish(t *testing.T) {
 
 // Python's str.splitlines, which some clients take for the lines of an answer,
 // ends them at more than \n. So nothing of the kind is in an event as it is sent.
-func TestAnEventIsOneLineForPythonToo(t *testing.T) {
+func TestAnEventIsOneLineInPython(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		const ends = "a\n\r\v\f\x1c\x1d\x1e\u0085\u2028\u2029b"
 		quoted, _ := json.Marshal(ends)
-		for _, post := range [][2]string{{ends, textKind}, {url.Values{"data": {ends}}.Encode(), formKind}, {string(quoted), jsonKind}, {"{\"\u0085\":\"\u0085\"}", jsonKind}} {
+		for _, post := range [][2]string{{ends, textType}, {url.Values{"data": {ends}}.Encode(), formType}, {string(quoted), jsonType}, {"{\"\u0085\":\"\u0085\"}", jsonType}} {
 			b.do("POST", "/rooms/a", post[0], post[1])
 			_, body := b.do("GET", "/rooms/a/poll?last=1", "")
 			if i := strings.IndexAny(strings.TrimSuffix(body, "\n"), ends[1:len(ends)-1]); i >= 0 {
@@ -1278,14 +1278,14 @@ func sameJSON(a, b string) bool {
 // 65,536 bytes are taken by every way in, and nothing of one more.
 func TestPublishLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		fill := func(head, tail string, size int) string {
 			return head + strings.Repeat("x", size-len(head)-len(tail)) + tail
 		}
 		parts, asParts := formParts("data", "CUT")
 		head, tail, _ := strings.Cut(parts, "CUT")
 		for _, test := range []struct{ kind, head, tail string }{
-			{textKind, "", ""}, {jsonKind, `"`, `"`}, {jsonKind, `[[[{"a":"`, `"}]]]`}, {formKind, "data=", ""}, {formKind, "", ""}, {asParts, head, tail},
+			{textType, "", ""}, {jsonType, `"`, `"`}, {jsonType, `[[[{"a":"`, `"}]]]`}, {formType, "data=", ""}, {formType, "", ""}, {asParts, head, tail},
 		} {
 			mark := b.relay.lastID.Load()
 			if res, body := b.do("POST", "/rooms/a", fill(test.head, test.tail, 65_536), test.kind); res.StatusCode != 201 {
@@ -1299,7 +1299,7 @@ func TestPublishLimit(t *testing.T) {
 			}
 		}
 		// Of a body whose size is not said, no more than that is read.
-		body := &boundless{}
+		body := &endlessReader{}
 		req, _ := http.NewRequestWithContext(t.Context(), "POST", b.url+"/rooms/a", body)
 		if res, err := b.client.Do(req); err != nil || res.StatusCode != 413 {
 			t.Errorf("a body without end: %v %v", res, err)
@@ -1311,9 +1311,9 @@ func TestPublishLimit(t *testing.T) {
 }
 
 // boundless is a body without end.
-type boundless struct{ n atomic.Int64 }
+type endlessReader struct{ n atomic.Int64 }
 
-func (b *boundless) Read(p []byte) (int, error) {
+func (b *endlessReader) Read(p []byte) (int, error) {
 	for i := range p {
 		p[i] = 'x'
 	}
@@ -1324,7 +1324,7 @@ func (b *boundless) Read(p []byte) (int, error) {
 // A key makes a retry safe.
 func TestKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *config) { c.maxEvents = 4 })
+		b := newTestbed(t, pipe, func(c *config) { c.maxEvents = 4 })
 		post := func(path, body string, headers ...string) (status int, answer string) {
 			res, answer := b.do("POST", path, body, headers...)
 			return res.StatusCode, answer
@@ -1336,8 +1336,8 @@ func TestKey(t *testing.T) {
 			{"/rooms/a?key=k&type=other&user=bob&ttl=5", "something else"},
 			{"/rooms/a", "one", "Idempotency-Key: k"},
 			{"/rooms/a?key=k", "one", "Idempotency-Key: k"},
-			{"/rooms/a", "data=x&key=k", formKind},
-			{"/rooms/a?key=k", "data=x&key=k", formKind},
+			{"/rooms/a", "data=x&key=k", formType},
+			{"/rooms/a?key=k", "data=x&key=k", formType},
 			{"/rooms/a", parts, asParts},
 		} {
 			mark := b.relay.lastID.Load()
@@ -1347,11 +1347,11 @@ func TestKey(t *testing.T) {
 		}
 		for _, no := range [][]string{
 			{"/rooms/a?key=k", "one", "Idempotency-Key: other"},
-			{"/rooms/a?key=other", "data=x&key=k", formKind},
-			{"/rooms/a?key=other", "data=x&key=k", formKind, "Idempotency-Key: k"},
-			{"/rooms/a", "data=x&key=k", formKind, "Idempotency-Key: other"},
+			{"/rooms/a?key=other", "data=x&key=k", formType},
+			{"/rooms/a?key=other", "data=x&key=k", formType, "Idempotency-Key: k"},
+			{"/rooms/a", "data=x&key=k", formType, "Idempotency-Key: other"},
 			{"/rooms/a?key=k&key=k", "one"},
-			{"/rooms/a", "data=x&key=k&key=k", formKind},
+			{"/rooms/a", "data=x&key=k&key=k", formType},
 			{"/rooms/a?key=" + strings.Repeat("k", 129), "one"},
 			{"/rooms/a", "one", "Idempotency-Key: " + strings.Repeat("k", 129)},
 			{"/rooms/a?key=%00", "one"},
@@ -1380,7 +1380,7 @@ func TestKey(t *testing.T) {
 // PUT publishes as POST does, for curl -T.
 func TestPut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		if res, body := b.do("PUT", "/rooms/a?user=ada", "notes\n"); res.StatusCode != 201 || b.newest("a") != `{"data":"notes\n","from":"ada","type":"message"}` {
 			t.Errorf("%s %s", res.Status, body)
 		}
@@ -1391,7 +1391,7 @@ func TestPut(t *testing.T) {
 // two who both read it, one wins, and the other is told where to go on from.
 func TestIf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe, func(c *config) { c.maxEvents = 2 })
+		b := newTestbed(t, pipe, func(c *config) { c.maxEvents = 2 })
 		newest := int64(0)
 		try := func(query, body string, headers ...string) (status int, id int64) {
 			t.Helper()
@@ -1420,17 +1420,17 @@ func TestIf(t *testing.T) {
 		wants(412, 0, "if=1", "in a room that has none")
 		newest = wants(201, -1, "if=0", "first")
 		wants(412, newest, "if=0", "too late")
-		b.say("b", "in another room")
-		b.say("a?ttl=60&type=typing", "a signal is no message")
+		b.post("b", "in another room")
+		b.post("a?ttl=60&type=typing", "a signal is no message")
 		second := wants(201, -1, fmt.Sprint("key=k&if=", newest), "second")
 		wants(200, second, fmt.Sprint("key=k&if=", newest), "a key that is known answers first")
 		wants(412, second, fmt.Sprint("if=", newest), "from before")
-		third := wants(201, -1, "", fmt.Sprint("data=by+a+form&if=", second), formKind)
+		third := wants(201, -1, "", fmt.Sprint("data=by+a+form&if=", second), formType)
 		for range 3 { // the history moves on
 			third = wants(201, -1, fmt.Sprint("if=", third), "more")
 		}
 
-		e := b.socket("a")
+		e := b.webSocket("a")
 		e.send(fmt.Sprintf(`{"data":"no","key":"x","if":%d}`, second))
 		if h := e.next(); h.json != fmt.Sprintf(`{"type":"error","key":"x","id":%d,"data":"another message was published to this room since; its id is the one to go on from"}`, third) {
 			t.Errorf("by WebSocket: %s", h.json)
@@ -1452,10 +1452,10 @@ func TestIf(t *testing.T) {
 // Those that can't set a header say in the query where they were, each in its own way.
 func TestTheCursorByItsOtherNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		start := b.relay.epoch
 		for _, text := range []string{"one", "two", "three"} {
-			b.say("a", text)
+			b.post("a", text)
 		}
 		after := func(name string, n int64) string { return fmt.Sprintf("%s=%d", name, start+n) }
 		for _, test := range []struct{ query, header, want string }{
@@ -1478,24 +1478,24 @@ func TestTheCursorByItsOtherNames(t *testing.T) {
 				t.Errorf("%s %q: %s, want %s alone", test.query, test.header, body, test.want)
 			}
 		}
-		b.listen(kindOf("sse"), "a", after("lastEventId", 1)).expect("hello", "message two", "message three")
+		b.subscribe(variantOf("sse"), "a", after("lastEventId", 1)).expect("hello", "message two", "message three")
 	})
 }
 
 // A signal is heard while it lasts and is no part of the history.
 func TestPublishSignal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		e := b.listen(kindOf("stream"), "a").begin()
-		b.say("a", "before")
+		b := newTestbed(t, pipe)
+		e := b.subscribe(variantOf("stream"), "a").begin()
+		b.post("a", "before")
 		for _, ttl := range []string{"1", "500", "86400"} {
-			b.say("a?type=typing&ttl="+ttl, ttl)
+			b.post("a?type=typing&ttl="+ttl, ttl)
 		}
 		e.expect("message before", "typing 1", "typing 500", "typing 86400")
 		time.Sleep(500*time.Second - time.Millisecond)
-		b.listen(kindOf("stream"), "a", fmt.Sprint("after=", b.relay.epoch)).expect("hello", "message before", "typing 500", "typing 86400")
+		b.subscribe(variantOf("stream"), "a", fmt.Sprint("after=", b.relay.epoch)).expect("hello", "message before", "typing 500", "typing 86400")
 		time.Sleep(time.Millisecond)
-		b.listen(kindOf("stream"), "a", fmt.Sprint("after=", b.relay.epoch)).expect("hello", "message before", "typing 86400")
+		b.subscribe(variantOf("stream"), "a", fmt.Sprint("after=", b.relay.epoch)).expect("hello", "message before", "typing 86400")
 	})
 }
 
@@ -1503,9 +1503,9 @@ func TestPublishSignal(t *testing.T) {
 // page, wherever else it is told to go.
 func TestForm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		post := func(body string) (status int, location string) {
-			res, _ := b.do("POST", "/rooms/a", body, formKind)
+			res, _ := b.do("POST", "/rooms/a", body, formType)
 			return res.StatusCode, res.Header.Get("Location")
 		}
 		for _, test := range []struct {
@@ -1576,8 +1576,8 @@ func TestForm(t *testing.T) {
 // What is refused says why, in JSON, and changes nothing.
 func TestRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		b.say("a", "before")
+		b := newTestbed(t, pipe)
+		b.post("a", "before")
 		names := func(n int) string {
 			var rooms []string
 			for i := range n {
@@ -1647,15 +1647,15 @@ func TestRefusals(t *testing.T) {
 		}
 		post(400, "/rooms/a?type=%zz", "hi")
 		post(400, "/rooms/a", "hi", "Idempotency-Key: 1", "Idempotency-Key: 2")
-		post(400, "/rooms/a", "data=x&ttl=0", formKind)
-		post(400, "/rooms/a?ttl=1", "data=x&ttl=2", formKind)
-		post(400, "/rooms/a", "data=x&data=x", formKind)
-		post(400, "/rooms/a", "data=x&user=a&user=a", formKind)
-		post(400, "/rooms/a?user=ada", "data=x&user=bob", formKind)
-		post(400, "/rooms/a?type=x", "data=x&type=y", formKind)
+		post(400, "/rooms/a", "data=x&ttl=0", formType)
+		post(400, "/rooms/a?ttl=1", "data=x&ttl=2", formType)
+		post(400, "/rooms/a", "data=x&data=x", formType)
+		post(400, "/rooms/a", "data=x&user=a&user=a", formType)
+		post(400, "/rooms/a?user=ada", "data=x&user=bob", formType)
+		post(400, "/rooms/a?type=x", "data=x&type=y", formType)
 		post(400, "/rooms/a?user=ada", contrary, asContrary)
-		post(400, "/rooms/a/presence?user=ada", "state=away&user=bob", formKind)
-		post(400, "/rooms/a/presence?user=ada", "state=away&state=online", formKind)
+		post(400, "/rooms/a/presence?user=ada", "state=away&user=bob", formType)
+		post(400, "/rooms/a/presence?user=ada", "state=away&state=online", formType)
 		post(400, "/rooms/a", twice, asTwice)
 		post(400, "/rooms/a", without, asWithout)
 		post(400, "/rooms/a", "data=x", "Content-Type: multipart/form-data")
@@ -1665,11 +1665,11 @@ func TestRefusals(t *testing.T) {
 		// Types, users, callbacks.
 		for _, kind := range append([]string{"a%20b", "a/b", "%00", "%C3%A9", "%3Cb%3E", strings.Repeat("x", 65)}, reservedTypes...) {
 			post(400, "/rooms/a?type="+kind, "hi")
-			post(400, "/rooms/a", "data=x&type="+kind, formKind)
+			post(400, "/rooms/a", "data=x&type="+kind, formType)
 		}
 		for _, user := range []string{"%20", "%E2%80%AEeve", "eve%E2%80%8E", "a%D8%9Cb", "%E2%81%A6x%E2%81%A9", "a%E2%80%A8b", "%20eve", "eve+", "%C2%A0eve", "%E3%80%80", "%E2%80%8B", "%EF%BB%BF", "%E3%85%A4", "%E2%A0%80", "%FF", "%C3", "%00", "a%0Ab", "%C2%85", "%7F", strings.Repeat("x", 65), strings.Repeat("%C3%A9", 65)} {
 			post(400, "/rooms/a?user="+user, "hi")
-			post(400, "/rooms/a", "data=x&user="+user, formKind)
+			post(400, "/rooms/a", "data=x&user="+user, formType)
 			post(400, "/rooms/a/presence?user="+user, "online")
 			get(400, "/rooms/a/poll?user="+user, "/rooms/a/sse?user="+user, "/rooms/a/form?user="+user)
 		}
@@ -1681,46 +1681,46 @@ func TestRefusals(t *testing.T) {
 		// Bodies.
 		for _, text := range []string{"\xff", "hi \xc3\x28", "\xed\xa0\x80", "\xf5\x80\x80\x80", "hi\xc3"} {
 			post(400, "/rooms/a", text)
-			post(400, "/rooms/a", text, textKind)
-			post(400, "/rooms/a", `"`+text+`"`, jsonKind)
-			post(400, "/rooms/a", "data="+url.QueryEscape(text), formKind)
+			post(400, "/rooms/a", text, textType)
+			post(400, "/rooms/a", `"`+text+`"`, jsonType)
+			post(400, "/rooms/a", "data="+url.QueryEscape(text), formType)
 		}
 		post(400, "/rooms/a", latin, asLatin)
 		for _, text := range []string{"", " ", "{", "[1,]", "{'a':1}", "nul", "True", "1 2", `"a`, `"a` + "\n" + `"`, "01", "+1", ".5", "NaN", "{\"a\":1}}", "hi", deep, deepObject, strings.Repeat("[", 60_000), strings.Repeat(`{"a":`, 10_000)} {
-			post(400, "/rooms/a", text, jsonKind)
+			post(400, "/rooms/a", text, jsonType)
 		}
 		// What some parsers take and others don't: half of a surrogate pair, numbers beyond a double, names twice.
 		for _, text := range []string{`"\ud800"`, `"\uDFFF"`, `"\ude00\ud83d"`, `"\ud800\ud800"`, `"\ud800x"`, `"\ud800\\udc00"`, `["x",{"\ud800":1}]`, "1e400", `{"n":-1e309}`, strings.Repeat("9", 400),
 			`{"a":1,"a":2}`, `{"a":1,"\u0061":2}`, `[{"b":{"a":[],"c":1 , "a" : 2}}]`, `{"":1,"":1}`} {
-			post(400, "/rooms/a", text, jsonKind)
+			post(400, "/rooms/a", text, jsonType)
 			post(400, "/rooms/a", text, "Content-Type: application/vnd.api+json")
-			post(400, "/rooms/a/presence?user=ada", `{"state":"online","x":`+text+"}", jsonKind)
+			post(400, "/rooms/a/presence?user=ada", `{"state":"online","x":`+text+"}", jsonType)
 		}
-		post(400, "/rooms/a/presence?user=ada", `{"State":"online"}`, jsonKind)
+		post(400, "/rooms/a/presence?user=ada", `{"State":"online"}`, jsonType)
 		for _, id := range []string{"-1", "x", "", "1.5", "+1", "9223372036854775808", "1&if=1"} {
 			post(400, "/rooms/a?if="+id, "hi")
-			post(400, "/rooms/a", "data=hi&if="+id, formKind)
+			post(400, "/rooms/a", "data=hi&if="+id, formType)
 		}
-		post(400, "/rooms/a?if=1", "data=hi&if=2", formKind)
+		post(400, "/rooms/a?if=1", "data=hi&if=2", formType)
 		get(400, "/rooms/a/poll?lastEventId=x", "/rooms/a/sse?Last-Event-ID=-1", "/rooms/a/sse?lastEventId=1&lastEventId=2", "/rooms/a/sse?lastEventId=1&lastEventID=2")
 		get(400, "/rooms/a/stream?as=data", "/rooms/a/poll?as=data", "/rooms/a/html?as=data", "/rooms/a/refresh?as=data", "/rooms/a/iframe?as=data", "/rooms/a/longpoll?as=data", "/rooms/a/jsonp?callback=f&as=data", "/rooms/a/multipart?as=data")
 		get(400, "/rooms/a/sse?client="+strings.Repeat("x", 65), "/rooms/a/sse?client=a%20b", "/rooms/a/poll?client=a&client=b")
 		post(400, "/rooms/a/presence?user=ada&client=%3Cb%3E", "online")
 		post(413, "/rooms/a", strings.Repeat("x", 65_537))
-		post(413, "/rooms/a", strings.Repeat(" ", 65_537), jsonKind)
+		post(413, "/rooms/a", strings.Repeat(" ", 65_537), jsonType)
 		post(413, "/rooms/a/presence?user=ada", strings.Repeat(" ", 65_537))
 		for _, coding := range []string{"gzip", "br", "deflate", "x", "gzip, gzip"} {
 			post(415, "/rooms/a", "hi", "Content-Encoding: "+coding)
 			post(415, "/rooms/a/presence?user=ada", "online", "Content-Encoding: "+coding)
 		}
 		for _, charset := range []string{"iso-8859-1", "utf-16", "UTF-7"} {
-			post(415, "/rooms/a", "hi", textKind+"; charset="+charset)
-			post(415, "/rooms/a", `"hi"`, jsonKind+"; charset="+charset)
-			post(415, "/rooms/a", "data=x", formKind+"; charset="+charset)
+			post(415, "/rooms/a", "hi", textType+"; charset="+charset)
+			post(415, "/rooms/a", `"hi"`, jsonType+"; charset="+charset)
+			post(415, "/rooms/a", "data=x", formType+"; charset="+charset)
 		}
 		for _, state := range []string{"", "dancing", "Online", "online offline", "{", "{}", `{"state":1}`, `{"state":"x"}`, `{"state":null}`, "\xff"} {
 			post(400, "/rooms/a/presence?user=ada", state)
-			post(400, "/rooms/a/presence?user=ada", state, jsonKind)
+			post(400, "/rooms/a/presence?user=ada", state, jsonType)
 		}
 		post(400, "/rooms/a/presence", "online")
 		post(400, "/rooms/a/presence?user=", "online")
@@ -1742,7 +1742,7 @@ func TestRefusals(t *testing.T) {
 		}
 		mark, before := b.relay.lastID.Load(), rooms()
 		for _, r := range all {
-			res, body := b.raw1(r.method, r.path, r.body, r.headers...)
+			res, body := b.doRaw(r.method, r.path, r.body, r.headers...)
 			name := fmt.Sprintf("%s %.100s %q %.100q", r.method, r.path, r.headers, r.body)
 			if res.StatusCode != r.status {
 				t.Errorf("%s: %s %s, want %d", name, res.Status, body, r.status)
@@ -1766,11 +1766,11 @@ func TestRefusals(t *testing.T) {
 }
 
 // A ttl makes a signal, in the query or in a form.
-func TestATTLMakesASignal(t *testing.T) {
+func TestAnEventWithATTLIsASignal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		for i, ask := range [][]string{{"?ttl=5", "data=hi"}, {"", "data=hi&ttl=5"}, {"?ttl=5", "data=hi&ttl=5"}} {
-			b.do("POST", "/rooms/a"+ask[0], ask[1], formKind)
+			b.do("POST", "/rooms/a"+ask[0], ask[1], formType)
 			v := b.relay.rooms["a"].history.Load()
 			if len(v.messages) != 0 || len(v.signals) != i+1 || v.signals[i].expiresAt != v.signals[i].publishedAt+5000 {
 				t.Fatalf("%q made %d messages and %d signals", ask, len(v.messages), len(v.signals))
@@ -1782,7 +1782,7 @@ func TestATTLMakesASignal(t *testing.T) {
 // What is just within the bounds is taken.
 func TestWithinBounds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		var rooms []string
 		for i := range 32 {
 			rooms = append(rooms, fmt.Sprint("r", i))
@@ -1798,7 +1798,7 @@ func TestWithinBounds(t *testing.T) {
 			"/rooms/a/jsonp?wait=0&callback=" + strings.Repeat("x", 64), "/rooms/a/jsonp?wait=0&callback=$", "/rooms/a/jsonp?wait=0&callback=_.$1.a9",
 			"/rooms/a/poll?user=" + strings.Repeat("%C3%A9", 64),
 		} {
-			if res, body := b.raw1("GET", path, ""); res.StatusCode != 200 {
+			if res, body := b.doRaw("GET", path, ""); res.StatusCode != 200 {
 				t.Errorf("%s: %s %s", path, res.Status, body)
 			}
 		}
@@ -1808,10 +1808,10 @@ func TestWithinBounds(t *testing.T) {
 // BenchmarkFrame measures the framing of one event into a buffer that has room.
 func BenchmarkFrame(b *testing.B) {
 	r := benchRelay(b)
-	events := openReader(b, r, "lobby", r.lastID.Load()-r.epoch-1, subscribeRequest{}).next(nil)
+	events := openSubscriber(b, r, "lobby", r.lastID.Load()-r.epoch-1, subscribeRequest{}).next(nil)
 	for _, t := range newTechniques() {
 		b.Run(t.name, func(b *testing.B) {
-			f := benchFraming(b, t)
+			f := newTestEncoder(b, t)
 			buf := make([]byte, 0, 64<<10)
 			b.ReportAllocs()
 			for b.Loop() {
@@ -1825,8 +1825,8 @@ func BenchmarkFrame(b *testing.B) {
 
 func TestFramingAllocatesNothing(t *testing.T) {
 	r := benchRelay(t)
-	publishPost(t, r, publishRequest{room: "lobby", kind: "typing", from: "ada", ttl: time.Minute})
-	events := openReader(t, r, "lobby", r.lastID.Load()-r.epoch-2, subscribeRequest{}).next(nil)
+	publishEvent(t, r, publishRequest{room: "lobby", kind: "typing", from: "ada", ttl: time.Minute})
+	events := openSubscriber(t, r, "lobby", r.lastID.Load()-r.epoch-2, subscribeRequest{}).next(nil)
 	if len(events) != 2 {
 		t.Fatalf("read %d events, want a message and a signal", len(events))
 	}
@@ -1835,7 +1835,7 @@ func TestFramingAllocatesNothing(t *testing.T) {
 		if technique.mode != streaming {
 			continue
 		}
-		f := benchFraming(t, technique)
+		f := newTestEncoder(t, technique)
 		for _, due := range [][]*event{events[:1], events[1:], events} {
 			if n := testing.AllocsPerRun(100, func() { f.encode(buf, 1, due...) }); n > 0 {
 				t.Errorf("framing %d events as %s is %v allocations, want none", len(due), technique.name, n)
@@ -1906,7 +1906,7 @@ func FuzzQuery(f *testing.F) {
 			f.Add(n, seed, "7")
 		}
 	}
-	s := fuzzBed(f)
+	s := newTestApp(f)
 	s.checkAndPublish(&permit{}, publishRequest{room: "a", kind: "message", data: []byte(`"hi"`)})
 	f.Fuzz(func(t *testing.T, n uint8, query, last string) {
 		answers := []string{"refresh", "poll", "jsonp"}
@@ -1919,7 +1919,7 @@ func FuzzQuery(f *testing.F) {
 		if last != "" {
 			r.Header.Set("Last-Event-ID", last)
 		}
-		w := newRecorder()
+		w := newDeadlineRecorder()
 		s.ServeHTTP(w, r)
 		kind := w.Header().Get("Content-Type")
 		switch body := w.Body.String(); {
@@ -1972,7 +1972,7 @@ func safeEvent(t *testing.T, line string) {
 // newestEvent is what a poll says is the newest of a room.
 func newestEvent(t *testing.T, s *app, after int64) string {
 	t.Helper()
-	w := newRecorder()
+	w := newDeadlineRecorder()
 	s.ServeHTTP(w, httptest.NewRequest("GET", fmt.Sprint("/rooms/a,b/poll?after=", after), nil))
 	var answer struct{ Events []json.RawMessage }
 	if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || len(answer.Events) != 1 {
@@ -2002,7 +2002,7 @@ func FuzzPublish(f *testing.F) {
 	} {
 		f.Add(seed.kind, seed.query, seed.key, []byte(seed.body))
 	}
-	s := fuzzBed(f)
+	s := newTestApp(f)
 	f.Fuzz(func(t *testing.T, kind, query, key string, body []byte) {
 		r := httptest.NewRequest("POST", "/rooms/a", bytes.NewReader(body))
 		r.URL.RawQuery = query
@@ -2011,7 +2011,7 @@ func FuzzPublish(f *testing.F) {
 			r.Header.Set("Idempotency-Key", key)
 		}
 		before := s.relay.lastID.Load()
-		w := newRecorder()
+		w := newDeadlineRecorder()
 		s.ServeHTTP(w, r)
 		published := s.relay.lastID.Load() - before
 		var answer struct{ ID int64 }
@@ -2086,7 +2086,7 @@ func FuzzFrame(f *testing.F) {
 
 // checkFrame is one case of FuzzFrame.
 func checkFrame(t *testing.T, text, two bool, frame []byte) {
-	s := fuzzBed(t)
+	s := newTestApp(t)
 	q := &author{room: "a", user: "ada", permit: &permit{expiresAt: math.MaxInt64}}
 	if two {
 		q.room = ""
@@ -2120,7 +2120,7 @@ func checkFrame(t *testing.T, text, two bool, frame []byte) {
 	if published == 0 {
 		return
 	}
-	w := newRecorder()
+	w := newDeadlineRecorder()
 	s.ServeHTTP(w, httptest.NewRequest("GET", fmt.Sprint("/rooms/a,b/poll?presence=1&after=", before), nil))
 	var all struct {
 		Events []json.RawMessage
@@ -2137,15 +2137,15 @@ func checkFrame(t *testing.T, text, two bool, frame []byte) {
 	}
 }
 
-func TestAFrameThatIsTooBigEndsItsSocket(t *testing.T) {
+func TestAFrameThatIsTooBigEndsItsWebSocket(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-body", "100")
-		c, _ := h.socket("192.0.2.1", "/rooms/a/ws")
+		h := newLimitedTestbed(t, "-body", "100")
+		c, _ := h.webSocketFrom("192.0.2.1", "/rooms/a/ws")
 		defer c.CloseNow()
 		if err := c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("x"), 100)); err != nil {
 			t.Fatal(err)
 		}
-		hearSocket(t, c, strings.Repeat("x", 100))
+		readWebSocketUntil(t, c, strings.Repeat("x", 100))
 		c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("y"), 101))
 		for {
 			_, b, err := c.Read(context.Background())
@@ -2160,10 +2160,10 @@ func TestAFrameThatIsTooBigEndsItsSocket(t *testing.T) {
 	})
 }
 
-func TestAStreamIsSentAwayAtAJitteredAge(t *testing.T) {
+func TestAStreamEndsAtAJitteredAge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const age = 100 * time.Second
-		h := openHall(t, "-age", age.String(), "-beat", "15s")
+		h := newLimitedTestbed(t, "-age", age.String(), "-beat", "15s")
 		start := time.Now()
 		var mu sync.Mutex
 		ends := map[time.Duration]int{}
@@ -2181,16 +2181,16 @@ func TestAStreamIsSentAwayAtAJitteredAge(t *testing.T) {
 			wg.Go(func() {
 				r := h.open("192.0.2.1", "GET /rooms/a/"+tech, "")
 				defer r.stop()
-				if body := r.rest(); !strings.Contains(body, `"type":"bye","data":{"retry":`) && !strings.Contains(body, "this page comes back by itself") {
+				if body := r.readAll(); !strings.Contains(body, `"type":"bye","data":{"retry":`) && !strings.Contains(body, "this page comes back by itself") {
 					t.Errorf("%s ended without a bye:\n%s", tech, body)
 				}
 				ended(tech)
 			})
 		}
 		wg.Go(func() {
-			c, _ := h.socket("192.0.2.1", "/rooms/a/ws")
+			c, _ := h.webSocketFrom("192.0.2.1", "/rooms/a/ws")
 			defer c.CloseNow()
-			hearSocket(t, c, `"type":"bye"`)
+			readWebSocketUntil(t, c, `"type":"bye"`)
 			if _, _, err := c.Read(context.Background()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
 				t.Errorf("the socket closed with %v, want the code 1001", err)
 			}
@@ -2208,29 +2208,29 @@ func TestAStreamIsSentAwayAtAJitteredAge(t *testing.T) {
 
 func TestWithoutAnAgeAStreamLasts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
+		h := newLimitedTestbed(t)
 		r := h.open("192.0.2.1", "GET /rooms/a/stream", "")
 		defer r.stop()
-		r.until("hello")
+		r.readUntil("hello")
 		go func() {
 			time.Sleep(12 * time.Hour)
 			h.ask("192.0.2.1", "POST /rooms/a", "still there?")
 		}()
-		r.until("still there?")
+		r.readUntil("still there?")
 	})
 }
 
 func TestOverHTTP2AStreamLasts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-h2c")
-		get := hallH2(h)
+		h := newLimitedTestbed(t, "-h2c")
+		get := http2Client(h)
 		for _, tech := range []string{"sse", "stream", "multipart", "iframe", "html"} {
 			resp := get("/rooms/a/" + tech)
-			r := &hallReply{resp, t, bufio.NewReader(resp.Body), func() { resp.Body.Close() }}
+			r := &response{resp, t, bufio.NewReader(resp.Body), func() { resp.Body.Close() }}
 			read := make(chan struct{})
 			go func() {
 				defer close(read)
-				r.until("still there?")
+				r.readUntil("still there?")
 			}()
 			time.Sleep(3 * time.Minute)
 			h.ask("192.0.2.1", "POST /rooms/a", "still there?")
