@@ -311,7 +311,7 @@ func bodyFor(what string) string {
 
 func TestEveryRequestNeedsAToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret+","+secondSecret)
+		b := newLimitedTestbed(t, "-secret", firstSecret+","+secondSecret)
 		all := signedToken(`{"read":["lobby"],"write":["lobby"]}`)
 		second := makeToken(`{"alg":"HS256"}`, `{"read":["lobby"],"write":["lobby"]}`, secondSecret)
 		n := 0
@@ -348,7 +348,7 @@ func TestEveryRequestNeedsAToken(t *testing.T) {
 				} else if tc.name == "of another user" && strings.HasSuffix(what, "/presence") {
 					continue // to ask who is there is nobody's in particular
 				}
-				if got := h.status("192.0.2.1", tc.what, tc.headers...); got != tc.want {
+				if got := b.status("192.0.2.1", tc.what, tc.headers...); got != tc.want {
 					t.Errorf("%s with a token %s: %d, want %d", what, tc.name, got, tc.want)
 				}
 				if tc.want == 401 || tc.want == 403 {
@@ -356,14 +356,14 @@ func TestEveryRequestNeedsAToken(t *testing.T) {
 				}
 			}
 		}
-		if got := h.refusals("token"); got != n {
+		if got := b.refusals("token"); got != n {
 			t.Errorf("%d refusals are counted, want %d", got, n)
 		}
-		r, body := h.ask("192.0.2.1", "GET /rooms/lobby/poll", "")
+		r, body := b.ask("192.0.2.1", "GET /rooms/lobby/poll", "")
 		if r.Header.Get("WWW-Authenticate") != "Bearer" || !strings.Contains(body, `{"error":"this relay asks for a token`) {
 			t.Errorf("without a token: %v %s", r.Header, body)
 		}
-		r, body = h.ask("192.0.2.1", "GET /rooms/lobby,other/poll", "", "Authorization: Bearer "+all)
+		r, body = b.ask("192.0.2.1", "GET /rooms/lobby,other/poll", "", "Authorization: Bearer "+all)
 		if r.StatusCode != 403 || !strings.Contains(body, `\"other\"`) || r.Header.Get("WWW-Authenticate") != "" {
 			t.Errorf("with a token for one room of two: %d %s", r.StatusCode, body)
 		}
@@ -372,9 +372,9 @@ func TestEveryRequestNeedsAToken(t *testing.T) {
 
 func TestWhatNeedsNoToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret)
+		b := newLimitedTestbed(t, "-secret", firstSecret)
 		for _, what := range []string{"GET /", "GET /comet.js", "GET /healthz", "HEAD /healthz"} {
-			if got := h.status("192.0.2.1", what); got != 200 {
+			if got := b.status("192.0.2.1", what); got != 200 {
 				t.Errorf("%s: %d, want 200", what, got)
 			}
 		}
@@ -388,12 +388,12 @@ func TestWhatNeedsNoToken(t *testing.T) {
 			{"with a token for _stats", signedToken(`{"read":["_stats"]}`), 200},
 		} {
 			for _, what := range []string{"GET /metrics", "GET /rooms/_stats/poll", "GET /rooms/_stats/sse", "GET /rooms/_stats/presence"} {
-				if got := h.status("192.0.2.1", what, "Authorization: Bearer "+tc.token); got != tc.want {
+				if got := b.status("192.0.2.1", what, "Authorization: Bearer "+tc.token); got != tc.want {
 					t.Errorf("%s %s: %d, want %d", what, tc.name, got, tc.want)
 				}
 			}
 		}
-		if got := h.status("192.0.2.1", "POST /rooms/_stats", "Authorization: Bearer "+signedToken(`{"write":["_stats","_*","*"]}`)); got != 403 {
+		if got := b.status("192.0.2.1", "POST /rooms/_stats", "Authorization: Bearer "+signedToken(`{"write":["_stats","_*","*"]}`)); got != 403 {
 			t.Errorf("POST /rooms/_stats with a token for it: %d; nobody publishes there, want 403", got)
 		}
 	})
@@ -401,15 +401,15 @@ func TestWhatNeedsNoToken(t *testing.T) {
 
 func TestWithoutASecretATokenIsOfNoUse(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
+		b := newLimitedTestbed(t)
 		for _, what := range append(allRequests("lobby"), "GET /metrics") {
 			for _, token := range []string{"", "x", signedToken(`{"sub":"bob","exp":1}`)} {
-				if got := h.status("192.0.2.1", what, "Authorization: Bearer "+token, "Cookie: token="+token); got != 200 {
+				if got := b.status("192.0.2.1", what, "Authorization: Bearer "+token, "Cookie: token="+token); got != 200 {
 					t.Errorf("%s with the token %q: %d, want 200", what, token, got)
 				}
 			}
 		}
-		r, _ := h.ask("192.0.2.1", "GET /rooms/lobby/refresh?token=x", "", "Accept: text/html")
+		r, _ := b.ask("192.0.2.1", "GET /rooms/lobby/refresh?token=x", "", "Accept: text/html")
 		if r.StatusCode != 200 || len(r.Cookies()) > 0 {
 			t.Errorf("a page with a token in its URL: %d, cookies %v; want nothing kept", r.StatusCode, r.Cookies())
 		}
@@ -418,12 +418,12 @@ func TestWithoutASecretATokenIsOfNoUse(t *testing.T) {
 
 func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret)
+		b := newLimitedTestbed(t, "-secret", firstSecret)
 		ada := "Authorization: Bearer " + signedToken(`{"sub":"ada","read":["*"],"write":["lobby"]}`)
 		any := "Authorization: Bearer " + signedToken(`{"read":["*"],"write":["*"]}`)
 		const from = "192.0.2.1"
 		said := func() string {
-			_, body := h.ask(from, "GET /rooms/lobby/poll?last=1&presence=0", "", any)
+			_, body := b.ask(from, "GET /rooms/lobby/poll?last=1&presence=0", "", any)
 			_, who, _ := strings.Cut(body, `"from":`)
 			who, _, _ = strings.Cut(who, ",")
 			return strings.Trim(who, `"`)
@@ -448,7 +448,7 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 			if strings.Contains(tc.body, "data=") {
 				kind = "Content-Type: application/x-www-form-urlencoded"
 			}
-			r, _ := h.ask(from, tc.what, tc.body, tc.auth, kind)
+			r, _ := b.ask(from, tc.what, tc.body, tc.auth, kind)
 			got := fmt.Sprint(r.StatusCode)
 			if r.StatusCode == 201 {
 				got = said()
@@ -459,7 +459,7 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 		}
 
 		here := func(room string) string {
-			_, body := h.ask(from, "GET /rooms/"+room+"/presence", "", any)
+			_, body := b.ask(from, "GET /rooms/"+room+"/presence", "", any)
 			var ros roster
 			json.Unmarshal([]byte(body), &ros)
 			return strings.Trim(strings.TrimPrefix(fmt.Sprint(ros.Users), "map"), "[]")
@@ -471,14 +471,14 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 			{"POST /rooms/a/presence", `{"state":"away","user":"bob"}`, "ada:away"},
 			{"POST /rooms/a/presence?user=bob", "offline", "ada:away"},
 		} {
-			h.ask(from, tc.what, tc.body, ada)
+			b.ask(from, tc.what, tc.body, ada)
 			if got := here("a"); got != tc.want {
 				t.Errorf("after %s %s with ada's token there is %q, want %q", tc.what, tc.body, got, tc.want)
 			}
 		}
 
 		// The socket speaks as ada, wherever it may.
-		c, status := h.webSocketFrom(from, "/rooms/lobby,b/ws?user=ada", ada)
+		c, status := b.webSocketFrom(from, "/rooms/lobby,b/ws?user=ada", ada)
 		if status != 101 {
 			t.Fatalf("ada's socket: %d", status)
 		}
@@ -507,11 +507,11 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 
 func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret)
+		b := newLimitedTestbed(t, "-secret", firstSecret)
 		const from = "192.0.2.1"
 		tok := signedToken(`{"sub":"ada","read":["lobby"],"write":["lobby"],"exp":` + unixIn(time.Hour) + `}`)
 		for _, path := range []string{"/rooms/lobby/html", "/rooms/lobby/refresh", "/rooms/lobby/form"} {
-			r, body := h.ask(from, "GET "+path+"?user=ada&token="+tok+"&last=3", "", "Accept: text/html,*/*", "X-Forwarded-Proto: https")
+			r, body := b.ask(from, "GET "+path+"?user=ada&token="+tok+"&last=3", "", "Accept: text/html,*/*", "X-Forwarded-Proto: https")
 			where := r.Header.Get("Location")
 			if r.StatusCode != 303 || where != "."+path[strings.LastIndex(path, "/"):]+"?last=3&user=ada" {
 				t.Fatalf("%s with a token is answered %d, to %q", path, r.StatusCode, where)
@@ -533,7 +533,7 @@ func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 			if want := time.Now().Add(time.Hour); !c.Expires.Equal(want) {
 				t.Errorf("%s: the cookie expires %v, the token %v", path, c.Expires, want)
 			}
-			next := h.open(from, "GET "+path+strings.TrimPrefix(where, "."+path[strings.LastIndex(path, "/"):]), "", "Accept: text/html", "Cookie: token="+c.Value)
+			next := b.open(from, "GET "+path+strings.TrimPrefix(where, "."+path[strings.LastIndex(path, "/"):]), "", "Accept: text/html", "Cookie: token="+c.Value)
 			if next.StatusCode != 200 {
 				t.Errorf("%s with the cookie: %d", where, next.StatusCode)
 			}
@@ -541,18 +541,18 @@ func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 		}
 
 		page := "GET /rooms/lobby/refresh?token="
-		if r, _ := h.ask(from, page+tok, "", "Accept: text/html"); r.Cookies()[0].Secure {
+		if r, _ := b.ask(from, page+tok, "", "Accept: text/html"); r.Cookies()[0].Secure {
 			t.Error("over plain HTTP the cookie is Secure, and would never come back")
 		}
-		if r, _ := h.ask(from, page+signedToken(`{"read":["lobby"]}`), "", "Accept: text/html"); !r.Cookies()[0].Expires.IsZero() {
+		if r, _ := b.ask(from, page+signedToken(`{"read":["lobby"]}`), "", "Accept: text/html"); !r.Cookies()[0].Expires.IsZero() {
 			t.Error("the cookie of a token without end has an end")
 		}
 		for _, bad := range []string{"x", signedToken(`{"exp":1,"read":["*"]}`), signedToken(`{}`)} {
-			if r, _ := h.ask(from, page+bad, "", "Accept: text/html"); r.StatusCode < 400 || len(r.Cookies()) > 0 {
+			if r, _ := b.ask(from, page+bad, "", "Accept: text/html"); r.StatusCode < 400 || len(r.Cookies()) > 0 {
 				t.Errorf("a bad token is answered %d and cookies %v", r.StatusCode, r.Cookies())
 			}
 		}
-		if r := h.open(from, page+tok, "", "Accept: */*"); r.StatusCode != 200 {
+		if r := b.open(from, page+tok, "", "Accept: */*"); r.StatusCode != 200 {
 			t.Errorf("a program that takes anything is sent elsewhere: %d", r.StatusCode)
 		} else {
 			r.stop()
@@ -561,7 +561,7 @@ func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 			if strings.HasSuffix(what, "/html") || strings.HasSuffix(what, "/refresh") || strings.HasSuffix(what, "/form") || strings.HasSuffix(what, "/ws") {
 				continue
 			}
-			r := h.open(from, addParam(what, "token="+tok), bodyFor(what), "Accept: text/html")
+			r := b.open(from, addParam(what, "token="+tok), bodyFor(what), "Accept: text/html")
 			if r.StatusCode >= 300 || len(r.Cookies()) > 0 {
 				t.Errorf("%s: %d, cookies %v", what, r.StatusCode, r.Cookies())
 			}
@@ -572,18 +572,18 @@ func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 
 func TestAFormWithTheCookiePublishesAndStaysOnItsPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret)
+		b := newLimitedTestbed(t, "-secret", firstSecret)
 		cookie := "Cookie: token=" + signedToken(`{"sub":"ada","read":["lobby"],"write":["lobby"]}`)
-		_, page := h.ask("192.0.2.1", "GET /rooms/lobby/form", "", cookie)
+		_, page := b.ask("192.0.2.1", "GET /rooms/lobby/form", "", cookie)
 		if !strings.Contains(page, `name="user" value="ada"`) {
 			t.Errorf("the form of ada's token does not say ada:\n%s", page)
 		}
-		r, _ := h.ask("192.0.2.1", "POST /rooms/lobby", "user=ada&data=hi&then=form", cookie,
-			"Content-Type: application/x-www-form-urlencoded", "Origin: http://"+hallHost, "Sec-Fetch-Site: same-origin")
+		r, _ := b.ask("192.0.2.1", "POST /rooms/lobby", "user=ada&data=hi&then=form", cookie,
+			"Content-Type: application/x-www-form-urlencoded", "Origin: http://"+limitedHost, "Sec-Fetch-Site: same-origin")
 		if where := r.Header.Get("Location"); r.StatusCode != 303 || where != "./lobby/form?user=ada" {
 			t.Errorf("the form is answered %d, to %q", r.StatusCode, where)
 		}
-		r, _ = h.ask("192.0.2.1", "POST /rooms/lobby", "user=ada&data=hi&then=form", cookie,
+		r, _ = b.ask("192.0.2.1", "POST /rooms/lobby", "user=ada&data=hi&then=form", cookie,
 			"Content-Type: application/x-www-form-urlencoded", "Origin: https://evil.example", "Sec-Fetch-Site: cross-site")
 		if r.StatusCode != 403 {
 			t.Errorf("the same form on a foreign page, with the cookie: %d, want 403", r.StatusCode)
@@ -595,7 +595,7 @@ func TestAFormWithTheCookiePublishesAndStaysOnItsPage(t *testing.T) {
 // have set a cookie of that name.
 func TestAGoodCookieAmongOthersIsFound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret)
+		b := newLimitedTestbed(t, "-secret", firstSecret)
 		good := "token=" + signedToken(`{"sub":"ada","read":["lobby"]}`)
 		for cookies, status := range map[string]int{
 			"token=another; " + good:           200,
@@ -604,7 +604,7 @@ func TestAGoodCookieAmongOthersIsFound(t *testing.T) {
 			"token=another; token=yet":         401,
 			"token=another; other=" + good[6:]: 401,
 		} {
-			if r, body := h.ask("192.0.2.1", "GET /rooms/lobby/poll", "", "Cookie: "+cookies); r.StatusCode != status {
+			if r, body := b.ask("192.0.2.1", "GET /rooms/lobby/poll", "", "Cookie: "+cookies); r.StatusCode != status {
 				t.Errorf("%s: %d %s, want %d", cookies, r.StatusCode, body, status)
 			}
 		}
@@ -613,13 +613,13 @@ func TestAGoodCookieAmongOthersIsFound(t *testing.T) {
 
 func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret)
+		b := newLimitedTestbed(t, "-secret", firstSecret)
 		const good = 40 * time.Second
 		start := time.Now()
 		auth := "Authorization: Bearer " + signedToken(`{"read":["*"],"exp":`+unixIn(good)+`}`)
 		late := func() string {
 			d := time.Since(start) - good
-			if d < 0 || d > h.heartbeat/15 {
+			if d < 0 || d > b.heartbeat/15 {
 				return fmt.Sprintf("it ended %v after its token", d)
 			}
 			return ""
@@ -630,7 +630,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 				continue
 			}
 			wg.Go(func() {
-				r := h.open("192.0.2.1", "GET /rooms/lobby/"+tech.name, "", auth)
+				r := b.open("192.0.2.1", "GET /rooms/lobby/"+tech.name, "", auth)
 				defer r.stop()
 				body := r.readAll() // and it ends as an answer should
 				bye := `"type":"bye","data":{"retry":`
@@ -643,7 +643,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 			})
 		}
 		wg.Go(func() {
-			c, _ := h.webSocketFrom("192.0.2.1", "/rooms/lobby/ws", auth)
+			c, _ := b.webSocketFrom("192.0.2.1", "/rooms/lobby/ws", auth)
 			defer c.CloseNow()
 			readWebSocketUntil(t, c, `"type":"bye","data":{"retry":`)
 			_, _, err := c.Read(context.Background())
@@ -653,7 +653,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 		})
 		for _, what := range []string{"longpoll?wait=55", "jsonp?wait=55&callback=f"} {
 			wg.Go(func() {
-				r, body := h.ask("192.0.2.1", "GET /rooms/lobby/"+what, "", auth)
+				r, body := b.ask("192.0.2.1", "GET /rooms/lobby/"+what, "", auth)
 				if d := time.Since(start); r.StatusCode != 200 || d != good || !strings.Contains(body, `"events":[]`) {
 					t.Errorf("%s: after %v %d %s; want an empty answer as the token expires", what, d, r.StatusCode, body)
 				}
@@ -661,10 +661,10 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 		}
 		wg.Wait()
 		time.Sleep(time.Second)
-		if n := h.active(); n != 0 {
+		if n := b.active(); n != 0 {
 			t.Errorf("%d streams are held", n)
 		}
-		if got := h.status("192.0.2.1", "GET /rooms/lobby/sse", auth); got != 401 {
+		if got := b.status("192.0.2.1", "GET /rooms/lobby/sse", auth); got != 401 {
 			t.Errorf("coming back with it: %d, want 401", got)
 		}
 	})
@@ -672,13 +672,13 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 
 func TestOverHTTP2AStreamEndsWhenItsTokenExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret, "-h2c")
+		b := newLimitedTestbed(t, "-secret", firstSecret, "-h2c")
 		start := time.Now()
-		get := http2Client(h)
+		get := http2Client(b)
 		resp := get("/rooms/lobby/sse?token=" + signedToken(`{"read":["*"],"exp":`+unixIn(40*time.Second)+`}`))
-		b, err := io.ReadAll(resp.Body)
-		if d := time.Since(start); err != nil || d != 40*time.Second || !strings.Contains(string(b), "event: bye") {
-			t.Errorf("after %v %v, and said\n%s", d, err, b)
+		data, err := io.ReadAll(resp.Body)
+		if d := time.Since(start); err != nil || d != 40*time.Second || !strings.Contains(string(data), "event: bye") {
+			t.Errorf("after %v %v, and said\n%s", d, err, data)
 		}
 	})
 }
@@ -689,7 +689,7 @@ func TestNoTokenOrSecretIsInALogOrAnAnswer(t *testing.T) {
 	defer slog.SetDefault(before)
 	slog.SetDefault(slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", "a2b4,"+firstSecret, "-streams", "2")
+		b := newLimitedTestbed(t, "-secret", "a2b4,"+firstSecret, "-streams", "2")
 		var marks []string // none of these may be seen
 		mint := func(claims string) string {
 			tok := signedToken(claims)
@@ -715,13 +715,13 @@ func TestNoTokenOrSecretIsInALogOrAnAnswer(t *testing.T) {
 				"GET /rooms/lobby/nothing", "GET /rooms/lobby/sse?after=x", "POST /rooms/lobby?type=hello", "GET /rooms/lobby/poll?a=%zz") {
 				for _, headers := range [][]string{{"Authorization: Bearer " + tok}, {"Cookie: token=" + tok}, {"Authorization: " + tok}} {
 					if strings.Contains(what, "/ws") {
-						h.status("192.0.2.1", what, headers...)
+						b.status("192.0.2.1", what, headers...)
 						continue
 					}
 					if strings.Contains(what, "%zzy") { // net/http does not send it
 						continue
 					}
-					r := h.open("192.0.2.1", addParam(what, "token="+tok), bodyFor(what), append(headers, "Accept: text/html")...)
+					r := b.open("192.0.2.1", addParam(what, "token="+tok), bodyFor(what), append(headers, "Accept: text/html")...)
 					if !strings.HasPrefix(r.Header.Get("Set-Cookie"), "token=") {
 						clean(what, fmt.Sprint(r.Header))
 					}
@@ -738,18 +738,18 @@ func TestNoTokenOrSecretIsInALogOrAnAnswer(t *testing.T) {
 				"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer\x00" + tok + "\r\n\r\n",
 				"GET / HTTP/1.1\r\nHost: x\r\nAuthorization Bearer " + tok + "\r\n\r\n",
 			} {
-				c, err := h.dialFrom("192.0.2.1")
+				c, err := b.dialFrom("192.0.2.1")
 				if err != nil {
 					t.Fatal(err)
 				}
 				go io.WriteString(c, raw)
 				c.SetReadDeadline(time.Now().Add(time.Second))
-				b, _ := io.ReadAll(c)
-				clean(raw, string(b))
+				data, _ := io.ReadAll(c)
+				clean(raw, string(data))
 				c.Close()
 			}
 		}
-		h.close()
+		b.close()
 		clean("the log", log.String())
 	})
 	if !strings.Contains(log.String(), "msg=stopped") {
@@ -761,12 +761,12 @@ func TestNoTokenOrSecretIsInALogOrAnAnswer(t *testing.T) {
 
 func TestWhichOriginsMayRead(t *testing.T) {
 	const (
-		own, ownTLS  = "http://" + hallHost, "https://" + hallHost
+		own, ownTLS  = "http://" + limitedHost, "https://" + limitedHost
 		listed, evil = "https://ok.example", "https://evil.example"
 	)
 	synctest.Test(t, func(t *testing.T) {
 		for _, secret := range []string{"", firstSecret} {
-			h := newLimitedTestbed(t, "-origins", listed, "-secret", secret)
+			b := newLimitedTestbed(t, "-origins", listed, "-secret", secret)
 			cookies := []string{""}
 			if secret != "" {
 				cookies = append(cookies, signedToken(`{"read":["*"],"write":["*"]}`))
@@ -810,12 +810,12 @@ func TestWhichOriginsMayRead(t *testing.T) {
 								}
 								n++
 								if strings.Contains(what, "/ws") {
-									if got := h.status("192.0.2.1", what, headers...); got != want {
+									if got := b.status("192.0.2.1", what, headers...); got != want {
 										t.Errorf("%s %q: %d, want %d", what, headers, got, want)
 									}
 									continue
 								}
-								r := h.open("192.0.2.1", what, bodyFor(what), headers...)
+								r := b.open("192.0.2.1", what, bodyFor(what), headers...)
 								r.stop()
 								got := r.StatusCode
 								if got == 201 {
@@ -837,22 +837,22 @@ func TestWhichOriginsMayRead(t *testing.T) {
 					}
 				}
 			}
-			if got := h.refusals("origin"); got != refused {
+			if got := b.refusals("origin"); got != refused {
 				t.Errorf("%d refusals are counted, want %d", got, refused)
 			}
 			t.Logf("%d requests, %d of them refused for their origin", n, refused)
-			h.close()
+			b.close()
 		}
 	})
 }
 
 func TestAWebSocketIsCheckedLikeAnyRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
+		b := newLimitedTestbed(t)
 		// A proxy that gives the relay another Host (nginx does, unless told); the browser says it is the same origin.
-		headers := []string{"Host: 10.0.0.1:8080", "Origin: https://" + hallHost, "Sec-Fetch-Site: same-origin"}
+		headers := []string{"Host: 10.0.0.1:8080", "Origin: https://" + limitedHost, "Sec-Fetch-Site: same-origin"}
 		for _, what := range allRequests("lobby") {
-			if got := h.status("192.0.2.1", what, headers...); got != 200 {
+			if got := b.status("192.0.2.1", what, headers...); got != 200 {
 				t.Errorf("%s behind a proxy that sets the Host: %d, want 200", what, got)
 			}
 		}
@@ -861,7 +861,7 @@ func TestAWebSocketIsCheckedLikeAnyRequest(t *testing.T) {
 
 func TestAPageMayBeLinkedButNotFramed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
+		b := newLimitedTestbed(t)
 		for _, tc := range []struct {
 			mode, dest string
 			want       int
@@ -884,11 +884,11 @@ func TestAPageMayBeLinkedButNotFramed(t *testing.T) {
 					continue
 				}
 				if tc.dest == "document" && want == 200 { // over plain HTTP, where nothing says so but what is taken
-					if got := h.status("192.0.2.1", what, "Accept: text/html,*/*;q=0.8", "Referer: https://evil.example/"); got != want {
+					if got := b.status("192.0.2.1", what, "Accept: text/html,*/*;q=0.8", "Referer: https://evil.example/"); got != want {
 						t.Errorf("%s, a link on a foreign page: %d, want %d", what, got, want)
 					}
 				}
-				got := h.status("192.0.2.1", what, "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: "+tc.mode, "Sec-Fetch-Dest: "+tc.dest, "Referer: https://evil.example/")
+				got := b.status("192.0.2.1", what, "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: "+tc.mode, "Sec-Fetch-Dest: "+tc.dest, "Referer: https://evil.example/")
 				if got != want {
 					t.Errorf("%s from a foreign page, as %s %s: %d, want %d", what, tc.mode, tc.dest, got, want)
 				}
@@ -899,17 +899,17 @@ func TestAPageMayBeLinkedButNotFramed(t *testing.T) {
 
 func TestWithAStarAllOriginsMayAskButWithoutCookies(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-origins", "*")
+		b := newLimitedTestbed(t, "-origins", "*")
 		for _, what := range allRequests("lobby") {
 			for _, origin := range []string{"https://evil.example", "null"} {
 				headers := []string{"Origin: " + origin, "Sec-Fetch-Site: cross-site"}
-				if got := h.status("192.0.2.1", what, headers...); got != 200 {
+				if got := b.status("192.0.2.1", what, headers...); got != 200 {
 					t.Errorf("%s of %s: %d, want 200", what, origin, got)
 				}
 				if strings.Contains(what, "/ws") {
 					continue
 				}
-				r := h.open("192.0.2.1", what, bodyFor(what), headers...)
+				r := b.open("192.0.2.1", what, bodyFor(what), headers...)
 				r.stop()
 				if a, c := r.Header.Get("Access-Control-Allow-Origin"), r.Header.Get("Access-Control-Allow-Credentials"); a != origin || c != "" {
 					t.Errorf("%s of %s: allowed are %q, credentials %q", what, origin, a, c)
@@ -921,10 +921,10 @@ func TestWithAStarAllOriginsMayAskButWithoutCookies(t *testing.T) {
 
 func TestAPreflightIsAnsweredForListedOrigins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-origins", "https://ok.example", "-secret", firstSecret)
+		b := newLimitedTestbed(t, "-origins", "https://ok.example", "-secret", firstSecret)
 		for _, what := range []string{"/rooms/lobby", "/rooms/lobby/sse", "/rooms/lobby/presence", "/rooms/lobby/poll"} {
 			for origin, ok := range map[string]bool{"https://ok.example": true, "https://evil.example": false, "null": false} {
-				r, body := h.ask("192.0.2.1", "OPTIONS "+what, "", "Origin: "+origin, "Sec-Fetch-Site: cross-site",
+				r, body := b.ask("192.0.2.1", "OPTIONS "+what, "", "Origin: "+origin, "Sec-Fetch-Site: cross-site",
 					"Access-Control-Request-Method: POST", "Access-Control-Request-Headers: authorization")
 				allowed := r.Header.Get("Access-Control-Allow-Origin") == origin && strings.Contains(r.Header.Get("Access-Control-Allow-Headers"), "Authorization")
 				if r.StatusCode != 204 || body != "" || allowed != ok || !ok && r.Header.Get("Access-Control-Allow-Headers") != "" {
@@ -938,9 +938,9 @@ func TestAPreflightIsAnsweredForListedOrigins(t *testing.T) {
 func TestOnlyListedOriginsMayFrameAPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for origins, want := range map[string]string{"": "'self'", "https://a.example, https://b.example": "'self' https://a.example https://b.example", "*": "*"} {
-			h := newLimitedTestbed(t, "-origins", origins)
+			b := newLimitedTestbed(t, "-origins", origins)
 			for _, page := range []string{"html", "refresh", "form", "iframe"} {
-				r := h.open("192.0.2.1", "GET /rooms/lobby/"+page, "")
+				r := b.open("192.0.2.1", "GET /rooms/lobby/"+page, "")
 				r.stop()
 				policy := r.Header.Get("Content-Security-Policy")
 				_, got, _ := strings.Cut(policy, "frame-ancestors ")
@@ -948,20 +948,20 @@ func TestOnlyListedOriginsMayFrameAPage(t *testing.T) {
 					t.Errorf("with -origins %q who may frame %s is %q, want %q", origins, page, got, want)
 				}
 			}
-			h.close()
+			b.close()
 		}
 	})
 }
 
 func TestTheForeverFramePostsOnlyToTheOriginThatMayRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-origins", "https://ok.example")
+		b := newLimitedTestbed(t, "-origins", "https://ok.example")
 		for referer, want := range map[string]string{"": "location.origin", "https://ok.example/x": `"https://ok.example"`} {
 			site := "same-origin"
 			if referer != "" {
 				site = "cross-site"
 			}
-			r := h.open("192.0.2.1", "GET /rooms/lobby/iframe", "", "Referer: "+referer, "Sec-Fetch-Site: "+site, "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe")
+			r := b.open("192.0.2.1", "GET /rooms/lobby/iframe", "", "Referer: "+referer, "Sec-Fetch-Site: "+site, "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe")
 			if line := r.readUntil("postMessage"); !strings.Contains(line, "postMessage(event, "+want+")") {
 				t.Errorf("asked for by %q it is %s", referer, line)
 			}
@@ -1063,14 +1063,14 @@ func TestOperators(t *testing.T) {
 		{firstSecret, "192.0.2.1", []string{"Authorization: Bearer x"}, 401, 401},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			h := newLimitedTestbed(t, "-secret", tc.secret)
-			h.relay.publish(publishRequest{room: "lobby", kind: "message", data: []byte(`"hi"`)})
-			list, _ := h.ask(tc.from, "GET /rooms", "", tc.headers...)
-			erase, body := h.ask(tc.from, "DELETE /rooms/lobby", "", tc.headers...)
+			b := newLimitedTestbed(t, "-secret", tc.secret)
+			b.relay.publish(publishRequest{room: "lobby", kind: "message", data: []byte(`"hi"`)})
+			list, _ := b.ask(tc.from, "GET /rooms", "", tc.headers...)
+			erase, body := b.ask(tc.from, "DELETE /rooms/lobby", "", tc.headers...)
 			if list.StatusCode != tc.list || erase.StatusCode != tc.erase {
 				t.Errorf("%q from %s: %d and %d %s, want %d and %d", tc.headers, tc.from, list.StatusCode, erase.StatusCode, body, tc.list, tc.erase)
 			}
-			if left := h.relay.rooms["lobby"] != nil; left != (tc.erase != 204) {
+			if left := b.relay.rooms["lobby"] != nil; left != (tc.erase != 204) {
 				t.Errorf("%q from %s: the room is there: %v", tc.headers, tc.from, left)
 			}
 		})
@@ -1081,18 +1081,18 @@ func TestOperators(t *testing.T) {
 // ask what its token, which no script sees, is good for.
 func TestTheTokenOfAPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret)
+		b := newLimitedTestbed(t, "-secret", firstSecret)
 		const from, html = "192.0.2.1", "Accept: text/html"
 		exp := unixIn(time.Hour)
 		tok := signedToken(`{"sub":"ada","read":["lobby"],"exp":` + exp + `}`)
 		for path, want := range map[string]string{"/?token=" + tok: "./", "/?room=x&token=" + tok: "./?room=x", "/stats.html?token=" + tok: "./stats.html"} {
-			r, _ := h.ask(from, "GET "+path, "", html)
+			r, _ := b.ask(from, "GET "+path, "", html)
 			if where, cookie := r.Header.Get("Location"), r.Header.Get("Set-Cookie"); r.StatusCode != 303 || where != want || !strings.Contains(cookie, "token="+tok+"; Path=/;") || !strings.Contains(cookie, "HttpOnly") {
 				t.Errorf("%s: %d %q %q, want 303 %q", path, r.StatusCode, where, cookie, want)
 			}
 		}
 		for _, path := range []string{"/?token=x", "/?token=", "/?token=x&token=y"} {
-			if r, _ := h.ask(from, "GET "+path, "", html); r.StatusCode != 200 || r.Header.Get("Set-Cookie") != "" {
+			if r, _ := b.ask(from, "GET "+path, "", html); r.StatusCode != 200 || r.Header.Get("Set-Cookie") != "" {
 				t.Errorf("%s: %d %q", path, r.StatusCode, r.Header.Get("Set-Cookie"))
 			}
 		}
@@ -1109,18 +1109,18 @@ func TestTheTokenOfAPage(t *testing.T) {
 			{"?room=lobby", "X: y", 401, ""},
 			{"?room=lobby&token=x", "X: y", 401, ""},
 		} {
-			r, body := h.ask(from, "GET /token"+tc.query, "", tc.auth)
+			r, body := b.ask(from, "GET /token"+tc.query, "", tc.auth)
 			if r.StatusCode != tc.status || tc.want != "" && body != tc.want+"\n" || !strings.Contains(r.Header.Get("Cache-Control"), "no-store") {
 				t.Errorf("%s: %d %s, want %d %s", tc.query, r.StatusCode, body, tc.status, tc.want)
 			}
 		}
 	})
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
-		if r, body := h.ask("192.0.2.1", "GET /token?room=lobby&token=x", ""); r.StatusCode != 200 || body != `{"read":true,"required":false,"write":true}`+"\n" {
+		b := newLimitedTestbed(t)
+		if r, body := b.ask("192.0.2.1", "GET /token?room=lobby&token=x", ""); r.StatusCode != 200 || body != `{"read":true,"required":false,"write":true}`+"\n" {
 			t.Errorf("of an open relay: %d %s", r.StatusCode, body)
 		}
-		if r, _ := h.ask("192.0.2.1", "GET /?token=x", "", "Accept: text/html"); r.StatusCode != 200 {
+		if r, _ := b.ask("192.0.2.1", "GET /?token=x", "", "Accept: text/html"); r.StatusCode != 200 {
 			t.Errorf("a token that nobody asked for: %d", r.StatusCode)
 		}
 	})

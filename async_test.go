@@ -41,16 +41,16 @@ func readSlowly(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func
 
 func TestAClientThatLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
-		h.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
-		stream, err := h.dialFrom("192.0.2.1")
+		b := newLimitedTestbed(t)
+		b.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
+		stream, err := b.dialFrom("192.0.2.1")
 		if err != nil {
 			t.Fatal(err)
 		}
 		io.WriteString(stream, "GET /rooms/a/stream?last=1 HTTP/1.1\r\nHost: x\r\n\r\n")
-		socket := dialRawWebSocket(t, h, "/rooms/a/ws?last=1")
+		socket := dialRawWebSocket(t, b, "/rooms/a/ws?last=1")
 		synctest.Wait()
-		for _, st := range h.pool.sessions {
+		for _, st := range b.pool.sessions {
 			if st.state.Load() != stateBlocked {
 				t.Fatalf("a socket that nobody reads is not full: %d", st.state.Load())
 			}
@@ -59,7 +59,7 @@ func TestAClientThatLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
 		stream.Close()
 		socket.Close()
 		time.Sleep(time.Minute)
-		if n, held := h.metric("dropped_total"), h.active(); n != 0 || held != 0 {
+		if n, held := b.metric("dropped_total"), b.active(); n != 0 || held != 0 {
 			t.Errorf("%v are counted as dropped, %d are still there", n, held)
 		}
 	})
@@ -67,16 +67,16 @@ func TestAClientThatLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
 
 func TestAClientThatReadsNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
+		b := newLimitedTestbed(t)
 		ask := func(tech string) net.Conn {
-			c, err := h.dialFrom("192.0.2.1")
+			c, err := b.dialFrom("192.0.2.1")
 			if err != nil {
 				t.Fatal(err)
 			}
 			fmt.Fprintf(c, "GET /rooms/a/%s?last=100 HTTP/1.1\r\nHost: x\r\n\r\n", tech)
 			return c
 		}
-		h.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
+		b.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
 		var stuck []net.Conn
 		for _, tech := range []string{"stream", "poll", "refresh"} {
 			stuck = append(stuck, ask(tech))
@@ -84,17 +84,17 @@ func TestAClientThatReadsNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
 		slow := ask("stream")
 		defer readSlowly(t, slow, 100, 9*time.Second)()
 		time.Sleep(writeTimeout - time.Second)
-		if n := h.metric(`connections{technique="stream"}`); n != 2 {
+		if n := b.metric(`connections{technique="stream"}`); n != 2 {
 			t.Errorf("after 9 s %v streams are open, want 2", n)
 		}
 		time.Sleep(3 * time.Second)
-		if n := h.metric(`connections{technique="stream"}`); n != 1 {
+		if n := b.metric(`connections{technique="stream"}`); n != 1 {
 			t.Errorf("after 12 s %v streams are open, want the one that reads", n)
 		}
-		if n := h.metric("dropped_total"); n != 1 {
+		if n := b.metric("dropped_total"); n != 1 {
 			t.Errorf("%v are counted as dropped, want 1", n)
 		}
-		if n := h.metric(`connections{technique="poll"}`) + h.metric(`connections{technique="refresh"}`); n != 0 {
+		if n := b.metric(`connections{technique="poll"}`) + b.metric(`connections{technique="refresh"}`); n != 0 {
 			t.Errorf("%v polls that are not read are still open", n)
 		}
 		for _, c := range stuck {
@@ -104,7 +104,7 @@ func TestAClientThatReadsNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
 			}
 		}
 		time.Sleep(time.Minute)
-		if n := h.metric(`connections{technique="stream"}`); n != 1 {
+		if n := b.metric(`connections{technique="stream"}`); n != 1 {
 			t.Errorf("after a minute %v streams are open, want the one that reads", n)
 		}
 		slow.Close()
@@ -115,29 +115,29 @@ func TestAClientThatReadsNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
 // library has not closed the connection yet.
 func TestNothingFollowsACloseFrame(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
-		c := dialRawWebSocket(t, h, "/rooms/a/ws")
+		b := newLimitedTestbed(t)
+		c := dialRawWebSocket(t, b, "/rooms/a/ws")
 		defer c.Close()
 		synctest.Wait()
-		h.pool.mu.Lock()
-		st := h.pool.sessions[0]
-		h.pool.mu.Unlock()
+		b.pool.mu.Lock()
+		st := b.pool.sessions[0]
+		b.pool.mu.Unlock()
 		go io.CopyN(io.Discard, c, 16) // let it begin
 		synctest.Wait()
 		st.enqueueFrames(appendClose(nil, websocket.StatusNormalClosure, ""))
-		h.status("192.0.2.2", "POST /rooms/a")
+		b.status("192.0.2.2", "POST /rooms/a")
 		c.SetReadDeadline(time.Now().Add(time.Minute))
-		b, err := io.ReadAll(c)
-		if err != nil || !bytes.HasSuffix(b, appendClose(nil, websocket.StatusNormalClosure, "")) {
-			t.Errorf("the socket ended with %v after %q", err, b)
+		data, err := io.ReadAll(c)
+		if err != nil || !bytes.HasSuffix(data, appendClose(nil, websocket.StatusNormalClosure, "")) {
+			t.Errorf("the socket ended with %v after %q", err, data)
 		}
 	})
 }
 
 func TestASlowWebSocketPublishesNothingAfterItsTokenHasExpired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret)
-		c := dialRawWebSocket(t, h, "/rooms/a/ws?token="+signedToken(`{"read":["a"],"write":["a"],"exp":`+unixIn(20*time.Second)+`}`))
+		b := newLimitedTestbed(t, "-secret", firstSecret)
+		c := dialRawWebSocket(t, b, "/rooms/a/ws?token="+signedToken(`{"read":["a"],"write":["a"],"exp":`+unixIn(20*time.Second)+`}`))
 		defer c.Close()
 		defer readSlowly(t, c, 1, 5*time.Second)()
 		time.Sleep(time.Second)
@@ -146,7 +146,7 @@ func TestASlowWebSocketPublishesNothingAfterItsTokenHasExpired(t *testing.T) {
 		c.SetWriteDeadline(time.Now().Add(time.Second))
 		c.Write(maskedFrame(1, "40 s after it expired"))
 		time.Sleep(time.Second)
-		if n := h.stats.published.Load(); n != 1 {
+		if n := b.stats.published.Load(); n != 1 {
 			t.Errorf("%d messages were published, want the one in time", n)
 		}
 	})
@@ -154,13 +154,13 @@ func TestASlowWebSocketPublishesNothingAfterItsTokenHasExpired(t *testing.T) {
 
 func TestNothingIsSentThatWasPublishedAfterATokenExpired(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-secret", firstSecret)
+		b := newLimitedTestbed(t, "-secret", firstSecret)
 		write := "Authorization: Bearer " + signedToken(`{"write":["a"]}`)
 		time.Sleep(300 * time.Millisecond)
-		r := h.open("192.0.2.1", "GET /rooms/a/stream?token="+signedToken(`{"read":["a"],"exp":`+unixIn(10*time.Second)+`}`), "")
+		r := b.open("192.0.2.1", "GET /rooms/a/stream?token="+signedToken(`{"read":["a"],"exp":`+unixIn(10*time.Second)+`}`), "")
 		defer r.stop()
 		time.Sleep(9900 * time.Millisecond)
-		h.ask("192.0.2.2", "POST /rooms/a", "too late", write)
+		b.ask("192.0.2.2", "POST /rooms/a", "too late", write)
 		if body := r.readAll(); strings.Contains(body, "too late") {
 			t.Errorf("200 ms after the token expired:\n%s", body)
 		}
@@ -169,12 +169,12 @@ func TestNothingIsSentThatWasPublishedAfterATokenExpired(t *testing.T) {
 
 func TestASilentWebSocketThatAnswersNoPingsIsDropped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
-		c := dialRawWebSocket(t, h, "/rooms/a/ws")
+		b := newLimitedTestbed(t)
+		c := dialRawWebSocket(t, b, "/rooms/a/ws")
 		defer c.Close()
 		start := time.Now()
 		io.Copy(io.Discard, c) // takes all, and says nothing
-		if d := time.Since(start); d < 3*h.heartbeat || d > 5*h.heartbeat {
+		if d := time.Since(start); d < 3*b.heartbeat || d > 5*b.heartbeat {
 			t.Errorf("it was dropped after %v; the second ping is due after four beats, 60 s", d)
 		}
 	})
@@ -277,7 +277,7 @@ func (c slowWakeConn) SetReadDeadline(at time.Time) error {
 func TestALateWakeUpEndsNoStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
-		l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+		l := newPipeListener(&net.UnixAddr{Name: "memory"})
 		srv := b.http(false)
 		go srv.Serve(l)
 		defer srv.Close()

@@ -96,10 +96,10 @@ func TestTheAddressOfAClient(t *testing.T) {
 
 func TestNoClientBehindAProxyCanClaimALocalAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-trust-proxy", "-rate", "1", "-room-rate", "5")
+		b := newLimitedTestbed(t, "-trust-proxy", "-rate", "1", "-room-rate", "5")
 		published := 0
 		for i := range 20 {
-			r, _ := h.ask("10.0.0.1", "POST /rooms/a", "hi", "X-Forwarded-For: 198.51.100.1", fmt.Sprintf("Fly-Client-IP: 127.0.0.%d", i+1))
+			r, _ := b.ask("10.0.0.1", "POST /rooms/a", "hi", "X-Forwarded-For: 198.51.100.1", fmt.Sprintf("Fly-Client-IP: 127.0.0.%d", i+1))
 			if r.StatusCode == 201 {
 				published++
 			}
@@ -111,8 +111,8 @@ func TestNoClientBehindAProxyCanClaimALocalAddress(t *testing.T) {
 }
 
 // openStreams opens n streams, each from an address of its own.
-func openStreams(h *hall, n int, from, what string, headers func(i int) []string) (all []*response) {
-	h.t.Helper()
+func openStreams(b *testbed, n int, from, what string, headers func(i int) []string) (all []*response) {
+	b.t.Helper()
 	for i := range n {
 		addr := from
 		if strings.Contains(from, "%") {
@@ -122,9 +122,9 @@ func openStreams(h *hall, n int, from, what string, headers func(i int) []string
 		if headers != nil {
 			with = headers(i)
 		}
-		r := h.open(addr, what, "", with...)
+		r := b.open(addr, what, "", with...)
 		if r.StatusCode != 200 {
-			h.t.Fatalf("stream %d is refused with %d", i+1, r.StatusCode)
+			b.t.Fatalf("stream %d is refused with %d", i+1, r.StatusCode)
 		}
 		all = append(all, r)
 	}
@@ -134,120 +134,120 @@ func openStreams(h *hall, n int, from, what string, headers func(i int) []string
 func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 	forwarded := func(addr string) []string { return []string{"X-Forwarded-For: 203.0.113.7, " + addr} }
 	var held []*response
-	leave := func(*hall) { held[0].stop(); time.Sleep(time.Second) }
-	wait := func(d time.Duration) func(*hall) { return func(*hall) { time.Sleep(d) } }
-	post := func(h *hall, from string, rooms ...string) {
+	leave := func(*testbed) { held[0].stop(); time.Sleep(time.Second) }
+	wait := func(d time.Duration) func(*testbed) { return func(*testbed) { time.Sleep(d) } }
+	post := func(b *testbed, from string, rooms ...string) {
 		for _, room := range rooms {
-			if r, body := h.ask(from, "POST /rooms/"+room, "hi"); r.StatusCode != 201 {
-				h.t.Fatalf("%d %s", r.StatusCode, body)
+			if r, body := b.ask(from, "POST /rooms/"+room, "hi"); r.StatusCode != 201 {
+				b.t.Fatalf("%d %s", r.StatusCode, body)
 			}
 		}
 	}
-	const a, b = "192.0.2.1", "192.0.2.2"
+	const first, second = "192.0.2.1", "192.0.2.2"
 	covered := map[string]bool{"descriptors": true} // TestOutOfDescriptors…
 	for _, tc := range []struct {
 		name, reason string
 		args         []string
-		fill         func(*hall)
+		fill         func(*testbed)
 		from, what   string // is refused then
 		body         string
 		headers      []string
 		status       int
 		retry        string
-		other        string      // another address, if it is not
-		relief       func(*hall) // and nobody then
+		other        string         // another address, if it is not
+		relief       func(*testbed) // and nobody then
 	}{
 		{"streams in all", "streams", []string{"-streams", "3"},
-			func(h *hall) { held = openStreams(h, 3, "192.0.2.%d", "GET /rooms/a/stream", nil) },
-			b, "GET /rooms/b/multipart", "", nil, 503, "10", "", leave},
+			func(b *testbed) { held = openStreams(b, 3, "192.0.2.%d", "GET /rooms/a/stream", nil) },
+			second, "GET /rooms/b/multipart", "", nil, 503, "10", "", leave},
 		{"waiting polls in all", "streams", []string{"-streams", "3"},
-			func(h *hall) { held = openStreams(h, 3, "192.0.2.%d", "GET /rooms/a/sse", nil) },
-			b, "GET /rooms/b/longpoll?wait=1", "", nil, 503, "10", "", leave},
+			func(b *testbed) { held = openStreams(b, 3, "192.0.2.%d", "GET /rooms/a/sse", nil) },
+			second, "GET /rooms/b/longpoll?wait=1", "", nil, 503, "10", "", leave},
 		{"a picture is a stream", "streams", []string{"-streams", "3"},
-			func(h *hall) { held = openStreams(h, 3, "192.0.2.%d", "GET /rooms/a/multipart?as=svg", nil) },
-			b, "GET /rooms/b/jsonp?callback=f&wait=1", "", nil, 503, "10", "", leave},
+			func(b *testbed) { held = openStreams(b, 3, "192.0.2.%d", "GET /rooms/a/multipart?as=svg", nil) },
+			second, "GET /rooms/b/jsonp?callback=f&wait=1", "", nil, 503, "10", "", leave},
 		{"connections of an IPv4 address", "address", []string{"-per-addr", "3"},
-			func(h *hall) { held = openStreams(h, 3, a, "GET /rooms/a/html", nil) },
-			a, "GET /healthz", "", nil, 503, "10", b, leave},
+			func(b *testbed) { held = openStreams(b, 3, first, "GET /rooms/a/html", nil) },
+			first, "GET /healthz", "", nil, 503, "10", second, leave},
 		{"connections of an IPv6 /64", "address", []string{"-per-addr", "3"},
-			func(h *hall) { held = openStreams(h, 3, "2001:db8:1:2::%d", "GET /rooms/a/iframe", nil) },
+			func(b *testbed) { held = openStreams(b, 3, "2001:db8:1:2::%d", "GET /rooms/a/iframe", nil) },
 			"2001:db8:1:2:9::9", "GET /rooms/a/poll", "", nil, 503, "10", "2001:db8:1:3::1", leave},
 		{"streams of an address behind a proxy", "address", []string{"-per-addr", "3", "-trust-proxy"},
-			func(h *hall) {
-				held = openStreams(h, 3, "10.0.0.1", "GET /rooms/a/stream", func(int) []string { return forwarded("192.0.2.1") })
+			func(b *testbed) {
+				held = openStreams(b, 3, "10.0.0.1", "GET /rooms/a/stream", func(int) []string { return forwarded("192.0.2.1") })
 			},
 			"10.0.0.1", "GET /rooms/a/stream", "", forwarded("192.0.2.1"), 429, "10", "", leave},
 		{"streams of a /64 behind a proxy", "address", []string{"-per-addr", "3", "-trust-proxy"},
-			func(h *hall) {
-				held = openStreams(h, 3, "10.0.0.1", "GET /rooms/a/stream", func(i int) []string { return forwarded(fmt.Sprintf("2001:db8::%d", i)) })
+			func(b *testbed) {
+				held = openStreams(b, 3, "10.0.0.1", "GET /rooms/a/stream", func(i int) []string { return forwarded(fmt.Sprintf("2001:db8::%d", i)) })
 			},
 			"10.0.0.1", "GET /rooms/a/longpoll?wait=1", "", forwarded("2001:db8::9:9:9"), 429, "10", "", leave},
 		{"connections in all, silent ones", "connections", []string{"-streams", "3"},
-			func(h *hall) {
+			func(b *testbed) {
 				for i := range 103 {
-					if _, err := h.dialFrom(fmt.Sprintf("192.0.2.%d", i+1)); err != nil {
-						h.t.Fatal(err)
+					if _, err := b.dialFrom(fmt.Sprintf("192.0.2.%d", i+1)); err != nil {
+						b.t.Fatal(err)
 					}
 				}
 			},
 			"198.51.100.1", "GET /healthz", "", nil, 503, "10", "", wait(headTimeout)},
 		{"publishes of an address", "rate", []string{"-rate", "2"},
-			func(h *hall) { post(h, a, "a", "b", "c", "a") },
-			a, "POST /rooms/a", "hi", nil, 429, "1", b, wait(500 * time.Millisecond)},
+			func(b *testbed) { post(b, first, "a", "b", "c", "a") },
+			first, "POST /rooms/a", "hi", nil, 429, "1", second, wait(500 * time.Millisecond)},
 		{"publishes of a /64", "rate", []string{"-rate", "2"},
-			func(h *hall) { post(h, "2001:db8::1", "a", "b"); post(h, "2001:db8::2", "a", "b") },
+			func(b *testbed) { post(b, "2001:db8::1", "a", "b"); post(b, "2001:db8::2", "a", "b") },
 			"2001:db8::3", "POST /rooms/a", "hi", nil, 429, "1", "2001:db8:0:1::", wait(500 * time.Millisecond)},
 		{"presence of an address", "rate", []string{"-rate", "2"},
-			func(h *hall) { post(h, a, "a", "b", "c", "a") },
-			a, "POST /rooms/a/presence?user=ada", "away", nil, 429, "1", b, wait(500 * time.Millisecond)},
+			func(b *testbed) { post(b, first, "a", "b", "c", "a") },
+			first, "POST /rooms/a/presence?user=ada", "away", nil, 429, "1", second, wait(500 * time.Millisecond)},
 		{"publishes that X-Forwarded-For says are another's", "rate", []string{"-rate", "2"},
-			func(h *hall) { post(h, a, "a", "b", "c", "a") },
-			a, "POST /rooms/a", "hi", append(forwarded(b), "Fly-Client-IP: "+b), 429, "1", b, wait(500 * time.Millisecond)},
+			func(b *testbed) { post(b, first, "a", "b", "c", "a") },
+			first, "POST /rooms/a", "hi", append(forwarded(second), "Fly-Client-IP: "+second), 429, "1", second, wait(500 * time.Millisecond)},
 		{"publishes of a slow address", "rate", []string{"-rate", "0.1"},
-			func(h *hall) { post(h, a, "a") },
-			a, "POST /rooms/a", "hi", nil, 429, "1", b, wait(10 * time.Second)},
+			func(b *testbed) { post(b, first, "a") },
+			first, "POST /rooms/a", "hi", nil, 429, "1", second, wait(10 * time.Second)},
 		{"publishes to a room", "room", []string{"-room-rate", "2"},
-			func(h *hall) { post(h, a, "a", "a"); post(h, b, "a", "a") },
+			func(b *testbed) { post(b, first, "a", "a"); post(b, second, "a", "a") },
 			"192.0.2.3", "POST /rooms/a", "hi", nil, 429, "1", "", wait(500 * time.Millisecond)},
 		{"rooms", "rooms", []string{"-rooms", "2", "-idle", "10m"},
-			func(h *hall) { post(h, a, "b", "c") },
-			a, "POST /rooms/a", "hi", nil, 503, "60", "", wait(11 * time.Minute)},
+			func(b *testbed) { post(b, first, "b", "c") },
+			first, "POST /rooms/a", "hi", nil, 503, "60", "", wait(11 * time.Minute)},
 		{"users who declare", "users", []string{"-users", "2", "-present", "1m"},
-			func(h *hall) {
-				h.ask(a, "POST /rooms/a/presence?user=bob", "away")
-				h.ask(a, "POST /rooms/b/presence?user=bob", "away")
+			func(b *testbed) {
+				b.ask(first, "POST /rooms/a/presence?user=bob", "away")
+				b.ask(first, "POST /rooms/b/presence?user=bob", "away")
 			},
-			a, "POST /rooms/a/presence?user=ada", "away", nil, 503, "60", "", wait(63 * time.Second)},
+			first, "POST /rooms/a/presence?user=ada", "away", nil, 503, "60", "", wait(63 * time.Second)},
 		{"users who read", "users", []string{"-users", "2"},
-			func(h *hall) { held = openStreams(h, 1, a, "GET /rooms/a,b/stream?user=bob", nil) },
-			a, "GET /rooms/a/stream?user=ada", "", nil, 503, "60", "", func(h *hall) { leave(h); time.Sleep(leaveGrace + announceInterval) }},
-		{"a big body", "body", []string{"-body", "10"}, func(h *hall) { h.ask(a, "POST /rooms/a", "0123456789") },
-			a, "POST /rooms/a", "0123456789a", nil, 413, "", "", nil},
-		{"a big form", "body", []string{"-body", "10"}, func(h *hall) {},
-			a, "POST /rooms/a", "data=678901", []string{"Content-Type: application/x-www-form-urlencoded"}, 413, "", "", nil},
-		{"a big state", "body", []string{"-body", "10"}, func(h *hall) {},
-			a, "POST /rooms/a/presence?user=ada", "away          ", nil, 413, "", "", nil},
+			func(b *testbed) { held = openStreams(b, 1, first, "GET /rooms/a,b/stream?user=bob", nil) },
+			first, "GET /rooms/a/stream?user=ada", "", nil, 503, "60", "", func(b *testbed) { leave(b); time.Sleep(leaveGrace + announceInterval) }},
+		{"a big body", "body", []string{"-body", "10"}, func(b *testbed) { b.ask(first, "POST /rooms/a", "0123456789") },
+			first, "POST /rooms/a", "0123456789a", nil, 413, "", "", nil},
+		{"a big form", "body", []string{"-body", "10"}, func(b *testbed) {},
+			first, "POST /rooms/a", "data=678901", []string{"Content-Type: application/x-www-form-urlencoded"}, 413, "", "", nil},
+		{"a big state", "body", []string{"-body", "10"}, func(b *testbed) {},
+			first, "POST /rooms/a/presence?user=ada", "away          ", nil, 413, "", "", nil},
 		{"pictures", "pictures", nil,
-			func(h *hall) {
+			func(b *testbed) {
 				held = nil
 				for i := range maxPictures {
-					held = append(held, openStreams(h, 1, a, fmt.Sprintf("GET /rooms/a/multipart?as=svg&w=%d", 100+i), nil)...)
+					held = append(held, openStreams(b, 1, first, fmt.Sprintf("GET /rooms/a/multipart?as=svg&w=%d", 100+i), nil)...)
 				}
 			},
-			a, "GET /rooms/a/multipart?as=svg&w=99", "", nil, 503, "10", "", leave},
-		{"an origin", "origin", nil, func(*hall) {}, a, "POST /rooms/a", "hi", []string{"Origin: https://evil.example"}, 403, "", "", nil},
-		{"a token", "token", []string{"-secret", firstSecret}, func(*hall) {}, a, "POST /rooms/a", "hi", nil, 401, "", "", nil},
+			first, "GET /rooms/a/multipart?as=svg&w=99", "", nil, 503, "10", "", leave},
+		{"an origin", "origin", nil, func(*testbed) {}, first, "POST /rooms/a", "hi", []string{"Origin: https://evil.example"}, 403, "", "", nil},
+		{"a token", "token", []string{"-secret", firstSecret}, func(*testbed) {}, first, "POST /rooms/a", "hi", nil, 401, "", "", nil},
 	} {
 		covered[tc.reason] = true
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newLimitedTestbed(t, tc.args...)
-				tc.fill(h)
-				before := h.refusals(tc.reason)
+				b := newLimitedTestbed(t, tc.args...)
+				tc.fill(b)
+				before := b.refusals(tc.reason)
 				// A fresh connection: the one that the filling left open would be let in.
-				h.clientFrom(tc.from).CloseIdleConnections()
+				b.clientFrom(tc.from).CloseIdleConnections()
 				synctest.Wait()
-				r, body := h.ask(tc.from, tc.what, tc.body, tc.headers...)
+				r, body := b.ask(tc.from, tc.what, tc.body, tc.headers...)
 				var said struct{ Error string }
 				if err := json.Unmarshal([]byte(body), &said); r.StatusCode != tc.status || r.Header.Get("Retry-After") != tc.retry || said.Error == "" {
 					t.Errorf("%s is answered %d, Retry-After %q, %s %v; want %d and %q", tc.what, r.StatusCode, r.Header.Get("Retry-After"), body, err, tc.status, tc.retry)
@@ -257,13 +257,13 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 					if reason == tc.reason {
 						want = 1
 					}
-					if got := h.refusals(reason); got != want || before != 0 {
+					if got := b.refusals(reason); got != want || before != 0 {
 						t.Errorf("%d refusals are counted under %s, want %d; before it were %d", got, reason, want, before)
 					}
 				}
 				ok := func(name, from string) {
 					t.Helper()
-					r := h.open(from, tc.what, tc.body, tc.headers...)
+					r := b.open(from, tc.what, tc.body, tc.headers...)
 					if r.StatusCode > 201 {
 						t.Errorf("%s %s is answered %d", tc.what, name, r.StatusCode)
 					}
@@ -276,7 +276,7 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 					tc.headers = headers
 				}
 				if tc.relief != nil {
-					tc.relief(h)
+					tc.relief(b)
 					ok("when the limit has gone", tc.from)
 				}
 				for _, r := range held {
@@ -295,13 +295,13 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 
 func TestLocalClientsAreNotLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-per-addr", "2", "-rate", "1", "-room-rate", "1")
+		b := newLimitedTestbed(t, "-per-addr", "2", "-rate", "1", "-room-rate", "1")
 		for _, from := range []string{"127.0.0.1", "::1", "::ffff:127.0.0.2"} {
-			for _, r := range openStreams(h, 5, from, "GET /rooms/a/stream", nil) {
+			for _, r := range openStreams(b, 5, from, "GET /rooms/a/stream", nil) {
 				defer r.stop()
 			}
 			for range 10 {
-				if r, body := h.ask(from, "POST /rooms/a", "hi"); r.StatusCode != 201 {
+				if r, body := b.ask(from, "POST /rooms/a", "hi"); r.StatusCode != 201 {
 					t.Fatalf("%s publishes: %d %s", from, r.StatusCode, body)
 				}
 			}
@@ -317,22 +317,22 @@ func TestAnEventSourceThatIsRefusedIsSentByeAndReconnects(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newLimitedTestbed(t, strings.Fields(tc.args)...)
-				first := h.open("192.0.2.1", "GET /rooms/a/stream", "")
+				b := newLimitedTestbed(t, strings.Fields(tc.args)...)
+				first := b.open("192.0.2.1", "GET /rooms/a/stream", "")
 				defer first.stop()
 				first.readUntil("hello")
 				if tc.reason == "" {
-					h.relay.stop()
+					b.relay.stop()
 				}
-				r, body := h.ask("192.0.2.1", "GET /rooms/a/sse", "")
+				r, body := b.ask("192.0.2.1", "GET /rooms/a/sse", "")
 				if r.StatusCode != 200 || r.Header.Get("Content-Type") != "text/event-stream; charset=utf-8" ||
 					!strings.HasPrefix(body, "retry: ") || !strings.Contains(body, "\nevent: bye\ndata: {\"type\":\"bye\",\"data\":{\"retry\":") || strings.Contains(body, "hello") {
 					t.Errorf("it is answered %d %v\n%s", r.StatusCode, r.Header, body)
 				}
-				if tc.reason != "" && h.refusals(tc.reason) != 1 {
-					t.Errorf("%d refusals are counted under %s", h.refusals(tc.reason), tc.reason)
+				if tc.reason != "" && b.refusals(tc.reason) != 1 {
+					t.Errorf("%d refusals are counted under %s", b.refusals(tc.reason), tc.reason)
 				}
-				if held := h.active(); held > 1 {
+				if held := b.active(); held > 1 {
 					t.Errorf("%d streams are held", held)
 				}
 			})
@@ -342,8 +342,8 @@ func TestAnEventSourceThatIsRefusedIsSentByeAndReconnects(t *testing.T) {
 
 func TestWhatAWebSocketIsRefusedIsSentAndCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-rate", "3", "-room-rate", "2", "-rooms", "1", "-users", "1", "-body", "200")
-		c, _ := h.webSocketFrom("192.0.2.1", "/rooms/a,b/ws")
+		b := newLimitedTestbed(t, "-rate", "3", "-room-rate", "2", "-rooms", "1", "-users", "1", "-body", "200")
+		c, _ := b.webSocketFrom("192.0.2.1", "/rooms/a,b/ws")
 		defer c.CloseNow()
 		said := func(want string) {
 			t.Helper()
@@ -365,11 +365,11 @@ func TestWhatAWebSocketIsRefusedIsSentAndCounted(t *testing.T) {
 			exchange(t, c, `{"type":"hello","room":"a","key":"x"}`)
 		}
 		said("address publishes too fast")
-		if n := h.refusals("rate"); n == 0 {
+		if n := b.refusals("rate"); n == 0 {
 			t.Error("what came too fast is not counted under rate")
 		}
 		for _, reason := range []string{"room", "rooms"} {
-			if n := h.refusals(reason); n != 1 {
+			if n := b.refusals(reason); n != 1 {
 				t.Errorf("%d refusals are counted under %s, want 1", n, reason)
 			}
 		}
@@ -378,44 +378,44 @@ func TestWhatAWebSocketIsRefusedIsSentAndCounted(t *testing.T) {
 
 func TestTheLimitListenerAcceptsNoMoreThanItMay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-streams", "1000", "-per-addr", "20")
+		b := newLimitedTestbed(t, "-streams", "1000", "-per-addr", "20")
 		const most = 1100
 		var in, out int
 		var conns []net.Conn
 		for i := range 2000 {
-			c, err := h.dialFrom(fmt.Sprintf("198.51.%d.%d", i/20/256, i/20%256)) // 20 of each address
+			c, err := b.dialFrom(fmt.Sprintf("198.51.%d.%d", i/20/256, i/20%256)) // 20 of each address
 			if err != nil {
 				t.Fatal(err)
 			}
 			c.SetWriteDeadline(time.Now().Add(time.Millisecond))
 			go io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
 			c.SetReadDeadline(time.Now().Add(5 * time.Second))
-			b := make([]byte, 1024)
-			n, _ := c.Read(b)
+			data := make([]byte, 1024)
+			n, _ := c.Read(data)
 			switch {
-			case strings.HasPrefix(string(b[:n]), "HTTP/1.1 503 "):
+			case strings.HasPrefix(string(data[:n]), "HTTP/1.1 503 "):
 				out++
 				c.Close()
-			case strings.HasPrefix(string(b[:n]), "HTTP/1.1 200 "):
+			case strings.HasPrefix(string(data[:n]), "HTTP/1.1 200 "):
 				in++
 				conns = append(conns, c)
 			default:
-				t.Fatalf("connection %d is answered %q", i, b[:n])
+				t.Fatalf("connection %d is answered %q", i, data[:n])
 			}
 		}
-		if in != most || out != 2000-most || h.refusals("connections") != out {
-			t.Errorf("%d came in, %d were refused and %d counted; want %d and %d", in, out, h.refusals("connections"), most, 2000-most)
+		if in != most || out != 2000-most || b.refusals("connections") != out {
+			t.Errorf("%d came in, %d were refused and %d counted; want %d and %d", in, out, b.refusals("connections"), most, 2000-most)
 		}
 		for _, c := range conns[:100] {
 			c.Close()
 		}
 		time.Sleep(time.Second)
-		if got := h.status("192.0.2.1", "GET /healthz"); got != 200 {
+		if got := b.status("192.0.2.1", "GET /healthz"); got != 200 {
 			t.Errorf("when some have gone: %d", got)
 		}
 		time.Sleep(idleTimeout)
 		for range 3 { // and their places are given back, once each
-			for _, r := range openStreams(h, 20, "198.51.0.0", "GET /rooms/a/stream", nil) {
+			for _, r := range openStreams(b, 20, "198.51.0.0", "GET /rooms/a/stream", nil) {
 				r.stop()
 			}
 			time.Sleep(time.Second)

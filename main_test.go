@@ -493,9 +493,9 @@ func TestSlowRequests(t *testing.T) {
 
 // sendSlowly writes text a byte each pause, and returns what came back and how
 // long the connection lived.
-func sendSlowly(t *testing.T, h *hall, first, rest string, pause time.Duration) (string, time.Duration) {
+func sendSlowly(t *testing.T, b *testbed, first, rest string, pause time.Duration) (string, time.Duration) {
 	t.Helper()
-	c, err := h.dialFrom("192.0.2.1")
+	c, err := b.dialFrom("192.0.2.1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -513,27 +513,27 @@ func sendSlowly(t *testing.T, h *hall, first, rest string, pause time.Duration) 
 		}
 	}()
 	c.SetReadDeadline(start.Add(time.Hour))
-	b, _ := io.ReadAll(c)
-	return string(b), time.Since(start)
+	data, _ := io.ReadAll(c)
+	return string(data), time.Since(start)
 }
 
 func TestASlowHeadIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
+		b := newLimitedTestbed(t)
 		for _, first := range []string{"", "G", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\nX-A: "} {
-			if said, d := sendSlowly(t, h, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
+			if said, d := sendSlowly(t, b, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
 				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headTimeout, said)
 			}
 		}
 		// Nor a second one, after an answer.
 		ok := "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-		if _, d := sendSlowly(t, h, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
+		if _, d := sendSlowly(t, b, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
 			t.Errorf("a second head that never ends is given %v", d)
 		}
-		if _, d := sendSlowly(t, h, ok, "", 0); d > idleTimeout+time.Second {
+		if _, d := sendSlowly(t, b, ok, "", 0); d > idleTimeout+time.Second {
 			t.Errorf("a connection without a second request is kept for %v, want %v", d, idleTimeout)
 		}
-		if said, d := sendSlowly(t, h, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10)+"\r\n\r\n", "", 0); !strings.HasPrefix(said, "HTTP/1.1 431 ") || d > time.Second {
+		if said, d := sendSlowly(t, b, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10)+"\r\n\r\n", "", 0); !strings.HasPrefix(said, "HTTP/1.1 431 ") || d > time.Second {
 			t.Errorf("a head of 30 KiB is answered after %v: %.100s", d, said)
 		}
 	})
@@ -541,22 +541,22 @@ func TestASlowHeadIsNotWaitedFor(t *testing.T) {
 
 func TestASlowBodyIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
+		b := newLimitedTestbed(t)
 		for _, first := range []string{
 			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhi",
 			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\nhi",
 			"POST /rooms/a/presence?user=ada HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\naw",
 		} {
-			before := h.refusals("body")
-			said, d := sendSlowly(t, h, first, strings.Repeat("x", 500), time.Second)
+			before := b.refusals("body")
+			said, d := sendSlowly(t, b, first, strings.Repeat("x", 500), time.Second)
 			if !strings.HasPrefix(said, "HTTP/1.1 408 ") || !strings.Contains(said, "Connection: close") || d < requestTimeout || d > requestTimeout+2*time.Second {
 				t.Errorf("%q and then a byte a second is answered after %v: %s", first, d, said)
 			}
-			if n := h.refusals("body"); n != before+1 {
+			if n := b.refusals("body"); n != before+1 {
 				t.Errorf("%d are counted under body, want %d", n, before+1)
 			}
 		}
-		if n := h.stats.published.Load(); n != 0 {
+		if n := b.stats.published.Load(); n != 0 {
 			t.Errorf("%d messages were published", n)
 		}
 	})
@@ -564,10 +564,10 @@ func TestASlowBodyIsNotWaitedFor(t *testing.T) {
 
 func TestABodyThatNobodyAskedForIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-rate", "0.001")
-		h.ask("192.0.2.1", "POST /rooms/a", "hi") // the second is too fast
+		b := newLimitedTestbed(t, "-rate", "0.001")
+		b.ask("192.0.2.1", "POST /rooms/a", "hi") // the second is too fast
 		for _, first := range []string{"GET /rooms/a/poll", "GET /healthz", "POST /healthz", "GET /rooms/a/refresh", "POST /rooms/a", "POST /rooms/a,b", "PUT /rooms/a", "GET /rooms/a/longpoll?wait=1"} {
-			if _, d := sendSlowly(t, h, first+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", "", 0); d > idleTimeout+time.Minute {
+			if _, d := sendSlowly(t, b, first+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", "", 0); d > idleTimeout+time.Minute {
 				t.Errorf("%s with a body that does not come keeps its connection for %v", first, d)
 			}
 		}
@@ -581,8 +581,8 @@ func TestABodyThatIsLongerThanItSaidIsNotPublished(t *testing.T) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		for _, length := range []string{"0", "2", "abc"} {
-			h := newLimitedTestbed(t, "-h2c")
-			c, err := h.dialFrom("192.0.2.1")
+			b := newLimitedTestbed(t, "-h2c")
+			c, err := b.dialFrom("192.0.2.1")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -599,7 +599,7 @@ func TestABodyThatIsLongerThanItSaidIsNotPublished(t *testing.T) {
 			synctest.Wait()
 			io.WriteString(c, frame(0, 1, "more"))
 			synctest.Wait()
-			if n := h.stats.published.Load(); n != 0 {
+			if n := b.stats.published.Load(); n != 0 {
 				t.Errorf("a body longer than %s is published", length)
 			}
 			c.Close()

@@ -16,8 +16,8 @@ import (
 
 func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-origins", "https://ok.example")
-		h.ask("192.0.2.1", "POST /rooms/lobby?user=%3Cscript%3E", `<script>alert(1)</script><img onerror=x>" onload="x`)
+		b := newLimitedTestbed(t, "-origins", "https://ok.example")
+		b.ask("192.0.2.1", "POST /rooms/lobby?user=%3Cscript%3E", `<script>alert(1)</script><img onerror=x>" onload="x`)
 		inline := regexp.MustCompile(`(?i)<script(?:>| [^>]*>)|<style|\son[a-z]+\s*=\s*"|\sstyle\s*=\s*"|javascript:`)
 		pages := []string{"/rooms/lobby/html?last=9", "/rooms/lobby/refresh?last=9", "/rooms/lobby/form", "/rooms/lobby/form?live=refresh",
 			"/rooms/lobby/iframe?last=9", "/rooms/lobby/multipart?as=html&last=9"}
@@ -27,11 +27,11 @@ func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 			}
 		}
 		for _, page := range pages {
-			r := h.open("192.0.2.1", "GET "+page, "")
-			b := make([]byte, 64<<10)
+			r := b.open("192.0.2.1", "GET "+page, "")
+			data := make([]byte, 64<<10)
 			time.Sleep(time.Second) // all that is due has come
-			n, _ := io.ReadAtLeast(r.body, b, 200)
-			text := string(b[:n])
+			n, _ := io.ReadAtLeast(r.body, data, 200)
+			text := string(data[:n])
 			policy := r.Header.Get("Content-Security-Policy")
 			r.stop()
 			for _, wrong := range []string{"unsafe-", "script-src *", "data:", "https:"} {
@@ -57,7 +57,7 @@ func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 				}
 			}
 		}
-		one, two := h.open("192.0.2.1", "GET /rooms/lobby/iframe", ""), h.open("192.0.2.1", "GET /rooms/lobby/iframe", "")
+		one, two := b.open("192.0.2.1", "GET /rooms/lobby/iframe", ""), b.open("192.0.2.1", "GET /rooms/lobby/iframe", "")
 		if one.Header.Get("Content-Security-Policy") == two.Header.Get("Content-Security-Policy") {
 			t.Error("two frames have one nonce")
 		}

@@ -37,447 +37,447 @@ type presenceTest struct {
 
 // newPresenceTest opens a house, whose watcher sees presence and is not seen.
 func newPresenceTest(t *testing.T, l limits) *presenceTest {
-	h := &presenceTest{T: t, relay: newTestRelay(l), start: time.Now()}
-	rd := openSubscriber(t, h.relay, "a", -1, subscribeRequest{seesPresence: true, longLived: true})
-	rd.wantRoster()
+	p := &presenceTest{T: t, relay: newTestRelay(l), start: time.Now()}
+	sub := openSubscriber(t, p.relay, "a", -1, subscribeRequest{seesPresence: true, longLived: true})
+	sub.wantRoster()
 	ctx, cancel := context.WithCancel(context.Background())
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
-		defer rd.unsubscribe()
+		defer sub.unsubscribe()
 		for {
-			for _, e := range readAll(rd) {
-				h.mu.Lock()
-				h.events = append(h.events, fmt.Sprint(time.Since(h.start), " ", summarize(h.relay, []*event{e})))
-				h.mu.Unlock()
+			for _, e := range readAll(sub) {
+				p.mu.Lock()
+				p.events = append(p.events, fmt.Sprint(time.Since(p.start), " ", summarize(p.relay, []*event{e})))
+				p.mu.Unlock()
 			}
-			if !rd.wait(ctx, nil) {
+			if !sub.wait(ctx, nil) {
 				return
 			}
 		}
 	}()
-	h.stop = sync.OnceFunc(func() { cancel(); <-watching })
-	t.Cleanup(h.stop)
+	p.stop = sync.OnceFunc(func() { cancel(); <-watching })
+	t.Cleanup(p.stop)
 	synctest.Wait()
-	return h
+	return p
 }
 
 // stream opens a stream that names the user; who calls leave closes it.
-func (h *presenceTest) stream(user string) *subscriber {
-	h.Helper()
-	return openSubscriber(h.T, h.relay, "a", -1, subscribeRequest{user: user, seesPresence: true, longLived: true})
+func (p *presenceTest) stream(user string) *subscriber {
+	p.Helper()
+	return openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: user, seesPresence: true, longLived: true})
 }
 
-func (h *presenceTest) poll(user string) {
-	h.Helper()
-	openSubscriber(h.T, h.relay, "a", -1, subscribeRequest{user: user, seesPresence: true}).unsubscribe()
+func (p *presenceTest) poll(user string) {
+	p.Helper()
+	openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: user, seesPresence: true}).unsubscribe()
 }
 
 // client opens a stream of one of the user's clients.
-func (h *presenceTest) client(user, client string) *subscriber {
-	h.Helper()
-	return openSubscriber(h.T, h.relay, "a", -1, subscribeRequest{user: user, client: client, seesPresence: true, longLived: true})
+func (p *presenceTest) client(user, client string) *subscriber {
+	p.Helper()
+	return openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: user, client: client, seesPresence: true, longLived: true})
 }
 
 // goodbye says that one of the user's clients leaves.
-func (h *presenceTest) goodbye(user, client string) {
-	h.Helper()
-	if err := h.setPresence("a", user, client, "offline"); err != nil {
-		h.Error(err)
+func (p *presenceTest) goodbye(user, client string) {
+	p.Helper()
+	if err := p.setPresence("a", user, client, "offline"); err != nil {
+		p.Error(err)
 	}
 }
 
 // setState posts a state.
-func (h *presenceTest) setState(user, state string) {
-	h.Helper()
-	if err := h.setPresence("a", user, "", state); err != nil {
-		h.Error(err)
+func (p *presenceTest) setState(user, state string) {
+	p.Helper()
+	if err := p.setPresence("a", user, "", state); err != nil {
+		p.Error(err)
 	}
 }
 
 // at sleeps until so long after the beginning.
-func (h *presenceTest) at(s string) {
+func (p *presenceTest) at(s string) {
 	d, err := time.ParseDuration(s)
 	if err != nil {
-		h.Fatal(err)
+		p.Fatal(err)
 	}
-	time.Sleep(d - time.Since(h.start))
+	time.Sleep(d - time.Since(p.start))
 	synctest.Wait()
 }
 
 // wantEvents checks all that was told so far.
-func (h *presenceTest) wantEvents(want ...string) {
-	h.Helper()
+func (p *presenceTest) wantEvents(want ...string) {
+	p.Helper()
 	synctest.Wait()
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if !slices.Equal(h.events, want) {
-		h.Errorf("the room was told\n\t%s\nwant\n\t%s", strings.Join(h.events, "\n\t"), strings.Join(want, "\n\t"))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !slices.Equal(p.events, want) {
+		p.Errorf("the room was told\n\t%s\nwant\n\t%s", strings.Join(p.events, "\n\t"), strings.Join(want, "\n\t"))
 	}
 }
 
 // wantRoster checks who asks is told.
-func (h *presenceTest) wantRoster(want string) {
-	h.Helper()
-	ros := h.roster("a")
+func (p *presenceTest) wantRoster(want string) {
+	p.Helper()
+	ros := p.roster("a")
 	if got := summarizeUsers(ros.Users); got != want || ros.Count != len(ros.Users) {
-		h.Errorf("after %v %d are here: %s; want %s", time.Since(h.start), ros.Count, got, want)
+		p.Errorf("after %v %d are here: %s; want %s", time.Since(p.start), ros.Count, got, want)
 	}
 }
 
 // wantNothingLeft checks that in time nothing is left of presence.
-func (h *presenceTest) wantNothingLeft() {
-	h.Helper()
-	h.stop()
+func (p *presenceTest) wantNothingLeft() {
+	p.Helper()
+	p.stop()
 	for range 2 {
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		h.sweep(time.Now())
+		p.sweep(time.Now())
 	}
-	checkAccounting(h.T, h.relay)
-	if h.leases != 0 || len(h.rooms) != 0 {
-		h.Errorf("%d leases and %d rooms are left of an empty house", h.leases, len(h.rooms))
+	checkAccounting(p.T, p.relay)
+	if p.leases != 0 || len(p.rooms) != 0 {
+		p.Errorf("%d leases and %d rooms are left of an empty house", p.leases, len(p.rooms))
 	}
-	mark := h.lastID.Load()
+	mark := p.lastID.Load()
 	time.Sleep(time.Hour)
 	synctest.Wait()
-	if h.lastID.Load() != mark {
-		h.Error("a timer is left of an empty house, and told something")
+	if p.lastID.Load() != mark {
+		p.Error("a timer is left of an empty house, and told something")
 	}
 }
 
 func TestPresence(t *testing.T) {
 	for _, tc := range []struct {
 		what string
-		do   func(h *presenceTest)
+		do   func(p *presenceTest)
 		want []string
 	}{
-		{"a stream holds its user while it lasts, and 10 s more", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.at("5m")
+		{"a stream holds its user while it lasts, and 10 s more", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("5m")
 			ada.unsubscribe()
-			h.at("5m9.999999999s")
-			h.wantRoster("ada:online")
-			h.at("5m10s")
-			h.wantRoster("")
+			p.at("5m9.999999999s")
+			p.wantRoster("ada:online")
+			p.at("5m10s")
+			p.wantRoster("")
 		}, []string{"0s ada:online", "5m10s ada:offline"}},
-		{"a reload tells nothing", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.at("1m")
+		{"a reload tells nothing", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1m")
 			ada.unsubscribe()
-			h.at("1m9.999s")
-			ada = h.stream("ada")
-			h.at("2m")
-			ada.unsubscribe()
-		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"nor does one whose new stream comes before the old is gone", func(h *presenceTest) {
-			old := h.stream("ada")
-			h.at("1m")
-			ada := h.stream("ada")
-			h.at("1m5s")
-			old.unsubscribe()
-			h.at("2m")
+			p.at("1m9.999s")
+			ada = p.stream("ada")
+			p.at("2m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"a client's goodbye is for the stream it has, though another of it has just been replaced", func(h *presenceTest) {
-			old := h.client("ada", "tab1")
-			h.at("1m")
-			ada := h.client("ada", "tab1")
+		{"nor does one whose new stream comes before the old is gone", func(p *presenceTest) {
+			old := p.stream("ada")
+			p.at("1m")
+			ada := p.stream("ada")
+			p.at("1m5s")
 			old.unsubscribe()
-			h.at("1m1s")
-			h.goodbye("ada", "tab1")
-			h.wantRoster("")
-			h.at("1m2s")
+			p.at("2m")
+			ada.unsubscribe()
+		}, []string{"0s ada:online", "2m10s ada:offline"}},
+		{"a client's goodbye is for the stream it has, though another of it has just been replaced", func(p *presenceTest) {
+			old := p.client("ada", "tab1")
+			p.at("1m")
+			ada := p.client("ada", "tab1")
+			old.unsubscribe()
+			p.at("1m1s")
+			p.goodbye("ada", "tab1")
+			p.wantRoster("")
+			p.at("1m2s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m1s ada:offline"}},
-		{"and so it is when the stream is gone before the goodbye comes", func(h *presenceTest) {
-			old := h.client("ada", "tab1")
-			h.at("1m")
-			ada := h.client("ada", "tab1")
+		{"and so it is when the stream is gone before the goodbye comes", func(p *presenceTest) {
+			old := p.client("ada", "tab1")
+			p.at("1m")
+			ada := p.client("ada", "tab1")
 			old.unsubscribe()
 			ada.unsubscribe()
-			h.at("1m1s")
-			h.goodbye("ada", "tab1")
+			p.at("1m1s")
+			p.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "1m1s ada:offline"}},
-		{"and when it long-polls", func(h *presenceTest) {
+		{"and when it long-polls", func(p *presenceTest) {
 			for range 3 {
-				ada := h.client("ada", "tab1")
+				ada := p.client("ada", "tab1")
 				time.Sleep(time.Second)
 				ada.unsubscribe()
 			}
-			ada := h.client("ada", "tab1")
-			h.goodbye("ada", "tab1")
+			ada := p.client("ada", "tab1")
+			p.goodbye("ada", "tab1")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:offline"}},
-		{"and when it polls", func(h *presenceTest) {
-			openSubscriber(h.T, h.relay, "a", -1, subscribeRequest{user: "ada", client: "tab1", seesPresence: true}).unsubscribe()
-			h.at("2s")
-			h.goodbye("ada", "tab1")
+		{"and when it polls", func(p *presenceTest) {
+			openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: "ada", client: "tab1", seesPresence: true}).unsubscribe()
+			p.at("2s")
+			p.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "2s ada:offline"}},
-		{"a client's goodbye leaves the user's others alone", func(h *presenceTest) {
-			one, two := h.client("ada", "tab1"), h.client("ada", "tab2")
-			nameless := h.stream("ada")
-			h.at("1m")
-			h.goodbye("ada", "tab1")
-			h.goodbye("ada", "tab1")
+		{"a client's goodbye leaves the user's others alone", func(p *presenceTest) {
+			one, two := p.client("ada", "tab1"), p.client("ada", "tab2")
+			nameless := p.stream("ada")
+			p.at("1m")
+			p.goodbye("ada", "tab1")
+			p.goodbye("ada", "tab1")
 			one.unsubscribe()
-			h.goodbye("ada", "tab1")
-			h.goodbye("ada", "tab3")
-			h.at("2m")
+			p.goodbye("ada", "tab1")
+			p.goodbye("ada", "tab3")
+			p.at("2m")
 			two.unsubscribe()
-			h.goodbye("ada", "tab2")
-			h.at("3m")
+			p.goodbye("ada", "tab2")
+			p.at("3m")
 			nameless.unsubscribe()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
-		{"a client that says goodbye and comes back is here", func(h *presenceTest) {
-			h.client("ada", "tab1").unsubscribe()
-			h.goodbye("ada", "tab1")
-			h.at("2s")
-			ada := h.client("ada", "tab1")
-			h.at("1m")
+		{"a client that says goodbye and comes back is here", func(p *presenceTest) {
+			p.client("ada", "tab1").unsubscribe()
+			p.goodbye("ada", "tab1")
+			p.at("2s")
+			ada := p.client("ada", "tab1")
+			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:offline", "2s ada:online", "1m10s ada:offline"}},
-		{"a goodbye that names no client is the user's, whatever their clients are called", func(h *presenceTest) {
-			ada := h.client("ada", "tab1")
-			h.at("1m")
-			h.setState("ada", "offline")
+		{"a goodbye that names no client is the user's, whatever their clients are called", func(p *presenceTest) {
+			ada := p.client("ada", "tab1")
+			p.at("1m")
+			p.setState("ada", "offline")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
-		{"of more clients than are kept apart, those without a connection are here together", func(h *presenceTest) {
+		{"of more clients than are kept apart, those without a connection are here together", func(p *presenceTest) {
 			for i := range 3 * maxClients {
-				h.client("ada", fmt.Sprint("tab", i)).unsubscribe()
+				p.client("ada", fmt.Sprint("tab", i)).unsubscribe()
 			}
-			if n := len(h.rooms["a"].leases["ada"].clients); n > maxClients+1 {
-				h.Errorf("%d clients are kept", n)
+			if n := len(p.rooms["a"].leases["ada"].clients); n > maxClients+1 {
+				p.Errorf("%d clients are kept", n)
 			}
-			h.goodbye("ada", "tab1")
+			p.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "10s ada:offline"}},
-		{"who returns too late has been offline", func(h *presenceTest) {
-			h.stream("ada").unsubscribe()
-			h.at("12s")
-			h.stream("ada").unsubscribe()
+		{"who returns too late has been offline", func(p *presenceTest) {
+			p.stream("ada").unsubscribe()
+			p.at("12s")
+			p.stream("ada").unsubscribe()
 		}, []string{"0s ada:online", "10s ada:offline", "12s ada:online", "22s ada:offline"}},
-		{"who returns just too late, as at a reload, is told at once", func(h *presenceTest) {
-			h.stream("ada").unsubscribe()
-			h.at("10.5s")
-			ada := h.stream("ada")
-			h.wantRoster("ada:online")
-			h.at("20s")
+		{"who returns just too late, as at a reload, is told at once", func(p *presenceTest) {
+			p.stream("ada").unsubscribe()
+			p.at("10.5s")
+			ada := p.stream("ada")
+			p.wantRoster("ada:online")
+			p.at("20s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "10s ada:offline", "10.5s ada:online", "30s ada:offline"}},
-		{"several streams are one user", func(h *presenceTest) {
-			one, two := h.stream("ada"), h.stream("ada")
-			h.at("1m")
+		{"several streams are one user", func(p *presenceTest) {
+			one, two := p.stream("ada"), p.stream("ada")
+			p.at("1m")
 			one.unsubscribe()
-			h.at("2m")
-			three := h.stream("ada")
+			p.at("2m")
+			three := p.stream("ada")
 			two.unsubscribe()
-			h.at("3m")
+			p.at("3m")
 			three.unsubscribe()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
-		{"who polls is here for a minute after", func(h *presenceTest) {
-			h.poll("ada")
-			h.at("59s")
-			h.poll("ada")
-			h.at("1m58.999s")
-			h.wantRoster("ada:online")
+		{"who polls is here for a minute after", func(p *presenceTest) {
+			p.poll("ada")
+			p.at("59s")
+			p.poll("ada")
+			p.at("1m58.999s")
+			p.wantRoster("ada:online")
 		}, []string{"0s ada:online", "1m59s ada:offline"}},
-		{"the longer of poll and grace counts", func(h *presenceTest) {
-			h.poll("ada")
-			h.at("1s")
-			h.stream("ada").unsubscribe()
-			h.poll("bob")
-			h.at("55s")
-			h.stream("bob").unsubscribe()
+		{"the longer of poll and grace counts", func(p *presenceTest) {
+			p.poll("ada")
+			p.at("1s")
+			p.stream("ada").unsubscribe()
+			p.poll("bob")
+			p.at("55s")
+			p.stream("bob").unsubscribe()
 		}, []string{"0s ada:online", "1s bob:online", "1m0s ada:offline", "1m5s bob:offline"}},
-		{"long-polls with pauses between them tell nothing", func(h *presenceTest) {
+		{"long-polls with pauses between them tell nothing", func(p *presenceTest) {
 			for range 10 {
-				ada := h.stream("ada")
+				ada := p.stream("ada")
 				time.Sleep(25 * time.Second)
 				ada.unsubscribe()
 				time.Sleep(9 * time.Second)
 			}
 		}, []string{"0s ada:online", "5m41s ada:offline"}},
-		{"typing falls back after 5 s", func(h *presenceTest) {
-			h.poll("ada")
-			h.at("2s")
-			h.setState("ada", "typing")
-			h.at("6.999s")
-			h.wantRoster("ada:typing")
-			h.at("7s")
-			h.wantRoster("ada:online")
+		{"typing falls back after 5 s", func(p *presenceTest) {
+			p.poll("ada")
+			p.at("2s")
+			p.setState("ada", "typing")
+			p.at("6.999s")
+			p.wantRoster("ada:typing")
+			p.at("7s")
+			p.wantRoster("ada:online")
 		}, []string{"0s ada:online", "2s ada:typing", "7s ada:online", "1m2s ada:offline"}},
-		{"typing lasts while it goes on", func(h *presenceTest) {
-			ada := h.stream("ada")
+		{"typing lasts while it goes on", func(p *presenceTest) {
+			ada := p.stream("ada")
 			for range 10 {
 				time.Sleep(3 * time.Second)
-				h.setState("ada", "typing")
+				p.setState("ada", "typing")
 			}
-			h.at("1m")
+			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:typing", "35s ada:online", "1m10s ada:offline"}},
-		{"typing ends when its user says so", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.at("2s")
-			h.setState("ada", "typing")
-			h.at("4s")
-			h.setState("ada", "online")
-			h.at("1m")
+		{"typing ends when its user says so", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("2s")
+			p.setState("ada", "typing")
+			p.at("4s")
+			p.setState("ada", "online")
+			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2s ada:typing", "4s ada:online", "1m10s ada:offline"}},
-		{"typing may follow on coming at once", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.setState("ada", "typing")
-			h.at("1m")
+		{"typing may follow on coming at once", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.setState("ada", "typing")
+			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:typing", "5s ada:online", "1m10s ada:offline"}},
-		{"away lasts, until something else is said", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.at("2s")
-			h.setState("ada", "away")
-			h.at("1h")
-			h.wantRoster("ada:away")
-			h.setState("ada", "online")
-			h.at("1h2s")
-			h.setState("ada", "away")
-			h.at("1h4s")
-			h.setState("ada", "typing")
-			h.at("2h")
+		{"away lasts, until something else is said", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("2s")
+			p.setState("ada", "away")
+			p.at("1h")
+			p.wantRoster("ada:away")
+			p.setState("ada", "online")
+			p.at("1h2s")
+			p.setState("ada", "away")
+			p.at("1h4s")
+			p.setState("ada", "typing")
+			p.at("2h")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2s ada:away", "1h0m0s ada:online", "1h0m2s ada:away", "1h0m4s ada:typing", "1h0m9s ada:online", "2h0m10s ada:offline"}},
-		{"away outlasts a reload, and not a stay", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.at("2s")
-			h.setState("ada", "away")
+		{"away outlasts a reload, and not a stay", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("2s")
+			p.setState("ada", "away")
 			ada.unsubscribe()
-			h.at("5s")
-			h.stream("ada").unsubscribe()
-			h.at("20s")
-			h.stream("ada").unsubscribe()
+			p.at("5s")
+			p.stream("ada").unsubscribe()
+			p.at("20s")
+			p.stream("ada").unsubscribe()
 		}, []string{"0s ada:online", "2s ada:away", "15s ada:offline", "20s ada:online", "30s ada:offline"}},
-		{"offline is at once", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.at("1m")
-			h.setState("ada", "offline")
-			h.wantRoster("")
-			h.at("1m1s")
+		{"offline is at once", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
+			p.wantRoster("")
+			p.at("1m1s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
-		{"offline is at once, in the middle of typing too", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.at("1m")
-			h.setState("ada", "typing")
-			h.at("1m0.1s")
-			h.setState("ada", "offline")
+		{"offline is at once, in the middle of typing too", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "typing")
+			p.at("1m0.1s")
+			p.setState("ada", "offline")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:typing", "1m0.1s ada:offline"}},
-		{"offline is at once for who polls", func(h *presenceTest) {
-			h.poll("ada")
-			h.at("3s")
-			h.setState("ada", "offline")
+		{"offline is at once for who polls", func(p *presenceTest) {
+			p.poll("ada")
+			p.at("3s")
+			p.setState("ada", "offline")
 		}, []string{"0s ada:online", "3s ada:offline"}},
-		{"a tab that says offline leaves the other", func(h *presenceTest) {
-			one, two := h.stream("ada"), h.stream("ada")
-			h.at("1m")
-			h.setState("ada", "offline")
+		{"a tab that says offline leaves the other", func(p *presenceTest) {
+			one, two := p.stream("ada"), p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
 			one.unsubscribe()
-			h.wantRoster("ada:online")
-			h.at("2m")
+			p.wantRoster("ada:online")
+			p.at("2m")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"the last tab's offline is at once", func(h *presenceTest) {
-			one, two := h.stream("ada"), h.stream("ada")
-			h.at("1m")
-			h.setState("ada", "offline")
+		{"the last tab's offline is at once", func(p *presenceTest) {
+			one, two := p.stream("ada"), p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
 			one.unsubscribe()
-			h.at("2m")
-			h.setState("ada", "offline")
+			p.at("2m")
+			p.setState("ada", "offline")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
-		{"a tab's offline that comes when the tab has gone is not the other's", func(h *presenceTest) {
-			one, two := h.stream("ada"), h.stream("ada")
-			h.at("1m")
+		{"a tab's offline that comes when the tab has gone is not the other's", func(p *presenceTest) {
+			one, two := p.stream("ada"), p.stream("ada")
+			p.at("1m")
 			one.unsubscribe()
-			h.setState("ada", "offline")
-			h.at("2m")
-			h.wantRoster("ada:online")
-			h.setState("ada", "offline")
+			p.setState("ada", "offline")
+			p.at("2m")
+			p.wantRoster("ada:online")
+			p.setState("ada", "offline")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
-		{"offline from a tab while another polls is the poller's, who asks again", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.poll("ada")
-			h.setState("ada", "offline")
-			h.at("2s")
-			h.wantRoster("ada:online")
+		{"offline from a tab while another polls is the poller's, who asks again", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.poll("ada")
+			p.setState("ada", "offline")
+			p.at("2s")
+			p.wantRoster("ada:online")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "12s ada:offline"}},
-		{"who said offline and polls is back, though their stream closes later", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.at("1m")
-			h.setState("ada", "offline")
-			h.at("1m2s")
-			h.poll("ada")
+		{"who said offline and polls is back, though their stream closes later", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
+			p.at("1m2s")
+			p.poll("ada")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m2s ada:offline"}},
-		{"a reload that says offline is a moment's", func(h *presenceTest) {
-			old := h.stream("ada")
-			h.at("1m")
-			h.setState("ada", "offline")
-			h.at("1m2s")
-			ada := h.stream("ada")
-			h.at("1m3s")
+		{"a reload that says offline is a moment's", func(p *presenceTest) {
+			old := p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
+			p.at("1m2s")
+			ada := p.stream("ada")
+			p.at("1m3s")
 			old.unsubscribe()
-			h.at("2m")
+			p.at("2m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m10s ada:offline"}},
-		{"who said offline and comes again is back", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.at("1m")
-			h.setState("ada", "offline")
+		{"who said offline and comes again is back", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
 			ada.unsubscribe()
-			h.at("2m")
-			h.poll("ada")
-			h.setState("ada", "offline")
-			h.at("3m")
-			h.setState("ada", "online")
-			h.setState("ada", "offline")
+			p.at("2m")
+			p.poll("ada")
+			p.setState("ada", "offline")
+			p.at("3m")
+			p.setState("ada", "online")
+			p.setState("ada", "offline")
 		}, []string{"0s ada:online", "1m0s ada:offline", "2m0s ada:online", "2m0s ada:offline", "3m0s ada:online", "3m0s ada:offline"}},
-		{"a state without a stream is a visit of a minute", func(h *presenceTest) {
-			h.setState("ada", "online")
-			h.setState("bob", "away")
-			h.setState("cyd", "typing")
-			h.wantRoster("ada:online bob:away cyd:typing")
+		{"a state without a stream is a visit of a minute", func(p *presenceTest) {
+			p.setState("ada", "online")
+			p.setState("bob", "away")
+			p.setState("cyd", "typing")
+			p.wantRoster("ada:online bob:away cyd:typing")
 		}, []string{"0s ada:online", "0s bob:away", "0s cyd:typing", "5s cyd:online"}}, // and offline, in any order
-		{"offline from who is not here says nothing", func(h *presenceTest) {
-			h.setState("ada", "offline")
-			h.wantRoster("")
+		{"offline from who is not here says nothing", func(p *presenceTest) {
+			p.setState("ada", "offline")
+			p.wantRoster("")
 		}, nil},
-		{"two users", func(h *presenceTest) {
-			ada := h.stream("ada")
-			h.at("1s")
-			bob := h.stream("bob")
-			h.at("2s")
+		{"two users", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1s")
+			bob := p.stream("bob")
+			p.at("2s")
 			ada.unsubscribe()
-			h.at("3s")
-			h.setState("bob", "typing")
-			h.at("1m")
+			p.at("3s")
+			p.setState("bob", "typing")
+			p.at("1m")
 			bob.unsubscribe()
 		}, []string{"0s ada:online", "1s bob:online", "3s bob:typing", "8s bob:online", "12s ada:offline", "1m10s bob:offline"}},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newPresenceTest(t, limits{})
-				tc.do(h)
+				p := newPresenceTest(t, limits{})
+				tc.do(p)
 				time.Sleep(5 * time.Minute)
 				synctest.Wait()
 				if strings.HasPrefix(tc.what, "a state without") {
-					last := h.events[len(h.events)-3:]
+					last := p.events[len(p.events)-3:]
 					slices.Sort(last)
 					tc.want = append(tc.want, "1m0s ada:offline", "1m0s bob:offline", "1m0s cyd:offline")
 				}
-				h.wantEvents(append([]string{"0s {}"}, tc.want...)...)
-				h.wantNothingLeft()
+				p.wantEvents(append([]string{"0s {}"}, tc.want...)...)
+				p.wantNothingLeft()
 			})
 		})
 	}
@@ -507,28 +507,28 @@ func TestAUserIsPresentInEachRoomOfTheirStream(t *testing.T) {
 // by what was told since the cursor, and some not at all.
 func TestWhoSeesPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPresenceTest(t, limits{})
-		mark := h.lastID.Load() - h.relay.epoch
-		h.stream("ada")
-		publishText(t, h.relay, "a", "hi")
+		p := newPresenceTest(t, limits{})
+		mark := p.lastID.Load() - p.relay.epoch
+		p.stream("ada")
+		publishText(t, p.relay, "a", "hi")
 
-		blind := openSubscriber(t, h.relay, "a", mark, subscribeRequest{longLived: true})
+		blind := openSubscriber(t, p.relay, "a", mark, subscribeRequest{longLived: true})
 		wantRead(t, blind, "2:a:hi")
-		poller := openSubscriber(t, h.relay, "a", mark, subscribeRequest{user: "pol", seesPresence: true})
+		poller := openSubscriber(t, p.relay, "a", mark, subscribeRequest{user: "pol", seesPresence: true})
 		wantRead(t, poller, "ada:online 2:a:hi pol:online")
-		unseen := openSubscriber(t, h.relay, "a", mark, subscribeRequest{seesPresence: true, longLived: true})
+		unseen := openSubscriber(t, p.relay, "a", mark, subscribeRequest{seesPresence: true, longLived: true})
 		unseen.wantRoster()
 		wantRead(t, unseen, "2:a:hi {ada:online pol:online}")
-		eve := openSubscriber(t, h.relay, "a", mark, subscribeRequest{user: "eve", seesPresence: true, longLived: true})
+		eve := openSubscriber(t, p.relay, "a", mark, subscribeRequest{user: "eve", seesPresence: true, longLived: true})
 		eve.wantRoster()
 		wantRead(t, eve, "2:a:hi {ada:online eve:online pol:online}")
 
-		h.setState("ada", "away")
+		p.setState("ada", "away")
 		wantRead(t, blind, "")
 		wantRead(t, poller, "eve:online ada:away")
 		wantRead(t, unseen, "eve:online ada:away")
 		wantRead(t, eve, "ada:away")
-		h.wantRoster("ada:away eve:online pol:online")
+		p.wantRoster("ada:away eve:online pol:online")
 	})
 }
 
@@ -536,22 +536,22 @@ func TestWhoSeesPresence(t *testing.T) {
 // presence that happened before is not told.
 func TestTheRosterComesAfterTheBacklog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPresenceTest(t, limits{})
+		p := newPresenceTest(t, limits{})
 		const n = maxBatchEvents + 10
 		for range n {
-			publishText(t, h.relay, "a", "x")
+			publishText(t, p.relay, "a", "x")
 		}
-		h.stream("ada")
-		rd := openSubscriber(t, h.relay, "a", 0, subscribeRequest{seesPresence: true, longLived: true})
-		rd.wantRoster()
-		batch := rd.next(nil)
-		h.stream("bob")
-		rest := summarize(h.relay, readAll(rd))
+		p.stream("ada")
+		sub := openSubscriber(t, p.relay, "a", 0, subscribeRequest{seesPresence: true, longLived: true})
+		sub.wantRoster()
+		batch := sub.next(nil)
+		p.stream("bob")
+		rest := summarize(p.relay, readAll(sub))
 		if len(batch) != maxBatchEvents || !strings.HasSuffix(rest, fmt.Sprintf("%d:a:x {ada:online bob:online}", n)) || strings.Contains(rest, " ada:") {
 			t.Errorf("behind %d events came %s", len(batch), rest)
 		}
-		h.stream("cyd")
-		wantRead(t, rd, "cyd:online")
+		p.stream("cyd")
+		wantRead(t, sub, "cyd:online")
 	})
 }
 
@@ -559,17 +559,17 @@ func TestTheRosterComesAfterTheBacklog(t *testing.T) {
 // not told again; a message of that time is not lost.
 func TestNoPresenceEventRepeatsTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPresenceTest(t, limits{})
-		rd := openSubscriber(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		rd.next(nil)
-		h.stream("ada")
-		publishText(t, h.relay, "a", "hi")
-		if opening := summarize(h.relay, rd.appendRosters(nil)); opening != "{ada:online}" {
+		p := newPresenceTest(t, limits{})
+		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		sub.next(nil)
+		p.stream("ada")
+		publishText(t, p.relay, "a", "hi")
+		if opening := summarize(p.relay, sub.appendRosters(nil)); opening != "{ada:online}" {
 			t.Errorf("the roster is %s", opening)
 		}
-		h.stream("bob")
-		wantRead(t, rd, "2:a:hi bob:online")
+		p.stream("bob")
+		wantRead(t, sub, "2:a:hi bob:online")
 	})
 }
 
@@ -577,37 +577,37 @@ func TestNoPresenceEventRepeatsTheRoster(t *testing.T) {
 // Cloud Run does with a whole machine.
 func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPresenceTest(t, limits{})
-		h.poll("ada")
-		bob := h.stream("bob")
-		h.setState("bob", "typing")
-		h.relay.mu.Lock()
-		for _, l := range h.rooms["a"].leases {
+		p := newPresenceTest(t, limits{})
+		p.poll("ada")
+		bob := p.stream("bob")
+		p.setState("bob", "typing")
+		p.relay.mu.Lock()
+		for _, l := range p.rooms["a"].leases {
 			l.timer.Stop()
 		}
-		h.relay.mu.Unlock()
+		p.relay.mu.Unlock()
 
-		h.at("4.999s")
-		h.wantRoster("ada:online bob:typing")
-		h.at("5s")
-		h.wantRoster("ada:online bob:online")
-		h.at("59.999s")
-		h.wantRoster("ada:online bob:online")
-		h.at("1m")
-		h.wantRoster("bob:online")
-		rd := openSubscriber(t, h.relay, "a", -1, subscribeRequest{seesPresence: true})
-		rd.wantRoster()
-		wantRead(t, rd, "{bob:online}")
-		h.wantEvents("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing")
+		p.at("4.999s")
+		p.wantRoster("ada:online bob:typing")
+		p.at("5s")
+		p.wantRoster("ada:online bob:online")
+		p.at("59.999s")
+		p.wantRoster("ada:online bob:online")
+		p.at("1m")
+		p.wantRoster("bob:online")
+		sub := openSubscriber(t, p.relay, "a", -1, subscribeRequest{seesPresence: true})
+		sub.wantRoster()
+		wantRead(t, sub, "{bob:online}")
+		p.wantEvents("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing")
 
-		h.at("2m")
-		h.relay.mu.Lock()
-		h.rooms["a"].leases["ada"].timer.Reset(0)
-		h.relay.mu.Unlock()
-		h.wantEvents("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing", "2m0s ada:offline")
+		p.at("2m")
+		p.relay.mu.Lock()
+		p.rooms["a"].leases["ada"].timer.Reset(0)
+		p.relay.mu.Unlock()
+		p.wantEvents("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing", "2m0s ada:offline")
 		bob.unsubscribe()
-		rd.unsubscribe()
-		h.wantNothingLeft()
+		sub.unsubscribe()
+		p.wantNothingLeft()
 	})
 }
 
@@ -615,24 +615,24 @@ func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 // comes then is online, whatever they were.
 func TestAnOldStateDoesNotOutliveItsLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPresenceTest(t, limits{})
-		h.poll("ada")
-		h.setState("ada", "away")
-		h.rooms["a"].leases["ada"].timer.Stop()
-		h.at("2m")
-		h.poll("ada")
-		h.wantRoster("ada:online")
-		h.wantEvents("0s {}", "0s ada:online", "0s ada:away", "2m0s ada:online")
-		h.wantNothingLeft()
+		p := newPresenceTest(t, limits{})
+		p.poll("ada")
+		p.setState("ada", "away")
+		p.rooms["a"].leases["ada"].timer.Stop()
+		p.at("2m")
+		p.poll("ada")
+		p.wantRoster("ada:online")
+		p.wantEvents("0s {}", "0s ada:online", "0s ada:away", "2m0s ada:online")
+		p.wantNothingLeft()
 	})
 }
 
 // mostInASecond counts what the room was told in a second of the clock.
-func (h *presenceTest) mostInASecond() (most int) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+func (p *presenceTest) mostInASecond() (most int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	count := map[time.Duration]int{}
-	for _, line := range h.events {
+	for _, line := range p.events {
 		at, _, _ := strings.Cut(line, " ")
 		d, _ := time.ParseDuration(at)
 		count[d.Truncate(time.Second)]++
@@ -656,21 +656,21 @@ func TestAFloodOfTypingIsOneEventASecond(t *testing.T) {
 	} {
 		t.Run(strings.Join(tc.states, " "), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newPresenceTest(t, limits{})
-				h.at("1s")
+				p := newPresenceTest(t, limits{})
+				p.at("1s")
 				for i := range 2000 {
-					h.setState("ada", tc.states[i%len(tc.states)])
+					p.setState("ada", tc.states[i%len(tc.states)])
 					time.Sleep(10 * time.Millisecond)
 				}
 				synctest.Wait()
-				if n, most := len(h.events), h.mostInASecond(); n > 2+20*tc.rate || most > tc.rate+1 {
+				if n, most := len(p.events), p.mostInASecond(); n > 2+20*tc.rate || most > tc.rate+1 {
 					t.Errorf("20 s of flood were %d events, up to %d in a second", n, most)
 				}
-				h.at("25.99s")
-				if last := h.events[len(h.events)-1]; !strings.HasSuffix(last, " ada:"+tc.last) {
+				p.at("25.99s")
+				if last := p.events[len(p.events)-1]; !strings.HasSuffix(last, " ada:"+tc.last) {
 					t.Errorf("the room was last told %s, want %s", last, tc.last)
 				}
-				h.wantNothingLeft()
+				p.wantNothingLeft()
 			})
 		})
 	}
@@ -678,68 +678,68 @@ func TestAFloodOfTypingIsOneEventASecond(t *testing.T) {
 
 func TestACrowdIsOnlyCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPresenceTest(t, limits{})
+		p := newPresenceTest(t, limits{})
 		var streams []*subscriber
 		var want []string
 		told := func(format string, args ...any) { want = append(want, fmt.Sprintf(format, args...)) }
 		told("0s {}")
 		for i := range 150 { // one every 10 ms
 			if i < maxRosterUsers {
-				told("%v u%03d:online", time.Since(h.start), i)
+				told("%v u%03d:online", time.Since(p.start), i)
 			}
-			streams = append(streams, h.stream(fmt.Sprintf("u%03d", i)))
+			streams = append(streams, p.stream(fmt.Sprintf("u%03d", i)))
 			time.Sleep(10 * time.Millisecond)
 			synctest.Wait()
 		}
 		told("1s {101}")
 		told("2s {150}")
-		h.at("3s")
-		h.wantEvents(want...)
+		p.at("3s")
+		p.wantEvents(want...)
 
 		// Nobody's typing is told, but who asks for everyone is told of it.
-		h.setState("u007", "typing")
-		if ros := h.roster("a"); ros.Count != 150 || ros.Users["u007"] != "typing" {
+		p.setState("u007", "typing")
+		if ros := p.roster("a"); ros.Count != 150 || ros.Users["u007"] != "typing" {
 			t.Errorf("%d are here, u007 is %s", ros.Count, ros.Users["u007"])
 		}
-		rd := openSubscriber(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		wantRead(t, rd, "{150}")
-		rd.unsubscribe()
-		h.at("9s")
-		h.wantEvents(want...)
+		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		wantRead(t, sub, "{150}")
+		sub.unsubscribe()
+		p.at("9s")
+		p.wantEvents(want...)
 
 		// 49 leave, and it still is a crowd; then one more, and it is told who is left.
-		for _, rd := range streams[:49] {
-			rd.unsubscribe()
+		for _, sub := range streams[:49] {
+			sub.unsubscribe()
 		}
 		told("19s {149}")
 		told("20s {101}")
-		h.at("30s")
-		h.wantEvents(want...)
+		p.at("30s")
+		p.wantEvents(want...)
 		streams[49].unsubscribe()
 		var left []string
 		for i := 50; i < 150; i++ {
 			left = append(left, fmt.Sprintf("u%03d:online", i))
 		}
 		told("40s {%s}", strings.Join(left, " "))
-		h.at("50s")
-		h.wantEvents(want...)
-		rd = openSubscriber(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		wantRead(t, rd, "{"+strings.Join(left, " ")+"}")
-		rd.unsubscribe()
+		p.at("50s")
+		p.wantEvents(want...)
+		sub = openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		wantRead(t, sub, "{"+strings.Join(left, " ")+"}")
+		sub.unsubscribe()
 
 		// From there on, singly.
 		streams[50].unsubscribe()
-		h.setState("u149", "away")
+		p.setState("u149", "away")
 		told("50s u149:away")
 		told("1m0s u050:offline")
-		h.at("2m")
-		h.wantEvents(want...)
-		for _, rd := range streams[51:] {
-			rd.unsubscribe()
+		p.at("2m")
+		p.wantEvents(want...)
+		for _, sub := range streams[51:] {
+			sub.unsubscribe()
 		}
-		h.wantNothingLeft()
+		p.wantNothingLeft()
 	})
 }
 
@@ -765,8 +765,8 @@ func TestTenThousandUsersJoinAndLeave(t *testing.T) {
 		}
 		checkAccounting(t, r)
 		before := r.lastID.Load()
-		for _, rd := range streams {
-			rd.unsubscribe()
+		for _, sub := range streams {
+			sub.unsubscribe()
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
@@ -818,27 +818,27 @@ func TestTooManyUsers(t *testing.T) {
 // signals, is sent the roster.
 func TestASubscriberThatMissedPresenceIsSentTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPresenceTest(t, limits{maxEvents: 2})
-		rd := openSubscriber(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		wantRead(t, rd, "{}")
+		p := newPresenceTest(t, limits{maxEvents: 2})
+		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		wantRead(t, sub, "{}")
 		for _, user := range []string{"ada", "bob"} {
-			h.stream(user)
+			p.stream(user)
 		}
-		wantRead(t, rd, "ada:online bob:online")
+		wantRead(t, sub, "ada:online bob:online")
 		for _, user := range []string{"cyd", "dan", "eve"} {
-			h.stream(user)
+			p.stream(user)
 		}
-		wantRead(t, rd, "dan:online eve:online {ada:online bob:online cyd:online dan:online eve:online}")
-		h.stream("flo")
-		wantRead(t, rd, "flo:online")
+		wantRead(t, sub, "dan:online eve:online {ada:online bob:online cyd:online dan:online eve:online}")
+		p.stream("flo")
+		wantRead(t, sub, "flo:online")
 
 		// Or for the room's history was forgotten.
-		h.stream("gus")
-		h.relay.mu.Lock()
-		h.dropHistory(h.rooms["a"])
-		h.relay.mu.Unlock()
-		wantRead(t, rd, "{ada:online bob:online cyd:online dan:online eve:online flo:online gus:online}")
+		p.stream("gus")
+		p.relay.mu.Lock()
+		p.dropHistory(p.rooms["a"])
+		p.relay.mu.Unlock()
+		wantRead(t, sub, "{ada:online bob:online cyd:online dan:online eve:online flo:online gus:online}")
 	})
 }
 
@@ -846,18 +846,18 @@ func TestASubscriberThatMissedPresenceIsSentTheRoster(t *testing.T) {
 // client takes a piece now and then.
 func TestASubscriberThatReadsPresenceLateIsSentTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPresenceTest(t, limits{})
-		rd := openSubscriber(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		wantRead(t, rd, "{}")
-		h.stream("ada")
+		p := newPresenceTest(t, limits{})
+		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		wantRead(t, sub, "{}")
+		p.stream("ada")
 		time.Sleep(presenceEventTTL)
-		wantRead(t, rd, "{ada:online}")
+		wantRead(t, sub, "{ada:online}")
 
-		h.stream("bob")
+		p.stream("bob")
 		time.Sleep(presenceEventTTL)
-		h.stream("cyd") // lets bob's event go
-		wantRead(t, rd, "cyd:online {ada:online bob:online cyd:online}")
+		p.stream("cyd") // lets bob's event go
+		wantRead(t, sub, "cyd:online {ada:online bob:online cyd:online}")
 	})
 }
 
@@ -865,15 +865,15 @@ func TestASubscriberThatReadsPresenceLateIsSentTheRoster(t *testing.T) {
 // is over; a stream that opens in between has them in its roster already.
 func TestADelayedJoinIsNotSentTwice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newPresenceTest(t, limits{})
-		h.setState("ada", "online")
-		h.setState("ada", "offline")
-		h.stream("ada")
-		rd := openSubscriber(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		opening := summarize(h.relay, readAll(rd))
-		h.at("2s")
-		after := summarize(h.relay, readAll(rd))
+		p := newPresenceTest(t, limits{})
+		p.setState("ada", "online")
+		p.setState("ada", "offline")
+		p.stream("ada")
+		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		opening := summarize(p.relay, readAll(sub))
+		p.at("2s")
+		after := summarize(p.relay, readAll(sub))
 		if strings.Count(opening+after, "ada:online") != 1 {
 			t.Errorf("told %s and then %s", opening, after)
 		}
@@ -889,21 +889,21 @@ func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 		for i := range maxRosterUsers + 2 {
 			streams = append(streams, openSubscriber(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), longLived: true}))
 		}
-		for i, rd := range streams {
+		for i, sub := range streams {
 			r.setPresence("a", fmt.Sprint("user", i), "", "offline")
-			rd.unsubscribe()
+			sub.unsubscribe()
 		}
 		publishText(t, r, "b", strings.Repeat("x", 64<<10))
 		if r.rooms["a"] != nil {
 			t.Fatal("room a was not forgotten")
 		}
 		openSubscriber(t, r, "a", -1, subscribeRequest{user: "ada", longLived: true})
-		rd := openSubscriber(t, r, "a", -1, wantPresence)
-		rd.wantRoster()
-		wantRead(t, rd, "{ada:online}")
+		sub := openSubscriber(t, r, "a", -1, wantPresence)
+		sub.wantRoster()
+		wantRead(t, sub, "{ada:online}")
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		wantRead(t, rd, "")
+		wantRead(t, sub, "")
 	})
 }
 
@@ -919,9 +919,9 @@ type watcher struct {
 	mayMiss  bool  // it may miss events, and so be told what it knows
 }
 
-func (g *watcher) read() {
-	g.Helper()
-	for _, e := range readAll(g.rd) {
+func (w *watcher) read() {
+	w.Helper()
+	for _, e := range readAll(w.rd) {
 		var c struct {
 			From string
 			Time int64
@@ -931,34 +931,34 @@ func (g *watcher) read() {
 		if c.From == "" {
 			var ros roster
 			json.Unmarshal(c.Data, &ros)
-			g.users, g.count, g.crowd = ros.Users, ros.Count, ros.Users == nil
-			g.rosterAt = time.Now().UnixMilli()
+			w.users, w.count, w.crowd = ros.Users, ros.Count, ros.Users == nil
+			w.rosterAt = time.Now().UnixMilli()
 			if c.Time != 0 {
-				g.rosterAt = c.Time
+				w.rosterAt = c.Time
 			}
-			if !g.crowd && ros.Count != len(ros.Users) {
-				g.Errorf("a roster of %d has %d names", ros.Count, len(ros.Users))
+			if !w.crowd && ros.Count != len(ros.Users) {
+				w.Errorf("a roster of %d has %d names", ros.Count, len(ros.Users))
 			}
 			continue
 		}
-		if g.crowd {
-			g.Errorf("in a crowd of %d it was told %s", g.count, e.json)
+		if w.crowd {
+			w.Errorf("in a crowd of %d it was told %s", w.count, e.json)
 			continue
 		}
 		var state string
 		json.Unmarshal(c.Data, &state)
-		known, here := g.users[c.From]
+		known, here := w.users[c.From]
 		if !here {
 			known = "offline"
 		}
 		// What is held back for its rate is in the roster before it is told.
-		if !g.mayMiss && known == state && c.Time-g.rosterAt >= announceInterval.Milliseconds() {
-			g.Errorf("%s was %s already", c.From, state)
+		if !w.mayMiss && known == state && c.Time-w.rosterAt >= announceInterval.Milliseconds() {
+			w.Errorf("%s was %s already", c.From, state)
 		}
-		if g.users[c.From] = state; state == "offline" {
-			delete(g.users, c.From)
+		if w.users[c.From] = state; state == "offline" {
+			delete(w.users, c.From)
 		}
-		g.count = len(g.users)
+		w.count = len(w.users)
 	}
 }
 
@@ -992,19 +992,19 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 					acting.Go(func() {
 						rnd := rand.New(rand.NewPCG(uint64(i), 4))
 						var streams []*subscriber
-						w := subscribeRequest{user: user, seesPresence: true}
+						req := subscribeRequest{user: user, seesPresence: true}
 						for range 40 {
 							pause(rnd, 4*time.Second)
 							switch n := rnd.IntN(8); {
 							case n < 2 && len(streams) < 3:
-								w.longLived = true
-								streams = append(streams, openSubscriber(t, r, "a", -1, w))
+								req.longLived = true
+								streams = append(streams, openSubscriber(t, r, "a", -1, req))
 							case n < 5 && len(streams) > 0:
 								streams[0].unsubscribe()
 								streams = streams[1:]
 							case n == 5:
-								w.longLived = false
-								openSubscriber(t, r, "a", -1, w).unsubscribe()
+								req.longLived = false
+								openSubscriber(t, r, "a", -1, req).unsubscribe()
 							default:
 								r.setPresence("a", user, "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
 							}
@@ -1013,11 +1013,11 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 							}
 						}
 						if i < tc.stay {
-							w.longLived = true
-							openSubscriber(t, r, "a", -1, w)
+							req.longLived = true
+							openSubscriber(t, r, "a", -1, req)
 						}
-						for _, rd := range streams {
-							rd.unsubscribe()
+						for _, sub := range streams {
+							sub.unsubscribe()
 						}
 					})
 				}

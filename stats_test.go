@@ -17,23 +17,23 @@ import (
 // An operator sees which rooms there are, and can erase one.
 func TestRoomsAreListedAndErased(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
+		b := newLimitedTestbed(t)
 		const here = "127.0.0.1"
 		list := func(query string) string {
-			_, body := h.ask(here, "GET /rooms"+query, "")
+			_, body := b.ask(here, "GET /rooms"+query, "")
 			return body
 		}
 		if got := list(""); got != `{"more":false,"rooms":[]}`+"\n" {
 			t.Errorf("of a relay without rooms: %s", got)
 		}
-		start := h.relay.epoch
-		h.relay.publish(publishRequest{room: "a", kind: "message", data: []byte(`"one"`)})
+		start := b.relay.epoch
+		b.relay.publish(publishRequest{room: "a", kind: "message", data: []byte(`"one"`)})
 		time.Sleep(time.Second)
-		h.relay.publish(publishRequest{room: "b", kind: "message", data: []byte(`"two"`)})
+		b.relay.publish(publishRequest{room: "b", kind: "message", data: []byte(`"two"`)})
 		time.Sleep(time.Second)
-		h.relay.publish(publishRequest{room: "a", kind: "typing", data: []byte(`true`), ttl: time.Minute})
-		watcher := h.open(here, "GET /rooms/b,c/stream?user=ada", "")
-		picture := h.open(here, "GET /rooms/a/multipart?as=svg", "")
+		b.relay.publish(publishRequest{room: "a", kind: "typing", data: []byte(`true`), ttl: time.Minute})
+		watcher := b.open(here, "GET /rooms/b,c/stream?user=ada", "")
+		picture := b.open(here, "GET /rooms/a/multipart?as=svg", "")
 		synctest.Wait()
 		var got struct {
 			Rooms []roomStatus
@@ -53,29 +53,29 @@ func TestRoomsAreListedAndErased(t *testing.T) {
 		if got := list("?prefix=b"); !strings.Contains(got, `"b"`) || strings.Contains(got, `"a"`) {
 			t.Errorf("those that begin with b: %s", got)
 		}
-		if r, body := h.ask(here, "GET /rooms?prefix=a&prefix=b", ""); r.StatusCode != 400 {
+		if r, body := b.ask(here, "GET /rooms?prefix=a&prefix=b", ""); r.StatusCode != 400 {
 			t.Errorf("%d %s", r.StatusCode, body)
 		}
 		for _, room := range []string{"b", "nobody", "b"} {
-			if r, body := h.ask(here, "DELETE /rooms/"+room, ""); r.StatusCode != 204 || body != "" {
+			if r, body := b.ask(here, "DELETE /rooms/"+room, ""); r.StatusCode != 204 || body != "" {
 				t.Errorf("%s is erased: %d %s", room, r.StatusCode, body)
 			}
 		}
 		for path, status := range map[string]int{"/rooms/a,b": 400, "/rooms/_stats": 403, "/rooms/no%20name": 400, "/rooms/a/poll": 405} {
-			if r, _ := h.ask(here, "DELETE "+path, ""); r.StatusCode != status {
+			if r, _ := b.ask(here, "DELETE "+path, ""); r.StatusCode != status {
 				t.Errorf("DELETE %s: %d, want %d", path, r.StatusCode, status)
 			}
 		}
 		if got := list("?prefix=b"); !strings.Contains(got, `"messages":0`) || !strings.Contains(got, `"newest":0`) || !strings.Contains(got, `"users":1`) {
 			t.Errorf("of an erased room: %s", got)
 		}
-		if r, _ := h.ask(here, "POST /rooms/b?if=0", "first again"); r.StatusCode != 201 {
+		if r, _ := b.ask(here, "POST /rooms/b?if=0", "first again"); r.StatusCode != 201 {
 			t.Errorf("publish to it as to a new one: %d", r.StatusCode)
 		}
 		watcher.stop()
 		picture.stop()
 		for i := range maxListed {
-			h.relay.publish(publishRequest{room: fmt.Sprint("x", i), kind: "message", data: []byte(`1`)})
+			b.relay.publish(publishRequest{room: fmt.Sprint("x", i), kind: "message", data: []byte(`1`)})
 		}
 		if got := list(""); strings.Count(got, `"room":`) != maxListed || !strings.HasPrefix(got, `{"more":true,"rooms":[{"room":"x999",`) {
 			t.Errorf("of many: %d, %.60s", strings.Count(got, `"room":`), got)

@@ -8,7 +8,6 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"html"
 	"io"
@@ -33,6 +32,356 @@ import (
 	"github.com/coder/websocket"
 )
 
+// A testbed is a relay that serves, with the connections made to it.
+type testbed struct {
+	*app
+	t                testing.TB
+	network          string
+	failOnDisconnect bool   // that a client left while something was written to it
+	url              string // http://cometes.test
+	client           *http.Client
+	dial             func(context.Context) (net.Conn, error)
+	stop             context.CancelFunc // what SIGTERM does
+	served           chan error         // what serve returned, once
+
+	listener *pipeListener // of a testbed in memory
+	close    func()        // of a limited testbed
+
+	mu         sync.Mutex // guards what follows
+	conns      []net.Conn
+	transports map[string]*http.Transport // of a limited testbed, by the client's address
+}
+
+// The networks of a testbed. All but tcp are in memory, for bubbles.
+const (
+	pipe   = "pipe"    // HTTP/1.1 over net.Pipe: a client that does not read has no buffer
+	pipe10 = "pipe1.0" // HTTP/1.0, which nginx speaks to what is behind it unless told otherwise
+	pipeH2 = "pipeH2"  // HTTP/2 without TLS
+	tcp    = "tcp"     // HTTP/1.1 over loopback, sockets of the kernel
+)
+
+// techniques are those of every server.
+var techniques = newTechniques()
+
+func newTestbed(t testing.TB, network string, tune ...func(*config)) *testbed {
+	t.Helper()
+	c, err := parseFlags(nil, func(string) string { return "" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, change := range tune {
+		change(&c)
+	}
+	s, err := newApp(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := slog.Default()
+	b := &testbed{app: s, t: t, network: network, url: "http://cometes.test", served: make(chan error, 1)}
+	slog.SetDefault(slog.New(strictLog{b}))
+	var listener net.Listener
+	if network == tcp {
+		listener, err = net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.url = "http://" + listener.Addr().String()
+		b.dial = func(ctx context.Context) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", listener.Addr().String())
+		}
+	} else {
+		b.listener = newPipeListener(&net.UnixAddr{Name: "memory"})
+		listener = b.listener
+		b.dial = func(ctx context.Context) (net.Conn, error) { return b.listener.dial(ctx, nil) }
+	}
+	plain := b.dial
+	b.dial = func(ctx context.Context) (net.Conn, error) {
+		conn, err := plain(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if network == pipe10 {
+			conn = &oldConn{Conn: conn}
+		}
+		b.mu.Lock()
+		b.conns = append(b.conns, conn)
+		b.mu.Unlock()
+		return conn, nil
+	}
+	srv := s.http(false)
+	if network == pipeH2 {
+		srv.Protocols = new(http.Protocols)
+		srv.Protocols.SetHTTP1(true)
+		srv.Protocols.SetUnencryptedHTTP2(true)
+	}
+	b.client = b.newClient(b.dial, network == pipeH2)
+	var ctx context.Context
+	ctx, b.stop = context.WithCancel(context.Background())
+	go func() { b.served <- serve(ctx, s, srv, listener) }()
+
+	t.Cleanup(func() {
+		b.disconnect()
+		b.settle()
+		b.stop()
+		if err := <-b.served; err != nil {
+			t.Errorf("serve: %v", err)
+		}
+		b.checkIdle()
+		slog.SetDefault(before)
+	})
+	return b
+}
+
+// newLimitedTestbed runs a relay with the flags args, and with the limits of
+// its listener, in memory. Clients connect from any address; see dialFrom.
+func newLimitedTestbed(t testing.TB, args ...string) *testbed {
+	t.Helper()
+	c, err := parseFlags(args, func(string) string { return "" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := newApp(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &testbed{app: a, t: t, network: pipe, url: "http://" + limitedHost, transports: map[string]*http.Transport{}}
+	b.listener = newPipeListener(&net.TCPAddr{IP: net.IPv6loopback, Port: 80})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		serve(ctx, a, a.http(c.h2c), a.limitListener(b.listener))
+	}()
+	b.close = sync.OnceFunc(func() {
+		cancel()
+		for _, c := range b.transports {
+			c.CloseIdleConnections()
+		}
+		<-done
+		time.Sleep(2 * lingerTimeout)
+		synctest.Wait()
+	})
+	t.Cleanup(b.close)
+	return b
+}
+
+const limitedHost = "relay.example"
+
+// dialFrom connects from an address.
+func (b *testbed) dialFrom(from string) (net.Conn, error) {
+	port := uint16(1024 + rand.IntN(60000))
+	return b.listener.dial(context.Background(), net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), port)))
+}
+
+// clientFrom returns an HTTP client with an address.
+func (b *testbed) clientFrom(from string) *http.Client {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	c := b.transports[from]
+	if c == nil {
+		c = &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return b.dialFrom(from) }}
+		b.transports[from] = c
+	}
+	return &http.Client{Transport: c, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+}
+
+func (b *testbed) newClient(dial func(context.Context) (net.Conn, error), h2 bool) *http.Client {
+	p := new(http.Protocols)
+	p.SetHTTP1(!h2)
+	p.SetUnencryptedHTTP2(h2)
+	return &http.Client{
+		Transport: &http.Transport{
+			DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+			DisableCompression: true,
+			Protocols:          p,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// disconnect closes every connection at the client's end.
+func (b *testbed) disconnect() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, conn := range b.conns {
+		conn.Close()
+	}
+	b.conns = nil
+	b.client.CloseIdleConnections()
+}
+
+// settle waits until everybody waits for somebody; over sockets, where that
+// can't be known, until those who left are gone.
+func (b *testbed) settle() {
+	b.mu.Lock()
+	left := len(b.conns) == 0
+	b.mu.Unlock()
+	if b.network != tcp {
+		synctest.Wait()
+	} else if left {
+		b.waitUntil(func() bool { return b.subscriptions() == 0 && b.active() == 0 })
+	}
+}
+
+// waitUntil waits for what will be, and reports whether it is.
+func (b *testbed) waitUntil(is func() bool) bool {
+	if b.network != tcp {
+		synctest.Wait()
+		return is()
+	}
+	for end := time.Now().Add(10 * time.Second); !is(); runtime.Gosched() {
+		if time.Now().After(end) {
+			return false
+		}
+	}
+	return true
+}
+
+// checkIdle fails unless nobody is subscribed, which every test has to end with.
+func (b *testbed) checkIdle() {
+	b.t.Helper()
+	if n := b.active(); n != 0 {
+		b.t.Errorf("%d streams are still counted", n)
+	}
+	if n := b.subscriptions(); n != 0 {
+		b.t.Errorf("%d readers are still subscribed", n)
+	}
+}
+
+func (b *testbed) subscriptions() int {
+	b.relay.mu.Lock()
+	defer b.relay.mu.Unlock()
+	n := 0
+	for _, rm := range b.relay.rooms {
+		rm.mu.Lock()
+		n += len(rm.subscriptions)
+		rm.mu.Unlock()
+	}
+	return n
+}
+
+// A tattler is a log that fails the test for what should not have to be logged.
+type strictLog struct{ testbed *testbed }
+
+func (l strictLog) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
+
+func (l strictLog) WithAttrs([]slog.Attr) slog.Handler { return l }
+
+func (l strictLog) WithGroup(string) slog.Handler { return l }
+
+func (l strictLog) Handle(_ context.Context, r slog.Record) error {
+	attrs := ""
+	r.Attrs(func(a slog.Attr) bool { attrs += " " + a.String(); return true })
+	for _, left := range []string{"client disconnected", "closed pipe", "connection reset", "broken pipe"} {
+		if strings.Contains(attrs, left) && !l.testbed.failOnDisconnect {
+			return nil // TestLeavingIsNoError
+		}
+	}
+	l.testbed.t.Errorf("logged: %s%s", r.Message, attrs)
+	return nil
+}
+
+// A pipeListener is a network in memory.
+type pipeListener struct {
+	addr   net.Addr
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func newPipeListener(addr net.Addr) *pipeListener {
+	return &pipeListener{addr: addr, conns: make(chan net.Conn), closed: make(chan struct{})}
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *pipeListener) Addr() net.Addr { return l.addr }
+
+// dial connects from an address; nil stands for a network without addresses.
+func (l *pipeListener) dial(ctx context.Context, from net.Addr) (net.Conn, error) {
+	client, server := net.Pipe()
+	if from != nil {
+		server = addrConn{server, from}
+	}
+	select {
+	case l.conns <- server:
+		return client, nil
+	case <-l.closed:
+		return nil, syscall.ECONNREFUSED
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// An addrConn is the relay's end of a connection from an address.
+type addrConn struct {
+	net.Conn
+	from net.Addr
+}
+
+func (c addrConn) RemoteAddr() net.Addr { return c.from }
+
+// An oldConn says HTTP/1.0 where its client says HTTP/1.1.
+type oldConn struct{ net.Conn }
+
+func (c *oldConn) Write(b []byte) (int, error) {
+	n := len(b)
+	if _, err := c.Conn.Write(bytes.Replace(b, []byte(" HTTP/1.1\r\n"), []byte(" HTTP/1.0\r\n"), 1)); err != nil {
+		return 0, err
+	}
+	return n, nil
+}
+
+// do makes a request and reads the whole answer. Headers are "Name: value".
+func (b *testbed) do(method, path, body string, headers ...string) (*http.Response, string) {
+	b.t.Helper()
+	req, err := http.NewRequest(method, b.url+path, strings.NewReader(body))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, h := range headers {
+		name, value, _ := strings.Cut(h, ": ")
+		req.Header.Add(name, value)
+	}
+	if host := req.Header.Get("Host"); host != "" {
+		req.Host = host
+		req.Header.Del("Host")
+	}
+	res, err := b.client.Do(req)
+	if err != nil {
+		b.t.Fatalf("%s %s: %v", method, path, err)
+	}
+	defer res.Body.Close()
+	answer, err := io.ReadAll(res.Body)
+	if err != nil {
+		b.t.Fatalf("%s %s: %v", method, path, err)
+	}
+	return res, string(answer)
+}
+
+// publish posts text to a room, "lobby" or "lobby?type=typing", and returns the id.
+func (b *testbed) post(room, text string) int64 {
+	b.t.Helper()
+	res, body := b.do("POST", "/rooms/"+room, text)
+	var answer struct{ ID int64 }
+	if err := json.Unmarshal([]byte(body), &answer); err != nil || res.StatusCode != 201 {
+		b.t.Fatalf("publish to %s: %d %s", room, res.StatusCode, body)
+	}
+	return answer.ID
+}
+
 // eventually waits for something to become so.
 func eventually(t testing.TB, within time.Duration, what string, is func() bool) {
 	t.Helper()
@@ -44,103 +393,7 @@ func eventually(t testing.TB, within time.Duration, what string, is func() bool)
 	}
 }
 
-// The hall.
-
-type hall struct {
-	*app
-	t     testing.TB
-	conns chan net.Conn
-	shut  chan struct{}
-	close func()
-
-	mu      sync.Mutex // guards clients
-	clients map[string]*http.Transport
-}
-
-const hallHost = "relay.example"
-
-// newLimitedTestbed runs a relay with the flags args, set up as run does it. It is for
-// use in a synctest bubble.
-func newLimitedTestbed(t testing.TB, args ...string) *hall {
-	t.Helper()
-	c, err := parseFlags(args, func(string) string { return "" })
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := newApp(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h := &hall{app: s, t: t, conns: make(chan net.Conn), shut: make(chan struct{}), clients: map[string]*http.Transport{}}
-	srv := s.http(c.h2c)
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		serve(ctx, s, srv, s.limitListener(hallDoor{h}))
-	}()
-	h.close = sync.OnceFunc(func() {
-		cancel()
-		for _, c := range h.clients {
-			c.CloseIdleConnections()
-		}
-		<-done
-		time.Sleep(2 * lingerTimeout)
-		synctest.Wait()
-	})
-	t.Cleanup(h.close)
-	return h
-}
-
-// A hallDoor is the hall's net.Listener.
-type hallDoor struct{ h *hall }
-
-func (d hallDoor) Accept() (net.Conn, error) {
-	select {
-	case c := <-d.h.conns:
-		return c, nil
-	case <-d.h.shut:
-		return nil, net.ErrClosed
-	}
-}
-
-func (d hallDoor) Close() error { close(d.h.shut); return nil }
-
-func (d hallDoor) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv6loopback, Port: 80} }
-
-// A hallPipe is the relay's end of a connection from some address.
-type hallPipe struct {
-	net.Conn
-	from net.Addr
-}
-
-func (p hallPipe) RemoteAddr() net.Addr { return p.from }
-
-// dialFrom connects from an address.
-func (h *hall) dialFrom(from string) (net.Conn, error) {
-	ours, theirs := net.Pipe()
-	addr := net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(from), uint16(1024+rand.IntN(60000))))
-	select {
-	case h.conns <- hallPipe{theirs, addr}:
-		return ours, nil
-	case <-h.shut:
-		return nil, errors.New("connection refused")
-	}
-}
-
-// clientFrom is what speaks HTTP from an address.
-func (h *hall) clientFrom(from string) *http.Client {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	c := h.clients[from]
-	if c == nil {
-		c = &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return h.dialFrom(from) }}
-		h.clients[from] = c
-	}
-	return &http.Client{Transport: c, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-}
-
-// A hallReply is an answer whose body may still be coming.
+// A response may still have a body to come.
 type response struct {
 	*http.Response
 	t    testing.TB
@@ -150,17 +403,17 @@ type response struct {
 
 // open asks from an address: "GET /rooms/a/sse", with headers such as
 // "Origin: https://a.example", and reads no more than the head of the answer.
-func (h *hall) open(from, what, body string, headers ...string) *response {
-	h.t.Helper()
+func (b *testbed) open(from, what, body string, headers ...string) *response {
+	b.t.Helper()
 	method, path, _ := strings.Cut(what, " ")
 	ctx, cancel := context.WithTimeout(context.Background(), 24*time.Hour)
 	var in io.Reader
 	if method != "GET" && method != "HEAD" {
 		in = strings.NewReader(body)
 	}
-	r, err := http.NewRequestWithContext(ctx, method, "http://"+hallHost+path, in)
+	r, err := http.NewRequestWithContext(ctx, method, "http://"+limitedHost+path, in)
 	if err != nil {
-		h.t.Fatal(err)
+		b.t.Fatal(err)
 	}
 	for _, line := range headers {
 		name, value, _ := strings.Cut(line, ": ")
@@ -170,17 +423,17 @@ func (h *hall) open(from, what, body string, headers ...string) *response {
 		}
 		r.Header.Add(name, value)
 	}
-	resp, err := h.clientFrom(from).Do(r)
+	resp, err := b.clientFrom(from).Do(r)
 	if err != nil {
-		h.t.Fatalf("%s from %s: %v", what, from, err)
+		b.t.Fatalf("%s from %s: %v", what, from, err)
 	}
-	return &response{resp, h.t, bufio.NewReader(resp.Body), func() { cancel(); resp.Body.Close() }}
+	return &response{resp, b.t, bufio.NewReader(resp.Body), func() { cancel(); resp.Body.Close() }}
 }
 
 // ask reads the whole answer.
-func (h *hall) ask(from, what, body string, headers ...string) (*response, string) {
-	h.t.Helper()
-	r := h.open(from, what, body, headers...)
+func (b *testbed) ask(from, what, body string, headers ...string) (*response, string) {
+	b.t.Helper()
+	r := b.open(from, what, body, headers...)
 	defer r.stop()
 	return r, r.readAll()
 }
@@ -210,9 +463,9 @@ func (r *response) readUntil(want string) string {
 }
 
 // webSocketFrom opens a WebSocket, or returns the status it was refused with.
-func (h *hall) webSocketFrom(from, path string, headers ...string) (*websocket.Conn, int) {
-	h.t.Helper()
-	o := &websocket.DialOptions{HTTPClient: h.clientFrom(from), HTTPHeader: http.Header{}}
+func (b *testbed) webSocketFrom(from, path string, headers ...string) (*websocket.Conn, int) {
+	b.t.Helper()
+	o := &websocket.DialOptions{HTTPClient: b.clientFrom(from), HTTPHeader: http.Header{}}
 	for _, line := range headers {
 		name, value, _ := strings.Cut(line, ": ")
 		if name == "Host" {
@@ -221,9 +474,9 @@ func (h *hall) webSocketFrom(from, path string, headers ...string) (*websocket.C
 		}
 		o.HTTPHeader.Add(name, value)
 	}
-	c, resp, err := websocket.Dial(context.Background(), "ws://"+hallHost+path, o)
+	c, resp, err := websocket.Dial(context.Background(), "ws://"+limitedHost+path, o)
 	if resp == nil {
-		h.t.Fatalf("%s from %s: %v", path, from, err)
+		b.t.Fatalf("%s from %s: %v", path, from, err)
 	}
 	if err != nil {
 		resp.Body.Close()
@@ -260,11 +513,11 @@ func exchange(t testing.TB, c *websocket.Conn, frame string) string {
 }
 
 // metric is a line's value in /metrics.
-func (h *hall) metric(name string) float64 {
-	h.t.Helper()
+func (b *testbed) metric(name string) float64 {
+	b.t.Helper()
 	w := httptest.NewRecorder()
-	h.stats.metrics(w)
-	return metricOf(h.t, w.Body.String(), name)
+	b.stats.metrics(w)
+	return metricOf(b.t, w.Body.String(), name)
 }
 
 func metricOf(t testing.TB, text, name string) (value float64) {
@@ -277,23 +530,23 @@ func metricOf(t testing.TB, text, name string) (value float64) {
 }
 
 // refusals is how often there was a refusal for the reason.
-func (h *hall) refusals(reason string) int {
-	return int(h.metric(fmt.Sprintf("refused_total{reason=%q}", reason)))
+func (b *testbed) refusals(reason string) int {
+	return int(b.metric(fmt.Sprintf("refused_total{reason=%q}", reason)))
 }
 
 // status asks, by a WebSocket if it is one, and returns the answer's status.
 // It is 200 for all that is well.
-func (h *hall) status(from, what string, headers ...string) int {
-	h.t.Helper()
+func (b *testbed) status(from, what string, headers ...string) int {
+	b.t.Helper()
 	code := 0
 	if strings.Contains(what, "/ws") {
-		c, status := h.webSocketFrom(from, strings.TrimPrefix(what, "GET "), headers...)
+		c, status := b.webSocketFrom(from, strings.TrimPrefix(what, "GET "), headers...)
 		if c != nil {
 			c.CloseNow()
 		}
 		code = status
 	} else {
-		r := h.open(from, what, bodyFor(what), headers...)
+		r := b.open(from, what, bodyFor(what), headers...)
 		r.stop()
 		code = r.StatusCode
 	}
@@ -305,15 +558,15 @@ func (h *hall) status(from, what string, headers ...string) int {
 }
 
 // http2Client asks by HTTP/2 without TLS.
-func http2Client(h *hall) func(path string) *http.Response {
-	tr := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return h.dialFrom("192.0.2.1") }}
+func http2Client(b *testbed) func(path string) *http.Response {
+	tr := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return b.dialFrom("192.0.2.1") }}
 	tr.Protocols = new(http.Protocols)
 	tr.Protocols.SetUnencryptedHTTP2(true)
-	h.clients["h2"] = tr
+	b.transports["h2"] = tr
 	return func(path string) *http.Response {
-		resp, err := tr.RoundTrip(httptest.NewRequest("GET", "http://"+hallHost+path, nil).WithContext(context.Background()))
+		resp, err := tr.RoundTrip(httptest.NewRequest("GET", "http://"+limitedHost+path, nil).WithContext(context.Background()))
 		if err != nil {
-			h.t.Fatal(err)
+			b.t.Fatal(err)
 		}
 		return resp
 	}
@@ -425,19 +678,19 @@ func newTestApp(t testing.TB) *app {
 }
 
 // dialRawWebSocket opens a WebSocket of which the test writes every byte.
-func dialRawWebSocket(t *testing.T, h *hall, path string) net.Conn {
+func dialRawWebSocket(t *testing.T, b *testbed, path string) net.Conn {
 	t.Helper()
-	c, err := h.dialFrom("192.0.2.1")
+	c, err := b.dialFrom("192.0.2.1")
 	if err != nil {
 		t.Fatal(err)
 	}
 	fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", path)
 	for head := ""; !strings.HasSuffix(head, "\r\n\r\n"); {
-		var b [1]byte
-		if _, err := c.Read(b[:]); err != nil {
+		var data [1]byte
+		if _, err := c.Read(data[:]); err != nil {
 			t.Fatalf("%v after %q", err, head)
 		}
-		head += string(b[:])
+		head += string(data[:])
 	}
 	return c
 }
@@ -459,281 +712,6 @@ func newDeadlineRecorder() deadlineRecorder { return deadlineRecorder{httptest.N
 func (deadlineRecorder) SetReadDeadline(time.Time) error { return nil }
 
 func (deadlineRecorder) SetWriteDeadline(time.Time) error { return nil }
-
-// A testbed is a relay that serves, with the connections made to it.
-type testbed struct {
-	*app
-	t                testing.TB
-	network          string
-	failOnDisconnect bool   // that a client left while something was written to it
-	url              string // http://cometes.test
-	client           *http.Client
-	dial             func(context.Context) (net.Conn, error)
-	stop             context.CancelFunc // what SIGTERM does
-	served           chan error         // what serve returned, once
-
-	mu    sync.Mutex
-	conns []net.Conn
-}
-
-// The networks of a testbed. All but tcp are in memory, for bubbles.
-const (
-	pipe   = "pipe"    // HTTP/1.1 over net.Pipe: a client that does not read has no buffer
-	pipe10 = "pipe1.0" // HTTP/1.0, which nginx speaks to what is behind it unless told otherwise
-	pipeH2 = "pipeH2"  // HTTP/2 without TLS
-	tcp    = "tcp"     // HTTP/1.1 over loopback, sockets of the kernel
-)
-
-// techniques are those of every server.
-var techniques = newTechniques()
-
-func newTestbed(t testing.TB, network string, tune ...func(*config)) *testbed {
-	t.Helper()
-	c, err := parseFlags(nil, func(string) string { return "" })
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, change := range tune {
-		change(&c)
-	}
-	s, err := newApp(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	before := slog.Default()
-	b := &testbed{app: s, t: t, network: network, url: "http://cometes.test", served: make(chan error, 1)}
-	slog.SetDefault(slog.New(strictLog{b}))
-	var listener net.Listener
-	if network == tcp {
-		listener, err = net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		b.url = "http://" + listener.Addr().String()
-		b.dial = func(ctx context.Context) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "tcp", listener.Addr().String())
-		}
-	} else {
-		l := &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
-		listener, b.dial = l, l.dial
-	}
-	plain := b.dial
-	b.dial = func(ctx context.Context) (net.Conn, error) {
-		conn, err := plain(ctx)
-		if err != nil {
-			return nil, err
-		}
-		if network == pipe10 {
-			conn = &oldConn{Conn: conn}
-		}
-		b.mu.Lock()
-		b.conns = append(b.conns, conn)
-		b.mu.Unlock()
-		return conn, nil
-	}
-	srv := s.http(false)
-	if network == pipeH2 {
-		srv.Protocols = new(http.Protocols)
-		srv.Protocols.SetHTTP1(true)
-		srv.Protocols.SetUnencryptedHTTP2(true)
-	}
-	b.client = b.newClient(b.dial, network == pipeH2)
-	var ctx context.Context
-	ctx, b.stop = context.WithCancel(context.Background())
-	go func() { b.served <- serve(ctx, s, srv, listener) }()
-
-	t.Cleanup(func() {
-		b.disconnect()
-		b.settle()
-		b.stop()
-		if err := <-b.served; err != nil {
-			t.Errorf("serve: %v", err)
-		}
-		b.checkIdle()
-		slog.SetDefault(before)
-	})
-	return b
-}
-
-func (b *testbed) newClient(dial func(context.Context) (net.Conn, error), h2 bool) *http.Client {
-	p := new(http.Protocols)
-	p.SetHTTP1(!h2)
-	p.SetUnencryptedHTTP2(h2)
-	return &http.Client{
-		Transport: &http.Transport{
-			DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
-			DisableCompression: true,
-			Protocols:          p,
-		},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-}
-
-// disconnect closes every connection at the client's end.
-func (b *testbed) disconnect() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, conn := range b.conns {
-		conn.Close()
-	}
-	b.conns = nil
-	b.client.CloseIdleConnections()
-}
-
-// settle waits until everybody waits for somebody; over sockets, where that
-// can't be known, until those who left are gone.
-func (b *testbed) settle() {
-	b.mu.Lock()
-	left := len(b.conns) == 0
-	b.mu.Unlock()
-	if b.network != tcp {
-		synctest.Wait()
-	} else if left {
-		b.waitUntil(func() bool { return b.subscriptions() == 0 && b.active() == 0 })
-	}
-}
-
-// waitUntil waits for what will be, and reports whether it is.
-func (b *testbed) waitUntil(is func() bool) bool {
-	if b.network != tcp {
-		synctest.Wait()
-		return is()
-	}
-	for end := time.Now().Add(10 * time.Second); !is(); runtime.Gosched() {
-		if time.Now().After(end) {
-			return false
-		}
-	}
-	return true
-}
-
-// checkIdle fails unless nobody is subscribed, which every test has to end with.
-func (b *testbed) checkIdle() {
-	b.t.Helper()
-	if n := b.active(); n != 0 {
-		b.t.Errorf("%d streams are still counted", n)
-	}
-	if n := b.subscriptions(); n != 0 {
-		b.t.Errorf("%d readers are still subscribed", n)
-	}
-}
-
-func (b *testbed) subscriptions() int {
-	b.relay.mu.Lock()
-	defer b.relay.mu.Unlock()
-	n := 0
-	for _, rm := range b.relay.rooms {
-		rm.mu.Lock()
-		n += len(rm.subscriptions)
-		rm.mu.Unlock()
-	}
-	return n
-}
-
-// A tattler is a log that fails the test for what should not have to be logged.
-type strictLog struct{ testbed *testbed }
-
-func (l strictLog) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
-
-func (l strictLog) WithAttrs([]slog.Attr) slog.Handler { return l }
-
-func (l strictLog) WithGroup(string) slog.Handler { return l }
-
-func (l strictLog) Handle(_ context.Context, r slog.Record) error {
-	attrs := ""
-	r.Attrs(func(a slog.Attr) bool { attrs += " " + a.String(); return true })
-	for _, left := range []string{"client disconnected", "closed pipe", "connection reset", "broken pipe"} {
-		if strings.Contains(attrs, left) && !l.testbed.failOnDisconnect {
-			return nil // TestLeavingIsNoError
-		}
-	}
-	l.testbed.t.Errorf("logged: %s%s", r.Message, attrs)
-	return nil
-}
-
-// A pipeListener is a network in memory.
-type pipeListener struct {
-	conns  chan net.Conn
-	closed chan struct{}
-	once   sync.Once
-}
-
-func (l *pipeListener) Accept() (net.Conn, error) {
-	select {
-	case conn := <-l.conns:
-		return conn, nil
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-func (l *pipeListener) Close() error {
-	l.once.Do(func() { close(l.closed) })
-	return nil
-}
-
-func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Name: "memory"} }
-
-func (l *pipeListener) dial(ctx context.Context) (net.Conn, error) {
-	here, there := net.Pipe()
-	select {
-	case l.conns <- there:
-		return here, nil
-	case <-l.closed:
-		return nil, syscall.ECONNREFUSED
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
-// An oldConn says HTTP/1.0 where its client says HTTP/1.1.
-type oldConn struct{ net.Conn }
-
-func (c *oldConn) Write(b []byte) (int, error) {
-	n := len(b)
-	if _, err := c.Conn.Write(bytes.Replace(b, []byte(" HTTP/1.1\r\n"), []byte(" HTTP/1.0\r\n"), 1)); err != nil {
-		return 0, err
-	}
-	return n, nil
-}
-
-// do makes a request and reads the whole answer. Headers are "Name: value".
-func (b *testbed) do(method, path, body string, headers ...string) (*http.Response, string) {
-	b.t.Helper()
-	req, err := http.NewRequest(method, b.url+path, strings.NewReader(body))
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	for _, h := range headers {
-		name, value, _ := strings.Cut(h, ": ")
-		req.Header.Add(name, value)
-	}
-	if host := req.Header.Get("Host"); host != "" {
-		req.Host = host
-		req.Header.Del("Host")
-	}
-	res, err := b.client.Do(req)
-	if err != nil {
-		b.t.Fatalf("%s %s: %v", method, path, err)
-	}
-	defer res.Body.Close()
-	answer, err := io.ReadAll(res.Body)
-	if err != nil {
-		b.t.Fatalf("%s %s: %v", method, path, err)
-	}
-	return res, string(answer)
-}
-
-// publish posts text to a room, "lobby" or "lobby?type=typing", and returns the id.
-func (b *testbed) post(room, text string) int64 {
-	b.t.Helper()
-	res, body := b.do("POST", "/rooms/"+room, text)
-	var answer struct{ ID int64 }
-	if err := json.Unmarshal([]byte(body), &answer); err != nil || res.StatusCode != 201 {
-		b.t.Fatalf("publish to %s: %d %s", room, res.StatusCode, body)
-	}
-	return answer.ID
-}
 
 // A heard is one thing that a technique said, taken apart.
 type received struct {

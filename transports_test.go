@@ -2139,8 +2139,8 @@ func checkFrame(t *testing.T, text, two bool, frame []byte) {
 
 func TestAFrameThatIsTooBigEndsItsWebSocket(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-body", "100")
-		c, _ := h.webSocketFrom("192.0.2.1", "/rooms/a/ws")
+		b := newLimitedTestbed(t, "-body", "100")
+		c, _ := b.webSocketFrom("192.0.2.1", "/rooms/a/ws")
 		defer c.CloseNow()
 		if err := c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("x"), 100)); err != nil {
 			t.Fatal(err)
@@ -2148,12 +2148,12 @@ func TestAFrameThatIsTooBigEndsItsWebSocket(t *testing.T) {
 		readWebSocketUntil(t, c, strings.Repeat("x", 100))
 		c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("y"), 101))
 		for {
-			_, b, err := c.Read(context.Background())
-			if err == nil && !strings.Contains(string(b), "yy") {
+			_, data, err := c.Read(context.Background())
+			if err == nil && !strings.Contains(string(data), "yy") {
 				continue
 			}
 			if websocket.CloseStatus(err) != websocket.StatusMessageTooBig {
-				t.Errorf("%s %v, want the code 1009", b, err)
+				t.Errorf("%s %v, want the code 1009", data, err)
 			}
 			break
 		}
@@ -2163,7 +2163,7 @@ func TestAFrameThatIsTooBigEndsItsWebSocket(t *testing.T) {
 func TestAStreamEndsAtAJitteredAge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const age = 100 * time.Second
-		h := newLimitedTestbed(t, "-age", age.String(), "-beat", "15s")
+		b := newLimitedTestbed(t, "-age", age.String(), "-beat", "15s")
 		start := time.Now()
 		var mu sync.Mutex
 		ends := map[time.Duration]int{}
@@ -2172,14 +2172,14 @@ func TestAStreamEndsAtAJitteredAge(t *testing.T) {
 			mu.Lock()
 			defer mu.Unlock()
 			d := time.Since(start)
-			if ends[d]++; d < age*9/10 || d > age+h.heartbeat/15 {
+			if ends[d]++; d < age*9/10 || d > age+b.heartbeat/15 {
 				t.Errorf("%s ended after %v, want 90 to 100 s", name, d)
 			}
 		}
 		for i := range 40 {
 			tech := []string{"sse", "stream", "multipart", "iframe", "html"}[i%5]
 			wg.Go(func() {
-				r := h.open("192.0.2.1", "GET /rooms/a/"+tech, "")
+				r := b.open("192.0.2.1", "GET /rooms/a/"+tech, "")
 				defer r.stop()
 				if body := r.readAll(); !strings.Contains(body, `"type":"bye","data":{"retry":`) && !strings.Contains(body, "this page comes back by itself") {
 					t.Errorf("%s ended without a bye:\n%s", tech, body)
@@ -2188,7 +2188,7 @@ func TestAStreamEndsAtAJitteredAge(t *testing.T) {
 			})
 		}
 		wg.Go(func() {
-			c, _ := h.webSocketFrom("192.0.2.1", "/rooms/a/ws")
+			c, _ := b.webSocketFrom("192.0.2.1", "/rooms/a/ws")
 			defer c.CloseNow()
 			readWebSocketUntil(t, c, `"type":"bye"`)
 			if _, _, err := c.Read(context.Background()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
@@ -2200,7 +2200,7 @@ func TestAStreamEndsAtAJitteredAge(t *testing.T) {
 		if len(ends) < 5 {
 			t.Errorf("they ended at %v; not all at once", ends)
 		}
-		if got := h.status("192.0.2.1", "GET /rooms/a/sse"); got != 200 {
+		if got := b.status("192.0.2.1", "GET /rooms/a/sse"); got != 200 {
 			t.Errorf("coming back: %d", got)
 		}
 	})
@@ -2208,13 +2208,13 @@ func TestAStreamEndsAtAJitteredAge(t *testing.T) {
 
 func TestWithoutAnAgeAStreamLasts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t)
-		r := h.open("192.0.2.1", "GET /rooms/a/stream", "")
+		b := newLimitedTestbed(t)
+		r := b.open("192.0.2.1", "GET /rooms/a/stream", "")
 		defer r.stop()
 		r.readUntil("hello")
 		go func() {
 			time.Sleep(12 * time.Hour)
-			h.ask("192.0.2.1", "POST /rooms/a", "still there?")
+			b.ask("192.0.2.1", "POST /rooms/a", "still there?")
 		}()
 		r.readUntil("still there?")
 	})
@@ -2222,8 +2222,8 @@ func TestWithoutAnAgeAStreamLasts(t *testing.T) {
 
 func TestOverHTTP2AStreamLasts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newLimitedTestbed(t, "-h2c")
-		get := http2Client(h)
+		b := newLimitedTestbed(t, "-h2c")
+		get := http2Client(b)
 		for _, tech := range []string{"sse", "stream", "multipart", "iframe", "html"} {
 			resp := get("/rooms/a/" + tech)
 			r := &response{resp, t, bufio.NewReader(resp.Body), func() { resp.Body.Close() }}
@@ -2233,7 +2233,7 @@ func TestOverHTTP2AStreamLasts(t *testing.T) {
 				r.readUntil("still there?")
 			}()
 			time.Sleep(3 * time.Minute)
-			h.ask("192.0.2.1", "POST /rooms/a", "still there?")
+			b.ask("192.0.2.1", "POST /rooms/a", "still there?")
 			<-read
 			r.stop()
 		}
