@@ -349,7 +349,7 @@ func checkBye(t *testing.T, b *testbed, k variant) {
 	want := []string{}
 	for i := range 300 { // more than one batch
 		data, _ := json.Marshal(fmt.Sprint(i))
-		if _, _, err := b.checkAndPublish(&permit{}, publishRequest{room: "a", kind: "message", data: data}); err != nil {
+		if _, _, err := b.checkAndPublish(newPermit(), publishRequest{room: "a", kind: "message", data: data}); err != nil {
 			t.Fatal(err)
 		}
 		want = append(want, "message "+fmt.Sprint(i))

@@ -8,16 +8,21 @@
 package main
 
 import (
+	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
 	"embed"
 	"encoding/hex"
+	"encoding/json"
+	"fmt"
 	"html"
 	"io"
 	"io/fs"
 	"net/http"
 	"net/url"
 	"path"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -74,7 +79,7 @@ func isPage(p string) bool {
 
 // wrapPages returns a handler that answers for pages, and adds to the server what pages need.
 func wrapPages(s *server, next http.Handler) http.Handler {
-	s.pageHead = s.fullHead
+	s.pageHead, s.eventHTML = s.fullHead, fullHTML
 	for _, t := range s.techniques {
 		if t.name == "multipart" {
 			t.as = append(t.as, representation{"text", multipartText}, representation{"html", multipartHTML})
@@ -186,7 +191,7 @@ func (s *server) fullHead(q *request, refresh string) string {
 		head = "<body class=\"bare\">\n<header>\n"
 	case refresh != "":
 		head += `<p>This page refreshes itself every ` + refresh + ` seconds.
-<a href="form?live=refresh&amp;` + user + `">Write without haste</a></p>
+<a href="form?live=refresh&amp;` + user + `">Write in a form that stays</a></p>
 `
 		form = formHTML(q.rooms[0], q.user, "refresh")
 	default:
@@ -245,6 +250,62 @@ func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) 
 	return nil
 }
 
+// fullHTML returns an event as a line of a page.
+func fullHTML(e *event) (line []byte) {
+	f := e.decode()
+	at := time.UnixMilli(f.Time).UTC()
+	clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04") + `</time> `
+	from := "<b><bdi>" + html.EscapeString(cmp.Or(f.From, "somebody")) + "</bdi></b> "
+	text := html.EscapeString(asText(f.Data))
+	show := func(class, s string) { line = []byte(`<p class="` + class + `">` + s + "</p>\n") }
+	switch e.kind {
+	case "message":
+		show("message", clock+from+`<span dir="auto">`+text+"</span>")
+	case "hello":
+		show("note", "Connected.")
+	case "bye":
+		var bye struct{ Retry int }
+		json.Unmarshal(f.Data, &bye)
+		show("note", fmt.Sprintf(`The relay is going away for a moment; this page comes back by itself.<meta http-equiv="refresh" content="%d">`, 1+bye.Retry/1000))
+	case "gap":
+		if e.isErasure() {
+			show("gap", "The messages before this were erased.")
+		} else {
+			show("gap", "Some messages may be missing here.")
+		}
+	case "presence":
+		var ros roster
+		if f.From != "" {
+			show("note", clock+from+"is "+text)
+		} else if json.Unmarshal(f.Data, &ros) == nil {
+			show("note", ros.sentence())
+		}
+	default:
+		show("note", clock+"<i>"+e.kind+"</i> "+from+`<span dir="auto">`+text+"</span>")
+	}
+	return line
+}
+
+// sentence returns the roster in words, as HTML.
+func (ros roster) sentence() string {
+	names := make([]string, 0, len(ros.Users))
+	for user, state := range ros.Users {
+		user = "<bdi>" + html.EscapeString(user) + "</bdi>"
+		if state != "online" {
+			user += " (" + state + ")"
+		}
+		names = append(names, user)
+	}
+	slices.Sort(names)
+	switch {
+	case len(names) == 0 || len(names) > maxRosterUsers:
+		return strconv.Itoa(ros.Count) + " here"
+	case len(names) == 1:
+		return names[0] + " is here"
+	}
+	return strings.Join(names, ", ") + " are here"
+}
+
 // Server push for windows and frames, in Firefox.
 
 // multipartText is multipart with as=text: each part is one event.
@@ -281,7 +342,7 @@ func multipartHTML(s *server, q *request) encoder {
 			shown = append(shown, e)
 		}
 		shown = append([]*event(nil), shown[max(0, len(shown)-pageMessages):]...)
-		return append(appendPage(append(b, s.pageHead(q, "")...), shown), next...)
+		return append(s.appendPage(append(b, s.pageHead(q, "")...), shown), next...)
 	}
 	return enc
 }

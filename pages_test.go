@@ -16,6 +16,8 @@ import (
 
 func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		// A file of ours, or the markup of the chat, which no browser runs.
+		ours := regexp.MustCompile(`^<script (type="module" src="[a-z]+\.js"|type="text/html" id="markup")>$`)
 		b := newLimitedTestbed(t, "-origins", "https://ok.example")
 		b.ask("192.0.2.1", "POST /rooms/lobby?user=%3Cscript%3E", `<script>alert(1)</script><img onerror=x>" onload="x`)
 		inline := regexp.MustCompile(`(?i)<script(?:>| [^>]*>)|<style|\son[a-z]+\s*=\s*"|\sstyle\s*=\s*"|javascript:`)
@@ -52,7 +54,7 @@ func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 				nonce, _, _ = strings.Cut(rest, "'")
 			}
 			for _, found := range inline.FindAllString(text, -1) {
-				if !(nonce != "" && found == `<script nonce="`+nonce+`">`) && !strings.Contains(found, ` src="/`) {
+				if !(nonce != "" && found == `<script nonce="`+nonce+`">`) && !ours.MatchString(found) {
 					t.Errorf("%s: %q is in the page, and its policy is %s", page, found, policy)
 				}
 			}

@@ -60,7 +60,7 @@ type event struct {
 	json        []byte
 
 	htmlOnce  sync.Once
-	htmlCache []byte // see (*event).html
+	htmlCache []byte // see (*server).html
 }
 
 func (e *event) size() int { return eventOverhead + len(e.json) + len(e.key) }

@@ -279,10 +279,8 @@ func (r *relay) list(prefix string, most int) (rooms []roomStatus, more bool) {
 
 // listRooms is GET /rooms, for operators.
 func (st *stats) listRooms(w http.ResponseWriter, r *http.Request, q *request) error {
-	if q.permit.rights != nil {
-		if err := q.permit.rights.operate(); err != nil {
-			return err
-		}
+	if err := q.permit.rights.operate(); err != nil {
+		return err
 	}
 	prefix := q.param("prefix")
 	if q.err != nil {
@@ -299,10 +297,9 @@ func (st *stats) handleMetrics(w http.ResponseWriter, r *http.Request) error {
 		w.Header().Set("Allow", "GET, HEAD")
 		return newError(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
 	}
-	if _, p := withPermit(r); p.rights != nil {
-		if err := p.rights.read(statsRoom); err != nil {
-			return err
-		}
+	_, p := withPermit(r)
+	if err := p.rights.read(statsRoom); err != nil {
+		return err
 	}
 	st.metrics(w)
 	return nil
@@ -368,7 +365,7 @@ const statsEvery = time.Second
 // start begins to publish to the room _stats, unless that goes on already, if the
 // request may read it.
 func (st *stats) start(r *http.Request) {
-	if _, p := withPermit(r); p.rights != nil && p.rights.read(statsRoom) != nil {
+	if _, p := withPermit(r); p.rights.read(statsRoom) != nil {
 		return
 	}
 	st.readAt.Store(time.Now().UnixNano())

@@ -654,7 +654,7 @@ func (b *testbed) doRaw(method, path, body string, headers ...string) (*http.Res
 
 // newTestEncoder is a technique's framing for a usual query.
 func newTestEncoder(tb testing.TB, t *technique) encoder {
-	q := &request{rooms: []string{"lobby"}, user: "ada", permit: &permit{}, values: url.Values{"callback": {"comet.told"}}}
+	q := &request{rooms: []string{"lobby"}, user: "ada", permit: newPermit(), values: url.Values{"callback": {"comet.told"}}}
 	defer func() {
 		if q.err != nil {
 			tb.Fatal(q.err)

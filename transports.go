@@ -315,7 +315,7 @@ func endlessPage(s *server, q *request) encoder {
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Content-Security-Policy": q.pagePolicy()},
 		preamble:    s.pageHead(q, "") + "<main class=\"log endless\">\n",
-		event:       func(b []byte, e *event) []byte { return append(b, e.html()...) },
+		event:       func(b []byte, e *event) []byte { return append(b, s.html(e)...) },
 		heartbeat:   "<!-- beat -->\n",
 		last:        pageMessages,
 	}
@@ -331,7 +331,7 @@ func refresh(s *server, q *request) encoder {
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Refresh": wait, "Content-Security-Policy": q.pagePolicy()},
 		batch: func(b []byte, _ int64, events []*event) []byte {
-			return appendPage(append(b, s.pageHead(q, wait)...), events)
+			return s.appendPage(append(b, s.pageHead(q, wait)...), events)
 		},
 		last: pageMessages,
 	}
@@ -341,11 +341,11 @@ func refresh(s *server, q *request) encoder {
 const pageMessages = 50
 
 // appendPage appends the body of a page, the newest message first.
-func appendPage(b []byte, events []*event) []byte {
+func (s *server) appendPage(b []byte, events []*event) []byte {
 	b = append(b, "<main class=\"log\">\n"...)
 	for _, e := range slices.Backward(events[max(0, len(events)-pageMessages):]) {
 		if e.kind != "hello" {
-			b = append(b, e.html()...)
+			b = append(b, s.html(e)...)
 		}
 	}
 	return append(b, "</main>\n"...)
@@ -394,61 +394,19 @@ func asText(data json.RawMessage) string {
 }
 
 // html returns the event as a line of a page. It is made once for all subscribers.
-func (e *event) html() []byte {
-	e.htmlOnce.Do(func() {
-		f := e.decode()
-		at := time.UnixMilli(f.Time).UTC()
-		clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04") + `</time> `
-		from := "<b><bdi>" + html.EscapeString(cmp.Or(f.From, "somebody")) + "</bdi></b> "
-		text := html.EscapeString(asText(f.Data))
-		line := func(class, s string) { e.htmlCache = []byte(`<p class="` + class + `">` + s + "</p>\n") }
-		switch e.kind {
-		case "message":
-			line("message", clock+from+`<span dir="auto">`+text+"</span>")
-		case "hello":
-			line("note", "Connected.")
-		case "bye":
-			var bye struct{ Retry int }
-			json.Unmarshal(f.Data, &bye)
-			line("note", fmt.Sprintf(`The relay is going away for a moment; this page comes back by itself.<meta http-equiv="refresh" content="%d">`, 1+bye.Retry/1000))
-		case "gap":
-			if e.isErasure() {
-				line("gap", "The messages before this were erased.")
-			} else {
-				line("gap", "Some messages may be missing here.")
-			}
-		case "presence":
-			var ros roster
-			if f.From != "" {
-				line("note", clock+from+"is "+text)
-			} else if json.Unmarshal(f.Data, &ros) == nil {
-				line("note", ros.sentence())
-			}
-		default:
-			line("note", clock+"<i>"+e.kind+"</i> "+from+`<span dir="auto">`+text+"</span>")
-		}
-	})
+func (s *server) html(e *event) []byte {
+	e.htmlOnce.Do(func() { e.htmlCache = s.eventHTML(e) })
 	return e.htmlCache
 }
 
-// sentence returns the roster in words, as HTML.
-func (ros roster) sentence() string {
-	names := make([]string, 0, len(ros.Users))
-	for user, state := range ros.Users {
-		user = "<bdi>" + html.EscapeString(user) + "</bdi>"
-		if state != "online" {
-			user += " (" + state + ")"
-		}
-		names = append(names, user)
+// plainHTML is the simplest way to show an event.
+func plainHTML(e *event) []byte {
+	f := e.decode()
+	class, kind := e.kind, ""
+	if class != "message" && class != "gap" {
+		class, kind = "note", "<i>"+e.kind+"</i> "
 	}
-	slices.Sort(names)
-	switch {
-	case len(names) == 0 || len(names) > maxRosterUsers:
-		return strconv.Itoa(ros.Count) + " here"
-	case len(names) == 1:
-		return names[0] + " is here"
-	}
-	return strings.Join(names, ", ") + " are here"
+	return fmt.Appendf(nil, "<p class=%q>%s<b><bdi>%s</bdi></b> <span dir=\"auto\">%s</span></p>\n", class, kind, html.EscapeString(f.From), html.EscapeString(asText(f.Data)))
 }
 
 // The loop.
@@ -463,12 +421,13 @@ type server struct {
 	maxBody    int64         // bytes of a publish
 	instance   string        // names this process in hello
 
-	publish  func(publishRequest) (id int64, isNew bool, err error)
-	pageHead func(q *request, refresh string) string
-	takeOver func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
-	counter  func() func(t *technique, events []*event, bytes int)                               // counts what is written; without a technique it ends a batch
-	dropped  func()                                                                              // counts clients that are too slow
-	refused  func(reason string)                                                                 // counts what is refused
+	publish   func(publishRequest) (id int64, isNew bool, err error)
+	pageHead  func(q *request, refresh string) string
+	eventHTML func(*event) []byte
+	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
+	counter   func() func(t *technique, events []*event, bytes int)                               // counts what is written; without a technique it ends a batch
+	dropped   func()                                                                              // counts clients that are too slow
+	refused   func(reason string)                                                                 // counts what is refused
 
 	activeAtStop atomic.Int64
 	unsentBytes  atomic.Int64 // that are being written, or that full sockets did not take; bounded by relay.maxBytes
@@ -484,6 +443,7 @@ func newServer(r *relay) *server {
 		instance:   rand.Text()[:8],
 		publish:    r.publish,
 		pageHead:   plainHead,
+		eventHTML:  plainHTML,
 		counter:    func() func(*technique, []*event, int) { return func(*technique, []*event, int) {} },
 		refused:    func(string) {},
 		dropped:    func() {},
@@ -552,10 +512,8 @@ func (s *server) hold(p *permit, t *technique) error {
 	if s.relay.isStopping() {
 		return errStopping
 	}
-	if p.quota != nil {
-		if err := p.quota.hold(); err != nil {
-			return err
-		}
+	if err := p.quota.hold(); err != nil {
+		return err
 	}
 	t.open.Add(1)
 	return nil
@@ -563,9 +521,7 @@ func (s *server) hold(p *permit, t *technique) error {
 
 func (s *server) release(p *permit, t *technique) {
 	t.open.Add(-1)
-	if p.quota != nil {
-		p.quota.release()
-	}
+	p.quota.release()
 }
 
 // active is how many requests are held.
@@ -1010,10 +966,8 @@ func (s *server) takeMessage(a *author, kind websocket.MessageType, message []by
 		p.data = quoteJSON(message)
 	}
 	key = p.key
-	if a.permit.quota != nil {
-		if err := a.permit.quota.publish(); err != nil {
-			return key, 0, err
-		}
+	if err := a.permit.quota.publish(); err != nil {
+		return key, 0, err
 	}
 	if time.Now().UnixNano() >= a.permit.expiresAt { // a slow WebSocket may still be open
 		return key, 0, errExpired
@@ -1056,8 +1010,8 @@ type permit struct {
 	expiresAt int64  // Unix nanoseconds
 	origin    string // the foreign origin whose page asks; "*" if it does not say which
 	ancestors string // whose pages may frame the relay's, as in a Content-Security-Policy
-	rights    rights // nil: all
-	quota     quota  // nil: no limits
+	rights    rights
+	quota     quota
 }
 
 // rights say which rooms a client may use.
@@ -1076,13 +1030,29 @@ type quota interface {
 	release()
 }
 
+// unlimited is the rights and the quota of a client that nobody limits.
+type unlimited struct{}
+
+func (unlimited) ask() error             { return nil }
+func (unlimited) read(string) error      { return nil }
+func (unlimited) write(string) error     { return nil }
+func (unlimited) operate() error         { return nil }
+func (unlimited) publish() error         { return nil }
+func (unlimited) publishTo(string) error { return nil }
+func (unlimited) hold() error            { return nil }
+func (unlimited) release()               {}
+
+func newPermit() *permit {
+	return &permit{expiresAt: math.MaxInt64, ancestors: "*", rights: unlimited{}, quota: unlimited{}}
+}
+
 type permitKey struct{}
 
 // withPermit returns the request and its permit, which a layer may change.
 func withPermit(r *http.Request) (*http.Request, *permit) {
 	p, ok := r.Context().Value(permitKey{}).(*permit)
 	if !ok {
-		p = &permit{expiresAt: math.MaxInt64, ancestors: "*"}
+		p = newPermit()
 		r = r.WithContext(context.WithValue(r.Context(), permitKey{}, p))
 	}
 	return r, p
@@ -1240,10 +1210,8 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, meth
 		}
 		return newError(http.StatusMethodNotAllowed, message)
 	}
-	if q.permit.rights != nil {
-		if err := q.permit.rights.ask(); err != nil {
-			return err
-		}
+	if err := q.permit.rights.ask(); err != nil {
+		return err
 	}
 	if r.Method == http.MethodOptions {
 		w.Header().Set("Allow", allowed)
@@ -1420,10 +1388,8 @@ func (q *request) effectiveUser(user string) string {
 
 func (q *request) mayRead() error {
 	for _, room := range q.rooms {
-		if q.permit.rights != nil {
-			if err := q.permit.rights.read(room); err != nil {
-				return err
-			}
+		if err := q.permit.rights.read(room); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -1500,17 +1466,13 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 	if err := by.mayWrite(p.room); err != nil {
 		return 0, false, err
 	}
-	if by.quota != nil {
-		p.allow = func() error { return by.quota.publishTo(p.room) }
-	}
+	p.allow = func() error { return by.quota.publishTo(p.room) }
 	return s.publish(p)
 }
 
 func (p *permit) mayWrite(room string) error {
-	if p.rights != nil {
-		if err := p.rights.write(room); err != nil {
-			return err
-		}
+	if err := p.rights.write(room); err != nil {
+		return err
 	}
 	if room[0] == '_' {
 		return errReserved
@@ -1524,10 +1486,8 @@ func (s *server) setPresence(by *permit, room, user, client, state string) error
 	case !validName(room):
 		return badRequest("presence is in one room; name it")
 	}
-	if by.rights != nil {
-		if err := by.rights.read(room); err != nil {
-			return err
-		}
+	if err := by.rights.read(room); err != nil {
+		return err
 	}
 	switch {
 	case room[0] == '_':
@@ -1553,10 +1513,8 @@ func (s *server) handleRoom(w http.ResponseWriter, r *http.Request, q *request) 
 	if err := q.permit.mayWrite(q.rooms[0]); err != nil {
 		return err
 	}
-	if q.permit.rights != nil {
-		if err := q.permit.rights.operate(); err != nil {
-			return err
-		}
+	if err := q.permit.rights.operate(); err != nil {
+		return err
 	}
 	if err := s.relay.erase(q.rooms[0]); err != nil {
 		return err
@@ -1566,15 +1524,11 @@ func (s *server) handleRoom(w http.ResponseWriter, r *http.Request, q *request) 
 }
 
 func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *request) error {
-	if q.permit.rights != nil {
-		if err := q.permit.rights.write(q.rooms[0]); err != nil {
-			return err
-		}
+	if err := q.permit.rights.write(q.rooms[0]); err != nil {
+		return err
 	}
-	if q.permit.quota != nil {
-		if err := q.permit.quota.publish(); err != nil {
-			return err
-		}
+	if err := q.permit.quota.publish(); err != nil {
+		return err
 	}
 	p, then, err := s.parsePublish(w, r, q)
 	if err != nil {
@@ -1673,10 +1627,8 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 	if q.err != nil {
 		return q.err
 	}
-	if q.permit.quota != nil {
-		if err := q.permit.quota.publish(); err != nil {
-			return err
-		}
+	if err := q.permit.quota.publish(); err != nil {
+		return err
 	}
 	b, contentType, form, err := s.readBody(w, r, "state")
 	if err != nil {

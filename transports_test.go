@@ -1907,7 +1907,7 @@ func FuzzQuery(f *testing.F) {
 		}
 	}
 	s := newTestApp(f)
-	s.checkAndPublish(&permit{}, publishRequest{room: "a", kind: "message", data: []byte(`"hi"`)})
+	s.checkAndPublish(newPermit(), publishRequest{room: "a", kind: "message", data: []byte(`"hi"`)})
 	f.Fuzz(func(t *testing.T, n uint8, query, last string) {
 		answers := []string{"refresh", "poll", "jsonp"}
 		technique := answers[int(n)%len(answers)]
@@ -2087,7 +2087,7 @@ func FuzzFrame(f *testing.F) {
 // checkFrame is one case of FuzzFrame.
 func checkFrame(t *testing.T, text, two bool, frame []byte) {
 	s := newTestApp(t)
-	q := &author{room: "a", user: "ada", permit: &permit{expiresAt: math.MaxInt64}}
+	q := &author{room: "a", user: "ada", permit: newPermit()}
 	if two {
 		q.room = ""
 	}

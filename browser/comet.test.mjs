@@ -28,6 +28,8 @@ class Relay {
   beat = 15
   users = { ada: 'online' }
 
+  newest(room) { return this.log.findLast(e => e.room === room)?.id ?? 0 }
+
   publish(data, { room = 'lobby', type = 'message', key } = {}) {
     if (key && this.keys.has(key)) return this.keys.get(key)
     this.log.push({ id: ++this.mark, room, type, data })
@@ -86,8 +88,9 @@ class Net {
   count(kind) { return this.asked.filter(a => a.startsWith(kind)).length }
 }
 
-let relay, net, locks, channels, beacons, store, tabs
+let relay, net, locks, channels, beacons, goodbyes, store, tabs
 
+const clientOf = url => /[?&]client=([^&]+)/.exec(url)[1]
 const kindOf = url => /\/rooms\/[^/]+\/?(.*)/.exec(new URL(url).pathname)[1]
 
 class FakeWebSocket {
@@ -108,9 +111,10 @@ class FakeWebSocket {
     const { c } = this
     c.said.push(frame)
     if (c.deaf || this.over) return
-    const { type, room, key, data } = JSON.parse(frame)
+    const { type, room, key, data, if: since } = JSON.parse(frame)
     if (type === 'presence') return
-    const reply = c.refuses ? { type: 'error', key, data: 'no' } : { type: 'ack', key, id: relay.publish(data, { type, room, key }) }
+    const stale = since !== undefined && since !== relay.newest('lobby') && !relay.keys.has(key)
+    const reply = stale ? { type: 'error', key, id: relay.newest('lobby'), data: 'there is a newer message' } : c.refuses ? { type: 'error', key, data: 'no' } : { type: 'ack', key, id: relay.publish(data, { type, room, key }) }
     soon(() => c.mute || c.say(reply))
   }
   end() {
@@ -139,7 +143,7 @@ class FakeEventSource extends EventTarget {
       if (net.state('sse') === 'held') return
       net.open.add(c)
       c.leave = relay.follow(url, c.say)
-      tell('beat', '')
+      tell('beat', '{"type":"beat"}')
     })
   }
   close() {
@@ -166,6 +170,8 @@ async function fakeFetch(url, { method = 'GET', body, signal } = {}) {
     const next = net.answers.shift(), rooms = roomsOf(pathname)
     if (rooms[1]) return answer({ error: 'this reads several rooms; name the one that is meant' }, 400)
     if (next?.status) return answer({ error: next.error }, next.status, next.headers)
+    const since = query.get('if'), newest = relay.newest(rooms[0])
+    if (since !== null && +since !== newest && !relay.keys.has(query.get('key'))) return answer({ error: 'there is a newer message', id: newest }, 412)
     const id = relay.publish(JSON.parse(body), { room: rooms[0], type: query.get('type') ?? undefined, key: query.get('key') })
     if (next === 'lose') throw new TypeError('connection reset')
     return answer({ id }, 201)
@@ -292,12 +298,13 @@ beforeEach(() => {
   locks = new FakeLocks
   channels = new Set
   beacons = []
+  goodbyes = []
   store = new Map
   tabs = []
   for (const [name, value] of Object.entries({
     WebSocket: FakeWebSocket, EventSource: FakeEventSource, fetch: fakeFetch, BroadcastChannel: FakeChannel,
-    location: { href: 'http://relay.test/chat' }, document: { hidden: false },
-    navigator: { onLine: true, locks, sendBeacon: (url, body) => beacons.push(`${new URL(url).pathname} ${body}`) },
+    location: { href: 'http://relay.test/chat', origin: 'http://relay.test' }, document: { hidden: false },
+    navigator: { onLine: true, locks, sendBeacon: (url, body) => beacons.push(`${new URL(url).pathname} ${body}`) && goodbyes.push(clientOf(url)) },
     localStorage: { getItem: k => store.get(k) ?? null, setItem: (k, v) => store.set(k, v) },
   })) {
     if (!(name in saved)) saved[name] = Object.getOwnPropertyDescriptor(globalThis, name)
@@ -398,9 +405,50 @@ test('the URL says all that was asked for, and none is asked twice', async () =>
   const urls = net.asked.filter(a => a.startsWith('GET poll'))
   const query = new URLSearchParams(urls[0].split(' ')[2])
   query.delete('_')
+  assert.match(query.get('client'), /^[A-Za-z0-9_.:-]{1,64}$/)
+  query.delete('client')
   assert.deepEqual(Object.fromEntries(query), { x: '1', user: 'ada & co', token: 't', presence: '0', last: '5' })
   assert(urls.length >= 3)
   assert.equal(new Set(urls).size, urls.length)
+})
+
+test('all that a Comet asks for and says names it: streams, presence and the goodbye', async () => {
+  const { comet, hear } = alone({ via: ['ws', 'sse', 'poll'], user: 'ada' })
+  const { comet: other } = alone({ via: ['stream'], user: 'ada' })
+  await settle()
+  comet.use('sse')
+  await settle()
+  comet.presence('away')
+  comet.use('poll')
+  await settle()
+  comet.close()
+  await settle()
+  const [mine, theirs] = ['sse', 'stream'].map(via => clientOf(net.asked.find(a => a.startsWith('GET ' + via))))
+  assert.notEqual(mine, theirs)
+  assert.deepEqual(['GET ws', 'POST presence', 'GET poll'].map(kind => clientOf(net.asked.find(a => a.startsWith(kind)))), [mine, mine, mine])
+  assert.deepEqual(goodbyes, [mine])
+  other.close()
+  assert.deepEqual(goodbyes, [mine, theirs])
+})
+
+test('a page of another origin that gets no answer is told of -origins; a page of the relay is not, nor who was connected before', async () => {
+  net.down = true
+  for (const via of [['ws'], ['stream'], ['ws', 'sse', 'poll']]) {
+    const { statuses } = alone({ via }, 'http://other.test/rooms/lobby')
+    await settle()
+    assert.match(statuses.at(-1).error.message, /likely its -origins does not list http:\/\/relay\.test$/, via.join())
+  }
+  const { statuses } = alone({ via: ['stream'] })
+  await settle()
+  assert.match(statuses.at(-1).error.message, /^the relay could not be reached: fetch failed$/)
+  net.down = false
+  const foreign = alone({ via: ['stream'] }, 'http://other.test/rooms/lobby')
+  await settle()
+  net.down = true
+  net.cut()
+  await pass(5e3)
+  assert.equal(foreign.comet.status, 'reconnecting')
+  assert.doesNotMatch(foreign.statuses.at(-1).error.message, /origins/)
 })
 
 test('what can not be meant is said at once', () => {
@@ -454,14 +502,18 @@ test('a long history comes whole, in as many answers as it takes', async () => {
 })
 
 test('jsonp calls the page; a script that does not call, or does not come, is a failure', async () => {
-  const scripts = []
-  globalThis.document = { createElement: () => ({ remove() { this.gone = true } }), head: { append: s => scripts.push(s) } }
+  const scripts = [], frames = []
+  const page = { createElement: () => ({ remove() { this.gone = true } }), head: { append: s => scripts.push(s) } }
+  globalThis.document = {
+    createElement: () => ({ contentWindow: {}, contentDocument: page, remove() { this.gone = true } }),
+    body: { append: f => frames.push(f) && soon(() => f.onload()) },
+  }
   const { comet, got, statuses } = alone({ via: ['jsonp'], after: relay.mark })
   await settle()
   const serve = script => {
     const url = new URL(script.src)
     assert.equal(kindOf(url), 'jsonp')
-    globalThis[url.searchParams.get('callback')](relay.reader(url).next())
+    frames.at(-1).contentWindow[url.searchParams.get('callback')](relay.reader(url).next())
     script.onload()
     return url
   }
@@ -475,9 +527,11 @@ test('jsonp calls the page; a script that does not call, or does not come, is a 
   assert.deepEqual(got, ['hi'])
   assert(scripts[0].gone && scripts[1].gone)
   assert(!(url.searchParams.get('callback') in globalThis))
+  assert(!frames[0].gone, 'one frame for all')
   scripts[2].onload()
   await settle()
   assert.match(statuses.at(-1).error.message, /did not call/)
+  assert(frames[0].gone, 'and with it what it loads')
   await pass(2e3)
   scripts[3].onerror()
   await settle()
@@ -1081,6 +1135,44 @@ test('a message in flight by a WebSocket that is replaced is not lost and not do
   assert.deepEqual(got, ['hi'])
 })
 
+for (const via of ['ws', 'sse']) {
+  test(`send with if, by ${via}: rejects with the newest id when there is a newer message, and is not tried again`, async () => {
+    const { comet, got } = alone({ via: [via], after: relay.mark })
+    await settle()
+    const first = comet.send(1, { if: 0 })
+    await settle()
+    const id = await first
+    const stale = comet.send('stale', { if: 0 }), next = comet.send('next')
+    await settle()
+    await assert.rejects(stale, { name: 'CometError', status: 412, id, final: true, message: 'there is a newer message' })
+    await next
+    assert.deepEqual(got, [1, 'next'])
+    assert.equal(await comet.send(2, { if: relay.mark, key: 'k' }), relay.mark)
+    assert.equal(await comet.send(2, { if: id, key: 'k' }), relay.mark, 'it was published already')
+    await settle()
+    assert.deepEqual(got, [1, 'next', 2])
+  })
+
+  test(`a counter that two increment by ${via} counts every time`, async () => {
+    const increment = async ({ comet, state }) => {
+      for (; ;) try { return await comet.send(state.n + 1, { if: state.id }) } catch (error) {
+        if (error.status !== 412) throw error
+        while (state.id < error.id) await settle(5)
+      }
+    }
+    const both = [0, 0].map(() => {
+      const { comet } = alone({ via: [via], after: relay.mark }), state = { id: 0, n: 0 }
+      comet.addEventListener('message', ({ detail: { id, data } }) => Object.assign(state, { id, n: data }))
+      return { comet, state }
+    })
+    await settle()
+    await Promise.all(both.map(async one => { for (const _ of upTo(20)) await increment(one) }))
+    await settle()
+    assert.deepEqual(relay.log.map(e => e.data), upTo(40))
+    assert.deepEqual(both.map(({ state }) => state.n), [40, 40])
+  })
+}
+
 // Presence.
 
 test('typing is told once in a while; a state is told again after reconnecting', async () => {
@@ -1187,6 +1279,50 @@ test('it wakes at once: the network is back, the page is seen, the machine slept
   net.cut()
   await pass(2e3)
   assert.equal(statuses.at(-1).status, 'offline')
+})
+
+test('when the browser says that the network is gone, and it is, that is said at once', async () => {
+  for (const via of ['ws', 'sse', 'stream', 'longpoll']) for (const how of ['refused', 'silent']) {
+    const { comet, statuses, hear } = alone({ via: [via] })
+    await settle()
+    if (how === 'refused') net.down = true
+    else net.held.add('poll')
+    navigator.onLine = false
+    hear('offline')
+    await pass(how === 'refused' ? 0 : 4e3)
+    assert.equal(statuses.at(-1).status, 'offline', via + how)
+    assert.match(statuses.at(-1).error.message, /network is gone/)
+    net.down = false
+    net.held.clear()
+    navigator.onLine = true
+    hear('online')
+    await settle()
+    assert.equal(comet.status, 'open')
+    comet.close()
+    await settle()
+  }
+})
+
+test('when the browser is wrong about that, as with a relay on the same machine, the connection stays', async () => {
+  for (const refusal of [undefined, { status: 429, error: 'slowly' }]) {
+    const { comet, statuses, hear } = alone({ via: ['ws'] })
+    await settle()
+    const { only } = net
+    navigator.onLine = false
+    net.refusal = refusal
+    hear('offline')
+    await pass(10e3, 500)
+    assert.equal(net.only, only)
+    assert.equal(comet.status, 'open')
+    assert.deepEqual(statuses.map(s => s.status), ['connecting', 'open'])
+    net.refusal = undefined
+    navigator.onLine = true
+    comet.close()
+    await settle()
+  }
+  const { hear } = alone() // that is not connected yet
+  hear('offline')
+  await settle()
 })
 
 test('when the network comes back the connection is replaced before it is missed', async () => {
@@ -1401,6 +1537,18 @@ test('goodbye is said by the last tab only', async () => {
   assert(tabs[1].comet.leader)
   tabs[1].hear('pagehide')
   assert.deepEqual(beacons, ['/rooms/lobby/presence offline'])
+})
+
+test('tabs that share a connection are one client, whichever leads and says goodbye', async () => {
+  const one = await opened({ user: 'ada' }), two = await opened({ user: 'ada' }), three = await opened({ user: 'ada' })
+  const client = clientOf(net.asked.find(a => a.startsWith('GET ws')))
+  one.comet.close()
+  await settle()
+  assert.equal(clientOf(net.asked.findLast(a => a.startsWith('GET ws'))), client)
+  two.comet.close()
+  await settle()
+  three.comet.close()
+  assert.deepEqual(goodbyes, [client])
 })
 
 test('a new leader knows who else is here', async () => {

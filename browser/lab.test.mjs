@@ -102,7 +102,7 @@ for (const name of browsers) describe(name, () => {
   test('the lab: more streams than connections take turns, and lose nothing', async () => {
     const page = await lab(browser, relay.url)
     await set(page, '#every', 1)
-    await all(page, 10) // the ticks of the verdict, lest they are counted
+    await all(page, 10) // the ticks of the verdict
     await reset(page)
     await page.evaluate(() => {
       const select = document.querySelector('#stream select')
@@ -120,7 +120,7 @@ for (const name of browsers) describe(name, () => {
   test('the lab: six more wait, with all that is short, and go on', async () => {
     const page = await lab(browser, relay.url)
     await set(page, '#every', 1)
-    await all(page, 10) // the ticks of the verdict, lest they are counted
+    await all(page, 10) // the ticks of the verdict
     await reset(page)
     await press(page, '#more')
     await until('some wait', async () => /waits, [2-9]\.\d s/.test(await say(page, '#extra')))
@@ -134,7 +134,7 @@ for (const name of browsers) describe(name, () => {
   test('the lab: each can be cut, stopped and begun, and the bytes are shown', async () => {
     const page = await lab(browser, relay.url)
     await set(page, '#every', 1)
-    await all(page, 10) // the ticks of the verdict, lest they are counted
+    await all(page, 10) // the ticks of the verdict
     await reset(page)
     await page.evaluate(() => document.querySelectorAll('details').forEach(one => one.open = true))
     await press(page, '#ws .halt')
@@ -163,6 +163,7 @@ for (const name of browsers) describe(name, () => {
     const net = await clumsy(relay.port, 1100)
     const page = await lab(browser, net.url)
     assert.match(await say(page, '#held'), /^Yes: .*Streamed answer, Server-sent events\. .*Not by WebSocket/)
+    assert.deepEqual(page.errors, [])
     net.stop()
   })
 
@@ -185,7 +186,7 @@ for (const name of browsers) describe(name, () => {
   test('the graphs move, and tell their values', async () => {
     const page = await open(browser, relay.url + '/stats.html?room=heat-' + name)
     const feed = data => fetch(`${relay.url}/rooms/heat-${name}`, { method: 'POST', body: data })
-    const curve = () => page.evaluate(() => document.querySelectorAll('#relay .graph')[1].querySelector('.curve')?.getAttribute('d'))
+    const curve = () => page.evaluate(() => document.querySelectorAll('#relay .graph')[1]?.querySelector('.curve')?.getAttribute('d'))
     const first = await until('a curve', curve)
     for (let i = 0; i < 20; i++) await feed(String(i * i))
     await feed('warm')

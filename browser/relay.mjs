@@ -1,13 +1,16 @@
 // What the browser tests share: the relay on a free port, a network in between that can be cut or held back, and the
 // two browsers.
 
+import assert from 'node:assert/strict'
 import { execFileSync, spawn } from 'node:child_process'
+import { createHmac } from 'node:crypto'
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import http from 'node:http'
 import http2 from 'node:http2'
 import net from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { afterEach } from 'node:test'
 import { fileURLToPath } from 'node:url'
 import puppeteer from 'puppeteer-core'
 
@@ -31,7 +34,7 @@ async function freePort() {
   return port
 }
 
-let binary = process.env.COMETES // a relay that is built already
+export let binary = process.env.COMETES // a relay that is built already
 
 /** Starts a relay, built from the repository around this folder. */
 export async function start(...args) {
@@ -65,12 +68,17 @@ export async function wire(to) {
   return { url: `http://127.0.0.1:${port}`, cut, stop: () => { cut(); server.close() } }
 }
 
-/** Makes a server a proxy; of an answer that takes long it may pass on what it has only every so often. */
-async function proxy(server, to, clumps) {
+/**
+ * Makes a server a proxy; of an answer that takes long it may pass on what it has only every so often. It may have the
+ * relay behind a prefix, which it takes off.
+ */
+async function proxy(server, to, clumps, prefix = '/') {
+  const path = url => url.startsWith(prefix) ? '/' + url.slice(prefix.length) : undefined
   server.on('request', (request, response) => {
+    if (!path(request.url)) return response.writeHead(404).end('not the relay')
     const headers = Object.fromEntries(Object.entries(request.headers).filter(([name]) => name[0] !== ':' && name !== 'connection'))
     headers.host ??= request.authority
-    const ask = http.request({ port: to, host: '127.0.0.1', method: request.method, path: request.url, headers, agent: false }, answer => {
+    const ask = http.request({ port: to, host: '127.0.0.1', method: request.method, path: path(request.url), headers, agent: false }, answer => {
       for (const name of ['connection', 'keep-alive', 'transfer-encoding']) delete answer.headers[name]
       response.writeHead(answer.statusCode, answer.headers)
       if (!clumps) return answer.pipe(response)
@@ -86,8 +94,9 @@ async function proxy(server, to, clumps) {
     request.pipe(ask)
   })
   server.on('upgrade', (request, client) => {
+    if (!path(request.url)) return client.end('HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n')
     const relay = net.connect(to, '127.0.0.1', () => {
-      relay.write(`GET ${request.url} HTTP/1.1\r\n` + request.rawHeaders.map((h, i) => i % 2 ? h + '\r\n' : h + ': ').join('') + '\r\n')
+      relay.write(`GET ${path(request.url)} HTTP/1.1\r\n` + request.rawHeaders.map((h, i) => i % 2 ? h + '\r\n' : h + ': ').join('') + '\r\n')
       client.pipe(relay).pipe(client)
     })
     for (const socket of [client, relay]) socket.on('error', () => { client.destroy(); relay.destroy() })
@@ -102,6 +111,26 @@ async function proxy(server, to, clumps) {
 export async function clumsy(to, clumps) {
   const { port, stop } = await proxy(http.createServer(), to, clumps)
   return { url: `http://127.0.0.1:${port}`, stop }
+}
+
+/** A proxy that has the relay below a path, such as /relay/. */
+export async function below(to, prefix) {
+  const { port, stop } = await proxy(http.createServer(), to, 0, prefix)
+  return { url: `http://127.0.0.1:${port}${prefix.slice(0, -1)}`, stop }
+}
+
+/** A site of its own, with one page. */
+export async function site(html) {
+  const server = http.createServer((_, response) => response.setHeader('Content-Type', 'text/html; charset=utf-8').end(self.html))
+  const self = { html, url: `http://127.0.0.1:${await listen(server)}`, stop: () => { server.close(); server.closeAllConnections() } }
+  return self
+}
+
+/** A token, as any backend would make it. */
+export function token(secret, claims) {
+  const part = value => Buffer.from(JSON.stringify(value)).toString('base64url')
+  const signed = part({ alg: 'HS256', typ: 'JWT' }) + '.' + part(claims)
+  return signed + '.' + createHmac('sha256', secret).update(signed).digest('base64url')
 }
 
 /** A proxy that speaks HTTP/2 (and HTTP/1.1, for WebSockets) with a certificate of its own making. */
@@ -125,14 +154,21 @@ export const browse = (name, options) => puppeteer.launch(name === 'firefox' ? {
   args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
 })
 
-/** Opens a page. Its console's errors are collected in page.errors. */
-export async function open(browser, url, { width = 1280, height = 1000 } = {}) {
+// An exception that a page does not catch fails the test that opened it, whatever that looks at.
+const thrown = [], ofTheNetwork = /Cross-Origin Request Blocked|can.t establish a connection|was interrupted while/ // which Firefox reports in the same way
+afterEach(() => assert.deepEqual(thrown.splice(0), [], 'uncaught in a page'))
+
+/** Opens a page; one that `leaves` is elsewhere at once. Its console's errors are collected in page.errors. */
+export async function open(browser, url, { width = 1280, height = 1000, leaves = false } = {}) {
   const page = await browser.newPage()
   page.errors = []
   page.on('console', message => message.type() === 'error' && page.errors.push(`${message.text()} ${message.location()?.url ?? ''}`))
-  page.on('pageerror', error => page.errors.push(error.stack ?? String(error)))
+  page.on('pageerror', error => {
+    page.errors.push(error.stack ?? String(error))
+    if (!ofTheNetwork.test(error)) thrown.push(error.stack ?? String(error))
+  })
   await page.setViewport({ width, height })
   page.goto(url).catch(() => { }) // a page with an endless frame is never loaded
-  await until('the page is there', () => page.evaluate(url => location.href === url && document.readyState !== 'loading', new URL(url).href).catch(() => false))
+  if (!leaves) await until('the page is there', () => page.evaluate(url => location.href === url && document.readyState !== 'loading', new URL(url).href).catch(() => false))
   return page
 }

@@ -29,7 +29,9 @@ for (const [name, { file, dump, visit, field, write, send, quit }] of Object.ent
     assert.match(page, /ada \(typing\), eve are here/)
     assert.match(page, /<i>bob<\/i> <b>bold<\/b> & <script>no<\/script>[^]*ada first/, 'the newest is on top')
     assert.match(page, /Name[^]*eve[^]*Message[^]*Send/)
-    assert.match(await read('/'), /the page that comes anew/)
+    const front = await read('/')
+    assert.match(front, /This is a chat\.[^]*Your name[^]*Join[^]*the page that reloads/)
+    assert.doesNotMatch(front, /<|Write to|connecting|Who is here|WebSocket|Send|If nothing appears/, 'the page with scripts')
     assert.deepEqual(Object.keys(await relay.presence('lobby')).sort(), ['ada', 'eve'])
   })
 

@@ -1,11 +1,12 @@
 /**
- * chat.js: the chat at /, and an example of what comet.js is for.
+ * chat.js: the chat, and an example of what comet.js is for.
  *
- * One rule keeps it true: only events of the relay get into the log, in the relay's order. What we write waits below
- * it, in the outbox, until its own event comes round: so it is seen at once, yet all see the same order, and nothing
- * twice. Another keeps it safe: nobody's text is ever taken for HTML.
+ * One rule keeps it correct: only events of the relay get into the log, in the relay's order. What we write waits below
+ * it, in the outbox, until its own event arrives: so it is seen at once, yet all see the same order, and nothing
+ * twice. Another keeps it safe: no text of a user is ever HTML.
  */
 import { Comet } from './comet.js'
+import { access, askForToken } from './token.js'
 
 const KEEP = 1000 // messages in the page; then the oldest go
 const TOGETHER = 5 * 60e3 // ms within which what somebody says stands under one name
@@ -14,21 +15,24 @@ const FADE = 8e3 // ms for which who left is still shown; style.css knows it too
 const HISTORY = 1e3 // ms after connecting; what comes later is news
 
 const GAPS = {
-  history: 'more was said than the relay keeps',
-  restart: 'the relay was started anew, and what it kept is gone',
-  future: 'the relay was started anew, and knows less than this page',
+  history: 'the relay keeps only the newest',
+  restart: 'the relay was restarted, and what it kept is gone',
+  future: 'the relay was restarted, and has less than this page',
 }
 const STATES = { online: '', typing: 'typing…', away: 'away', offline: 'left' }
 
 const $ = id => document.getElementById(id)
+$('plain').remove()
+$('markup').insertAdjacentHTML('afterend', $('markup').textContent)
+$('markup').remove()
+
 const log = $('log'), scroller = $('scroller'), box = $('text')
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'short' })
 const calendar = new Intl.DateTimeFormat([], { weekday: 'long', day: 'numeric', month: 'long' })
 const order = new Intl.Collator().compare
 const count = (n, one) => `${n} ${one}${n === 1 ? '' : 's'}`
-const hue = name => [...name].reduce((sum, c) => (sum * 31 + c.codePointAt(0)) % 360, 200)
 const called = via => $('menu').querySelector(`[value="${via}"] + b`)?.textContent
-const asText = data => typeof data === 'string' ? data : JSON.stringify(data)
+const asText = data => typeof data === 'string' ? data : String(JSON.stringify(data))
 
 const make = (tag, className, ...content) => {
   const el = document.createElement(tag)
@@ -41,16 +45,47 @@ const button = (label, press) => {
   return Object.assign(el, { type: 'button', onclick: () => press(el) })
 }
 
-/** What the browser keeps for us, if it may. */
-const kept = {
-  get(key, store = 'localStorage') { try { return window[store].getItem('cometes ' + key) || '' } catch { return '' } },
-  set(key, value, store = 'localStorage') { try { window[store].setItem('cometes ' + key, value) } catch { } },
+/** What is stored: in this tab, which keeps its name so (a duplicate of it is the same person), or in the browser. */
+const store = area => ({
+  get(key) { try { return window[area].getItem('cometes ' + key) || '' } catch { return '' } },
+  set(key, value) { try { window[area].setItem('cometes ' + key, value) } catch { } },
+})
+const tab = store('sessionStorage'), kept = store('localStorage')
+
+// Colours.
+
+const COLOURS = 24 // 12 hues, light and dark
+const colours = new Map // by name
+
+/** A name's colour: the same in every browser, unless another name on the page has it already. */
+function colour(name) {
+  if (colours.has(name)) return colours.get(name)
+  let hash = 0
+  for (const c of name) hash = Math.imul(hash ^ c.codePointAt(0), 0x5bd1e995) ^ hash >>> 15
+  let n = (hash >>> 0) % COLOURS
+  if (colours.size === COLOURS) return n
+  for (const taken = [...colours.values()]; taken.includes(n);) n = (n + 7) % COLOURS
+  colours.set(name, n)
+  return n
+}
+
+function paint(el, name) {
+  const n = colour(name)
+  el.style.setProperty('--hue', n % 12 * 30 + 15)
+  el.classList.toggle('second', n >= 12)
 }
 
 // Rooms and names.
 
 let comet, listening // the client, and what ends our listening to it
-let room, me = kept.get('name')
+let room, rights
+let me = clean(new URLSearchParams(location.search).get('user') ?? '') || tab.get('name')
+
+/** What the relay takes for a name: without control characters and those that change the direction of text. */
+function clean(name) {
+  const plain = name.replace(/[\p{Cc}\u061C\u200E\u200F\u2028-\u202E\u2066-\u2069]/gu, '').trim()
+  return [...plain].slice(0, 64).join('').trim()
+}
 let unread, below, gaps, tally // messages since the page was hidden; below what is seen; gaps; messages by technique
 
 /** The room in the address, /?room=lobby or #lobby. */
@@ -60,13 +95,12 @@ function address() {
   return name.trim().replace(/[^A-Za-z0-9_.:-]+/g, '-').slice(0, 64) || 'lobby'
 }
 
-function enter(name) {
+async function enter(name) {
   box.value = draft() // what was not sent was meant for the other room: let us see it
   outbox.forEach(drop)
   room = $('room').value = name
   $('room').size = Math.max(5, name.length)
   box.placeholder = 'Write to #' + name
-  $('curl').textContent = `curl -d hi ${location.origin.replace('http://', '')}/rooms/${name}`
   log.replaceChildren()
   log.ariaBusy = true // nobody wants the history read out
   group = day = way = undefined
@@ -74,35 +108,74 @@ function enter(name) {
   tally = {}
   due = []
   following = true
-  connect()
+  colours.clear()
+  if (!comet || rights.required) {
+    listening?.abort()
+    comet?.close()
+    nobody()
+    $('say').inert = true
+    rights = await access(name)
+    if (name !== room) return
+    $('say').inert = false
+  }
+  allowed()
 }
 
-/** Connects us under our name; anew when room or name change. With a cursor, what is on the page goes on. */
+/** Offers what the token allows, if the relay asks for one. */
+function allowed() {
+  const { required, refused, user, read, write, error } = rights
+  me = user || me
+  $('me').disabled = !!user
+  $('token').hidden = !refused
+  $('another').hidden = !required || refused
+  box.disabled = $('send').disabled = !write
+  box.placeholder = write ? 'Write to #' + room : 'Your token does not allow you to write here'
+  const url = String(new URL('rooms/' + room, location)).replace('http://', '')
+  $('curl').textContent = `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${/^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", "'\\''")}'`}`
+  title()
+  links()
+  if (refused) ask(error)
+  else if (!read) line('gap', 'Your token does not allow you to read this room.')
+  if (read || write) connect()
+  else told({ status: 'closed', error: new Error(refused ? 'this relay asks for a token' : 'your token is for other rooms') })
+}
+
+function links() {
+  const query = me && '?' + new URLSearchParams({ user: me })
+  $('endless').href = `rooms/${room}/html${query}`
+  $('anew').href = `rooms/${room}/refresh${query}`
+}
+
+const ask = error => askForToken($('token'), error, `-read ${room} -write ${room}`)
+$('another').onclick = () => {
+  if ($('people').matches(':popover-open')) $('people').hidePopover()
+  if ($('token').hidden) ask()
+  else $('token').hidden = true
+}
+
+/** Connects under our name; again when room or name change. With a cursor, what is on the page goes on. */
 function connect(after) {
   listening?.abort()
   comet?.close()
   nobody()
   comet = new Comet('/rooms/' + room, { user: me || undefined, presence: true, last: 100, after })
   const { signal } = listening = new AbortController()
-  for (const [type, hear] of Object.entries({ status: told, presence: later, gap: later, message: heard })) {
-    comet.addEventListener(type, e => hear(e.detail), { signal })
-  }
+  comet.addEventListener('status', e => told(e.detail), { signal })
+  comet.addEventListener('event', e => heard(e.detail), { signal })
   const { value } = $('menu').elements.way
   if (value !== 'auto') comet.use(value)
   named(!!me)
-  $('me').textContent = 'as ' + me
+  $('me').replaceChildren('as ', make('bdi', '', me))
   $('outbox').querySelector('bdi').textContent = me
-  $('outbox').style.setProperty('--hue', hue(me))
-  const query = me && '?' + new URLSearchParams({ user: me })
-  $('endless').href = `/rooms/${room}/html${query}`
-  $('anew').href = `/rooms/${room}/refresh${query}`
-  title()
+  paint($('outbox'), me)
   look()
   show()
 }
 
 function named(is) {
+  if (!is && $('naming').hidden) $('name').value = me || kept.get('name')
   $('naming').hidden = is
+  taken()
   $('say').hidden = $('me').hidden = !is
 }
 
@@ -110,16 +183,15 @@ $('go').onsubmit = e => {
   e.preventDefault()
   const name = $('room').value
   if (name === room) return
-  history.pushState(null, '', '/?room=' + name)
+  history.pushState(null, '', '?room=' + name)
   enter(name)
-  $(me ? 'text' : 'name').focus()
+  focusOn()
 }
 $('room').onblur = () => { $('room').value = room } // only Enter goes there
 onpopstate = onhashchange = () => address() === room || enter(address())
 
 $('me').onclick = () => {
   named(false)
-  $('name').value = me
   $('name').select()
 }
 $('name').onkeydown = e => {
@@ -129,14 +201,34 @@ $('name').onkeydown = e => {
 }
 $('naming').onsubmit = e => {
   e.preventDefault()
-  const name = $('name').value.replace(/\p{Cc}/gu, '').trim()
+  const name = clean($('name').value), url = new URL(location)
   if (!name) return
   if (name === me) named(true)
   else {
-    kept.set('name', me = name)
+    me = name
+    tab.set('name', me)
+    kept.set('name', me)
+    url.searchParams.delete('user')
+    history.replaceState(null, '', url)
+    links()
     connect(comet.cursor)
   }
   box.focus()
+}
+$('name').oninput = taken
+
+/** A name is whoever uses it. */
+function taken() {
+  const name = clean($('name').value)
+  const is = name !== me && (people.get(name)?.dataset.state ?? 'offline') !== 'offline'
+  if ($('taken').querySelector('bdi')?.textContent === (is ? name : undefined)) return // it would be read out again
+  $('taken').replaceChildren(...is ? ['Somebody here is already called ', make('bdi', '', name), '. You will be taken for the same person.'] : [])
+}
+
+function focusOn() {
+  if (!matchMedia('(hover: hover)').matches || !$('token').hidden) return // on a phone it would bring up the keyboard
+  if (me) box.focus()
+  else $('name').select()
 }
 
 // The connection.
@@ -150,20 +242,21 @@ function told({ status, via, retryIn, error, leader }) {
   const more = () => $('more').textContent =
     status === 'open' ? leader ? '' : ', through another tab' :
     status === 'offline' ? ': what you write is kept for later' :
-    status === 'closed' ? `: ${error.message}` :
+    status === 'closed' ? `: ${error?.status === 401 ? 'this relay asks for a token' : error?.message}` :
     retryIn ? ` in ${Math.max(1, Math.ceil((at - Date.now()) / 1e3))} s` : '…'
   clearInterval(ticking)
   if (status === 'reconnecting' && retryIn) ticking = setInterval(more, 1e3)
   more()
   $('trouble').textContent = !error ? '' : `${status === 'open' ? 'That is not to be had' : 'Trouble'}: ${error.message}.`
   for (const mine of outbox) if (mine.state === 'pending') mark(mine, 'pending')
+  if (status === 'closed' && error?.status === 401) ask(rights.exp * 1e3 < Date.now() ? 'it has expired' : error.message)
   if (status !== 'open') return
   if (log.ariaBusy === 'true') setTimeout(() => log.ariaBusy = false, HISTORY)
-  if (way && way !== via) later({ type: 'way', via })
+  if (way && way !== via) later(way => line('way', 'from here on by ' + called(way)), via)
   way = via
 }
 
-$('menu').onchange = e => comet.use(e.target.value === 'auto' ? null : e.target.value)
+$('menu').onchange = e => comet?.use(e.target.value === 'auto' ? null : e.target.value)
 $('menu').onsubmit = e => e.preventDefault()
 
 // The log. A burst is written at once, and costs one layout.
@@ -172,17 +265,25 @@ let due, timer // what is to be written, and when
 let group, day, way // the last of each: the messages under one name, the date, the technique
 let following // stay at the bottom
 
-function later(event) {
-  due.push(event)
+function later(write, event) {
+  due.push([write, event])
   timer ??= setTimeout(show, 20)
 }
 
 function show() {
   clearTimeout(timer)
   timer = undefined
-  for (const event of due.splice(0)) {
-    for (const mine of outbox) if (mine.id < event.id) message({ ...mine, data: mine.text, from: me }) // its own event is lost
-    write[event.type](event)
+  for (const [write, event] of due.splice(0)) {
+    try {
+      for (const mine of outbox) if (mine.id < event.id) message({ ...mine, data: mine.text, from: me }) // its own event is lost
+      write(event)
+    } catch (error) { // of this event nothing but the event itself can be shown
+      console.error(error)
+      group = undefined
+      const raw = make('div', 'message raw', words(event))
+      raw.dataset.id = event?.id
+      log.append(raw)
+    }
   }
   while (log.getElementsByClassName('message').length > KEEP) oldest().remove()
   standing()
@@ -196,14 +297,15 @@ function oldest() {
   return el.childElementCount > 2 ? el.children[1] : el
 }
 
-const write = {
-  message,
-  presence,
-  gap({ data }) {
-    gaps++
-    line('gap', `Some messages may be missing here: ${GAPS[data?.reason] ?? 'the relay lost the thread'}.`)
-  },
-  way: ({ via }) => line('way', 'from here on by ' + called(via)),
+function gap({ data }) {
+  if (data?.reason === 'erased') {
+    log.replaceChildren()
+    day = undefined
+    below = 0
+    return line('gap', 'An operator erased what was here.')
+  }
+  gaps++
+  line('gap', `Some messages may be missing here: ${GAPS[data?.reason] ?? 'the relay lost them'}.`)
 }
 
 /** A line across the log. Of two of a kind with nothing between them, the newer counts. */
@@ -213,20 +315,22 @@ function line(kind, text) {
   else log.append(make('p', kind, text))
 }
 
-function message({ id, from, time, data }) {
+/** Whatever was published. A message's type goes without saying. */
+function message({ id, type = 'message', from, time, data }) {
   const mine = ours({ id, from, data })
   if (mine) drop(mine)
   const at = new Date(time), minute = clock.format(at)
   if (day !== at.toDateString()) line('day', calendar.format(at))
   day = at.toDateString()
-  if (group?.from !== from || time - group.time > TOGETHER) {
+  if (!group || group.from !== from || time - group.time > TOGETHER) {
     group = { from, time, minute, el: make('section', from && from === me ? 'group mine' : 'group') }
     group.el.append(make('p', 'head', make('bdi', '', from ?? 'somebody'), stamp(at, minute)))
-    group.el.style.setProperty('--hue', hue(from ?? ''))
+    paint(group.el, from ?? '')
     log.append(group.el)
   }
   const p = make('div', 'message', words(data))
   p.dataset.id = id
+  if (type !== 'message') p.prepend(make('code', 'type', type))
   if (minute !== group.minute) p.append(stamp(at, group.minute = minute))
   group.el.append(p)
   tally[comet.via] = (tally[comet.via] ?? 0) + 1
@@ -241,9 +345,7 @@ function words(data) {
   const el = Object.assign(make('div', 'text'), { dir: 'auto' })
   let at = 0
   for (const { 0: match, index } of text.matchAll(/\bhttps?:\/\/[^\s<>"]+/gi)) {
-    let end = match.length // a full stop or bracket behind a link is not part of it
-    for (const marks = match.includes('(') ? '.,:;!?\'' : '.,:;!?\')'; marks.includes(match[end - 1]);) end--
-    const href = match.slice(0, end)
+    const href = trimmed(match), end = href.length
     if (!URL.canParse(href)) continue
     const link = Object.assign(make('a', '', href), { href, target: '_blank', rel: 'noopener noreferrer' })
     el.append(text.slice(at, index), link)
@@ -257,6 +359,18 @@ function words(data) {
     more.textContent = el.classList.toggle('folded') ? 'Show all' : 'Show less'
     following = atBottom()
   }))
+}
+
+/** A link without what stands behind it: a bracket that was opened before it, a full stop. */
+function trimmed(link) {
+  const open = [], pairs = { '(': ')', '[': ']', '{': '}' }
+  let end = 0
+  for (; end < link.length; end++) {
+    if (pairs[link[end]]) open.push(pairs[link[end]])
+    else if (')]}'.includes(link[end]) && open.pop() !== link[end]) break
+  }
+  while ('.,:;!?\'…’”»'.includes(link[end - 1])) end--
+  return link.slice(0, end)
 }
 
 const atBottom = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40
@@ -332,7 +446,7 @@ function drop(mine) {
 
 /** What is in the box, and before it what was not sent. */
 const draft = () => [...[...outbox].filter(mine => !mine.id).map(mine => mine.text), box.value].join('\n').trim()
-addEventListener('pagehide', () => kept.set('draft', draft(), 'sessionStorage'))
+addEventListener('pagehide', () => tab.set('draft', draft()))
 
 function fit() {
   box.style.height = 'auto'
@@ -374,7 +488,7 @@ function person(name, state) {
   if (!li && state === 'offline') return
   if (!li) {
     li = Object.assign(make('li', '', make('bdi', '', name), name === me ? ' (you)' : '', make('small')), { person: name })
-    li.style.setProperty('--hue', hue(name))
+    paint(li, name)
     const behind = ({ person }) => person !== me && (name === me || order(person, name) > 0)
     $('here').insertBefore(li, [...$('here').children].find(behind) ?? null)
     people.set(name, li)
@@ -398,8 +512,10 @@ function standing() {
   $('crowd').hidden = !crowd
   const typing = those('typing').filter(name => name !== me)
   const who = typing.length > 3 ? [`${typing.length} people`] : typing
-  $('typing').textContent = who[0] ? `${new Intl.ListFormat('en').format(who)} ${typing[1] ? 'are' : 'is'} typing…` : ''
+  const parts = new Intl.ListFormat('en').formatToParts(who).map(({ type, value }) => type === 'element' ? make('bdi', '', value) : value)
+  $('typing').replaceChildren(...who[0] ? [...parts, typing[1] ? ' are typing…' : ' is typing…'] : [])
   const by = Object.entries(tally).map(([via, n]) => `${n} by ${called(via)}`)
+  taken()
   $('tally').textContent = `Messages so far: ${by.join(', ') || 'none'}. ${gaps ? count(gaps, 'gap') : 'No gap'}.`
 }
 
@@ -413,7 +529,7 @@ function look() {
   const now = ++looks
   unlock?.()
   clearTimeout(leaving)
-  if (document.hidden) leaving = setTimeout(async () => await elsewhere() || comet.presence('away'), AWAY)
+  if (document.hidden) leaving = setTimeout(async () => await elsewhere() || comet?.presence('away'), AWAY)
   else navigator.locks?.request(lock(), { mode: 'shared' }, () => now === looks && new Promise(free => unlock = free))
 }
 const elsewhere = async () => (await navigator.locks?.query())?.held.some(({ name }) => name === lock())
@@ -425,14 +541,15 @@ function title() {
 addEventListener('visibilitychange', () => {
   look()
   if (document.hidden) return
-  comet.presence('online')
+  comet?.presence('online')
   unread = 0
   title()
 })
 
 function heard(event) {
-  later(event)
-  if (!document.hidden || log.ariaBusy === 'true' || event.from === me) return
+  const { type } = event
+  later(type === 'presence' ? presence : type === 'gap' ? gap : message, event)
+  if (type !== 'message' || !document.hidden || log.ariaBusy === 'true' || event.from === me) return
   unread++
   title()
   notify(event)
@@ -441,7 +558,7 @@ function heard(event) {
 async function notify({ from, data }) {
   if (!kept.get('bell') || window.Notification?.permission !== 'granted' || await elsewhere()) return
   try { // phones throw: they want a service worker for it
-    const options = { body: asText(data).slice(0, 200), tag: 'cometes ' + room, icon: '/icon.svg' }
+    const options = { body: asText(data).slice(0, 200), tag: 'cometes ' + room, icon: 'icon.svg' }
     new Notification(`${from ?? 'Somebody'} in #${room}`, options).onclick = () => focus()
   } catch { }
 }
@@ -459,9 +576,10 @@ $('bell').onclick = async () => {
   bell()
 }
 
-$('app').hidden = false
-box.value = kept.get('draft', 'sessionStorage')
+tab.set('name', me)
+box.value = tab.get('draft')
 bell()
-enter(address())
+$('app').hidden = false
 fit()
-if (matchMedia('(hover: hover)').matches) $(me ? 'text' : 'name').focus() // on a phone it would bring up the keyboard
+await enter(address())
+focusOn()

@@ -18,8 +18,11 @@ export type State = 'online' | 'typing' | 'away' | 'offline'
 /** One user's state (then the event is `from` them), or a room's roster. In a crowd a roster has no names. */
 export type Presence = RelayEvent<State | { count: number, users?: Record<string, State> }>
 
-/** Events between our cursor and `id` may be lost: fell out of the history, or were from before a restart; or the relay's ids went back. */
-export type Gap = RelayEvent<{ reason: 'history' | 'restart' | 'future' }> & { id: number }
+/**
+ * Events between our cursor and `id` may be lost: they fell out of the history, or were from before a restart, or the
+ * relay's ids went back. Or an operator erased the history of the room: then nothing before it exists any more.
+ */
+export type Gap = RelayEvent<{ reason: 'history' | 'restart' | 'future' | 'erased' }> & { id: number }
 
 /**
  * connecting: for the first time. open: events come. reconnecting: it was lost, or not to be had yet. offline: and the
@@ -33,8 +36,11 @@ export interface StatusDetail {
   via?: string
   /** Milliseconds until it is tried again. */
   retryIn?: number
-  /** Why it is not open, or what was tried before and failed. While open: what use() asked for is not to be had. */
-  error?: Error
+  /**
+   * Why it is not open, or what was tried before and failed. While open: what use() asked for is not to be had. A page of another
+   * origin can't see that the relay refuses it: the error then names the relay's flag `-origins` as the likely reason.
+   */
+  error?: CometError
   /** Whether this tab has the connection; the others are told by it. */
   leader: boolean
 }
@@ -55,6 +61,11 @@ export interface How {
   room?: string
   /** The same key in the same room is published once. One is made up if not given. */
   key?: string
+  /**
+   * Publish only if the newest message that the room keeps has this id; 0: if it keeps none. Otherwise nothing is published, and send()
+   * rejects with an error whose `status` is 412 and whose `id` is the newest: read what is new, and try again with that.
+   */
+  if?: number
 }
 
 export interface Options {
@@ -86,7 +97,10 @@ export interface CometEvents {
 }
 
 export class Comet extends EventTarget {
-  /** @param url of a room or several: '/rooms/lobby', 'https://relay.example/rooms/a,b' */
+  /**
+   * @param url of a room or several: '/rooms/lobby', 'https://relay.example/rooms/a,b'. A path is below the folder that comet.js came
+   * from: of the relay, whatever page it is in, and behind whatever prefix. In a bundle, or under another name, it is the page's.
+   */
   constructor(url: string, options?: Options)
 
   /** All events up to here were dispatched. */
@@ -103,7 +117,7 @@ export class Comet extends EventTarget {
 
   /**
    * Publishes, and resolves with the id. Messages go one after the other, in the order of the calls. Tried again until it works; rejects
-   * if it can't: refused for good, a hundred waiting already, its ttl over, or closed. `undelivered` tells the same.
+   * if it can't: refused for good, a newer message than `if`, a hundred waiting already, its ttl over, or closed. `undelivered` tells the same.
    */
   send(data: any, how?: How): Promise<number>
   /** Says that the user is typing. May be called on every key: it is told every 2.5 s at most. */
@@ -123,9 +137,11 @@ export class Comet extends EventTarget {
 
 /** What went wrong, in words. */
 export class CometError extends Error {
-  constructor(message: string, more?: Partial<Pick<CometError, 'status' | 'retry' | 'final'>>)
+  constructor(message: string, more?: Partial<Pick<CometError, 'status' | 'id' | 'retry' | 'final'>>)
   /** The HTTP status, if there was one. */
   status?: number
+  /** With status 412: the id of the newest message, 0 if the room keeps none. */
+  id?: number
   /** Milliseconds after which to try again, if the relay said so. */
   retry?: number
   /** Whether trying again is of no use. */

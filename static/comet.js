@@ -1,13 +1,10 @@
 /**
- * comet.js: a page that is told, instead of asking.
- *
  *     const comet = new Comet('/rooms/lobby', { user: 'ada' })
  *     comet.addEventListener('message', e => console.log(e.detail.from, e.detail.data))
  *     await comet.send('hi')
  *
- * The ways in which a server can speak first differ only in how an event travels: each is one short function of
- * the same shape, see `techniques`. The rest is what all of them need: a cursor, patience, and manners.
- * Types, options and events: comet.d.ts.
+ * The ways in which a server can push differ only in how an event travels: each is one short function, see
+ * `techniques`. The rest is what all of them need. Types, options and events: comet.d.ts.
  */
 
 /**
@@ -17,8 +14,6 @@
  *     link.on(event)    when an event came
  *     link.at(cursor)   when all up to there has come
  *     link.done(error)  when it is over
- *
- * @type {Record<string, (link: import('./comet').Link) => () => void>}
  */
 export const techniques = {
   // 2011. Both ways. A frame is an event, or several, a line each.
@@ -30,8 +25,8 @@ export const techniques = {
     return () => socket.close()
   },
 
-  // 2006. It would reconnect, but not after every error; and a named event is seen only by who knows the name.
-  // So we reconnect, and ask for events without names.
+  // 2006. It does not reconnect after every error, and a named event reaches only who knows the name: so we
+  // reconnect, and ask for events without names.
   sse({ url, line, done }) {
     const source = new EventSource(url({ names: 0 }))
     for (const name of ['message', 'beat']) source.addEventListener(name, e => line(e.data))
@@ -39,45 +34,49 @@ export const techniques = {
     return () => source.close()
   },
 
-  // ~2004. An answer that never ends, a line an event.
+  // ~2004. An answer that never ends, an event a line.
   stream: link => read(link, link.url()),
 
   // 1995. The same, with a boundary and headers before each event; only the event begins with a {.
   multipart: link => read(link, link.url({ as: 'json' })),
 
-  // ~2000. A page in a hidden frame that never ends; its scripts hand us the events.
+  // ~2000. A hidden page that never ends; its scripts post the events to us.
   iframe({ url, on, done }) {
-    const frame = document.createElement('iframe')
     const hear = e => e.source === frame.contentWindow && on(e.data)
     addEventListener('message', hear)
-    frame.onload = () => done(new CometError('the frame ended'))
-    frame.hidden = true
-    frame.src = url()
-    document.body.append(frame)
+    const frame = embed({ src: url() }, () => done(new CometError('the frame ended')))
     return () => {
       removeEventListener('message', hear)
       frame.remove()
     }
   },
 
-  // ~2000. A question with a patient answer, and the next.
+  // ~2000. An answer that waits for news; then ask again.
   longpoll: link => ask(link, (wait, signal) => json(link.url({ wait }), { signal })),
 
-  // 2005. The same by a <script> that calls us. Even removed it would run.
-  jsonp: link => ask(link, wait => new Promise((answer, fail) => {
-    const callback = 'comet' + unique()
-    const script = document.createElement('script')
-    globalThis[callback] = answer
-    script.onload = script.onerror = () => {
-      fail(new CometError('the script did not call')) // too late to matter if it did
-      delete globalThis[callback]
-      script.remove()
+  // 2005. The same by a <script> that calls us. It's in a frame, for a script that is only removed is still loaded.
+  jsonp(link) {
+    let stop
+    const frame = embed({ srcdoc: '<p>' }, () => {
+      const { contentDocument: page, contentWindow: view } = frame
+      stop = ask(link, wait => new Promise((answer, fail) => {
+        const script = page.createElement('script')
+        view.comet = data => answer(structuredClone(data))
+        script.onload = script.onerror = () => {
+          fail(new CometError('the script did not call')) // no effect if it did
+          script.remove()
+        }
+        script.src = link.url({ wait, callback: 'comet' })
+        page.head.append(script)
+      }))
+    })
+    return () => {
+      stop?.()
+      frame.remove()
     }
-    script.src = link.url({ wait, callback })
-    document.head.append(script)
-  })),
+  },
 
-  // Always. Ask, sleep, ask again.
+  // Always.
   poll: link => ask(link, (_, signal) => json(link.url(), { signal }), () => link.nap(hidden() ? 25e3 : link.every * 1e3)),
 }
 
@@ -88,7 +87,7 @@ const read = (link, url) => run(link, async signal => {
   throw new CometError('the stream ended')
 })
 
-/** Asks again and again; the first time without waiting, to see whether it works. After news there may be more. */
+/** Asks again and again; first without waiting, to see whether it works. After news there may be more. */
 const ask = (link, question, pause) => run(link, async signal => {
   link.asks = true
   for (let wait = 0; !signal.aborted; wait = 25) {
@@ -99,13 +98,19 @@ const ask = (link, question, pause) => run(link, async signal => {
   }
 })
 
+function embed(what, onload) {
+  const frame = Object.assign(document.createElement('iframe'), { hidden: true, onload, ...what })
+  document.body.append(frame)
+  return frame
+}
+
 function run({ done }, go) {
   const abort = new AbortController()
   go(abort.signal).catch(done)
   return () => abort.abort()
 }
 
-/** Cuts bytes into lines, wherever the network cut them: inside a letter, say. */
+/** Cuts bytes into lines, wherever the network cut them. */
 export function lines(line) {
   const utf8 = new TextDecoder()
   let rest = ''
@@ -116,10 +121,9 @@ export function lines(line) {
   }
 }
 
-/** Full jitter: those who were cut off together don't return together. */
+/** Full jitter: clients that were cut off together don't return together. */
 export const backoff = tries => Math.random() * Math.min(30e3, 1e3 * 2 ** tries)
 
-/** What went wrong, in words; if known, the HTTP status, after how many ms to retry, and whether that is of no use. */
 export class CometError extends Error {
   name = 'CometError'
   constructor(message, more) {
@@ -133,9 +137,9 @@ async function get(url, options) {
   const response = await fetch(url, options)
   const { ok, status, headers } = response
   if (ok) return response
-  const { error } = await response.json().catch(() => ({}))
+  const { error, id } = await response.json().catch(() => ({}))
   throw new CometError(error || `the relay answered ${status}`, {
-    status,
+    status, id,
     retry: headers.get('Retry-After') * 1e3 || undefined,
     final: /^4(?!08|25|29)/.test(status),
   })
@@ -143,15 +147,16 @@ async function get(url, options) {
 
 const json = async (url, options) => (await get(url, options)).json()
 const plain = error => error instanceof CometError ? error : new CometError(`the relay could not be reached: ${error?.message}`)
+const home = /^http[^?#]*\/(?=comet\.js([?#]|$))/.exec(import.meta.url)?.[0] // undefined in a bundle
 const unique = () => Date.now().toString(36) + Math.random().toString(36).slice(2)
 const hidden = () => globalThis.document?.hidden
 const patient = () => AbortSignal.timeout(15e3)
 
-/** The technique that worked for a relay; or notes it. */
+/** The technique that worked for a relay; or stores it. */
 function memory({ origin }, via) {
   try {
     return via ? localStorage.setItem('comet ' + origin, via) : localStorage.getItem('comet ' + origin)
-  } catch { } // no storage, no memory
+  } catch { } // there may be no storage
 }
 
 function known(list) {
@@ -160,23 +165,22 @@ function known(list) {
 }
 
 export class Comet extends EventTarget {
-  /** All up to here was dispatched. @type {number | undefined} */ cursor
-  /** @type {import('./comet').Status} */ status = 'connecting'
-  /** The technique in use. @type {string | undefined} */ via
-  /** This tab has the connection. */ leader = false
+  cursor // all up to here was dispatched
+  status = 'connecting'
+  via // the technique in use
+  leader = false // this tab has the connection
 
   #base; #options; #list // the techniques to use
   #link; #trial; #round // the connection; what may replace it; what to try next
   #fails = 0; #waits = 0 // rounds that found nothing; that found nothing better
   #timer; #pulse; #ticked; #due; #asked; #naps = new Set
   #queue = []; #sending; #ack; #state; #typed = 0
-  #id = unique(); #session; #channel; #others = new Set; #behind; #missed = []
+  #id = unique(); #client = this.#id; #session; #channel; #others = new Set; #behind; #missed = []
   #detail; #closed
 
-  /** @param {string} url  @param {import('./comet').Options} [options] */
   constructor(url, { via = ['ws', 'sse', 'stream', 'longpoll', 'poll'], user, presence = !!user, shared = true, every = 5, ...options } = {}) {
     super()
-    const base = this.#base = new URL(url, globalThis.location?.href)
+    const base = this.#base = new URL(home ? url.replace(/^\/(?!\/)/, '') : url, home ?? globalThis.location?.href)
     const path = base.pathname.replace(/\/$/, '').split('/')
     this.rooms = decodeURIComponent(path.pop()).split(',')
     base.pathname = path.join('/')
@@ -190,14 +194,13 @@ export class Comet extends EventTarget {
   }
 
   /**
-   * Publishes, and gives the id. One message goes after the other, so their order is kept whatever fails; each has
-   * a key, so it may be sent twice and is published once. It's tried until it works, or can't.
-   * @param {any} data  @param {import('./comet').How} [how]  @returns {Promise<number>}
+   * One message goes after the other, so their order is kept; each has a key, so it may be sent twice and is
+   * published once.
    */
-  send(data, { type, ttl, room, key = unique() } = {}) {
+  send(data, { type, ttl, room, if: newest, key = unique() } = {}) {
     const promise = new Promise((resolve, reject) => {
       const body = JSON.stringify(data)
-      const item = { data, body, room, query: { type, ttl, key }, until: Date.now() + ttl * 1e3, resolve, reject }
+      const item = { data, body, room, query: { type, ttl, if: newest, key }, until: Date.now() + ttl * 1e3, resolve, reject }
       const wrong = this.#closed ? 'this Comet is closed' : !body ? 'JSON can not say this' :
         this.#queue.length >= 100 && '100 messages are waiting already'
       if (wrong) return this.#undelivered(item, new CometError(wrong))
@@ -209,24 +212,21 @@ export class Comet extends EventTarget {
     return promise
   }
 
-  /** To be called on every key. */
   typing(room) {
     if (Date.now() - this.#typed < 2500) return
     this.#typed = Date.now()
     this.presence('typing', room)
   }
 
-  /** @param {import('./comet').State} state */
   presence(state, room) {
     if (state !== 'typing') this.#state = state
     if (!this.user || this.status !== 'open') return
     for (const r of room ? [room] : this.rooms) {
       if (this.#link?.speak) this.#link.speak(JSON.stringify({ type: 'presence', room: r, data: state }))
-      else fetch(this.#url('/presence', {}, r), { method: 'POST', body: state }).catch(() => { })
+      else fetch(this.#url('/presence', { client: this.#client }, r), { method: 'POST', body: state }).catch(() => { })
     }
   }
 
-  /** Changes the technique, or the list of them, in mid-stream; back to that of the options with 'auto'. */
   use(via) {
     this.#choose(via)
     this.#post({ use: via || 'auto' })
@@ -249,15 +249,15 @@ export class Comet extends EventTarget {
     return url.href
   }
 
-  /** Where to read. Equal URLs a browser asks one after the other, so none are. */
+  /** Where to read. A browser asks for equal URLs one after the other, so none are. */
   #source(via, { unseen, ...query } = {}) {
     const { presence, last } = this.#options
     const seen = presence && this.user && !unseen // and who is seen sees
-    return this.#url('/' + via, { after: this.cursor, last, presence: seen ? undefined : +presence, _: unique(), ...query })
+    return this.#url('/' + via, { after: this.cursor, last, presence: seen ? undefined : +presence, client: this.#client, _: unique(), ...query })
   }
 
   // Connecting. A round tries one technique after the other. Each is a trial until it shows that it works; only then
-  // it replaces the connection we have. So a change takes no time, and a failure nothing.
+  // it replaces the connection we have.
 
   #choose(via) {
     this.#list = via && via !== 'auto' ? known([via].flat()) : this.#options.via
@@ -317,10 +317,13 @@ export class Comet extends EventTarget {
       done: error => {
         if (over) return
         link.close()
-        this.#lost(link, plain(error))
+        const { origin } = globalThis.location ?? this.#base
+        error = plain(error)
+        if (this.status === 'connecting' && !error.status && origin !== this.#base.origin) error.message += `; likely its -origins does not list ${origin}`
+        this.#lost(link, error)
       },
     }
-    // What does not work by then is held back by something; if nothing works, the network may be slow.
+    // What does not work by then is held back; if nothing works, the network may be slow.
     link.patience = setTimeout(() => link.done(new CometError(`no hello by ${via}`)), 3e3 * 2 ** Math.min(this.#fails, 3))
     try { close = techniques[via](link) } catch (error) { link.done(error) }
     return link
@@ -366,8 +369,8 @@ export class Comet extends EventTarget {
     this.#fire('status', detail)
   }
 
-  // Taking events. Every source is in order and begins at our cursor or below: whatever the source, what is newer
-  // than the cursor is taken, and what is not was taken before.
+  // Taking events. Every source is in order and begins at our cursor or below: what is newer than the cursor is
+  // taken, the rest was taken before.
 
   #on(link, event) {
     const { type, id, data } = event || {}
@@ -427,7 +430,7 @@ export class Comet extends EventTarget {
     this.#sending = false
   }
 
-  /** What the WebSocket doesn't acknowledge is posted: the key makes it safe, and the answer says why. */
+  /** What the WebSocket doesn't acknowledge is posted: with its key that is safe, and the answer says why. */
   async #deliver({ body, room, query, until }) {
     if (Date.now() > until) throw new CometError('its time was over before it was sent', { final: true })
     const link = this.#link
@@ -453,7 +456,7 @@ export class Comet extends EventTarget {
   }
 
   // Sharing. The tab that holds a lock leads: it has the connection, and tells the others what it takes, and what its
-  // cursor was before. If theirs is lower they have missed something, whatever the reason, and ask the relay.
+  // cursor was before. If theirs is lower they have missed something, and ask the relay.
 
   #start(how = { ifAvailable: true }) {
     this.#stop()
@@ -500,11 +503,11 @@ export class Comet extends EventTarget {
   }
 
   #post(news) {
-    this.#channel?.postMessage({ from: this.#id, ...news })
+    this.#channel?.postMessage({ from: this.#id, client: this.#client, ...news })
   }
 
   #heard(news) {
-    const { from, use, here, detail, prev, event } = news
+    const { from, client, use, here, detail, prev, event } = news
     if (!this.#others.has(from)) navigator.locks.request(from, { signal: this.#session.signal }, () => this.#others.delete(from)).catch(() => { })
     this.#others.add(from)
     if (use) this.#choose(use)
@@ -513,6 +516,7 @@ export class Comet extends EventTarget {
       this.#post({ detail: this.#detail, prev: this.cursor, event: { id: this.cursor } })
     }
     if (use || here || this.leader) return
+    this.#client = client // to the relay, tabs that share a connection are one
     this.#due = Date.now() + 35e3
     this.#asked = false
     if (detail && (detail.status !== 'open' || detail.via !== this.via || detail.error)) this.#say({ ...detail, leader: false }, detail.status)
@@ -550,12 +554,13 @@ export class Comet extends EventTarget {
   // The page's life.
 
   #listen(how) {
-    for (const type of ['online', 'visibilitychange', 'pagehide', 'pageshow']) globalThis[how + 'EventListener']?.(type, this.#page)
+    for (const type of ['online', 'offline', 'visibilitychange', 'pagehide', 'pageshow']) globalThis[how + 'EventListener']?.(type, this.#page)
   }
 
   #page = ({ type, persisted }) => {
     if (type === 'pagehide') this.#leave()
     else if (type === 'pageshow') persisted && this.#start()
+    else if (type === 'offline') this.#probe()
     else if (type === 'online' || !hidden()) this.#wake(type === 'online')
   }
 
@@ -563,10 +568,10 @@ export class Comet extends EventTarget {
   #leave() {
     const last = !this.#others.size
     this.#stop()
-    if (last && this.user) for (const room of this.rooms) globalThis.navigator?.sendBeacon?.(this.#url('/presence', {}, room), 'offline')
+    if (last && this.user) for (const room of this.rooms) globalThis.navigator?.sendBeacon?.(this.#url('/presence', { client: this.#client }, room), 'offline')
   }
 
-  /** The page is seen again, the network is back, the machine has slept: what was put off is due. */
+  /** The page is seen again, the network is back, the machine has slept. */
   #wake(again) {
     this.#ticked = Date.now()
     this.#fails = 0
@@ -586,7 +591,7 @@ export class Comet extends EventTarget {
     this.#pulse = setTimeout(() => this.#tick(), 5e3)
   }
 
-  /** Is the connection dead? Or the leader? That is asked, and if it doesn't answer its lock is taken: it may be frozen. */
+  /** Is the connection dead? Or the leader? If it doesn't answer its lock is taken: it may be frozen. */
   #look() {
     if (Date.now() < this.#due) return
     if (this.#link) this.#link.done(new CometError('nothing came for too long'))
@@ -597,6 +602,13 @@ export class Comet extends EventTarget {
       this.#due = Date.now() + 4e3
       this.#post({ here: true })
     }
+  }
+
+  /** The browser says that the network is gone; a relay on this machine may be heard all the same. */
+  #probe() {
+    const link = this.#link
+    if (link) json(this.#source('poll', { user: undefined, unseen: 1 }), { signal: AbortSignal.timeout(4e3) })
+      .catch(error => error.status || link.done(new CometError('the network is gone')))
   }
 
   #nap = ms => new Promise(done => {

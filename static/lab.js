@@ -3,16 +3,21 @@
 // How each opens its connection is in techniques.js. A Line, here, is one technique at work: its cursor, its counts,
 // its card. Below that: the places, for a browser gives few connections; publishing; the verdict; what is drawn.
 
-import { address, ask, cookies, every, headOf, http, pattern, room, run, size, sleep, techniques, unique } from '/techniques.js'
+import { address, ask, asked, cookies, every, headOf, here, http, pattern, room, run, size, sleep, techniques, unique } from './techniques.js'
+import { access, askForToken } from './token.js'
 
 const $ = (selector, within = document) => within.querySelector(selector)
 const now = () => performance.timeOrigin + performance.now()
 
 // One technique at work.
 
+let all10 = []
 let beat = 15e3 // in which a stream says something
 const ids = new Map // of the events of this page, by number
 const memory = 5000 // events within which one that comes twice is known for that
+let erasedTo = -1 // the id up to which the room was erased: what has not been delivered by then never will be
+const erased = n => ids.get(n) <= erasedTo
+const restful = 'rests until this page is seen'
 const calls = ['asks', 'opens', 'gets', 'hears', 'takes', 'reads', 'lives', 'rests', 'breaks', 'ends']
 
 class Line {
@@ -25,11 +30,15 @@ class Line {
   }
 
   reset() {
-    Object.assign(this, { requests: 0, up: 0, down: 0, delivered: 0, doubled: 0, disorder: 0, gaps: 0, base: published, high: published, seen: new Set, delays: [], first: undefined })
+    Object.assign(this, { requests: 0, up: 0, down: 0, delivered: 0, doubled: 0, disorder: 0, gaps: 0, base: published, high: published, seen: new Set, passed: new Set, delays: [], first: undefined })
   }
 
-  get lost() { return this.high - this.base - this.delivered }
-  get toCome() { return published - this.base - this.delivered - this.lost }
+  get lost() { return [...this.passed].filter(n => !erased(n)).length }
+  get toCome() {
+    let count = 0
+    for (let n = this.high + 1; n <= published; n++) if (!erased(n)) count++
+    return count
+  }
   get needsPlace() { return !this.short && !this.socket && (this.cookies || this.way === 'xhr' || cookies.mode !== 'omit') }
 
   // What a person does.
@@ -63,6 +72,7 @@ class Line {
   }
 
   seek() {
+    if (resting) return this.state = restful
     if (!this.needsPlace) return this.begin()
     this.state = 'waits its turn'
     takePlace(this)
@@ -125,7 +135,10 @@ class Line {
     if (type === 'hello') beat = data.beat * 1e3
     if (type === 'bye') return this.ends(Object.assign(new Error('the relay said bye'), { retry: data.retry }))
     if (id) this.cursor = id
-    if (type === 'gap') {
+    if (type === 'gap' && data.reason === 'erased') {
+      erasedTo = Math.max(erasedTo, id)
+      this.note('gap: the room was erased')
+    } else if (type === 'gap') {
       this.gaps++
       this.note('gap: the relay no longer has all of it')
     }
@@ -169,6 +182,8 @@ class Line {
     if (n <= this.base) return
     if (this.seen.has(n) || n <= this.high - memory) return void this.doubled++
     if (n < this.high) this.disorder++
+    for (let between = Math.max(this.high, n - memory) + 1; between < n; between++) this.passed.add(between)
+    this.passed.delete(n)
     this.seen.add(n)
     this.seen.delete(n - memory)
     this.high = Math.max(this.high, n)
@@ -291,6 +306,7 @@ class Picture {
 
   close() {
     clearTimeout(this.timer)
+    if (this.frame) this.frame.src = '' // an image that is only removed is still received
     this.frame?.remove()
     leavePlace(this)
   }
@@ -327,7 +343,7 @@ class Picture {
 // short, and where they do not suffice take turns: who gives way goes on from its cursor, and nothing is lost.
 
 const turn = 6000
-const places = { most: 1, taken: new Map, queue: [] }
+const places = { most: 1, taken: new Map, queue: [], trial: undefined }
 
 function takePlace(who) {
   leavePlace(who)
@@ -355,12 +371,12 @@ function allot() {
 
 /** Asks for eight answers that take a second: as many as come then were asked at once. */
 async function findPlaces() {
-  const tries = 8, end = new AbortController, begun = now()
+  const tries = 8, end = places.trial = new AbortController, begun = now()
   const held = () => ask(address('longpoll', { wait: 1, _: unique() }), { credentials: 'same-origin', signal: end.signal })
   let came = 0, apart = false
   const all = [...Array(tries)].map(() => held().then(() => came++).catch(() => sleep(3000)))
   await sleep(30)
-  ask(address('poll', { _: unique() }), { signal: end.signal }).then(answer => apart = answer.ok && now() - begun < 700, () => { })
+  ask(address('poll', { _: unique() }), { signal: end.signal }).then(answer => apart = !may.required && answer.ok && now() - begun < 700, () => { })
   await Promise.race(all)
   await sleep(500) // for those that were late, as on a busy machine; what waited comes a second behind the first
   end.abort()
@@ -420,14 +436,20 @@ async function post() {
 
 // The relay's own counts.
 
-let relay, base
+let relay, base, shut
 
 async function measure() {
+  if (shut) return
   const counts = {}
   const names = { requests_total: 'requests', connections: 'connections', delivered_total: 'delivered', received_bytes_total: 'in', sent_bytes_total: 'out' }
   try {
-    const answer = await ask('/metrics')
-    if (!answer.ok) return relay = undefined
+    const answer = await ask(here('metrics'))
+    if (!answer.ok) {
+      shut = true // it would not show them the next time either
+      relay = undefined
+      $('#uncounted').textContent = `The relay does not show its own counts to this page (${answer.status}); what is marked ≥ is what the page saw itself.`
+      return
+    }
     for (const [, name, technique, value] of (await answer.text()).matchAll(/^cometes_(\w+)\{technique="(\w+)"\} (\d+)$/gm)) {
       if (names[name]) (counts[technique] ??= {})[names[name]] = +value
     }
@@ -458,6 +480,7 @@ let arrived
 
 async function verdict() {
   const ticks = 10, apart = 200
+  for (let i = 0; i < 40 && all10.some(line => line.wanted && line.state !== 'open' && (line.state === 'asks' || !line.delivered)); i++) await sleep(100)
   const streams = all10.filter(line => line.wanted && ['multipart', 'html', 'iframe', 'stream', 'sse', 'ws'].includes(line.name))
   const open = streams.filter(line => line.state === 'open')
   const silent = streams.filter(line => line.state === 'asks')
@@ -466,6 +489,7 @@ async function verdict() {
   for (let i = 0; i < ticks; i++) {
     await publish(1)
     await sleep(apart)
+    if (resting) return arrived = undefined
   }
   await sleep(1000)
   arrived = undefined
@@ -485,8 +509,8 @@ async function verdict() {
 
 async function choice() {
   try {
-    const { Comet } = await import('/comet.js')
-    const comet = new Comet(address(''), { shared: false })
+    const { Comet } = await import('./comet.js')
+    const comet = new Comet(here(address('')).href, { shared: false })
     const via = await Promise.race([new Promise(open => comet.addEventListener('status', e => e.detail.status === 'open' && open(e.detail.via))), sleep(8000)])
     comet.close()
     $('#choice').textContent = via ? `${via}, now, here: it tries what it prefers, and takes the first that says hello.` : 'nothing: none of its techniques said hello in time.'
@@ -513,10 +537,44 @@ function openMore() {
   $('#extra').replaceChildren('Six more EventSources. Over HTTP/1.1 those that find no connection wait, and all that is short waits with them: watch client pull and JSONP. Over HTTP/2 nobody waits. ', ...more.map(one => one.lamp))
 }
 
-function closeMore() {
+function closeMore(why = '') {
   for (const one of more) one.source.close()
+  if (more.length || !why) $('#extra').textContent = why
   more = []
-  $('#extra').replaceChildren()
+  press($('#more'), false)
+}
+
+// What nobody looks at holds no connection: all tabs share the few there are, so what this page keeps, another tab waits
+// for. A page that was left may stay in memory with all it holds, and come back.
+
+let left = false
+let resting = document.hidden
+let rested = 0 // how often
+
+function rest() {
+  const now = left || document.hidden
+  if (now === resting) return
+  resting = now
+  dispatchEvent(new Event('rest'))
+  if (!now) return all10.filter(line => line.wanted).forEach(line => line.seek())
+  rested++
+  places.trial?.abort()
+  all10.filter(line => line.wanted).forEach(line => line.stop(restful))
+  window.stop() // a script that is asked for waits on, also when its element is gone
+  closeMore('The six were closed when this page was hidden, so that other tabs of this site can load. They stay closed until you open them again.')
+}
+
+addEventListener('pagehide', () => { left = true; rest() })
+addEventListener('pageshow', () => { left = false; rest() })
+document.addEventListener('visibilitychange', rest)
+
+/** Does what takes a while, and does it again if the page rested meanwhile. */
+async function undisturbed(work) {
+  for (let before; before !== rested;) {
+    while (resting) await new Promise(done => addEventListener('rest', done, { once: true }))
+    before = rested
+    await work()
+  }
 }
 
 // What is drawn.
@@ -567,22 +625,16 @@ function drawAll() {
 
 // The page.
 
-const { cursor, error } = await (await ask(address('poll'), { credentials: 'same-origin' })).json()
-if (error) {
-  $('#held').textContent = `The relay does not let this page read the room ${room}: ${error}`
-  throw new Error(error)
-}
-const all10 = techniques.map(technique => new Line(technique, cursor))
-$('#room').textContent = `curl -d hi ${location.origin}/rooms/${room}`
-
+let may // what the token lets us do here
 let steady
 const press = (button, on) => { button.ariaPressed = on; return on }
+const shell = url => /^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", '%27')}'` // what a person may paste there
 $('#controls').onsubmit = e => { e.preventDefault(); publish(1) }
 $('#burst').onclick = () => publish($('#many').valueAsNumber || 1)
 $('#steady').onclick = $('#rate').onchange = e => {
   clearInterval(steady)
   const on = e.type === 'click' ? $('#steady').ariaPressed !== 'true' : $('#steady').ariaPressed === 'true'
-  if (press($('#steady'), on)) steady = setInterval(() => due < 5 && publish(1), 1000 / Math.min(50, Math.max(0.1, $('#rate').valueAsNumber || 1)))
+  if (press($('#steady'), on)) steady = setInterval(() => due < 5 && !resting && publish(1), 1000 / Math.min(50, Math.max(0.1, $('#rate').valueAsNumber || 1)))
 }
 $('#cut').onclick = () => all10.forEach(line => line.cut())
 $('#halt').onclick = () => {
@@ -595,32 +647,54 @@ $('#reset').onclick = reset
 $('#every').onchange = () => all10.filter(line => line.short && line.wanted).forEach(line => { line.stop(); line.seek() })
 $('#again').onclick = async e => {
   e.target.disabled = true
-  await verdict()
+  await undisturbed(verdict)
   e.target.disabled = false
 }
 
-let away
-document.onvisibilitychange = () => { // connections are for all tabs together, so a page that nobody sees gives back its own
-  clearTimeout(away)
-  const rest = 'rests until it is seen'
-  if (document.hidden) away = setTimeout(() => all10.filter(line => line.wanted && (line.needsPlace || line.picture)).forEach(line => line.stop(rest)), 3000)
-  else all10.filter(line => line.state === rest).forEach(line => line.seek())
+/** Shows why there is nothing to see, in place of all that waits for it. */
+function refuse(why) {
+  $('#trouble').textContent = why
+  $('#all').hidden = true
 }
 
-recolour()
-dark.addEventListener('change', recolour)
-setInterval(show, 250)
-setInterval(() => { allot(); all10.forEach(line => line.watch()) }, 1000)
-drawAll()
-show()
-await Promise.all(all10.filter(line => line.cookies).map(async line => { // whose answers no page sees the heads of
-  line.head = headOf(await ask(address(line.name, { callback: 'x', wait: every() }), { method: 'HEAD', credentials: 'same-origin' }))
-}))
-await findPlaces()
-await choice()
-await reset()
-setInterval(measure, 1000)
-for (const line of all10) line.start()
-for (let i = 0; i < 40 && all10.some(line => !line.delivered && line.state !== 'open'); i++) await sleep(100)
-await verdict()
-document.body.dataset.ready = ''
+async function begin() {
+  const rooms = asked.get('room') ?? "'lab-*'"
+  const rights = /^[\w.:*'-]+$/.test(rooms) ? `-read ${rooms} -write ${rooms}` : undefined
+  may = await access(room)
+  if (may.refused) {
+    refuse('')
+    return askForToken($('#enter'), may.error, rights)
+  }
+  $('#another').ontoggle = () => askForToken($('#another div'), undefined, rights)
+  $('#another').hidden = may.read && may.write
+  if (!may.read) return refuse(`Your token does not let this page read the room ${room}. Open the lab in a room that the token names, by ?room=NAME in the address, or use a token that may read and write ${room}.`)
+  if (may.required) cookies.mode = 'same-origin' // the token is in one
+  const { cursor, error } = await (await ask(address('poll'), { credentials: 'same-origin' })).json()
+  if (error) return refuse(`The relay does not let this page read the room ${room}: ${error}.`)
+  if (!may.write) {
+    $('#trouble').textContent = `Your token lets this page read the room ${room}, but not publish to it. So nothing is measured here; what others publish is shown.`
+    for (const input of $('#controls div').querySelectorAll('button, input')) input.disabled = true
+    $('#again').disabled = true
+  }
+  all10 = techniques.map(technique => new Line(technique, cursor))
+  $('#room').textContent = `curl ${may.required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${shell(here('rooms/' + encodeURIComponent(room)).href)}`
+  recolour()
+  dark.addEventListener('change', recolour)
+  setInterval(show, 250)
+  setInterval(() => { allot(); all10.forEach(line => line.watch()) }, 1000)
+  drawAll()
+  show()
+  await Promise.all(all10.filter(line => line.cookies).map(async line => { // whose answers no page sees the heads of
+    line.head = headOf(await ask(address(line.name, { callback: 'x', wait: every() }), { method: 'HEAD', credentials: 'same-origin' }))
+  }))
+  await undisturbed(findPlaces)
+  await undisturbed(choice)
+  await reset()
+  setInterval(() => resting || measure(), 1000)
+  for (const line of all10) line.start()
+  if (may.write) await undisturbed(verdict)
+  else for (const id of ['#held', '#first']) $(id).textContent = 'not known: it takes the right to publish here to find out'
+  document.body.dataset.ready = ''
+}
+
+undisturbed(() => { }).then(begin).catch(error => refuse(`The lab could not begin: ${error.message}. Load this page again to try again.`))

@@ -1,7 +1,8 @@
 // The relay's own numbers, and any others, as graphs. A Graph is an SVG of the last ten minutes and, for those who
-// don't see it, the same in words; two rooms feed them, each read with comet.js.
+// don't see it, the same in words; two rooms feed them, each read with comet.js. Below them, for operators, the rooms.
 
-import { Comet } from '/comet.js'
+import { Comet } from './comet.js'
+import { access, askForToken } from './token.js'
 
 const asked = new URLSearchParams(location.search)
 const room = asked.get('room') || 'temp'
@@ -12,6 +13,7 @@ const most = 3000 // rows kept
 const left = 46 // pixels, for the scale
 const torn = 5e3 // rows farther apart are not joined: nobody counted meanwhile
 
+const here = path => new URL(path, document.baseURI).href // a proxy may have put the relay below a path
 const $ = selector => document.querySelector(selector)
 const clock = time => new Date(time).toLocaleTimeString()
 const count = n => n.toLocaleString('en', { maximumFractionDigits: n < 10 ? 1 : 0 })
@@ -185,17 +187,31 @@ new Graph(place, 'Memory', 'in bytes', relay, { memory: 'process', kept: 'kept e
 new Graph(place, 'Goroutines', 'how many', relay, { goroutines: 'goroutines' })
 new Graph(place, 'Readers in trouble', 'per second', relay, { 'dropped/s': 'dropped', 'gaps/s': 'told of a gap' })
 
-const stats = new Comet('/rooms/_stats', { token, last: spans.at(-1) / 1e3 })
-stats.addEventListener('stats', ({ detail }) => {
-  counted(detail)
-  ahead = Math.max(ahead ?? -Infinity, detail.time - Date.now()) // the history comes late
-})
-stats.addEventListener('status', ({ detail }) => {
-  document.body.dataset.status = detail.status
-  news()
-})
+let stats
+
+function readStats() {
+  stats = new Comet(here('rooms/_stats'), { token, last: spans.at(-1) / 1e3 })
+  stats.addEventListener('stats', ({ detail }) => {
+    counted(detail)
+    ahead = Math.max(ahead ?? -Infinity, detail.time - Date.now()) // the history comes late
+  })
+  stats.addEventListener('gap', forget(relay))
+  stats.addEventListener('status', ({ detail }) => {
+    document.body.dataset.status = detail.status
+    news()
+  })
+}
+
+/** An erased room's numbers are erased here too. */
+const forget = (rows, then) => ({ detail: { data } }) => {
+  if (data?.reason !== 'erased') return
+  rows.length = 0
+  drawAll()
+  then?.()
+}
 
 function news() {
+  if (!stats) return
   const words = { open: `live, by ${stats.via}`, closed: 'closed', connecting: 'connecting…' }[stats.status] || stats.status
   $('#news').textContent = paused ? `stands still at ${clock(paused)}; the numbers are kept meanwhile` : words
 }
@@ -217,24 +233,205 @@ let skipped = 0
 const asNumber = data => typeof data === 'number' ? data : typeof data === 'string' && data.trim() ? Number(data) : NaN
 
 $('#which').value = room
-$('#feed').textContent = `while sleep 1; do curl -s -d $((RANDOM % 100)) ${location.origin}/rooms/${room}; done`
-const picture = `/rooms/${encodeURIComponent(room)}/multipart?` + new URLSearchParams({ as: 'svg', w: 640, h: 200, ...token && { token } })
-if ($('#live').getAttribute('src') !== picture) $('#live').src = picture
-$('#live').alt = `The room ${room} as a live graph`
+const address = tail => here(`rooms/${encodeURIComponent(room)}${tail}`)
+const shell = url => /^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", '%27')}'` // what a person may paste there
+const picture = address('/multipart?') + new URLSearchParams({ as: 'svg', w: 640, h: 200 })
 $('#img').textContent = `<img src="${picture}">`
-new Graph($('#numbers'), room, 'as published', numbers, { n: 'value' }, { format: plain, whole: true, wide: true })
+$('#live').alt = `The room ${room} as a live graph`
 
-try {
-  const any = new Comet('/rooms/' + encodeURIComponent(room), { token, last: most, presence: false })
-  any.addEventListener('message', ({ detail: { time, data } }) => {
-    const n = asNumber(data)
-    if (Number.isFinite(n)) keep(numbers, { time, n })
-    else skipped++
-    $('#skipped').textContent = skipped ? `${skipped} ${skipped === 1 ? 'message was no number, and is' : 'messages were no numbers, and are'} left out` : ''
-  })
-} catch (error) {
-  $('#skipped').textContent = error.message
+function skip(words) {
+  $('#skipped').textContent = words ?? (skipped ? `${skipped} ${skipped === 1 ? 'message was no number, and is' : 'messages were no numbers, and are'} left out` : '')
 }
+
+function readNumbers() {
+  new Graph($('#numbers'), room, 'as published', numbers, { n: 'value' }, { format: plain, whole: true, wide: true })
+  try {
+    const any = new Comet(address(''), { token, last: most, presence: false })
+    any.addEventListener('message', ({ detail: { time, data } }) => {
+      const n = asNumber(data)
+      if (Number.isFinite(n)) keep(numbers, { time, n })
+      else skipped++
+      skip()
+    })
+    any.addEventListener('gap', forget(numbers, () => {
+      skipped = 0
+      skip('the room was erased')
+    }))
+    any.addEventListener('status', ({ detail: { status, error } }) => status === 'closed' && error && skip(`not to be read: ${error.message}`))
+  } catch (error) {
+    skip(error.message)
+  }
+}
+
+// The picture. It is one of the few connections that all tabs share, and a page that was left would go on receiving it.
+
+function look(seen) {
+  if (!seen) $('#live').removeAttribute('src')
+  else if (!$('#live').src) $('#live').src = `${picture}&${new URLSearchParams({ ...token && { token }, _: Math.random() })}` // one that is still held would make an equal one wait
+}
+
+// The rooms, for operators.
+
+const columns = { room: 'Room', readers: 'Readers', users: 'Users', messages: 'Messages', bytes: 'Size', time: 'Last published' }
+const shownMost = 100 // rooms; a prefix finds the others
+const rows = new Map // room → its row
+let order = 'time', first = true, timer, asking
+
+const ago = new Intl.RelativeTimeFormat('en', { numeric: 'always', style: 'narrow' })
+function since(time) {
+  const seconds = Math.min(0, (time - Date.now() - (ahead ?? 0)) / 1e3)
+  for (const [unit, size] of [['day', 86400], ['hour', 3600], ['minute', 60]]) if (-seconds >= size) return ago.format(Math.round(seconds / size), unit)
+  return -seconds < 5 ? 'just now' : ago.format(Math.round(seconds), 'second')
+}
+
+/** Asks the relay, as an operator. */
+async function operate(path, options) {
+  const url = new URL(here(path))
+  if (token) url.searchParams.set('token', token)
+  const answer = await fetch(url, { cache: 'no-store', signal: AbortSignal.timeout(15e3), ...options })
+  if (answer.ok) return answer.status === 204 ? {} : answer.json()
+  const { error } = await answer.json().catch(() => ({}))
+  throw Object.assign(new Error(error || `the relay answered ${answer.status}`), { status: answer.status })
+}
+
+/** Lists them, and again in a while. */
+async function listRooms() {
+  clearTimeout(timer)
+  const mine = asking = {}, prefix = $('#prefix').value.trim()
+  let list, error
+  try { list = await operate('rooms?' + new URLSearchParams({ prefix })) } catch (e) { error = e }
+  if (mine !== asking) return // asked again meanwhile, or nobody looks any more
+  if (location.hash === '#rooms' && first) setTimeout(() => $('#rooms').scrollIntoView()) // what is above has grown since the page came
+  first = false
+  if ([401, 403].includes(error?.status)) return noOperator()
+  timer = setTimeout(listRooms, 4000)
+  if (error) return say(`The rooms could not be listed: ${error.message}.`)
+  $('#listing').hidden = false
+  showRooms(list, prefix)
+}
+
+function noOperator() {
+  say(may.required ? 'Your token does not name the room _stats in its read right, so the relay does not list its rooms to you. A token that does would be right: cometes token -sub NAME -read \'_stats,*\' -write \'*\'.'
+    : 'The relay lists its rooms to operators only. Without a secret, that is whoever opens this page on the machine that the relay runs on, through no proxy. With one (-secret), it is a token that names the room _stats in its read right.')
+}
+
+const say = words => { if ($('#count').textContent !== words) $('#count').textContent = words }
+
+function showRooms({ rooms, more }, prefix) {
+  rooms.sort((a, b) => order === 'room' ? (a.room < b.room ? -1 : 1) : b[order] - a[order])
+  say(!rooms.length ? prefix ? `No room begins with ${prefix}.` : 'There is no room yet.'
+    : rooms.length > shownMost || more ? `${Math.min(rooms.length, shownMost)} of ${more ? 'more than ' : ''}${count(rooms.length)} rooms. The beginning of a name finds the others.`
+      : rooms.length === 1 ? 'One room.' : `${rooms.length} rooms.`)
+  const shown = rooms.slice(0, shownMost), body = $('#list tbody')
+  $('#list').hidden = !shown.length
+  const still = body.matches(':hover, :focus-within') // what somebody points at does not move
+  for (const [name, row] of rows) if (!shown.some(({ room }) => room === name)) {
+    row.remove()
+    rows.delete(name)
+  }
+  shown.forEach((room, i) => {
+    const row = rows.get(room.room) ?? makeRow(room.room)
+    Object.keys(columns).slice(1).forEach((name, j) => {
+      const text = name === 'time' ? room.time ? since(room.time) : '–' : name === 'bytes' ? bytes(room.bytes) : count(room[name])
+      if (row.cells[j + 1].textContent !== text) row.cells[j + 1].textContent = text
+    })
+    row.cells[5].title = room.time ? new Date(room.time).toLocaleString() : ''
+    row.messages = room.messages
+    if (!row.isConnected) body.append(row)
+    if (!still && body.rows[i] !== row) body.insertBefore(row, body.rows[i])
+  })
+}
+
+function makeRow(room) {
+  const row = document.createElement('tr')
+  const erase = make('button', { type: 'button', 'aria-label': `Erase ${room}` }, 'Erase')
+  erase.onclick = () => askToErase(room, row.messages)
+  row.append(make('th', { scope: 'row' }, make('a', { href: './?' + new URLSearchParams({ room }) }, make('bdi', {}, room))), ...Array.from({ length: 5 }, () => make('td')), make('td', {}, erase))
+  rows.set(room, row)
+  return row
+}
+
+function askToErase(room, messages) {
+  const dialog = $('#erase')
+  $('#what').replaceChildren('Erase the room ', make('bdi', {}, room), '?')
+  $('#warning').textContent = `${messages === 1 ? 'Its one message is' : `Its ${count(messages)} messages are`} forgotten, for everyone. This cannot be undone.`
+  dialog.returnValue = ''
+  dialog.onclose = () => dialog.returnValue === 'erase' && eraseRoom(room)
+  dialog.showModal()
+}
+
+async function eraseRoom(room) {
+  let words
+  try {
+    await operate('rooms/' + encodeURIComponent(room), { method: 'DELETE' })
+    words = ' is erased.'
+  } catch (error) {
+    words = ` could not be erased: ${error.message}.`
+  }
+  $('#answer').replaceChildren('The room ', make('bdi', {}, room), words)
+  await listRooms()
+  if (document.activeElement === document.body) $('#rooms h2').focus() // its button went with its row
+}
+
+$('#filter').onsubmit = e => e.preventDefault()
+$('#prefix').oninput = () => {
+  clearTimeout(timer)
+  asking = undefined
+  timer = setTimeout(listRooms, 250)
+}
+for (const name in columns) {
+  const button = make('button', { type: 'button' }, columns[name]), head = make('th', { scope: 'col', 'data-by': name }, button)
+  if (name === order) head.ariaSort = 'descending'
+  button.onclick = () => {
+    order = name
+    for (const other of $('#list thead').querySelectorAll('th')) other.ariaSort = other === head ? name === 'room' ? 'ascending' : 'descending' : null
+    listRooms()
+  }
+  $('#list thead tr').append(head)
+}
+$('#list thead tr').append(make('th', { scope: 'col' }, make('span', { class: 'unseen' }, 'Erase')))
+
+// The page. Who does not see it needs neither its picture nor its list; the rest is small, and comet.js's to hold.
+
+let may = {}, away = false
+
+function update() {
+  const seen = !away && !document.hidden
+  look(seen && may.read)
+  clearTimeout(timer)
+  asking = undefined
+  if (seen && may.operates) listRooms()
+}
+addEventListener('pagehide', () => { away = true; update() })
+addEventListener('pageshow', () => { away = false; update() })
+document.addEventListener('visibilitychange', update)
 
 addEventListener('pointerdown', e => e.target.closest('.graph svg') || mark(undefined))
 setInterval(() => paused || drawAll(), 1000)
+
+async function begin() {
+  const [ours, theirs] = await Promise.all([access('_stats'), access(room)])
+  const { required, refused, error } = ours, rights = "-read '_stats,*' -write '*'"
+  if (refused) {
+    document.body.dataset.status = 'closed'
+    $('#all').hidden = true
+    return askForToken($('#enter'), error, rights)
+  }
+  $('#another').ontoggle = () => askForToken($('#another div'), undefined, rights)
+  $('#another').hidden = ours.read && theirs.read
+  may = { required, read: theirs.read, operates: ours.read }
+  $('#feed').textContent = `while sleep 1; do curl -s ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d $((RANDOM % 100)) ${shell(address(''))}; done`
+  if (ours.read) readStats()
+  else {
+    document.body.dataset.status = 'closed'
+    $('#relay').hidden = $('#pause').hidden = $('#keys').hidden = true
+    $('#news').textContent = 'Your token does not name the room _stats in its read right, so the relay does not show you its numbers.'
+    noOperator()
+  }
+  if (theirs.read) readNumbers()
+  else skip(`your token does not let this page read the room ${room}`)
+  $('#live').hidden = !theirs.read
+  update()
+}
+
+begin()

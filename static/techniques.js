@@ -1,7 +1,7 @@
 // The techniques of the lab, each by the browser's own means. This is the part to read: an entry of the table opens
 // its connection, tells its line (see lab.js) what it sees, and returns what closes it.
 
-const asked = new URLSearchParams(location.search)
+export const asked = new URLSearchParams(location.search)
 const token = asked.get('token')
 export const run = Math.random().toString(36).slice(2, 6).padEnd(4, '0') // names this page in the events it publishes
 export const room = asked.get('room') || 'lab-' + run
@@ -12,8 +12,11 @@ export const unique = () => Math.random().toString(36).slice(2)
 export const size = text => new TextEncoder().encode(text).length
 export const every = () => Math.min(55, Math.max(1, Math.round(document.querySelector('#every').valueAsNumber) || 2))
 
+/** Every address is relative to the page's own: a proxy may have put the relay below a path. */
+export const here = path => new URL(path, document.baseURI)
+
 export function address(technique, query) {
-  const url = new URL(`/rooms/${encodeURIComponent(room)}${technique && '/' + technique}`, location.href)
+  const url = here(`rooms/${encodeURIComponent(room)}${technique && '/' + technique}`)
   for (const [name, value] of Object.entries({ token, ...query })) if (value != null) url.searchParams.set(name, value)
   return url.pathname + url.search
 }
@@ -190,7 +193,7 @@ export const techniques = [
       for (const type of ['message', 'hello', 'gap', 'bye', 'beat']) source.addEventListener(type, e => {
         const id = type === 'beat' ? '' : `id: ${e.lastEventId}\n`
         line.gets(`${id}${type === 'message' ? '' : `event: ${type}\n`}data: ${e.data}\n\n`)
-        if (e.data) line.hears(JSON.parse(e.data))
+        line.hears(JSON.parse(e.data))
       })
       source.onerror = () => {
         if (source.readyState === EventSource.CLOSED) return line.ends(new Error('the EventSource gave up'))
