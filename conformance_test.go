@@ -3,16 +3,24 @@
 package main
 
 import (
+	"bufio"
+	"context"
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"io"
+	"math"
 	"mime"
 	"net/http"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/coder/websocket"
 )
 
 // What is asked of every technique.
@@ -428,4 +436,566 @@ func checkMethods(t *testing.T, b *testbed, k variant) {
 		}
 	}
 	checkImmediate(t, start)
+}
+
+// The same from outside, of any relay that is running.
+
+// TestConformance asks a relay that is running, with nothing but HTTP and
+// WebSocket, for what the contract says. It is how the core alone, and the
+// relay without one of its layers, are tested:
+//
+//	COMETES_URL=http://localhost:8080 go test -run TestConformance .
+//
+// It is skipped without COMETES_URL. What only a layer adds is left out where
+// it is missing. There is no virtual time here, so nothing is asked of times.
+func TestConformance(t *testing.T) {
+	address := os.Getenv("COMETES_URL")
+	if address == "" {
+		t.Skip("COMETES_URL is not set: the address of a relay, such as http://localhost:8080")
+	}
+	b := newRemoteTestbed(t, address)
+	b.do("GET", "/rooms/a/poll", "") // or nothing below makes sense
+	lost := fillRoom(b)
+	for _, v := range variants {
+		if !v.streams() || v.technique == "ws" {
+			if res, body := b.do("GET", "/rooms/a/"+v.technique+"?"+v.query, ""); res.StatusCode == 404 {
+				t.Errorf("%s is missing: %s", v.technique, body)
+			}
+		} else if res, _ := b.do("HEAD", "/rooms/a/"+v.technique+"?"+v.query, ""); res.StatusCode == 400 && strings.Contains(v.query, "as=") {
+			t.Logf("this relay has no %s", v.name)
+			continue
+		}
+		for _, c := range remoteConformance {
+			if c.streams && !v.streams() {
+				continue
+			}
+			t.Run(v.name+"/"+c.sentence, func(t *testing.T) {
+				t.Parallel()
+				c.check(&remoteTest{newRemoteTestbed(t, address), v, rand.Text()[:16], lost})
+			})
+		}
+	}
+	for _, c := range remoteContract {
+		t.Run(c.sentence, func(t *testing.T) {
+			t.Parallel()
+			c.check(newRemoteTestbed(t, address), rand.Text()[:16])
+		})
+	}
+}
+
+// A remoteTest is one check of one variant, in a room of its own.
+type remoteTest struct {
+	*testbed
+	variant
+	room string
+	lost lostHistory
+}
+
+// A lostHistory is a room that has lost its oldest messages, and what it keeps.
+type lostHistory struct {
+	room   string
+	oldest int64 // the id of a message that is lost
+	newest int64
+}
+
+// fillRoom publishes until a room forgets its oldest message.
+func fillRoom(b *testbed) (l lostHistory) {
+	b.t.Helper()
+	l.room = rand.Text()[:16]
+	l.oldest = b.post(l.room, "the first")
+	for i := 1; i < 100_000; i++ {
+		l.newest = b.post(l.room, fmt.Sprint("message ", i))
+		if i%100 > 0 {
+			continue
+		}
+		if _, body := b.do("GET", fmt.Sprintf("/rooms/%s/poll?after=%d", l.room, l.oldest-1), ""); strings.Contains(body, `"gap"`) {
+			return l
+		}
+	}
+	b.t.Fatal("a room keeps 100,000 messages; this test is for smaller ones")
+	return l
+}
+
+// open subscribes, and passes over the hello of a stream.
+func (r *remoteTest) open(rooms string, ask ...string) *eventReader {
+	r.t.Helper()
+	e := r.subscribe(r.variant, rooms, ask...)
+	if r.streams() {
+		e.begin()
+	}
+	return e
+}
+
+// remoteConformance is what is asked of every technique.
+var remoteConformance = []struct {
+	sentence string
+	streams  bool // asked of streams only
+	check    func(*remoteTest)
+}{
+	{"it begins with hello", true, remoteHello},
+	{"it delivers live events in order", false, remoteLive},
+	{"it catches up from a cursor", false, remoteCatchUp},
+	{"it sends a gap for a cursor that is too old", false, remoteGap},
+	{"a signal is not in the history when its time is over", false, remoteSignals},
+	{"HEAD has the headers of GET", false, remoteHead},
+	{"OPTIONS names the methods, and others are refused", false, remoteMethods},
+	{"what it cannot take is refused", false, remoteBadQueries},
+}
+
+func remoteHello(r *remoteTest) {
+	id := r.post(r.room, "before")
+	h := r.subscribe(r.variant, r.room+",other").next()
+	if h.kind != "hello" {
+		r.t.Fatalf("it began with %v", h)
+	}
+	if r.forPeople {
+		return
+	}
+	var hello struct {
+		Time int64
+		Data struct {
+			Rooms    []string
+			Beat     int
+			Instance string
+		}
+	}
+	if err := json.Unmarshal([]byte(h.json), &hello); err != nil {
+		r.t.Fatal(err)
+	}
+	if h.id < id || hello.Time == 0 || !slices.Equal(hello.Data.Rooms, []string{r.room, "other"}) || hello.Data.Beat == 0 || hello.Data.Instance == "" {
+		r.t.Errorf("hello is %s", h.json)
+	}
+}
+
+func remoteLive(r *remoteTest) {
+	second := r.room + ".b"
+	r.post(r.room, "before")
+	e := r.open(r.room + "," + second)
+	if !r.streams() {
+		e.expect("beat")
+	}
+	id := r.post(r.room, "one")
+	r.post(r.room+".elsewhere", "elsewhere")
+	r.post(second+"?user=ada", "two")
+	r.post(r.room+"?type=x:y", "three")
+	got := e.expect("message one", "message two", "x:y three")
+	if !r.forPeople && (got[0].id != id || got[0].room != r.room || got[0].data != `"one"` || got[1].room != second) {
+		r.t.Errorf("received %s and %s", got[0].json, got[1].json)
+	}
+	if got[1].from != "ada" {
+		r.t.Errorf("two is from %q, want ada", got[1].from)
+	}
+}
+
+func remoteCatchUp(r *remoteTest) {
+	second := r.room + ".b"
+	var ids []string
+	var texts []string
+	for i := range 6 {
+		texts = append(texts, fmt.Sprint("message m", i))
+		ids = append(ids, fmt.Sprint(r.post([]string{r.room, second}[i%2], fmt.Sprint("m", i))))
+	}
+	for _, tc := range []struct {
+		ask  []string
+		from int // the first of texts that is due
+	}{
+		{[]string{"after=" + ids[2]}, 3},
+		{[]string{"Last-Event-ID: " + ids[3]}, 4},
+		{[]string{"lastEventId=" + ids[3]}, 4},
+		{[]string{"Last-Event-ID=" + ids[3]}, 4},
+		{[]string{"after=" + ids[0], "Last-Event-ID: " + ids[4]}, 5},
+		{[]string{"after=" + ids[0], "lastEventId=" + ids[4]}, 5},
+		{[]string{"lastEventId=" + ids[0], "Last-Event-ID: " + ids[4]}, 5},
+		{[]string{"last=1000"}, 0},
+		{[]string{"last=1", "after=" + ids[3]}, 4},
+	} {
+		e := r.open(r.room+","+second, tc.ask...)
+		e.expect(texts[tc.from:]...)
+		now := fmt.Sprint("now", len(texts))
+		texts, ids = append(texts, "message "+now), append(ids, fmt.Sprint(r.post(r.room, now)))
+		e.expect("message " + now) // with nothing in between
+		e.close()
+	}
+}
+
+func remoteGap(r *remoteTest) {
+	one, two := r.post(r.room, "one"), r.post(r.room, "two")
+	gap := func(room string, after int64, reason string) (*eventReader, received) {
+		r.t.Helper()
+		e := r.open(room, fmt.Sprint("after=", after))
+		h := e.expect("gap")[0]
+		if !r.forPeople && !strings.Contains(h.json, fmt.Sprintf(`"data":{"reason":%q}`, reason)) {
+			r.t.Errorf("after %d: %s, want the reason %s", after, h.json, reason)
+		}
+		return e, h
+	}
+	for after, reason := range map[int64]string{0: "restart", one - 1_000_000_000: "restart", math.MaxInt64: "future"} {
+		e, _ := gap(r.room, after, reason)
+		if h := e.expect("message one", "message two")[1]; !r.forPeople && h.id != two {
+			r.t.Errorf("after the gap came %s, want the id %d", h.json, two)
+		}
+		e.close()
+	}
+	if r.technique == "refresh" || r.name == "multipart-html" {
+		return // a page has no room for the whole history
+	}
+	e, h := gap(r.lost.room, r.lost.oldest-1, "history")
+	defer e.close()
+	for last := h; last.id != r.lost.newest && !r.forPeople; last = h {
+		if h = e.next(); h.kind != "message" || h.id <= last.id {
+			r.t.Fatalf("after %s came %s", last.json, h.json)
+		}
+	}
+}
+
+func remoteSignals(r *remoteTest) {
+	after := fmt.Sprint("after=", r.post(r.room, "before"))
+	r.post(r.room, "one")
+	r.post(r.room+"?type=typing&ttl=60", "a signal that lasts")
+	r.post(r.room+"?type=typing&ttl=1", "a signal")
+	r.post(r.room, "two")
+	for there := true; there; { // until its time is over by the relay's clock
+		e := r.open(r.room, after)
+		e.expect("message one", "typing a signal that lasts")
+		h := e.next()
+		if there = h.String() == "typing a signal"; there {
+			h = e.next()
+		}
+		if h.String() != "message two" {
+			r.t.Fatalf("received %v, want the second message", h)
+		}
+		e.close()
+	}
+}
+
+func remoteHead(r *remoteTest) {
+	path := "/rooms/" + r.room + "/" + r.technique + "?" + r.query
+	res, body := r.do("HEAD", path, "")
+	if r.technique == "ws" {
+		if res.StatusCode != 426 || !strings.EqualFold(res.Header.Get("Upgrade"), "websocket") {
+			r.t.Errorf("HEAD: %s %v, want 426 and Upgrade", res.Status, res.Header)
+		}
+		return
+	}
+	if res.StatusCode != 200 || body != "" {
+		r.t.Errorf("HEAD: %s %q", res.Status, body)
+	}
+	if !regexp.MustCompile("^(" + r.contentType + ")$").MatchString(res.Header.Get("Content-Type")) {
+		r.t.Errorf("Content-Type: %q, want %s", res.Header.Get("Content-Type"), r.contentType)
+	}
+	if res.Header.Get("Cache-Control") != "no-store, no-transform" || res.Header.Get("X-Accel-Buffering") != "no" || res.Header.Get("X-Content-Type-Options") != "nosniff" {
+		r.t.Errorf("headers %v", res.Header)
+	}
+}
+
+func remoteMethods(r *remoteTest) {
+	path := "/rooms/" + r.room + "/" + r.technique
+	const allow = "GET, HEAD, OPTIONS"
+	if res, body := r.do("OPTIONS", path, ""); res.StatusCode != 204 || res.Header.Get("Allow") != allow || body != "" {
+		r.t.Errorf("OPTIONS: %s, Allow: %s %q", res.Status, res.Header.Get("Allow"), body)
+	}
+	for _, method := range []string{"POST", "PUT", "PATCH", "DELETE"} {
+		if res, body := r.do(method, path, ""); res.StatusCode != 405 || res.Header.Get("Allow") != allow || !isError(body) {
+			r.t.Errorf("%s: %s, Allow: %s %q", method, res.Status, res.Header.Get("Allow"), body)
+		}
+	}
+	if res, body := r.do("GET", path+"x", ""); res.StatusCode != 404 || !isError(body) {
+		r.t.Errorf("%sx: %s %q, want 404", r.technique, res.Status, body)
+	}
+}
+
+func remoteBadQueries(r *remoteTest) {
+	if r.technique == "ws" {
+		return // the handshake is looked at first, and then the query
+	}
+	for _, query := range []string{"after=x", "after=-1", "after=1&after=2", "last=-1", "presence=2", "user=%00", "user=%20", "client=a%20b", "Last-Event-ID=x"} {
+		if res, body := r.do("GET", "/rooms/"+r.room+"/"+r.technique+"?"+query+"&"+r.query, ""); res.StatusCode != 400 || !isError(body) {
+			r.t.Errorf("%s: %s %q, want 400", query, res.Status, body)
+		}
+	}
+	for _, rooms := range []string{"a%20b", "a,a", "a,", strings.Repeat("x", 65)} {
+		if res, body := r.do("GET", "/rooms/"+rooms+"/"+r.technique+"?"+r.query, ""); res.StatusCode != 400 || !isError(body) {
+			r.t.Errorf("the rooms %s: %s %q, want 400", rooms, res.Status, body)
+		}
+	}
+}
+
+// remoteContract is what is asked of the relay beside its techniques.
+var remoteContract = []struct {
+	sentence string
+	check    func(b *testbed, room string)
+}{
+	{"what is published becomes an event", remotePublish},
+	{"what cannot be published is refused, and changes nothing", remotePublishErrors},
+	{"a key publishes once", remoteKey},
+	{"if publishes only after the newest message", remoteIf},
+	{"a room is erased", remoteErase},
+	{"users come, type and leave", remotePresence},
+	{"a WebSocket publishes, and is answered", remoteWebSocket},
+	{"a long-poll waits", remoteLongPoll},
+	{"as=data is the data alone", remoteData},
+	{"a picture of a room is sent, if there are pictures", remotePicture},
+}
+
+func remotePublish(b *testbed, room string) {
+	form, formDataType := formParts("data", "hi", "user", "ada")
+	for _, tc := range []struct {
+		method, query, contentType, body string
+		want                             string
+	}{
+		{"POST", "", "", "hi", `{"data":"hi","type":"message"}`},
+		{"PUT", "", "", "hi", `{"data":"hi","type":"message"}`},
+		{"POST", "", textType, "grüße\n", `{"data":"grüße\n","type":"message"}`},
+		{"POST", "?type=x.y&user=ada", "", "hi", `{"data":"hi","from":"ada","type":"x.y"}`},
+		{"POST", "", jsonType, `{"a": [1, null]}`, `{"data":{"a":[1,null]},"type":"message"}`},
+		{"POST", "", "Content-Type: application/merge-patch+json", `{"a":1}`, `{"data":{"a":1},"type":"message"}`},
+		{"POST", "", formType, "data=hi+there&user=ada&type=note", `{"data":"hi there","from":"ada","type":"note"}`},
+		{"POST", "", formType, "only text", `{"data":"only text","type":"message"}`},
+		{"POST", "", formDataType, form, `{"data":"hi","from":"ada","type":"message"}`},
+	} {
+		var headers []string
+		if tc.contentType != "" {
+			headers = []string{tc.contentType}
+		}
+		res, body := b.do(tc.method, "/rooms/"+room+tc.query, tc.body, headers...)
+		if !regexp.MustCompile(`^{"id":[1-9]\d+}\n$`).MatchString(body) || res.StatusCode != 201 {
+			b.t.Errorf("%s %s %s: %s %s", tc.method, tc.contentType, tc.body, res.Status, body)
+			continue
+		}
+		if got := b.newest(room); !sameJSON(got, tc.want) {
+			b.t.Errorf("%s %s %s became %s, want %s", tc.method, tc.contentType, tc.body, got, tc.want)
+		}
+	}
+}
+
+func remotePublishErrors(b *testbed, room string) {
+	newest := b.post(room, "before")
+	for _, tc := range []struct {
+		query, header, body string
+		status              int
+	}{
+		{"?type=hello", textType, "hi", 400},
+		{"?type=a%20b", textType, "hi", 400},
+		{"?user=%20", textType, "hi", 400},
+		{"?user=a%E2%80%AEb", textType, "hi", 400}, // a bidirectional control
+		{"?ttl=0", textType, "hi", 400},
+		{"?ttl=x", textType, "hi", 400},
+		{"?if=x", textType, "hi", 400},
+		{"?key=" + strings.Repeat("k", 129), textType, "hi", 400},
+		{"", textType, "\xff", 400},
+		{"", jsonType, "{", 400},
+		{"", jsonType, `{"a":1,"a":2}`, 400},
+		{"", jsonType, `"\ud800"`, 400},
+		{"", jsonType, `1e400`, 400},
+		{"", jsonType, strings.Repeat("[", 100) + strings.Repeat("]", 100), 400},
+		{"?user=bob", formType, "data=hi&user=ada", 400},
+		{"?if=1", textType, "hi", 412},
+		{"", textType, strings.Repeat("x", 64<<10+1), 413},
+		{"", "Content-Encoding: gzip", "hi", 415},
+		{"", "Content-Type: text/plain; charset=utf-16", "hi", 415},
+	} {
+		res, body := b.do("POST", "/rooms/"+room+tc.query, tc.body, tc.header)
+		if res.StatusCode != tc.status || tc.status != 412 && !isError(body) {
+			b.t.Errorf("POST %s %s %.80q: %s %s, want %d", tc.query, tc.header, tc.body, res.Status, body, tc.status)
+		}
+	}
+	if res, body := b.do("POST", "/rooms/"+room+",other", "hi"); res.StatusCode != 400 || !isError(body) {
+		b.t.Errorf("to two rooms: %s %s", res.Status, body)
+	}
+	if res, body := b.do("POST", "/rooms/_stats", "hi"); res.StatusCode != 403 || !isError(body) {
+		b.t.Errorf("to a room of the relay's own: %s %s", res.Status, body)
+	}
+	if res, body := b.do("PATCH", "/rooms/"+room, "hi"); res.StatusCode != 405 || !isError(body) || res.Header.Get("Allow") != "POST, PUT, DELETE, OPTIONS" {
+		b.t.Errorf("PATCH: %s, Allow: %s %s", res.Status, res.Header.Get("Allow"), body)
+	}
+	b.subscribe(variantOf("poll"), room, fmt.Sprint("after=", newest)).expect("beat")
+}
+
+func remoteKey(b *testbed, room string) {
+	res, first := b.do("POST", "/rooms/"+room+"?key=k", "one")
+	if res.StatusCode != 201 {
+		b.t.Errorf("first: %s %s", res.Status, first)
+	}
+	if res, again := b.do("POST", "/rooms/"+room, "two", "Idempotency-Key: k"); res.StatusCode != 200 || again != first {
+		b.t.Errorf("again: %s %s, want 200 and %s", res.Status, again, first)
+	}
+	if res, other := b.do("POST", "/rooms/"+room+"?key=other", "three"); res.StatusCode != 201 || other == first {
+		b.t.Errorf("another key: %s %s", res.Status, other)
+	}
+	b.subscribe(variantOf("poll"), room, "last=10").expect("message one", "message three")
+}
+
+func remoteIf(b *testbed, room string) {
+	conflict := func(query string, newest int64) {
+		b.t.Helper()
+		res, body := b.do("POST", "/rooms/"+room+query, "lost")
+		var e struct {
+			Error string
+			ID    *int64
+		}
+		if json.Unmarshal([]byte(body), &e); res.StatusCode != 412 || e.Error == "" || e.ID == nil || *e.ID != newest {
+			b.t.Errorf("%s: %s %s, want 412 and the id %d", query, res.Status, body, newest)
+		}
+	}
+	conflict("?if=1", 0)
+	first := b.post(room+"?if=0&key=k", "one")
+	conflict("?if=0", first)
+	second := b.post(fmt.Sprintf("%s?if=%d", room, first), "two")
+	conflict(fmt.Sprintf("?if=%d", first), second)
+	b.post(room+"?ttl=60", "a signal") // is no message
+	b.post(fmt.Sprintf("%s?if=%d", room, second), "three")
+	if res, body := b.do("POST", "/rooms/"+room+"?if=0&key=k", "one"); res.StatusCode != 200 || body != fmt.Sprintf("{\"id\":%d}\n", first) {
+		b.t.Errorf("a known key: %s %s, want 200 and the id %d", res.Status, body, first)
+	}
+}
+
+func remoteErase(b *testbed, room string) {
+	before := b.post(room, "secret")
+	e := b.subscribe(variantOf("stream"), room).begin()
+	res, body := b.do("DELETE", "/rooms/"+room, "")
+	if res.StatusCode == 401 || res.StatusCode == 403 {
+		b.t.Skip("this test is no operator: ", body)
+	}
+	if res.StatusCode != 204 {
+		b.t.Fatalf("%s %s", res.Status, body)
+	}
+	b.post(room, "later")
+	if gap := e.expect("gap", "message later")[0]; !strings.Contains(gap.json, `"erased"`) {
+		b.t.Errorf("the gap is %s", gap.json)
+	}
+	b.subscribe(variantOf("poll"), room, "last=10").expect("message later")
+	b.subscribe(variantOf("poll"), room, fmt.Sprint("after=", before-1)).expect("gap", "message later")
+}
+
+func remotePresence(b *testbed, room string) {
+	path := "/rooms/" + room + "/presence"
+	ada := b.subscribe(variantOf("stream"), room, "user=ada").begin()
+	if h := ada.next(); h.kind != "presence" || !sameJSON(h.data, `{"count":1,"users":{"ada":"online"}}`) {
+		b.t.Fatalf("the roster is %s", h.json)
+	}
+	expect := func(state string) {
+		b.t.Helper()
+		if h := ada.next(); h.kind != "presence" || h.from != "bob" || h.text != state {
+			b.t.Fatalf("received %s, want that bob is %s", h.json, state)
+		}
+	}
+	bob := b.subscribe(variantOf("ws"), room, "user=bob", "client=one")
+	expect("online")
+	if res, body := b.do("POST", path+"?user=bob&client=one", "typing"); res.StatusCode != 200 || !sameJSON(body, fmt.Sprintf(`{"room":%q,"user":"bob","state":"typing"}`, room)) {
+		b.t.Errorf("%s %s", res.Status, body)
+	}
+	expect("typing")
+	if _, body := b.do("GET", path, ""); !sameJSON(body, fmt.Sprintf(`{"room":%q,"count":2,"users":{"ada":"online","bob":"typing"}}`, room)) {
+		b.t.Errorf("present are %s", body)
+	}
+	b.do("POST", path+"?user=bob&client=one", `{"state":"offline"}`, jsonType)
+	expect("offline")
+	bob.close()
+	for _, query := range []string{"", "?user=%20", "?user=bob"} {
+		state := map[bool]string{true: "away", false: "elsewhere"}[query != "?user=bob"]
+		if res, body := b.do("POST", path+query, state); res.StatusCode != 400 || !isError(body) {
+			b.t.Errorf("%s is %s: %s %s, want 400", query, state, res.Status, body)
+		}
+	}
+}
+
+func remoteWebSocket(b *testbed, room string) {
+	other := b.subscribe(variantOf("stream"), room).begin()
+	e := b.webSocket(room, "user=ada")
+	reply := func(kind string) received { // events may come in between
+		b.t.Helper()
+		h := e.next()
+		for h.kind != kind {
+			h = e.next()
+		}
+		return h
+	}
+	e.send("as it is")
+	if h := other.expect("message as it is")[0]; h.from != "ada" {
+		b.t.Errorf("received %s, want it from ada", h.json)
+	}
+	e.send(`{"type":"note","data":{"n":1},"key":"k"}`)
+	h := other.expect(`note {"n":1}`)[0]
+	if ack := reply("ack"); ack.json != fmt.Sprintf(`{"type":"ack","key":"k","id":%d}`, h.id) {
+		b.t.Errorf("the ack of %s is %s", h.json, ack.json)
+	}
+	e.send(`{"data":1,"key":"k"}`)
+	if ack := reply("ack"); ack.id != h.id {
+		b.t.Errorf("the ack of a known key is %s", ack.json)
+	}
+	for _, wrong := range []string{`{"type":"hello"}`, `{"data":`, `{"ttl":0}`, `{"room":"_stats","data":1}`, `{"data":1e400}`, `{"type":"presence","data":"elsewhere"}`} {
+		e.send(wrong)
+		if h := reply("error"); len(h.text) < 10 {
+			b.t.Errorf("%s is answered with %s", wrong, h.json)
+		}
+	}
+	e.send(`{"data":"lost","key":"x","if":1}`)
+	if h := reply("error"); !strings.HasPrefix(h.json, fmt.Sprintf(`{"type":"error","key":"x","id":%d,`, b.cursorOf(room))) {
+		b.t.Errorf("if is answered with %s", h.json)
+	}
+	e.send(`{"room":"` + room + `.other","data":"elsewhere","ttl":60}`)
+	e.send("still open")
+	other.expect("message still open")
+}
+
+// cursorOf returns the id of a room's newest message.
+func (b *testbed) cursorOf(room string) int64 {
+	b.t.Helper()
+	return b.subscribe(variantOf("poll"), room, "last=1").next().id
+}
+
+func remoteLongPoll(b *testbed, room string) {
+	for _, name := range []string{"longpoll", "jsonp"} {
+		e := b.subscribe(variantOf(name), room, "wait=25", fmt.Sprint("after=", b.cursor()))
+		answered := make(chan error)
+		go func() { answered <- e.read(e) }()
+		b.post(room, name)
+		if err := <-answered; err != nil {
+			b.t.Fatal(err)
+		}
+		e.expect("message " + name)
+	}
+}
+
+func remoteData(b *testbed, room string) {
+	res, err := b.client.Get(b.url + "/rooms/" + room + "/sse?as=data")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	conn, _, err := websocket.Dial(context.Background(), "ws"+strings.TrimPrefix(b.url, "http")+"/rooms/"+room+"/ws?as=data", nil)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer conn.CloseNow()
+	lines := bufio.NewScanner(res.Body)
+	for lines.Scan() && lines.Text() != "" { // the hello
+	}
+	id := b.post(room, "two\nlines")
+	for _, want := range []string{fmt.Sprint("id: ", id), "data: two", "data: lines", ""} {
+		if !lines.Scan() || lines.Text() != want {
+			b.t.Fatalf("sse: %q, want %q", lines.Text(), want)
+		}
+	}
+	if _, data, err := conn.Read(context.Background()); err != nil || string(data) != "two\nlines" {
+		b.t.Errorf("ws: %q %v", data, err)
+	}
+}
+
+func remotePicture(b *testbed, room string) {
+	path := "/rooms/" + room + "/multipart?as=svg"
+	if res, _ := b.do("HEAD", path, ""); res.StatusCode == 400 {
+		b.t.Skip("this relay has no pictures")
+	}
+	b.post(room, "in the picture")
+	e := b.subscribe(variantOf("multipart"), room, "as=svg")
+	_, boundary, _ := strings.Cut(e.res.Header.Get("Content-Type"), "boundary=")
+	next := "\r\n--" + boundary + "\r\nContent-Type: image/svg+xml\r\n\r\n"
+	if err := e.copyUntil(io.Discard, next[2:]); err != nil {
+		b.t.Fatal(err)
+	}
+	var picture strings.Builder
+	if err := e.copyUntil(&picture, next); err != nil || !strings.HasPrefix(picture.String(), "<svg ") || !strings.Contains(picture.String(), "in the picture") {
+		b.t.Errorf("the picture is %s, %v", &picture, err)
+	}
 }
