@@ -34,7 +34,8 @@ import (
 // access gives each request a permit.
 type access struct {
 	*origins
-	secrets [][]byte // that tokens are signed with; none if all may read and publish
+	secrets    [][]byte // that tokens are signed with; none if all may read and publish
+	trustProxy bool     // there is a proxy
 }
 
 // wrap returns a handler that gives requests their permit, and answers those about tokens.
@@ -100,11 +101,23 @@ func (ar *accessRights) check(room string, write bool) error {
 	return nil
 }
 
+// proxyHeaders are set by proxies.
+var proxyHeaders = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Forwarded", "Via", "Fly-Client-Ip", "Cf-Connecting-Ip", "True-Client-Ip"}
+
+// isLocal reports whether a Host is a name of the machine for itself.
+func isLocal(host string) bool {
+	name := (&url.URL{Host: host}).Hostname()
+	ip, err := netip.ParseAddr(name)
+	return name == "localhost" || err == nil && ip.IsLoopback()
+}
+
 // statsRoom is the room that only operators read.
 const statsRoom = "_stats"
 
 // operate allows an operator: a client whose token names the room _stats; or, without a
-// secret, one on this machine that came through no proxy, as far as proxies say so.
+// secret, one on this machine that came through no proxy, as far as one can know: nginx
+// speaks HTTP/1.0 unless told otherwise, and a page that the name of another site leads
+// here (DNS rebinding) asks for that name.
 func (ar *accessRights) operate() error {
 	if ar.a.secrets != nil {
 		if ar.tokenErr != nil {
@@ -116,8 +129,8 @@ func (ar *accessRights) operate() error {
 		return tokenError(http.StatusForbidden, "this is for operators, whose token may read "+statsRoom)
 	}
 	from, _ := netip.ParseAddrPort(ar.r.RemoteAddr)
-	proxied := slices.ContainsFunc([]string{"X-Forwarded-For", "Forwarded", "Via", "X-Real-Ip", "Fly-Client-Ip"}, func(name string) bool { return ar.r.Header[name] != nil })
-	if from.Addr().Unmap().IsLoopback() && !proxied {
+	proxied := ar.a.trustProxy || !ar.r.ProtoAtLeast(1, 1) || slices.ContainsFunc(proxyHeaders, func(name string) bool { return ar.r.Header[name] != nil })
+	if from.Addr().Unmap().IsLoopback() && !proxied && isLocal(ar.r.Host) {
 		return nil
 	}
 	return newError(http.StatusForbidden, "this is for operators: ask from the machine itself, or give the relay a -secret and bring a token that may read "+statsRoom)

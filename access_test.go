@@ -1054,6 +1054,11 @@ func TestOperators(t *testing.T) {
 		{"", "127.0.0.1", []string{"X-Forwarded-For: 127.0.0.1"}, 403, 403},
 		{"", "127.0.0.1", []string{"Forwarded: for=127.0.0.1"}, 403, 403},
 		{"", "127.0.0.1", []string{"Via: 1.1 proxy"}, 403, 403},
+		{"", "127.0.0.1", []string{"X-Forwarded-Proto: https"}, 403, 403},
+		{"", "127.0.0.1", []string{"Cf-Connecting-Ip: 192.0.2.1"}, 403, 403},
+		{"", "127.0.0.1", []string{"Host: evil.example", "Origin: http://evil.example", "Sec-Fetch-Site: same-origin"}, 403, 403},
+		{"", "127.0.0.1", []string{"Host: localhost:8080"}, 200, 204},
+		{"", "::1", []string{"Host: [::1]:8080"}, 200, 204},
 		{"", "127.0.0.1", []string{"X-Real-IP: 127.0.0.1"}, 403, 403},
 		{"", "127.0.0.1", []string{"Origin: https://evil.example", "Sec-Fetch-Site: cross-site"}, 403, 403},
 		{firstSecret, "127.0.0.1", nil, 401, 401},
@@ -1065,8 +1070,12 @@ func TestOperators(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			b := newLimitedTestbed(t, "-secret", tc.secret)
 			b.relay.publish(publishRequest{room: "lobby", kind: "message", data: []byte(`"hi"`)})
-			list, _ := b.ask(tc.from, "GET /rooms", "", tc.headers...)
-			erase, body := b.ask(tc.from, "DELETE /rooms/lobby", "", tc.headers...)
+			headers := tc.headers
+			if !slices.ContainsFunc(headers, func(line string) bool { return strings.HasPrefix(line, "Host: ") }) {
+				headers = append([]string{"Host: localhost"}, headers...)
+			}
+			list, _ := b.ask(tc.from, "GET /rooms", "", headers...)
+			erase, body := b.ask(tc.from, "DELETE /rooms/lobby", "", headers...)
 			if list.StatusCode != tc.list || erase.StatusCode != tc.erase {
 				t.Errorf("%q from %s: %d and %d %s, want %d and %d", tc.headers, tc.from, list.StatusCode, erase.StatusCode, body, tc.list, tc.erase)
 			}

@@ -1,8 +1,10 @@
-// Cometes is an event relay: what is published to a room reaches everybody who
-// reads it, by whichever comet technique they can. One process, in memory.
+// Cometes is an event relay: what is published to a room reaches everybody who reads the
+// room, by whichever comet technique they can. It is one process and keeps everything in
+// memory.
 //
-// This file is the program around it: settings, listening, and stopping. Read on
-// in relay.go.
+// This file is the program around the relay: flags, listening, stopping, and the one
+// place where the layers are put together (newApp). To learn how it works, begin with
+// relay.go.
 
 package main
 
@@ -42,9 +44,8 @@ func main() {
 	}
 }
 
-// newLogger writes text for people at a terminal, and elsewhere JSON with the
-// names that Google Cloud looks for
-// (https://cloud.google.com/logging/docs/structured-logging).
+// newLogger logs text at a terminal, and elsewhere JSON with the names that Google Cloud
+// reads (https://cloud.google.com/logging/docs/structured-logging).
 func newLogger(f *os.File) *slog.Logger {
 	if isTerminal(f) {
 		return slog.New(slog.NewTextHandler(f, nil))
@@ -67,7 +68,7 @@ func isTerminal(f *os.File) bool {
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
-// greeting is what somebody who starts the relay at a terminal needs to know: an
+// greeting says what somebody who starts the relay at a terminal needs to know: an
 // address to open, and who may use it.
 func greeting(addr string, tokens bool) string {
 	host, port, _ := net.SplitHostPort(addr)
@@ -85,7 +86,7 @@ func greeting(addr string, tokens bool) string {
 	return fmt.Sprintf("Cometes is at http://%s\nOpen to %s.", net.JoinHostPort(host, port), who)
 }
 
-// settings are what somebody in production decides.
+// A config is the values of the flags.
 type config struct {
 	addr        string
 	metricsAddr string
@@ -104,33 +105,32 @@ type config struct {
 	limits
 }
 
-// parseFlags reads the flags, and for each that is not given its environment
-// variable: COMETES_ and the name in capitals, COMETES_ROOM_BYTES for
-// -room-bytes.
+// parseFlags reads the flags. A flag that is not given has an environment variable:
+// COMETES_ROOM_BYTES for -room-bytes.
 func parseFlags(args []string, getenv func(string) string) (config, error) {
 	var c config
 	fs := flag.NewFlagSet("cometes", flag.ContinueOnError)
 	fs.StringVar(&c.addr, "addr", ":"+cmp.Or(getenv("PORT"), "8080"), "`address` to listen on; PORT, as the platforms set it, is another way to say the port")
 	fs.StringVar(&c.origins, "origins", "", "whose pages may read and publish, beside the relay's own: a `list` such as https://a.example,https://b.example, or * for all")
-	fs.DurationVar(&c.beat, "beat", 15*time.Second, "a silent stream is sent a heartbeat in this time; less than the proxies in between wait")
-	fs.DurationVar(&c.age, "age", 0, "a stream this old is sent away, to come back: for platforms that cut requests; 0 for never")
-	fs.StringVar(&c.secret, "secret", "", "what tokens are signed with, so that only who has one reads or publishes; several, comma separated, while it is changed")
-	fs.BoolVar(&c.trustProxy, "trust-proxy", false, "believe what the proxy in front says of the client's address, in Fly-Client-IP or X-Forwarded-For")
+	fs.DurationVar(&c.beat, "beat", 15*time.Second, "a silent stream is sent a heartbeat within this time; it must be shorter than the timeouts of proxies")
+	fs.DurationVar(&c.age, "age", 0, "a stream this old is ended, and its client comes back: for platforms that cut requests; 0 for never")
+	fs.StringVar(&c.secret, "secret", "", "what tokens are signed with; then only clients with a token may read or publish; several, comma separated, while it is changed")
+	fs.BoolVar(&c.trustProxy, "trust-proxy", false, "take the client's address from Fly-Client-IP or X-Forwarded-For, as a proxy in front sets it")
 	fs.BoolVar(&c.h2c, "h2c", false, "speak HTTP/2 without TLS too, to a proxy; WebSockets need HTTP/1.1")
-	fs.BoolVar(&c.healthcheck, "healthcheck", false, "ask the relay at -addr whether it is well, and exit")
-	fs.StringVar(&c.metricsAddr, "metrics-addr", "", "`address` to serve /metrics on, and no longer beside the rest")
-	fs.IntVar(&c.streams, "streams", 10_000, "streams and waiting polls there may be")
-	fs.IntVar(&c.perAddr, "per-addr", 256, "connections, and streams and waiting polls, that one client address may have")
-	fs.Float64Var(&c.rate, "rate", 50, "publishes a second of one client address")
-	fs.Float64Var(&c.roomRate, "room-rate", 1000, "publishes a second to one room")
-	fs.Int64Var(&c.body, "body", 64<<10, "`bytes` of a publish")
-	fs.IntVar(&c.maxUsers, "users", 20_000, "users there may be present, counted by room")
-	fs.IntVar(&c.maxEvents, "events", 256, "messages that a room keeps")
-	fs.IntVar(&c.maxRoomBytes, "room-bytes", 1<<20, "`bytes` of messages that a room keeps")
-	fs.IntVar(&c.maxBytes, "all-bytes", 32<<20, "`bytes` of messages that all rooms keep together; the rooms idle longest lose theirs first")
-	fs.IntVar(&c.maxRooms, "rooms", 10_000, "rooms there may be")
-	fs.DurationVar(&c.roomIdle, "idle", 10*time.Minute, "a room that nobody reads or publishes to for so long is forgotten")
-	fs.DurationVar(&c.presenceTTL, "present", time.Minute, "who polls is present for so long after they asked")
+	fs.BoolVar(&c.healthcheck, "healthcheck", false, "ask the relay at -addr for its health, and exit")
+	fs.StringVar(&c.metricsAddr, "metrics-addr", "", "`address` to serve /metrics on, and no longer at -addr")
+	fs.IntVar(&c.streams, "streams", 10_000, "most streams and waiting long-polls")
+	fs.IntVar(&c.perAddr, "per-addr", 256, "most connections, and most streams and waiting long-polls, of one client address")
+	fs.Float64Var(&c.rate, "rate", 50, "most publishes a second of one client address")
+	fs.Float64Var(&c.roomRate, "room-rate", 1000, "most publishes a second to one room")
+	fs.Int64Var(&c.body, "body", 64<<10, "most `bytes` of a publish")
+	fs.IntVar(&c.maxUsers, "users", defaultLimits.maxUsers, "most users present, counted by room")
+	fs.IntVar(&c.maxEvents, "events", defaultLimits.maxEvents, "messages that a room keeps")
+	fs.IntVar(&c.maxRoomBytes, "room-bytes", defaultLimits.maxRoomBytes, "`bytes` of messages that a room keeps")
+	fs.IntVar(&c.maxBytes, "all-bytes", defaultLimits.maxBytes, "`bytes` of messages that all rooms keep together; the rooms idle longest lose theirs first")
+	fs.IntVar(&c.maxRooms, "rooms", defaultLimits.maxRooms, "most rooms")
+	fs.DurationVar(&c.roomIdle, "idle", defaultLimits.roomIdle, "a room that nobody reads or publishes to is forgotten after this time")
+	fs.DurationVar(&c.presenceTTL, "present", defaultLimits.presenceTTL, "a user who polls is present for this time")
 
 	c.fly = getenv("FLY_APP_NAME") != "" // https://fly.io/docs/machines/runtime-environment/
 
@@ -152,26 +152,26 @@ func parseFlags(args []string, getenv func(string) string) (config, error) {
 	case fs.NArg() > 0:
 		err = fmt.Errorf("%q is not a flag; -help lists them", fs.Arg(0))
 	case c.beat < time.Second || c.roomIdle < time.Second || c.presenceTTL < time.Second:
-		err = errors.New("-beat, -idle and -present are 1s or more")
+		err = errors.New("-beat, -idle and -present must be 1s or more")
 	case c.age < 0:
-		err = errors.New("-age is not less than nothing")
+		err = errors.New("-age must not be negative")
 	case c.maxEvents < 1 || c.maxRooms < 1 || c.maxUsers < 1 || c.streams < 1 || c.perAddr < 1 || c.body < 1:
-		err = errors.New("-events, -rooms, -users, -streams, -per-addr and -body are 1 or more")
+		err = errors.New("-events, -rooms, -users, -streams, -per-addr and -body must be 1 or more")
 	case !(c.rate > 0) || !(c.roomRate > 0):
-		err = errors.New("-rate and -room-rate are more than nothing")
+		err = errors.New("-rate and -room-rate must be more than 0")
 	case c.maxRoomBytes < 1 || c.maxBytes < c.maxRoomBytes:
-		err = errors.New("-room-bytes is 1 or more, and -all-bytes no less")
+		err = errors.New("-room-bytes must be 1 or more, and -all-bytes not less than it")
 	}
 	return c, err
 }
 
 const (
 	headTimeout    = 10 * time.Second // to send a request's head
-	requestTimeout = 20 * time.Second // and all of it; the first of a connection counts from its start
+	requestTimeout = 20 * time.Second // to send all of it; the first of a connection counts from its start
 	idleTimeout    = 2 * time.Minute  // between two requests of a connection
-	answerTimeout  = time.Minute      // for what sets no deadline of its own
+	answerTimeout  = time.Minute      // for answers that set no deadline of their own
 	maxHeader      = 16 << 10         // bytes; net/http adds 4 KiB
-	stopTimeout    = 3 * time.Second  // for everybody to be told and gone; platforms kill after 5 or 10
+	stopTimeout    = 3 * time.Second  // to end all streams; platforms kill after 5 or 10
 )
 
 // run serves until ctx is done, and then ends every stream with a bye before it returns.
@@ -192,13 +192,11 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 	if err != nil {
 		return err
 	}
-	if c.metricsAddr != "" {
-		stop, err := serveMetrics(a.stats, c.metricsAddr)
-		if err != nil {
-			return err
-		}
-		defer stop()
+	stopMetrics, err := a.stats.listen(c.metricsAddr) // layer: stats.go
+	if err != nil {
+		return err
 	}
+	defer stopMetrics() // layer: stats.go
 	if isTerminal(os.Stderr) {
 		fmt.Fprintln(os.Stderr, greeting(listener.Addr().String(), a.access.secrets != nil))
 		return serve(ctx, a, a.http(c.h2c), a.limitListener(listener))
@@ -240,24 +238,7 @@ func (a *app) limitListener(l net.Listener) net.Listener {
 	return d
 }
 
-// serveMetrics serves /metrics on an address of its own, for who may see it.
-func serveMetrics(st *stats, addr string) (stop func() error, err error) {
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		return nil, err
-	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { st.metrics(w) })
-	srv := &http.Server{
-		Handler:      mux,
-		ReadTimeout:  requestTimeout,
-		WriteTimeout: answerTimeout,
-	}
-	go srv.Serve(l)
-	return srv.Close, nil
-}
-
-// healthcheck asks the relay at addr, which may be one that listens on all addresses.
+// healthcheck asks the relay at addr for its health.
 func healthcheck(addr string) error {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
@@ -278,8 +259,8 @@ func healthcheck(addr string) error {
 	return nil
 }
 
-// limitMemory has garbage collected as often as it takes near nine tenths of
-// what the container may use (cgroup v2, or v1). GOMEMLIMIT says otherwise.
+// limitMemory has the runtime stay below nine tenths of the container's memory (cgroup v2
+// or v1), unless GOMEMLIMIT is set.
 func limitMemory(getenv func(string) string) {
 	if getenv("GOMEMLIMIT") != "" {
 		return
@@ -296,10 +277,10 @@ func limitMemory(getenv func(string) string) {
 	}
 }
 
-// release is set by the linker, for builds that can't see the repository.
+// release is set by the linker, for builds that cannot see the repository.
 var release string
 
-// version is the release, or that of the module, or the commit it was built from.
+// version returns the release, the version of the module, or the commit.
 func version() string {
 	if release != "" {
 		return release
@@ -342,7 +323,6 @@ func newApp(c config) (*app, error) {
 	a.pool = newWriterPool(s, c.trustProxy)                // layer: async.go
 	a.pictures = newPictures(s)                            // layer: picture.go
 	a.stats = newStats(s)                                  // layer: stats.go
-	a.stats.elsewhere = c.metricsAddr != ""                // layer: stats.go
 	a.handler = a.stats.wrap(a.handler)                    // layer: stats.go
 	a.pictures.skipped = func() { a.stats.skipped.Add(1) } // layer: stats.go picture.go
 	a.pool.received = a.stats.received                     // layer: stats.go async.go
@@ -350,7 +330,7 @@ func newApp(c config) (*app, error) {
 	a.limiter = &limiter{maxStreams: int64(c.streams), roomRate: c.roomRate}
 	a.limiter.addrs = addrLimiter{trustProxy: c.trustProxy, fly: c.fly, perAddr: c.perAddr, rate: c.rate}
 	a.handler = a.limiter.wrap(a.handler)
-	a.access = &access{origins: origins, secrets: parseSecrets(c.secret)}
+	a.access = &access{origins: origins, secrets: parseSecrets(c.secret), trustProxy: c.trustProxy}
 	if c.secret != "" && a.access.secrets == nil {
 		return nil, errors.New("-secret is blank")
 	}

@@ -48,6 +48,7 @@ type presenceClient struct {
 	connections int       // streams and long-polls
 	goodbyes    int       // how many of them have said offline, and get no grace when they close
 	expiresAt   time.Time // without a connection, present until then
+	leftAt      time.Time // when it said offline
 }
 
 // A summary is the state of a room with more than maxRosterUsers users.
@@ -81,13 +82,19 @@ func (l *lease) connections() (n int, expiresAt time.Time) {
 	return n, expiresAt
 }
 
+// justLeft reports whether the client said offline a moment ago. A request that it made
+// just before may arrive just after, and gets no grace.
+func (c *presenceClient) justLeft(now time.Time) bool {
+	return now.Before(c.leftAt.Add(announceInterval))
+}
+
 // prune removes the clients that are gone. Above maxClients, those without a
 // connection are kept as one without a name.
 func (l *lease) prune(now time.Time) {
 	_, expiresAt := l.connections()
 	tooMany := len(l.clients) > maxClients
 	l.clients = slices.DeleteFunc(l.clients, func(c presenceClient) bool {
-		return c.connections == 0 && (tooMany || !now.Before(c.expiresAt))
+		return c.connections == 0 && (tooMany || !now.Before(c.expiresAt) && !c.justLeft(now))
 	})
 	if tooMany {
 		l.client("").expiresAt = expiresAt
@@ -155,7 +162,7 @@ func (r *relay) releaseLease(rm *room, user, client string) bool {
 	c.connections--
 	if c.goodbyes > 0 {
 		c.goodbyes--
-	} else if end := now.Add(leaveGrace); c.expiresAt.Before(end) {
+	} else if end := now.Add(leaveGrace); c.expiresAt.Before(end) && !c.justLeft(now) {
 		c.expiresAt = end
 	}
 	return r.announceChange(rm, user, l, now)
@@ -216,7 +223,7 @@ func (l *lease) goodbye(client string, now time.Time) {
 	switch {
 	case client != "":
 		c := l.client(client)
-		c.goodbyes, c.expiresAt = c.connections, now
+		c.goodbyes, c.expiresAt, c.leftAt = c.connections, now, now
 	case n > 0 && now.Before(expiresAt):
 		for i := range l.clients {
 			l.clients[i].expiresAt = now

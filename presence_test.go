@@ -229,6 +229,15 @@ func TestPresence(t *testing.T) {
 			p.at("3m")
 			nameless.unsubscribe()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
+		{"a request that a client made just before its goodbye, and that comes just after, gets no grace", func(p *presenceTest) {
+			ada := p.client("ada", "tab1")
+			p.at("1m")
+			p.goodbye("ada", "tab1")
+			ada.unsubscribe()
+			p.at("1m0.1s")
+			p.client("ada", "tab1").unsubscribe()
+			p.wantRoster("")
+		}, []string{"0s ada:online", "1m0s ada:offline", "1m0.1s ada:online", "1m0.1s ada:offline"}},
 		{"a client that says goodbye and comes back is here", func(p *presenceTest) {
 			p.client("ada", "tab1").unsubscribe()
 			p.goodbye("ada", "tab1")

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Here every write waits, in a goroutine of its own.
+// On other systems every write waits, in a goroutine of its own.
 func fdOf(net.Conn) int { return -1 }
 
 func setUserTimeout(int, time.Duration) bool { return false }

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// fdOf returns the number of a connection's socket, or -1 if it has none.
-// It is the connection's until that is closed.
+// fdOf returns the file descriptor of a connection, or -1 if it has none. It belongs to
+// the connection until that is closed.
 func fdOf(conn net.Conn) int {
 	c, ok := conn.(syscall.Conn)
 	if !ok {
@@ -25,18 +25,17 @@ func fdOf(conn net.Conn) int {
 	return n
 }
 
-// setUserTimeout has the kernel end a connection whose client has acknowledged, or
-// with a shut window taken, nothing for so long: one whose network went without
-// a word. Else it would try again for a quarter of an hour, and the user would
-// be online as long. It reports whether the kernel does: Linux
-// (tcp(7), TCP_USER_TIMEOUT); other systems are left to their own ways.
+// setUserTimeout has the kernel end a connection whose client has acknowledged nothing,
+// or taken nothing, for the time d: one whose network is gone. Otherwise the kernel
+// would try again for a quarter of an hour, and the user would stay online. It reports
+// whether the kernel does so: Linux does (tcp(7), TCP_USER_TIMEOUT).
 func setUserTimeout(fd int, d time.Duration) bool {
 	const userTimeout = 18
 	return runtime.GOOS == "linux" && syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, userTimeout, int(d/time.Millisecond)) == nil
 }
 
-// tryWrite writes what a socket takes of b without waiting, which net.Conn can't;
-// 0 bytes if it is full. Go's sockets are all set not to block.
+// tryWrite writes what the socket takes of b without waiting, which net.Conn cannot do. It
+// returns 0 if the socket is full. Go sets all its sockets to non-blocking.
 func tryWrite(fd int, b []byte) (int, error) {
 	for {
 		n, err := syscall.Write(fd, b)

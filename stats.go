@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http"
 	"runtime"
 	"runtime/metrics"
@@ -303,6 +304,24 @@ func (st *stats) handleMetrics(w http.ResponseWriter, r *http.Request) error {
 	}
 	st.metrics(w)
 	return nil
+}
+
+// listen serves /metrics on an address of its own, if there is one, and no longer
+// beside the rest.
+func (st *stats) listen(addr string) (stop func() error, err error) {
+	if addr == "" {
+		return func() error { return nil }, nil
+	}
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	st.elsewhere = true
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { st.metrics(w) })
+	srv := &http.Server{Handler: mux, ReadTimeout: requestTimeout, WriteTimeout: answerTimeout}
+	go srv.Serve(l)
+	return srv.Close, nil
 }
 
 // metrics writes all counters in Prometheus' text format

@@ -18,9 +18,9 @@ import (
 func TestRoomsAreListedAndErased(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t)
-		const here = "127.0.0.1"
+		const here, local = "127.0.0.1", "Host: 127.0.0.1:8080"
 		list := func(query string) string {
-			_, body := b.ask(here, "GET /rooms"+query, "")
+			_, body := b.ask(here, "GET /rooms"+query, "", local)
 			return body
 		}
 		if got := list(""); got != `{"more":false,"rooms":[]}`+"\n" {
@@ -53,16 +53,16 @@ func TestRoomsAreListedAndErased(t *testing.T) {
 		if got := list("?prefix=b"); !strings.Contains(got, `"b"`) || strings.Contains(got, `"a"`) {
 			t.Errorf("those that begin with b: %s", got)
 		}
-		if r, body := b.ask(here, "GET /rooms?prefix=a&prefix=b", ""); r.StatusCode != 400 {
+		if r, body := b.ask(here, "GET /rooms?prefix=a&prefix=b", "", local); r.StatusCode != 400 {
 			t.Errorf("%d %s", r.StatusCode, body)
 		}
 		for _, room := range []string{"b", "nobody", "b"} {
-			if r, body := b.ask(here, "DELETE /rooms/"+room, ""); r.StatusCode != 204 || body != "" {
+			if r, body := b.ask(here, "DELETE /rooms/"+room, "", local); r.StatusCode != 204 || body != "" {
 				t.Errorf("%s is erased: %d %s", room, r.StatusCode, body)
 			}
 		}
 		for path, status := range map[string]int{"/rooms/a,b": 400, "/rooms/_stats": 403, "/rooms/no%20name": 400, "/rooms/a/poll": 405} {
-			if r, _ := b.ask(here, "DELETE "+path, ""); r.StatusCode != status {
+			if r, _ := b.ask(here, "DELETE "+path, "", local); r.StatusCode != status {
 				t.Errorf("DELETE %s: %d, want %d", path, r.StatusCode, status)
 			}
 		}
