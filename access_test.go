@@ -1,6 +1,5 @@
-// Who may ask: tokens, and the pages of other origins. The tests run a whole
-// relay, with its http.Server and its doorman, on a network of pipes, in
-// virtual time: a hall, to which one can come from any address.
+// Tests of access: tokens, and pages of other origins. They run a whole relay with all
+// its layers in virtual time, with clients at any address.
 
 package main
 
@@ -34,7 +33,7 @@ const (
 	secondSecret = "the secret that comes after the first"
 )
 
-// makeToken is a token made by hand, with nothing of what is tested.
+// makeToken makes a token by hand, without the code under test.
 func makeToken(head, claims, secret string) string {
 	b64 := base64.RawURLEncoding.EncodeToString
 	said := b64([]byte(head)) + "." + b64([]byte(claims))
@@ -43,16 +42,16 @@ func makeToken(head, claims, secret string) string {
 	return said + "." + b64(h.Sum(nil))
 }
 
-// signedToken is one with the head that all use.
+// signedToken returns a token with the usual header.
 func signedToken(claims string) string {
 	return makeToken(`{"alg":"HS256","typ":"JWT"}`, claims, firstSecret)
 }
 
-// unixIn is a moment from now as a token says it.
+// unixIn returns a time from now as in a claim.
 func unixIn(d time.Duration) string { return fmt.Sprint(time.Now().Add(d).Unix()) }
 
 func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
-	const now = 946684800 // as in a bubble
+	const now = 946684800 // the start of a bubble's clock
 	hs := `{"alg":"HS256","typ":"JWT"}`
 	good := makeToken(hs, `{"sub":"ada"}`, firstSecret)
 	parts := strings.Split(good, ".")
@@ -143,7 +142,8 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 	}
 }
 
-// respell is the same base64 but for bits that mean nothing: one token has one spelling.
+// respell returns the same base64 with other unused bits: a token must have one
+// spelling.
 func respell(sum string) string {
 	const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 	i := strings.IndexByte(letters, sum[len(sum)-1])
@@ -188,7 +188,7 @@ func TestATokenOfAnotherLibraryIsGood(t *testing.T) {
 	}
 }
 
-// runTokenCommand is what tokenCommand prints.
+// runTokenCommand returns what tokenCommand prints.
 func runTokenCommand(t *testing.T, env map[string]string, args ...string) (string, error) {
 	t.Helper()
 	stdout, stderr := os.Stdout, os.Stderr
@@ -260,7 +260,7 @@ func TestPatternsOfRooms(t *testing.T) {
 		{"_stats", "_stats", true},
 		{"_s*", "_stats", true},
 		{"te*m", "team", false},
-		{"te*m*", "te*m-a", true}, // no room has such a name
+		{"te*m*", "te*m-a", true}, // no room can have this name
 		{"**", "lobby", false},
 		{"", "lobby", false},
 		{" ", "lobby", false},
@@ -276,8 +276,7 @@ func TestPatternsOfRooms(t *testing.T) {
 	}
 }
 
-// allRequests is every way to ask something of a room: the techniques, to publish,
-// and presence.
+// allRequests returns every request for a room: all techniques, publish, presence.
 func allRequests(room string) (all []string) {
 	for _, tech := range techniques {
 		q := ""
@@ -293,7 +292,7 @@ func allRequests(room string) (all []string) {
 		"GET /rooms/"+room+"/presence", "POST /rooms/"+room+"/presence?user=ada", "POST /rooms/"+room+"?user=ada")
 }
 
-// addParam adds a parameter to what is asked.
+// addParam adds a parameter to a request's query.
 func addParam(what, parameter string) string {
 	if strings.Contains(what, "?") {
 		return what + "&" + parameter
@@ -301,7 +300,7 @@ func addParam(what, parameter string) string {
 	return what + "?" + parameter
 }
 
-// bodyFor is a body that what is asked takes.
+// bodyFor returns a valid body for a request.
 func bodyFor(what string) string {
 	if strings.Contains(what, "/presence") {
 		return "online"
@@ -343,10 +342,10 @@ func TestEveryRequestNeedsAToken(t *testing.T) {
 				{"for just the other", addParam(what, "token="+signedToken(`{"read":["b*"],"write":["b*"]}`)), nil, 403},
 				{"of another user", addParam(what, "user=ada&token="+signedToken(`{"sub":"bob","read":["*"],"write":["*"]}`)), nil, 403},
 			} {
-				if strings.Contains(what, "user=ada") { // it says so already
+				if strings.Contains(what, "user=ada") { // it has the parameter already
 					tc.what = strings.Replace(tc.what, "&user=ada", "", 1)
 				} else if tc.name == "of another user" && strings.HasSuffix(what, "/presence") {
-					continue // to ask who is there is nobody's in particular
+					continue // to read presence names no user
 				}
 				if got := b.status("192.0.2.1", tc.what, tc.headers...); got != tc.want {
 					t.Errorf("%s with a token %s: %d, want %d", what, tc.name, got, tc.want)
@@ -430,7 +429,7 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 		}
 		for _, tc := range []struct {
 			what, body, auth string
-			want             string // who spoke, or a status
+			want             string // the user of the event, or a status
 		}{
 			{"POST /rooms/lobby", "hi", ada, "ada"},
 			{"POST /rooms/lobby?user=ada", "hi", ada, "ada"},
@@ -477,7 +476,7 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 			}
 		}
 
-		// The socket speaks as ada, wherever it may.
+		// The WebSocket speaks as ada, in every room.
 		c, status := b.webSocketFrom(from, "/rooms/lobby,b/ws?user=ada", ada)
 		if status != 101 {
 			t.Fatalf("ada's socket: %d", status)
@@ -557,7 +556,7 @@ func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 		} else {
 			r.stop()
 		}
-		for _, what := range allRequests("lobby") { // and what is no page sets none
+		for _, what := range allRequests("lobby") { // what is not a page sets no cookie
 			if strings.HasSuffix(what, "/html") || strings.HasSuffix(what, "/refresh") || strings.HasSuffix(what, "/form") || strings.HasSuffix(what, "/ws") {
 				continue
 			}
@@ -591,8 +590,8 @@ func TestAFormWithTheCookiePublishesAndStaysOnItsPage(t *testing.T) {
 	})
 }
 
-// Another site of the same domain, or on another port of the same machine, may
-// have set a cookie of that name.
+// Another site of the same domain, or on another port of the machine, may have set a
+// cookie of that name.
 func TestAGoodCookieAmongOthersIsFound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t, "-secret", firstSecret)
@@ -632,7 +631,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 			wg.Go(func() {
 				r := b.open("192.0.2.1", "GET /rooms/lobby/"+tech.name, "", auth)
 				defer r.stop()
-				body := r.readAll() // and it ends as an answer should
+				body := r.readAll() // and the answer ends properly
 				bye := `"type":"bye","data":{"retry":`
 				if tech.name == "html" {
 					bye = "this page comes back by itself"
@@ -690,7 +689,7 @@ func TestNoTokenOrSecretIsInALogOrAnAnswer(t *testing.T) {
 	slog.SetDefault(slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t, "-secret", "a2b4,"+firstSecret, "-streams", "2")
-		var marks []string // none of these may be seen
+		var marks []string // none of these may be visible
 		mint := func(claims string) string {
 			tok := signedToken(claims)
 			marks = append(marks, tok, tok[strings.LastIndexByte(tok, '.')+1:])
@@ -718,7 +717,7 @@ func TestNoTokenOrSecretIsInALogOrAnAnswer(t *testing.T) {
 						b.status("192.0.2.1", what, headers...)
 						continue
 					}
-					if strings.Contains(what, "%zzy") { // net/http does not send it
+					if strings.Contains(what, "%zzy") { // net/http does not send this
 						continue
 					}
 					r := b.open("192.0.2.1", addParam(what, "token="+tok), bodyFor(what), append(headers, "Accept: text/html")...)
@@ -777,12 +776,13 @@ func TestWhichOriginsMayRead(t *testing.T) {
 					for _, site := range []string{"", "none", "same-origin", "same-site", "cross-site"} {
 						for _, referer := range []string{"", listed + "/page", evil + "/page"} {
 							if origin != "" && referer != "" {
-								continue // it does not count then
+								continue // is ignored then
 							}
 							for _, cookie := range cookies {
-								// The rule. The browser's own word counts first; without it the Origin.
-								// A page of another origin has to be listed, by its Origin, or where a
-								// browser sends none, on reading, by its Referer.
+								// The rule: the browser's own Sec-Fetch-Site decides
+								// first; without it the Origin. A page of another
+								// origin must be listed, by its Origin, or, for reads
+								// of browsers that send none, by its Referer.
 								reads := strings.HasPrefix(what, "GET ")
 								isListed := origin == listed || origin == "" && reads && referer != "" && strings.HasPrefix(referer, listed)
 								may := isListed
@@ -849,7 +849,8 @@ func TestWhichOriginsMayRead(t *testing.T) {
 func TestAWebSocketIsCheckedLikeAnyRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t)
-		// A proxy that gives the relay another Host (nginx does, unless told); the browser says it is the same origin.
+		// A proxy that changes the Host (nginx does, unless told otherwise); the
+		// browser says it is the same origin.
 		headers := []string{"Host: 10.0.0.1:8080", "Origin: https://" + limitedHost, "Sec-Fetch-Site: same-origin"}
 		for _, what := range allRequests("lobby") {
 			if got := b.status("192.0.2.1", what, headers...); got != 200 {
@@ -883,7 +884,7 @@ func TestAPageMayBeLinkedButNotFramed(t *testing.T) {
 				if strings.HasSuffix(what, "/ws") && tc.dest == "document" {
 					continue
 				}
-				if tc.dest == "document" && want == 200 { // over plain HTTP, where nothing says so but what is taken
+				if tc.dest == "document" && want == 200 { // over plain HTTP, where only what is loaded tells
 					if got := b.status("192.0.2.1", what, "Accept: text/html,*/*;q=0.8", "Referer: https://evil.example/"); got != want {
 						t.Errorf("%s, a link on a foreign page: %d, want %d", what, got, want)
 					}
@@ -985,7 +986,8 @@ func FuzzToken(f *testing.F) {
 	f.Add(`{"alg":"HS256","crit":["x"]}`, `{"exp":null,"nbf":-1}`)
 	f.Fuzz(func(t *testing.T, head, claims string) {
 		now := time.Unix(946684800, 0)
-		// Either what came is a token, or we sign it; else no luck would ever sign one.
+		// Either the input is a token, or the test signs it; otherwise no input would
+		// ever be signed.
 		tokens := []string{head, makeToken(head, claims, firstSecret)}
 		for i, tok := range tokens {
 			c, err := verifyToken(tok, secrets, now)
@@ -1015,7 +1017,7 @@ func FuzzToken(f *testing.F) {
 			if c.expires() <= now.UnixNano() || c.Nbf > 946684800 || !validUser(c.Sub) {
 				t.Fatalf("%q is good, and says %+v", tok, *c)
 			}
-			if i == 0 { // whatever is changed in it, it is not good any more
+			if i == 0 { // any change makes it invalid
 				for _, at := range []int{0, len(tok) / 2, len(tok) - 1} {
 					b := []byte(tok)
 					b[at] ^= 1
@@ -1033,7 +1035,7 @@ func FuzzToken(f *testing.F) {
 	})
 }
 
-// Names in a token are what they are, not what they look like.
+// Names of claims are case-sensitive.
 func TestAClaimInCapitalsIsIgnored(t *testing.T) {
 	c, err := verifyToken(signedToken(`{"SUB":"ada","READ":["*"],"Write":["lobby"]}`), [][]byte{[]byte(firstSecret)}, time.Now())
 	if err != nil || c.Sub != "" || c.allows("lobby", false) || c.allows("lobby", true) {
@@ -1041,7 +1043,7 @@ func TestAClaimInCapitalsIsIgnored(t *testing.T) {
 	}
 }
 
-// An operator's token names _stats; without tokens an operator is at the machine itself.
+// An operator's token names _stats. Without tokens, operators are local clients.
 func TestOperators(t *testing.T) {
 	for _, tc := range []struct {
 		secret, from string
@@ -1086,8 +1088,8 @@ func TestOperators(t *testing.T) {
 	}
 }
 
-// A page of ours with a good token in its URL keeps it as html does; and can
-// ask what its token, which no script sees, is good for.
+// A page with a good token in its URL moves it to a cookie, like html does. It can ask
+// what its token, which no script sees, allows.
 func TestTheTokenOfAPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t, "-secret", firstSecret)
@@ -1135,15 +1137,14 @@ func TestTheTokenOfAPage(t *testing.T) {
 	})
 }
 
-// Who may ask.
+// Which origins may read.
 func TestAccess(t *testing.T) {
 	const friend, stranger = "https://friend.example", "https://stranger.example"
 	type asking struct {
 		name    string
 		headers []string
-		// Who lets them: nobody has to be listed for own, "list" needs -origins
-		// with friend, "all" needs *, and "never" is not let in but by *, or not
-		// to publish.
+		// Who may: own needs no list; "list" needs -origins with friend; "all" needs
+		// *; "never" is refused except with *, or for publishing.
 		read, publish string
 	}
 	all := []asking{
@@ -1254,7 +1255,7 @@ func TestAccess(t *testing.T) {
 				}
 				if a.publish != "" {
 					try("publish", a.publish, 201, "POST", "/rooms/a")
-					if origin != "" || len(a.headers) == 0 { // a browser's WebSocket names its origin
+					if origin != "" || len(a.headers) == 0 { // a browser's WebSocket sends its origin
 						needs := a.publish
 						if origin != "" && !strings.Contains(a.name, "form") {
 							try("open a WebSocket", needs, 101, "GET", "/rooms/a/ws")
@@ -1266,8 +1267,7 @@ func TestAccess(t *testing.T) {
 	}
 }
 
-// What a page has to ask before, it is answered: a listed one, with the
-// headers it needs.
+// The preflight of a listed page is answered with the headers it needs.
 func TestPreflight(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe, func(c *config) { c.origins = "https://friend.example" })
@@ -1306,7 +1306,7 @@ func TestPreflight(t *testing.T) {
 	})
 }
 
-// A listed page sees what is wrong with its request, whatever that is.
+// A listed page can read the error of its request, whatever it is.
 func TestErrorsAcrossOrigins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe, func(c *config) { c.origins = "https://friend.example" })
@@ -1332,7 +1332,7 @@ func TestErrorsAcrossOrigins(t *testing.T) {
 	})
 }
 
-// A forever frame tells only the page around it that may know.
+// A forever frame posts only to the page around it, if that may read.
 func TestFrameTarget(t *testing.T) {
 	for list, tests := range map[string][]struct{ referer, site, target, ancestors string }{
 		"": {

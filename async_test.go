@@ -1,4 +1,5 @@
-// HEADER
+// Tests of the writer pool: sessions that were taken over, full sockets, and WebSocket
+// frames.
 
 package main
 
@@ -20,7 +21,7 @@ import (
 	"github.com/coder/websocket"
 )
 
-// readSlowly reads n bytes each pause, until it is told to stop.
+// readSlowly reads n bytes per pause, until stop is called.
 func readSlowly(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
 	enough, done := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -111,8 +112,8 @@ func TestAClientThatReadsNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
 	})
 }
 
-// Behind a frame that closes nothing may come (RFC 6455, 5.5.1), though the
-// library has not closed the connection yet.
+// Nothing may follow a close frame (RFC 6455, 5.5.1), even while the library has not
+// closed the connection yet.
 func TestNothingFollowsACloseFrame(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t)
@@ -122,7 +123,7 @@ func TestNothingFollowsACloseFrame(t *testing.T) {
 		b.pool.mu.Lock()
 		st := b.pool.sessions[0]
 		b.pool.mu.Unlock()
-		go io.CopyN(io.Discard, c, 16) // let it begin
+		go io.CopyN(io.Discard, c, 16) // read some, so that the session can write
 		synctest.Wait()
 		st.enqueueFrames(appendClose(nil, websocket.StatusNormalClosure, ""))
 		b.status("192.0.2.2", "POST /rooms/a")
@@ -173,14 +174,14 @@ func TestASilentWebSocketThatAnswersNoPingsIsDropped(t *testing.T) {
 		c := dialRawWebSocket(t, b, "/rooms/a/ws")
 		defer c.Close()
 		start := time.Now()
-		io.Copy(io.Discard, c) // takes all, and says nothing
+		io.Copy(io.Discard, c) // reads everything, and sends nothing
 		if d := time.Since(start); d < 3*b.heartbeat || d > 5*b.heartbeat {
 			t.Errorf("it was dropped after %v; the second ping is due after four beats, 60 s", d)
 		}
 	})
 }
 
-// A chunk may be as long as a page of fifty of the longest messages.
+// A chunk may be as long as a page with fifty of the longest messages.
 func TestALongChunk(t *testing.T) {
 	s := newServer(newTestRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20}))
 	st := &session{stream: &stream{server: s, headroom: chunkHeadSize}}
@@ -200,7 +201,7 @@ func TestALongChunk(t *testing.T) {
 	}
 }
 
-// A client that comes and goes leaves no clock behind.
+// A client that connects and leaves leaves no timer behind.
 func TestNoTimerIsLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -223,7 +224,7 @@ func TestNoTimerIsLeft(t *testing.T) {
 		}
 		stays := b.subscribe(variantOf("stream"), "a").begin()
 		go io.Copy(io.Discard, stays.body)
-		for range 100 { // one now and then, while somebody stays
+		for range 100 { // one now and then, next to one that stays
 			b.subscribe(variantOf("stream"), "a").begin().close()
 			time.Sleep(300 * time.Millisecond)
 		}
@@ -233,8 +234,8 @@ func TestNoTimerIsLeft(t *testing.T) {
 	})
 }
 
-// A client has nothing to say to a stream. If it does that is lost, and its
-// going is noticed as ever; if it says more than a request may, it is given up.
+// What a client sends to a stream is discarded, and the relay still notices when it
+// leaves. A client that sends more than a request may is disconnected.
 func TestBytesSentToAStreamAreDiscarded(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
 		runOnNetwork(t, network, func(t *testing.T) {
@@ -262,7 +263,7 @@ func TestBytesSentToAStreamAreDiscarded(t *testing.T) {
 	}
 }
 
-// A lateConn is slow to rouse who reads it.
+// A slowWakeConn takes time to wake its reader.
 type slowWakeConn struct{ net.Conn }
 
 func (c slowWakeConn) SetReadDeadline(at time.Time) error {
@@ -272,8 +273,8 @@ func (c slowWakeConn) SetReadDeadline(at time.Time) error {
 	return c.Conn.SetReadDeadline(at)
 }
 
-// Who speaks while their socket is full has its goroutine see to it before it
-// is roused. The rousing comes late then, and ends nobody.
+// A client that sends while its socket is full wakes the session's goroutine before
+// the writer does. The late wake-up ends no stream.
 func TestALateWakeUpEndsNoStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -300,7 +301,7 @@ func TestALateWakeUpEndsNoStream(t *testing.T) {
 	})
 }
 
-// A frame's length is said in one, two or eight bytes.
+// The length of a frame has one, two or eight bytes.
 func TestWebSocketLengths(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe, func(c *config) { c.body = 1 << 20 })
@@ -317,7 +318,8 @@ func TestWebSocketLengths(t *testing.T) {
 	})
 }
 
-// A WebSocket is woken whatever minor version of HTTP/1 it was asked for with.
+// A WebSocket is served by the pool whatever minor version of HTTP/1 it was requested
+// with.
 func TestAWebSocketOfALaterHTTP(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -345,13 +347,13 @@ func TestAWebSocketOfALaterHTTP(t *testing.T) {
 	})
 }
 
-// Who was published for as the relay stops is answered before the bye.
+// A message that was published as the relay stops is acknowledged before the bye.
 func TestAnAckIsSentBeforeTheBye(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
 		e := b.webSocket("a")
 		st := b.pool.sessions[0]
-		st.handling.Store(true) // hear has published, and is on its way to say so
+		st.handling.Store(true) // the message is published, and its ack is about to be queued
 		b.stop()
 		synctest.Wait()
 		ack := notice{Type: "ack", Key: "k", ID: new(int64(1))}.event().json
@@ -367,7 +369,8 @@ func TestAnAckIsSentBeforeTheBye(t *testing.T) {
 	})
 }
 
-// Who answers no ping is gone within a minute, who does may stay.
+// A client that answers no ping is disconnected within a minute; one that does may
+// stay.
 func TestWebSocketPings(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -386,7 +389,7 @@ func TestWebSocketPings(t *testing.T) {
 		dead := make(chan time.Duration, 1)
 		start := time.Now()
 		go func() {
-			io.Copy(io.Discard, r) // takes everything, says nothing
+			io.Copy(io.Discard, r) // reads everything, and sends nothing
 			dead <- time.Since(start)
 		}()
 		time.Sleep(10*time.Second - time.Millisecond)
@@ -415,8 +418,8 @@ func TestWebSocketPings(t *testing.T) {
 	})
 }
 
-// What a full socket leaves is the rest, to the byte, and of a big event there
-// is one for all who are slow.
+// unwritten returns what a full socket did not take, to the byte, and shares a large
+// event among all slow clients.
 func TestUnwritten(t *testing.T) {
 	r := benchRelay(t)
 	big := strings.Repeat("long hair, ", 200)
@@ -424,7 +427,7 @@ func TestUnwritten(t *testing.T) {
 	publishEvent(t, r, publishRequest{room: "lobby", kind: "message", data: []byte(`"short"`)})
 	publishEvent(t, r, publishRequest{room: "lobby", kind: "comet", data: []byte(`"` + big + `"`), from: "ada"})
 	events := openSubscriber(t, r, "lobby", r.lastID.Load()-r.epoch-3, subscribeRequest{}).next(nil)
-	quoted := &event{id: 1, kind: "message", json: slices.Concat([]byte(`{"data":`), events[0].json, []byte("}"))} // holds the next
+	quoted := &event{id: 1, kind: "message", json: slices.Concat([]byte(`{"data":`), events[0].json, []byte("}"))} // contains the next event
 	for _, technique := range techniques {
 		if technique.mode != streaming {
 			continue
@@ -437,7 +440,7 @@ func TestUnwritten(t *testing.T) {
 				if got := bytes.Join(rest, nil); !bytes.Equal(got, b[n:]) {
 					t.Fatalf("%s, %d events, without %d bytes: %.80q, want %.80q", technique.name, len(due), n, got, b[n:])
 				}
-				if technique.name == "html" || n > 100 || due[0] != events[0] { // html has no JSON in it
+				if technique.name == "html" || n > 100 || due[0] != events[0] { // html contains no JSON
 					continue
 				}
 				shared := slices.ContainsFunc(rest, func(b []byte) bool { return len(b) > 0 && &b[len(b)-1] == &events[0].json[len(events[0].json)-1] })
@@ -449,7 +452,7 @@ func TestUnwritten(t *testing.T) {
 	}
 }
 
-// Pings are few where the kernel knows of the client itself.
+// Pings are rare where the kernel detects a dead client by itself.
 func TestHowManyPings(t *testing.T) {
 	b := newTestbed(t, tcp)
 	for _, test := range []struct {
@@ -475,7 +478,7 @@ func TestHowManyPings(t *testing.T) {
 	}
 }
 
-// Frames that are broken end their socket, and nothing else.
+// Malformed frames end their WebSocket, and nothing else.
 func TestWebSocketBroken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -513,7 +516,8 @@ func TestWebSocketBroken(t *testing.T) {
 	})
 }
 
-// Who leaves 16 KiB of answers unread, beside what the socket holds, is given up.
+// A client that leaves 16 KiB of replies unread, beside what its socket holds, is
+// disconnected.
 func TestWebSocketFlood(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -543,7 +547,7 @@ func TestWebSocketFlood(t *testing.T) {
 	})
 }
 
-// Hello is first, however soon the client speaks.
+// Hello comes first, however early the client sends.
 func TestHelloComesBeforeAnyReply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -554,14 +558,14 @@ func TestHelloComesBeforeAnyReply(t *testing.T) {
 		}
 		defer st.sub.unsubscribe()
 		st.replies = []byte("an answer")
-		st.writeDue(b.scratches.New().(*scratch), time.Now().UnixNano()) // its first turn, on a socket that takes nothing
+		st.writeDue(b.scratches.New().(*scratch), time.Now().UnixNano()) // its first turn, with a socket that is full
 		if first := string(slices.Concat(st.pending...)); !strings.Contains(first, `"hello"`) {
 			t.Errorf("the first it says is %q", first)
 		}
 	})
 }
 
-// A client may speak before it has read the answer to its handshake.
+// A client may send before it has read the answer to its handshake.
 func TestAWebSocketClientMaySendBeforeTheHandshakeIsAnswered(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
 		t.Run(network, func(t *testing.T) {
@@ -573,7 +577,7 @@ func TestAWebSocketClientMaySendBeforeTheHandshakeIsAnswered(t *testing.T) {
 					t.Fatal(err)
 				}
 				go io.Copy(io.Discard, conn)
-				long := strings.Repeat("x", 300) // longer than a small buffer
+				long := strings.Repeat("x", 300) // more than the small read buffer
 				io.WriteString(conn, "GET /rooms/a/ws HTTP/1.1\r\nHost: cometes.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"+
 					"\x81\x82\x00\x00\x00\x00hi\x81\xfe\x01\x2c\x00\x00\x00\x00"+long+"\x81\x85\x00\x00\x00\x00th")
 				e.expect("message hi", "message "+long)

@@ -1,4 +1,7 @@
-// HEADER
+// Conformance. One table lists what every technique must do, and one test walks it
+// over all techniques and all ways to drive them: the writer pool of async.go, the
+// loop of the core (HTTP/1.0, HTTP/2), and sockets. A second test asks the same from
+// outside, of any relay that is running.
 
 package main
 
@@ -23,12 +26,12 @@ import (
 	"github.com/coder/websocket"
 )
 
-// What is asked of every technique.
+// What every technique must do.
 
 var conformance = []struct {
 	sentence string
-	streams  bool // asked of streams only
-	virtual  bool // it takes its time
+	streams  bool // applies to streams only
+	virtual  bool // takes virtual time
 	check    func(*testing.T, *testbed, variant)
 }{
 	{"its headers let nobody hold it back", false, false, checkHeaders},
@@ -152,7 +155,7 @@ func checkHello(t *testing.T, b *testbed, k variant) {
 	if d := time.Since(time.UnixMilli(hello.Time)); d < 0 || start.Year() == 2000 && d != 0 {
 		t.Errorf("hello's time is %v ago", d)
 	}
-	// A cursor that was given is the one it goes on from.
+	// A subscription goes on from the cursor that was given.
 	if h := b.subscribe(k, "a", fmt.Sprintf("after=%d", hello.ID-1)).next(); h.id != hello.ID-1 {
 		t.Errorf("hello %s, want the cursor given, %d", h.json, hello.ID-1)
 	}
@@ -195,7 +198,7 @@ func checkCatchUp(t *testing.T, b *testbed, k variant) {
 	}
 	for i, test := range []struct {
 		rooms string
-		after int // the index of the cursor in the log, or -1
+		after int // the index of the cursor's message in the log, or -1
 		last  int
 		ask   []string
 	}{
@@ -233,14 +236,14 @@ func checkCatchUp(t *testing.T, b *testbed, k variant) {
 			}
 			continue
 		}
-		say(test.rooms[:1], fmt.Sprint("now", i)) // and goes on, with nothing in between
+		say(test.rooms[:1], fmt.Sprint("now", i)) // and goes on, without anything in between
 		e.expect(fmt.Sprint("message now", i))
 		e.close()
 	}
 }
 
 func checkGap(t *testing.T, b *testbed, k variant) {
-	b.relay.maxEvents = 4 // are kept
+	b.relay.maxEvents = 4 // bound of the history
 	var ids []string
 	for i := range 10 {
 		ids = append(ids, fmt.Sprint(b.post("a", fmt.Sprintf("m%d", i))))
@@ -267,7 +270,8 @@ func checkGap(t *testing.T, b *testbed, k variant) {
 		}
 		e.close()
 	}
-	// Who goes on from the gap has lost nothing more, and who gave no cursor lost nothing.
+	// A client that goes on from the gap has lost nothing more; one without a cursor
+	// has lost nothing.
 	for _, ask := range []string{"after=" + ids[5], "last=4"} {
 		e := b.subscribe(k, "a", ask)
 		if k.streams() {
@@ -276,14 +280,14 @@ func checkGap(t *testing.T, b *testbed, k variant) {
 		e.expect(kept...)
 		e.close()
 	}
-	// A gap is a room's: b, beside it, has lost nothing.
+	// A gap belongs to one room: b has lost nothing.
 	e := b.subscribe(k, "a,b", "after="+ids[0])
 	if k.streams() {
 		e.begin()
 	}
 	e.expect(append(append([]string{"gap"}, kept...), "message other")...)
 	e.close()
-	// A stream that falls behind while it is read is told too.
+	// A stream that falls behind while it is open is sent a gap, too.
 	if k.streams() {
 		e := b.subscribe(k, "a").begin()
 		b.settle()
@@ -301,13 +305,13 @@ func checkSignals(t *testing.T, b *testbed, k variant) {
 	b.relay.maxEvents = 4
 	before := fmt.Sprint(b.relay.lastID.Load())
 	live := b.subscribe(k, "a").begin()
-	for i := range 4 { // as many as are kept
+	for i := range 4 { // as many as the history keeps
 		b.post("a", fmt.Sprintf("m%d", i))
 		b.post("a?type=typing&ttl=5", fmt.Sprintf("s%d", i))
 	}
 	all := []string{"message m0", "typing s0", "message m1", "typing s1", "message m2", "typing s2", "message m3", "typing s3"}
 	live.expect(all...)
-	time.Sleep(4900 * time.Millisecond) // TestPublishSignal has the moment
+	time.Sleep(4900 * time.Millisecond) // TestPublishSignal tests the exact moment
 	e := b.subscribe(k, "a", "after="+before)
 	if k.streams() {
 		e.begin()
@@ -320,7 +324,7 @@ func checkSignals(t *testing.T, b *testbed, k variant) {
 	}
 	e.expect("message m0", "message m1", "message m2", "message m3")
 	for range 50 {
-		b.post("a?ttl=1", "signal") // push out no message
+		b.post("a?ttl=1", "signal") // they push out no message
 	}
 	e = b.subscribe(k, "a", "after="+before)
 	if k.streams() {
@@ -340,7 +344,7 @@ func checkHeartbeat(t *testing.T, b *testbed, k variant) {
 			t.Fatalf("heard %v after %v, want a heartbeat after 11.25 to 15 s", h, d)
 		}
 	}
-	for i := range 20 { // what is said counts as a heartbeat
+	for i := range 20 { // an event replaces a heartbeat
 		time.Sleep(7 * time.Second)
 		b.post("a", fmt.Sprint(i))
 		e.expect("message " + fmt.Sprint(i))
@@ -362,10 +366,10 @@ func checkBye(t *testing.T, b *testbed, k variant) {
 		}
 		want = append(want, "message "+fmt.Sprint(i))
 	}
-	start := time.Now() // publishers may have been held up, readers are not
+	start := time.Now() // publishers may have been throttled; readers are not
 	b.stop()
 	if k.name == "multipart-html" {
-		for h := e.next(); h.kind != "bye"; h = e.next() { // shows the last fifty, of some moments
+		for h := e.next(); h.kind != "bye"; h = e.next() { // pages show the newest fifty messages, at some moments
 		}
 	} else {
 		e.expect(want...)
@@ -438,23 +442,23 @@ func checkMethods(t *testing.T, b *testbed, k variant) {
 	checkImmediate(t, start)
 }
 
-// The same from outside, of any relay that is running.
+// The same from outside.
 
-// TestConformance asks a relay that is running, with nothing but HTTP and
-// WebSocket, for what the contract says. It is how the core alone, and the
-// relay without one of its layers, are tested:
+// TestConformance tests a relay that is already running, with HTTP and WebSocket
+// alone. It is how the core without any layer, and the relay without one of its
+// layers, are tested:
 //
 //	COMETES_URL=http://localhost:8080 go test -run TestConformance .
 //
-// It is skipped without COMETES_URL. What only a layer adds is left out where
-// it is missing. There is no virtual time here, so nothing is asked of times.
+// Without COMETES_URL it is skipped. What only a layer adds is left out where it is
+// missing. Time is real here, so nothing is asserted about durations.
 func TestConformance(t *testing.T) {
 	address := os.Getenv("COMETES_URL")
 	if address == "" {
 		t.Skip("COMETES_URL is not set: the address of a relay, such as http://localhost:8080")
 	}
 	b := newRemoteTestbed(t, address)
-	b.do("GET", "/rooms/a/poll", "") // or nothing below makes sense
+	b.do("GET", "/rooms/a/poll", "") // fails early if nothing answers
 	lost := fillRoom(b)
 	for _, v := range variants {
 		if !v.streams() || v.technique == "ws" {
@@ -491,14 +495,14 @@ type remoteTest struct {
 	lost lostHistory
 }
 
-// A lostHistory is a room that has lost its oldest messages, and what it keeps.
+// A lostHistory is a room whose history has lost its oldest messages.
 type lostHistory struct {
 	room   string
 	oldest int64 // the id of a message that is lost
 	newest int64
 }
 
-// fillRoom publishes until a room forgets its oldest message.
+// fillRoom publishes until a room drops its oldest message.
 func fillRoom(b *testbed) (l lostHistory) {
 	b.t.Helper()
 	l.room = rand.Text()[:16]
@@ -516,7 +520,7 @@ func fillRoom(b *testbed) (l lostHistory) {
 	return l
 }
 
-// open subscribes, and passes over the hello of a stream.
+// open subscribes, and reads the hello of a stream.
 func (r *remoteTest) open(rooms string, ask ...string) *eventReader {
 	r.t.Helper()
 	e := r.subscribe(r.variant, rooms, ask...)
@@ -526,10 +530,10 @@ func (r *remoteTest) open(rooms string, ask ...string) *eventReader {
 	return e
 }
 
-// remoteConformance is what is asked of every technique.
+// remoteConformance is what every technique must do.
 var remoteConformance = []struct {
 	sentence string
-	streams  bool // asked of streams only
+	streams  bool // applies to streams only
 	check    func(*remoteTest)
 }{
 	{"it begins with hello", true, remoteHello},
@@ -597,7 +601,7 @@ func remoteCatchUp(r *remoteTest) {
 	}
 	for _, tc := range []struct {
 		ask  []string
-		from int // the first of texts that is due
+		from int // index of the first of texts that is due
 	}{
 		{[]string{"after=" + ids[2]}, 3},
 		{[]string{"Last-Event-ID: " + ids[3]}, 4},
@@ -613,7 +617,7 @@ func remoteCatchUp(r *remoteTest) {
 		e.expect(texts[tc.from:]...)
 		now := fmt.Sprint("now", len(texts))
 		texts, ids = append(texts, "message "+now), append(ids, fmt.Sprint(r.post(r.room, now)))
-		e.expect("message " + now) // with nothing in between
+		e.expect("message " + now) // without anything in between
 		e.close()
 	}
 }
@@ -637,7 +641,7 @@ func remoteGap(r *remoteTest) {
 		e.close()
 	}
 	if r.technique == "refresh" || r.name == "multipart-html" {
-		return // a page has no room for the whole history
+		return // a page does not show a whole history
 	}
 	e, h := gap(r.lost.room, r.lost.oldest-1, "history")
 	defer e.close()
@@ -654,7 +658,7 @@ func remoteSignals(r *remoteTest) {
 	r.post(r.room+"?type=typing&ttl=60", "a signal that lasts")
 	r.post(r.room+"?type=typing&ttl=1", "a signal")
 	r.post(r.room, "two")
-	for there := true; there; { // until its time is over by the relay's clock
+	for there := true; there; { // until it has expired by the relay's clock
 		e := r.open(r.room, after)
 		e.expect("message one", "typing a signal that lasts")
 		h := e.next()
@@ -706,7 +710,7 @@ func remoteMethods(r *remoteTest) {
 
 func remoteBadQueries(r *remoteTest) {
 	if r.technique == "ws" {
-		return // the handshake is looked at first, and then the query
+		return // the handshake is checked before the query
 	}
 	for _, query := range []string{"after=x", "after=-1", "after=1&after=2", "last=-1", "presence=2", "user=%00", "user=%20", "client=a%20b", "Last-Event-ID=x"} {
 		if res, body := r.do("GET", "/rooms/"+r.room+"/"+r.technique+"?"+query+"&"+r.query, ""); res.StatusCode != 400 || !isError(body) {
@@ -720,7 +724,7 @@ func remoteBadQueries(r *remoteTest) {
 	}
 }
 
-// remoteContract is what is asked of the relay beside its techniques.
+// remoteContract is what the relay must do beside its techniques.
 var remoteContract = []struct {
 	sentence string
 	check    func(b *testbed, room string)
@@ -842,7 +846,7 @@ func remoteIf(b *testbed, room string) {
 	conflict("?if=0", first)
 	second := b.post(fmt.Sprintf("%s?if=%d", room, first), "two")
 	conflict(fmt.Sprintf("?if=%d", first), second)
-	b.post(room+"?ttl=60", "a signal") // is no message
+	b.post(room+"?ttl=60", "a signal") // not a message
 	b.post(fmt.Sprintf("%s?if=%d", room, second), "three")
 	if res, body := b.do("POST", "/rooms/"+room+"?if=0&key=k", "one"); res.StatusCode != 200 || body != fmt.Sprintf("{\"id\":%d}\n", first) {
 		b.t.Errorf("a known key: %s %s, want 200 and the id %d", res.Status, body, first)
@@ -902,7 +906,7 @@ func remotePresence(b *testbed, room string) {
 func remoteWebSocket(b *testbed, room string) {
 	other := b.subscribe(variantOf("stream"), room).begin()
 	e := b.webSocket(room, "user=ada")
-	reply := func(kind string) received { // events may come in between
+	reply := func(kind string) received { // events may come before it
 		b.t.Helper()
 		h := e.next()
 		for h.kind != kind {

@@ -1,6 +1,7 @@
 //go:build linux
 
-// HEADER
+// Floods. A relay in a process of its own, on loopback, and next to every flood honest
+// clients that must not notice it.
 
 package main
 
@@ -63,8 +64,9 @@ func TestOutOfDescriptorsTheRelayAnswers503AndDoesNotSpin(t *testing.T) {
 	if n := answers["HTTP/1.1 200 OK"]; n < 20 || n > 48 {
 		t.Errorf("%d streams with 48 descriptors: %v", n, answers)
 	}
-	// The refusal goes out before the connection is closed, but the kernel takes it back from
-	// a client that has sent what was not read. Most have not by then.
+	// The refusal is sent before the connection is closed, but the kernel discards it
+	// if the client has sent something that was not read. For most clients that is not
+	// so.
 	if n := answers["HTTP/1.1 503 Service Unavailable"]; n < 100 {
 		t.Errorf("%d of 200 had an answer: %v", n, answers)
 	}
@@ -72,7 +74,7 @@ func TestOutOfDescriptorsTheRelayAnswers503AndDoesNotSpin(t *testing.T) {
 		t.Errorf("some had no end: %v", answers)
 	}
 
-	// Many who wait to be let in at once, while there is no descriptor.
+	// Many connect at once while there is no descriptor.
 	start := c.cpu()
 	var wg sync.WaitGroup
 	for range 300 {
@@ -96,8 +98,8 @@ func TestOutOfDescriptorsTheRelayAnswers503AndDoesNotSpin(t *testing.T) {
 	}
 }
 
-// Honest clients: one who publishes fifty times a second, and readers who must
-// have all of it, in order, once.
+// Honest clients: one that publishes fifty times a second, and readers that must
+// receive every message, in order, once.
 
 type honest struct {
 	c         *child
@@ -110,14 +112,14 @@ type honest struct {
 	published []int64
 	at        map[int64]time.Time
 	read      map[string][]int64 // by technique
-	slowest   time.Duration      // from the answer to a publish to its arrival
+	slowest   time.Duration      // from the answer to a publish to its delivery
 	failed    []string
 }
 
 var honestEvent = regexp.MustCompile(`\{"id":(\d+),"room":"honest","type":"message"`)
 
-// honestClients begins with n readers of each kind, and then publishes. All of
-// them come from addresses of their own.
+// honestClients starts n readers of each kind, and a publisher, each at an address of
+// its own.
 func honestClients(c *child, kinds ...string) *honest {
 	ctx, end := context.WithCancel(context.Background())
 	h := &honest{c: c, stop: make(chan struct{}), end: end, at: map[int64]time.Time{}, read: map[string][]int64{}}
@@ -180,7 +182,7 @@ func (h *honest) fail(format string, args ...any) {
 	}
 }
 
-// got notes what events are in a text.
+// got records the events in a text.
 func (h *honest) got(kind string, text []byte) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -223,12 +225,12 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 			if err != nil || resp.StatusCode == 200 {
 				return resp, err
 			}
-			io.Copy(io.Discard, resp.Body) // and keeps the connection: another might not be let in
+			io.Copy(io.Discard, resp.Body) // keeps the connection: a new one might not be accepted
 			resp.Body.Close()
 			if kind != "longpoll" || resp.Header.Get("Retry-After") == "" {
 				return nil, fmt.Errorf("answered %s", resp.Status)
 			}
-			time.Sleep(50 * time.Millisecond) // between two polls another may take its place
+			time.Sleep(50 * time.Millisecond) // between two polls another client may take its place
 		}
 	}
 	if kind == "poll" || kind == "longpoll" {
@@ -269,7 +271,7 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 	}
 }
 
-// finish stops publishing, and checks that everybody has everything.
+// finish stops publishing, and checks that every reader has everything.
 func (h *honest) finish(t *testing.T) {
 	t.Helper()
 	close(h.stop)
@@ -310,18 +312,18 @@ func (h *honest) finish(t *testing.T) {
 type flood struct {
 	t    *testing.T
 	c    *child
-	over chan struct{} // closed when it has lasted long enough
+	over chan struct{} // closed when the flood has lasted long enough
 	wg   sync.WaitGroup
 
 	mu    sync.Mutex // guards what follows
 	conns []net.Conn
-	said  map[string]int // first lines of answers
+	said  map[string]int // first lines of answers, counted
 }
 
-// floodFrom is the address of the attacker's i-th machine.
+// floodFrom returns the address of the attacker's i-th machine.
 func floodFrom(i int) string { return fmt.Sprintf("10.%d.%d.%d", i>>16&255, i>>8&255, i&255) }
 
-// each runs do for 0 to n-1 at the same time.
+// each calls do for 0 to n-1 concurrently.
 func (f *flood) each(n int, do func(i int)) {
 	for i := range n {
 		f.wg.Go(func() { do(i) })
@@ -337,7 +339,7 @@ func (f *flood) isOver() bool {
 	}
 }
 
-// dial connects, with small buffers, so that what is not read stays with the relay.
+// dial connects with small buffers, so that what is not read stays with the relay.
 func (f *flood) dial() net.Conn {
 	d := net.Dialer{Timeout: 5 * time.Second, Control: func(_, _ string, raw syscall.RawConn) error {
 		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
@@ -359,7 +361,7 @@ func (f *flood) count(what string) {
 	f.said[what]++
 }
 
-// request writes a request from an address and notes the answer's first line.
+// request writes a request from an address and counts the answer's first line.
 func (f *flood) request(from, request, headers, body string) net.Conn {
 	conn := f.dial()
 	if conn == nil {
@@ -369,7 +371,7 @@ func (f *flood) request(from, request, headers, body string) net.Conn {
 	return conn
 }
 
-// sendSlowly sends so many bytes now and then, until the flood or the connection is over.
+// sendSlowly sends bytes at intervals, until the flood or the connection is over.
 func (f *flood) sendSlowly(conn net.Conn, every time.Duration, bytes int) {
 	for conn != nil && !f.isOver() {
 		time.Sleep(every)
@@ -379,7 +381,7 @@ func (f *flood) sendSlowly(conn net.Conn, every time.Duration, bytes int) {
 	}
 }
 
-// readFirst reads and notes the first line of an answer.
+// readFirst reads and counts the first line of an answer.
 func (f *flood) readFirst(conn net.Conn) string {
 	conn.SetReadDeadline(time.Now().Add(3 * time.Second))
 	b := make([]byte, 32)
@@ -395,7 +397,7 @@ func (f *flood) readFirst(conn net.Conn) string {
 	return line
 }
 
-// posts publishes from many addresses, on a connection each, as fast as it goes.
+// posts publishes from many addresses, one connection each, as fast as possible.
 func (f *flood) posts(workers int, request func(worker, n int) (path, body string)) {
 	f.each(workers, func(worker int) {
 		client := &http.Client{Transport: &http.Transport{}, Timeout: 5 * time.Second}
@@ -418,17 +420,17 @@ func (f *flood) posts(workers int, request func(worker, n int) (path, body strin
 
 const (
 	floodFor     = 1500 * time.Millisecond
-	floodStreams = 600 // -streams of the relay, whose doorman lets in 100 more, and has 100 on their way out
+	floodStreams = 600 // -streams of the relay, whose listener accepts 100 more, and closes up to 100 slowly
 )
 
 var floods = []struct {
 	name    string
 	run     func(f *flood)
-	refused string // is counted under this
-	full    bool   // nobody new is let in while it lasts
-	kept    int    // MB that the relay may need for it beside what it needs anyway
-	said    string // is answered to some
-	unsaid  string // and this to none
+	refused string // the reason that is counted
+	full    bool   // no new client is accepted while it lasts
+	kept    int    // MB that the relay may need beside its normal need
+	said    string // some answers begin with it
+	unsaid  string // and none begins with this
 }{
 	{"connections that say nothing", func(f *flood) {
 		f.each(1500, func(int) { f.dial() })
@@ -456,7 +458,7 @@ var floods = []struct {
 				}
 			}
 		})
-	}, "", false, 60, "", "503 Service Unavailable"}, // who left has no place any more
+	}, "", false, 60, "", "503 Service Unavailable"}, // a client that left has no place any more
 
 	{"slow readers", func(f *flood) {
 		f.each(400, func(i int) {
@@ -577,7 +579,7 @@ var floods = []struct {
 						}
 						break
 					}
-					frame[0] &^= byte(n % 2) // goes on
+					frame[0] &^= byte(n % 2) // continues it
 				}
 				conn.Close()
 			}
@@ -628,7 +630,7 @@ func TestHonestClientsNoticeNoFloodAndAllMemoryIsReleasedAfterwards(t *testing.T
 	c := startRelay(t, nil, "-trust-proxy", "-streams", strconv.Itoa(floodStreams), "-per-addr", "100", "-rate", "100",
 		"-rooms", "1000", "-users", "1000", "-idle", "1s", "-present", "1s", "-beat", "1s")
 	memory := func() float64 {
-		c.cmd.Process.Signal(syscall.SIGUSR1) // collect
+		c.cmd.Process.Signal(syscall.SIGUSR1) // collect garbage
 		time.Sleep(50 * time.Millisecond)
 		return c.metric("memory_bytes") / 1e6
 	}
@@ -654,7 +656,7 @@ func TestHonestClientsNoticeNoFloodAndAllMemoryIsReleasedAfterwards(t *testing.T
 				if fl.full {
 					continue
 				}
-				// Somebody new comes, on a connection of their own.
+				// A new client connects.
 				client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 2 * time.Second}
 				r, _ := http.NewRequest("GET", "http://"+c.addr+"/rooms/honest/poll", nil)
 				r.Header.Set("X-Forwarded-For", "198.51.100.200")

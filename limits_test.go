@@ -1,6 +1,6 @@
-// The limits: what is met at each, what is counted, when it is over. In
-// virtual time, in the hall of access_test.go; running out of descriptors
-// takes a process of its own.
+// Tests of the limits: what a client is sent at each, what is counted, and when it is
+// over, in virtual time. Floods and a lack of descriptors need a process of their own;
+// see limits_linux_test.go.
 
 package main
 
@@ -23,7 +23,7 @@ func TestABucketHoldsTwoSecondsWorthAndFillsAtItsRate(t *testing.T) {
 	for _, tc := range []struct {
 		rate  float64
 		at    []time.Duration
-		taken string // y or n for each
+		taken string // y or n for each request
 	}{
 		{2, []time.Duration{0, 0, 0, 0, 0, 499 * time.Millisecond, 500 * time.Millisecond, 500 * time.Millisecond}, "yyyynnyn"},
 		{2, []time.Duration{0, time.Hour, time.Hour, time.Hour, time.Hour, time.Hour}, "yyyyyn"},
@@ -144,18 +144,18 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 		}
 	}
 	const first, second = "192.0.2.1", "192.0.2.2"
-	covered := map[string]bool{"descriptors": true} // TestOutOfDescriptors…
+	covered := map[string]bool{"descriptors": true} // see TestOutOfDescriptors…
 	for _, tc := range []struct {
 		name, reason string
 		args         []string
 		fill         func(*testbed)
-		from, what   string // is refused then
+		from, what   string // is refused after fill
 		body         string
 		headers      []string
 		status       int
 		retry        string
-		other        string         // another address, if it is not
-		relief       func(*testbed) // and nobody then
+		other        string         // another address that the limit concerns, if it does
+		relief       func(*testbed) // after it, requests are accepted again
 	}{
 		{"streams in all", "streams", []string{"-streams", "3"},
 			func(b *testbed) { held = openStreams(b, 3, "192.0.2.%d", "GET /rooms/a/stream", nil) },
@@ -244,7 +244,7 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 				b := newLimitedTestbed(t, tc.args...)
 				tc.fill(b)
 				before := b.refusals(tc.reason)
-				// A fresh connection: the one that the filling left open would be let in.
+				// A new connection: the one that fill left open would be accepted.
 				b.clientFrom(tc.from).CloseIdleConnections()
 				synctest.Wait()
 				r, body := b.ask(tc.from, tc.what, tc.body, tc.headers...)
@@ -383,7 +383,7 @@ func TestTheLimitListenerAcceptsNoMoreThanItMay(t *testing.T) {
 		var in, out int
 		var conns []net.Conn
 		for i := range 2000 {
-			c, err := b.dialFrom(fmt.Sprintf("198.51.%d.%d", i/20/256, i/20%256)) // 20 of each address
+			c, err := b.dialFrom(fmt.Sprintf("198.51.%d.%d", i/20/256, i/20%256)) // 20 from each address
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -414,7 +414,7 @@ func TestTheLimitListenerAcceptsNoMoreThanItMay(t *testing.T) {
 			t.Errorf("when some have gone: %d", got)
 		}
 		time.Sleep(idleTimeout)
-		for range 3 { // and their places are given back, once each
+		for range 3 { // and each releases its place once
 			for _, r := range openStreams(b, 20, "198.51.0.0", "GET /rooms/a/stream", nil) {
 				r.stop()
 			}
@@ -423,8 +423,8 @@ func TestTheLimitListenerAcceptsNoMoreThanItMay(t *testing.T) {
 	})
 }
 
-// The same at the limit of streams; others are answered 503, and have a place
-// when somebody left.
+// At the limit of streams, others are answered 503, and are accepted again when
+// somebody has left.
 func TestStreamLimit(t *testing.T) {
 	for _, network := range []string{pipe, pipeH2} {
 		t.Run(network, func(t *testing.T) {
@@ -433,7 +433,7 @@ func TestStreamLimit(t *testing.T) {
 				if res, body := b.do("GET", "/rooms/a,b/stream?user=ada", ""); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body) {
 					t.Errorf("two users where one may be: %s %s", res.Status, body)
 				}
-				b.checkIdle() // what was refused holds nothing
+				b.checkIdle() // a refused request holds nothing
 				one, two := b.subscribe(variantOf("stream"), "a").begin(), b.subscribe(variantOf("sse"), "a").begin()
 				for _, k := range variants {
 					path := "/rooms/a/" + k.technique + "?" + k.query

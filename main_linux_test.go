@@ -1,6 +1,13 @@
 //go:build linux
 
-// HEADER
+// The relay as a process of its own, and the soak: a relay under moderate load for as
+// long as one likes, with readers that are cut off, readers that stop reading, and
+// restarts. All of them record what they were promised, and none may miss anything.
+//
+//	SOAK=30m go test -run TestSoak -v -timeout 1h
+//
+// A relay that is restarted never gets old. SOAK_EVERY=24h leaves out the restarts, to
+// see whether memory grows over hours.
 
 package main
 
@@ -33,7 +40,7 @@ import (
 	"github.com/coder/websocket"
 )
 
-// The relay as a process. The test's own binary is one, if the environment says so.
+// The test's own binary is a relay if the environment says so.
 
 func init() {
 	if os.Getenv("COMETES_TEST_RELAY") == "" {
@@ -61,10 +68,10 @@ type child struct {
 	cmd  *exec.Cmd
 	addr string
 	log  *syncedLog
-	http *http.Client // what speaks to it beside the flood, on one connection
+	http *http.Client // a client with one connection, independent of floods
 }
 
-// startRelay starts one with the flags args, on a free port.
+// startRelay starts a relay with the given flags, on a free port.
 func startRelay(t testing.TB, env []string, args ...string) *child {
 	t.Helper()
 	self, err := os.Executable()
@@ -96,7 +103,7 @@ func startRelay(t testing.TB, env []string, args ...string) *child {
 	return c
 }
 
-// stop ends the relay as a platform does, and returns how.
+// stop ends the relay with SIGTERM, and returns its error.
 func (c *child) stop() error {
 	if c.cmd.ProcessState != nil {
 		return nil
@@ -107,7 +114,7 @@ func (c *child) stop() error {
 	return c.cmd.Wait()
 }
 
-// get asks on the honest connection.
+// get makes a request on the client's own connection.
 func (c *child) get(path string) (int, string, error) {
 	resp, err := c.http.Get("http://" + c.addr + path)
 	if err != nil {
@@ -132,7 +139,7 @@ func (c *child) refusals(reason string) int {
 	return int(c.metric(fmt.Sprintf("refused_total{reason=%q}", reason)))
 }
 
-// descriptors is how many the process has open.
+// descriptors returns how many the process has open.
 func (c *child) descriptors() int {
 	c.t.Helper()
 	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", c.cmd.Process.Pid))
@@ -142,7 +149,7 @@ func (c *child) descriptors() int {
 	return len(all)
 }
 
-// cpu is how much processor time it has used.
+// cpu returns the processor time it has used.
 func (c *child) cpu() time.Duration {
 	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.cmd.Process.Pid))
 	_, rest, _ := strings.Cut(string(b), ") ")
@@ -157,8 +164,8 @@ func (c *child) cpu() time.Duration {
 
 const webSocketHead = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 
-// unsent is how many bytes the kernel holds that the relay has written and
-// nobody has taken.
+// unsent returns how many bytes the kernel holds that the relay has written and no
+// client has read.
 func (c *child) unsent() (n int64) {
 	b, err := os.ReadFile("/proc/net/tcp")
 	_, port, _ := strings.Cut(c.addr, ":")
@@ -179,7 +186,7 @@ func (c *child) unsent() (n int64) {
 
 const (
 	soakRooms = 50
-	soakSlow  = 50 // readers who stop reading, beside the others
+	soakSlow  = 50 // readers that stop reading, beside the others
 	soakBig   = 16 << 10
 )
 
@@ -191,31 +198,31 @@ var soakKinds = slices.Concat(slices.Repeat([]string{"sse", "stream", "ws"}, 8),
 type soak struct {
 	ctx    context.Context // done when all readers are to leave
 	addr   string
-	every  time.Duration // between two restarts
+	every  time.Duration // time between two restarts
 	life   time.Duration // of a connection, on average
-	begun  atomic.Bool   // everybody is there, and something is published
-	ending atomic.Bool   // nothing is published any more, nobody is cut off
-	joined atomic.Int64  // readers who have a cursor
-	epoch  atomic.Int64  // grows when the relay is told to stop, and when it is there again: odd in between
-	born   atomic.Int64  // a moment before the relay started, in Unix microseconds; its ids are above
+	begun  atomic.Bool   // all readers are connected, and something is published
+	ending atomic.Bool   // nothing more is published, and nobody is cut off
+	joined atomic.Int64  // readers with a cursor
+	epoch  atomic.Int64  // odd while the relay stops and starts; grows at the beginning and the end of that
+	born   atomic.Int64  // a moment before the relay started, in Unix microseconds; its ids are higher
 
 	mu       sync.Mutex                         // guards what follows
-	counts   map[string]int64                   // what happened
-	failures map[string]int64                   // what must not
-	examples []string                           // of those, three of a kind
-	acked    [soakRooms]struct{ n, id int64 }   // the last publish that was answered
-	first    [soakRooms]struct{ born, n int64 } // the first message that readers saw of a process
+	counts   map[string]int64                   // what happened, by name
+	failures map[string]int64                   // what must not happen, by name
+	examples []string                           // three examples of each failure
+	acked    [soakRooms]struct{ n, id int64 }   // the last publish that was acknowledged
+	first    [soakRooms]struct{ born, n int64 } // the first message of a process that readers received
 	restarts []*soakRestart
-	volley   chan struct{} // closed when all publishers are to publish, right before a restart
-	slowest  time.Duration // from publishing to arrival at a stream, not counting the time between connections
+	volley   chan struct{} // closed when all publishers are to publish, just before a restart
+	slowest  time.Duration // from publish to delivery by a stream, without the time between connections
 }
 
-// A soakRestart is what came of one restart.
+// A soakRestart is the record of one restart.
 type soakRestart struct {
-	due        [soakRooms]int64 // what the process that was stopped had answered for
-	took       time.Duration    // to stop
+	due        [soakRooms]int64 // the last message acknowledged by the process that was stopped
+	took       time.Duration    // time to stop
 	byes, gaps int
-	missed     int64 // messages answered for that readers on their way back did not get, and were told so
+	missed     int64 // acknowledged messages that returning readers did not get, and were sent a gap for
 }
 
 func (s *soak) count(what string, n int64) {
@@ -233,7 +240,7 @@ func (s *soak) fail(what string, n int64, format string, args ...any) {
 	s.failures[what] += n
 }
 
-// restart is the one that was last. The caller holds s.mu.
+// restart returns the latest one. The caller holds s.mu.
 func (s *soak) restart() *soakRestart {
 	if len(s.restarts) == 0 {
 		return &soakRestart{}
@@ -241,7 +248,7 @@ func (s *soak) restart() *soakRestart {
 	return s.restarts[len(s.restarts)-1]
 }
 
-// due is the last message of each room that the relay of now has answered for.
+// due returns the last message of each room that the current process has acknowledged.
 func (s *soak) due() (last [soakRooms]int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -256,7 +263,7 @@ func (s *soak) due() (last [soakRooms]int64) {
 // stopped reports whether the relay was stopping at some time since the epoch.
 func (s *soak) stopped(epoch int64) bool { return epoch%2 == 1 || s.epoch.Load() != epoch }
 
-// sleep reports whether there is still something to do afterwards.
+// sleep reports whether the soak goes on afterwards.
 func (s *soak) sleep(d time.Duration) bool {
 	select {
 	case <-time.After(d):
@@ -280,24 +287,24 @@ type soakReader struct {
 	after     int64 // the cursor, or -1 for none
 
 	// Of the connection.
-	opened     bool          // hello was
-	retryAfter time.Duration // away, for so long, by a bye; 0 for not
-	open       time.Time     // since
-	was        [2]time.Time  // when the one before was opened, and ended
+	opened     bool          // a hello was received
+	retryAfter time.Duration // a bye was received, with this time to wait; 0 for none
+	open       time.Time     // when the connection was opened
+	was        [2]time.Time  // when the previous connection was opened, and ended
 }
 
-// A soakPlace is what a reader has of one room.
+// A soakPosition is what a reader has received of one room.
 type soakPosition struct {
 	room    int
 	last    atomic.Int64 // the number of the newest message
 	base    int64        // the id of the newest message or gap
-	gapSent bool         // of a gap, and no message came since
+	gapSent bool         // a gap was received, and no message since
 }
 
 func newSoakReader(s *soak, i int) *soakReader {
 	room, j := i%soakRooms, i/soakRooms
 	r := &soakReader{s: s, after: -1, slow: j >= len(soakKinds), query: "?callback=tell"}
-	if r.slow { // in the room whose messages are big
+	if r.slow { // in the room with large messages
 		r.kind, room = []string{"sse", "stream", "ws", "multipart", "iframe"}[i%5], 0
 	} else {
 		r.kind = soakKinds[j]
@@ -307,13 +314,13 @@ func newSoakReader(s *soak, i int) *soakReader {
 		r.positions = append(r.positions, &soakPosition{room: (room + 7) % soakRooms})
 	}
 	if j%4 == 1 {
-		r.query += fmt.Sprintf("&user=user%d-%d", room, j/8) // who has two tabs
+		r.query += fmt.Sprintf("&user=user%d-%d", room, j/8) // a user with two tabs
 	}
 	r.name = fmt.Sprintf("%s %d", r.kind, i)
 	return r
 }
 
-// once reads over one connection, and returns when to come back.
+// once reads over one connection, and returns how long to wait before the next.
 func (r *soakReader) once() time.Duration {
 	s, epoch, soon := r.s, r.s.epoch.Load(), rand.N(time.Second)
 	r.opened, r.retryAfter = false, 0
@@ -355,7 +362,7 @@ func (r *soakReader) once() time.Duration {
 	return soon
 }
 
-// cut leaves, as a closed tab does or as a lost network.
+// cut disconnects, like a closed tab or a lost network.
 func (r *soakReader) cut(conn net.Conn) {
 	r.s.count("cuts", 1)
 	if rand.N(2) == 0 {
@@ -365,8 +372,8 @@ func (r *soakReader) cut(conn net.Conn) {
 	}
 }
 
-// stall stops reading for ever, which is until the relay has had enough. One
-// who does not read sees that by writing.
+// stall stops reading until the relay closes the connection. A client that does not
+// read notices that by writing.
 func (r *soakReader) stall(conn net.Conn, epoch int64) {
 	nudge := []byte("\n")
 	if r.kind == "ws" {
@@ -386,7 +393,7 @@ func (r *soakReader) stall(conn net.Conn, epoch int64) {
 	r.s.fail("slow, and not dropped", 1, "%s", r.name)
 }
 
-// read asks, and takes what comes.
+// read makes requests, and reads what comes.
 func (r *soakReader) read(conn net.Conn) error {
 	in := bufio.NewReader(conn)
 	for {
@@ -411,7 +418,7 @@ func (r *soakReader) read(conn net.Conn) error {
 			if err := json.Unmarshal(b, &said); err != nil {
 				return err
 			}
-			r.setCursor(max(0, r.after)) // before the events, of which there may be some already
+			r.setCursor(max(0, r.after)) // the cursor before the events, of which there may be some already
 			for _, e := range said.Events {
 				r.got(e)
 			}
@@ -427,7 +434,7 @@ func (r *soakReader) read(conn net.Conn) error {
 				if err != nil {
 					return err
 				}
-				if i := bytes.IndexByte(b, '{'); i >= 0 { // behind "data: ", or in a script
+				if i := bytes.IndexByte(b, '{'); i >= 0 { // after "data: ", or in a script
 					r.got(bytes.TrimSuffix(b[i:], []byte(")</script>\n")))
 				}
 			}
@@ -458,7 +465,7 @@ func (r *soakReader) ask(conn net.Conn, in *bufio.Reader) (*http.Response, error
 	return http.ReadResponse(in, nil)
 }
 
-// frames reads what a WebSocket brings.
+// frames reads the frames of a WebSocket.
 func (r *soakReader) frames(conn net.Conn, in *bufio.Reader) error {
 	for {
 		var head [2]byte
@@ -490,7 +497,7 @@ func (r *soakReader) frames(conn net.Conn, in *bufio.Reader) error {
 	}
 }
 
-// setCursor moves the cursor, to what a poll or a hello says.
+// setCursor sets the cursor of a poll or a hello.
 func (r *soakReader) setCursor(cursor int64) {
 	if r.after < 0 {
 		r.s.joined.Add(1)
@@ -504,7 +511,7 @@ func (r *soakReader) setCursor(cursor int64) {
 	r.after = cursor
 }
 
-// got takes an event, and checks that it is what must come.
+// got takes an event, and checks that it is the expected one.
 func (r *soakReader) got(line []byte) {
 	s := r.s
 	var e struct {
@@ -533,7 +540,7 @@ func (r *soakReader) got(line []byte) {
 		return
 	case e.ID == 0: // a heartbeat, or the roster
 		return
-	case e.ID < r.after || e.ID == r.after && e.Type != "gap": // of several rooms' gaps the ids may be the same
+	case e.ID < r.after || e.ID == r.after && e.Type != "gap": // gaps of several rooms may have the same id
 		s.fail("out of order", 1, "%s: behind %d came %.100s", r.name, r.after, line)
 	}
 	r.after = e.ID
@@ -556,7 +563,7 @@ func (r *soakReader) got(line []byte) {
 
 func (r *soakReader) gap(p *soakPosition, reason string) {
 	s := r.s
-	if p.gapSent = true; reason != "restart" { // the history is long enough for everybody here
+	if p.gapSent = true; reason != "restart" { // the history is long enough for all readers of this test
 		s.fail("gap for another reason", 1, "%s: %s", r.name, reason)
 		return
 	}
@@ -579,7 +586,7 @@ func (r *soakReader) message(p *soakPosition, id, n int64, at time.Time) {
 		s.fail("not told of a restart", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
 	}
 	switch {
-	case n == last && told: // its answer was lost with the process, which knew its key
+	case n == last && told: // the answer was lost with the process, which knew the key
 		s.count("again after a restart", 1)
 	case n <= last:
 		s.fail("doubled", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
@@ -590,14 +597,14 @@ func (r *soakReader) message(p *soakPosition, id, n int64, at time.Time) {
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if first := &s.first[p.room]; told && id >= born { // all who come back after a restart are to begin with the same
+	if first := &s.first[p.room]; told && id >= born { // all that return after a restart must begin with the same message
 		if first.born != born {
 			first.born, first.n = born, n
 		} else if first.n != n {
 			s.failures["begun late after a restart"]++
 		}
 	}
-	if r.opened && !r.slow { // poll and the like say no hello
+	if r.opened && !r.slow { // poll and long-poll have no hello
 		now, waited := time.Now(), time.Duration(0)
 		for _, span := range [][2]time.Time{r.was, {r.open, now}} {
 			if span[0].Before(at) {
@@ -609,7 +616,7 @@ func (r *soakReader) message(p *soakPosition, id, n int64, at time.Time) {
 	}
 }
 
-// bye is the relay's. What it answered for before it was stopped must have come.
+// bye takes a bye. Everything that was acknowledged before the stop must have come.
 func (r *soakReader) bye(retry time.Duration) {
 	s := r.s
 	r.retryAfter = max(retry, time.Millisecond)
@@ -618,13 +625,13 @@ func (r *soakReader) bye(retry time.Duration) {
 	last.byes++
 	s.mu.Unlock()
 	for _, p := range r.positions {
-		if n := last.due[p.room] - p.last.Load(); n > 0 && r.opened { // without a hello it was never let in
+		if n := last.due[p.room] - p.last.Load(); n > 0 && r.opened { // without a hello, the client was never accepted
 			s.fail("not delivered before the bye", n, "%s: room %d has %d, of %d", r.name, p.room, p.last.Load(), last.due[p.room])
 		}
 	}
 }
 
-// Publishers, one to a room.
+// Publishers, one per room.
 
 func (s *soak) publish(room int) {
 	path := "/rooms/" + soakRoom(room)
@@ -638,7 +645,7 @@ func (s *soak) publish(room int) {
 	switch {
 	case room == 0:
 		pad = soakBig
-	case room%10 == 8: // where no next message comes to wake who was forgotten by the last
+	case room%10 == 8: // in a room without another message to wake a forgotten reader
 		pause = 20 * time.Second
 	}
 	for n := int64(1); ; n++ {
@@ -653,7 +660,7 @@ func (s *soak) publish(room int) {
 			return
 		}
 		key, body := fmt.Sprintf("key%d", n), fmt.Sprintf(`{"n":%d,"pad":"%s"}`, n, strings.Repeat("x", pad))
-		if room%10 != 9 && rand.N(20) == 0 { // leaves before the answer, and asks again
+		if room%10 != 9 && rand.N(20) == 0 { // disconnects before the answer, and sends it again
 			if conn, err := net.Dial("tcp", s.addr); err == nil {
 				fmt.Fprintf(conn, "POST %s?key=%s HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", path, key, len(body), body)
 				time.Sleep(rand.N(time.Millisecond))
@@ -750,7 +757,7 @@ func (p *soakPublisher) disconnect() {
 	}
 }
 
-// A soakSample is what the relay needs at one moment, by soakColumns.
+// A soakSample is the resources of the relay at one moment, by soakColumns.
 type soakSample map[string]float64
 
 var soakColumns = []string{"seconds", "resident", "memory", "goroutines", "descriptors", "clients", "rooms", "users", "dropped", "written"}
@@ -778,8 +785,8 @@ func (c *child) sample(t *testing.T, since time.Time) soakSample {
 	return p
 }
 
-// residentAt is the relay's resident memory on average in the time before end, while
-// it had its readers: right after a restart they are still on their way.
+// residentAt returns the relay's average resident memory in the time before end, once
+// it has its readers: just after a restart they are still returning.
 func residentAt(samples []soakSample, end, before time.Duration) float64 {
 	most, sum, n := 0.0, 0.0, 0.0
 	for _, p := range samples {
@@ -793,8 +800,8 @@ func residentAt(samples []soakSample, end, before time.Duration) float64 {
 	return sum / n
 }
 
-// freeSoakAddr is a free port that no client is given for its own end: while
-// the relay is away, a client that tries to reach it could else reach itself.
+// freeSoakAddr returns a free port outside the range of ports that clients get.
+// Otherwise a client could connect to itself while the relay is away.
 func freeSoakAddr(t *testing.T) string {
 	for range 100 {
 		addr := fmt.Sprintf("127.0.0.1:%d", 10_000+rand.N(20_000))
@@ -822,7 +829,8 @@ func TestSoak(t *testing.T) {
 	defer leave()
 	s := &soak{ctx: ctx, addr: freeSoakAddr(t), life: min(time.Minute, lasts/2),
 		volley: make(chan struct{}), counts: map[string]int64{}, failures: map[string]int64{}}
-	// Who takes nothing is dropped after 10 s: shorter lives would never see it.
+	// A client that reads nothing is dropped after 10 s; with a shorter interval that
+	// would never happen.
 	s.every = min(3*time.Minute, max(lasts/10, 20*time.Second))
 	if v := os.Getenv("SOAK_EVERY"); v != "" {
 		if s.every, err = time.ParseDuration(v); err != nil {
@@ -844,7 +852,7 @@ func TestSoak(t *testing.T) {
 		}
 		return time.Since(began)
 	}
-	c.get("/metrics") // the first costs more
+	c.get("/metrics") // the first sample is more expensive
 	before := c.sample(t, time.Now())
 
 	var readers, publishers sync.WaitGroup
@@ -865,7 +873,7 @@ func TestSoak(t *testing.T) {
 
 	began := time.Now()
 	var samples []soakSample
-	dropped := 0.0 // by the processes before this one
+	dropped := 0.0 // by earlier processes
 	sample := func() soakSample {
 		p := c.sample(t, began)
 		p["dropped"] += dropped
@@ -881,7 +889,7 @@ func TestSoak(t *testing.T) {
 			continue
 		}
 		if nextRestart = nextRestart.Add(s.every); nextRestart.Add(s.every / 2).After(end) {
-			nextRestart = end // the last process has some time for itself
+			nextRestart = end // the last process gets some time of its own
 		}
 		dropped = sample()["dropped"]
 		this := &soakRestart{}

@@ -1,4 +1,4 @@
-// Tests of the program: its settings, its files, and how it ends.
+// Tests of the program: its flags, how it starts, and how it stops.
 
 package main
 
@@ -24,7 +24,7 @@ import (
 	"github.com/coder/websocket"
 )
 
-// testEnv is a getenv.
+// testEnv returns a getenv with these variables.
 func testEnv(env ...string) func(string) string {
 	return func(name string) string {
 		for _, e := range env {
@@ -36,7 +36,7 @@ func testEnv(env ...string) func(string) string {
 	}
 }
 
-// A flag goes before its environment variable, and that before the default.
+// A flag overrides its environment variable, and that the default.
 func TestFlags(t *testing.T) {
 	for _, test := range []struct {
 		args, env []string
@@ -72,7 +72,7 @@ func TestFlagsRefused(t *testing.T) {
 	silence(t)
 	for _, test := range []struct {
 		args, env []string
-		names     string // what is wrong is said
+		names     string // part of the error
 	}{
 		{[]string{"-beat", "999ms"}, nil, "-beat"},
 		{[]string{"-beat", "-15s"}, nil, "-beat"},
@@ -112,7 +112,7 @@ func TestFlagsRefused(t *testing.T) {
 	}
 }
 
-// silence keeps what flag says of wrong flags, and the log, to itself.
+// silence discards the messages of package flag, and the log.
 func silence(t *testing.T) {
 	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
 	if err != nil {
@@ -124,7 +124,7 @@ func silence(t *testing.T) {
 	t.Cleanup(func() { os.Stderr = was; slog.SetDefault(log); null.Close() })
 }
 
-// Every flag has a line of help that names its environment variable.
+// Every flag has a line of help with its environment variable.
 func TestHelp(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -147,7 +147,7 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// A listening is a log that tells where run listens.
+// An addrLog is a log handler that reports where run listens.
 type addrLog struct {
 	slog.Handler
 	addr chan string
@@ -165,8 +165,8 @@ func (l addrLog) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// The whole program over loopback: it answers, streams, and when it is told to
-// stop says bye and returns.
+// The whole program over loopback: it answers, streams, and on a signal sends bye and
+// returns.
 func TestRun(t *testing.T) {
 	before := slog.Default()
 	defer slog.SetDefault(before)
@@ -225,8 +225,8 @@ func TestRun(t *testing.T) {
 
 // Stopping.
 
-// A thousand streams are sent away at once, to return at different times, as
-// many as can be in each second.
+// A thousand streams are ended at once, and their clients return spread over time, a
+// bounded number in each second.
 func TestStopSpreadsReconnects(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -263,7 +263,7 @@ func TestStopSpreadsReconnects(t *testing.T) {
 	})
 }
 
-// A stop takes 5 s at most, whoever does not go; what was asked before is answered.
+// A stop takes at most 5 s, whatever clients do; earlier requests are still answered.
 func TestStopWithin5s(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -285,14 +285,14 @@ func TestStopWithin5s(t *testing.T) {
 			publishing <- res
 		}()
 		send.Write([]byte("begun "))
-		for _, k := range variants { // who stand still
+		for _, k := range variants { // clients that stall
 			if k.streams() {
 				b.subscribe(k, "a").begin()
 			}
 		}
-		dead, _ := b.rawWebSocket("/rooms/a/ws") // never reads, never says goodbye
+		dead, _ := b.rawWebSocket("/rooms/a/ws") // never reads, never closes
 		defer dead.Close()
-		half, _ := b.dial(t.Context()) // half a head
+		half, _ := b.dial(t.Context()) // an unfinished request head
 		io.WriteString(half, "GET /rooms/a/po")
 		var idle net.Conn
 		idle, _ = b.dial(t.Context())
@@ -322,7 +322,7 @@ func TestStopWithin5s(t *testing.T) {
 		if d := time.Since(start); d > 5*time.Second {
 			t.Errorf("it took %v to stop", d)
 		}
-		b.served <- nil // for the cleanup
+		b.served <- nil // the cleanup reads it again
 		if err != nil {
 			t.Errorf("serve: %v", err)
 		}
@@ -330,7 +330,7 @@ func TestStopWithin5s(t *testing.T) {
 	})
 }
 
-// With nobody there, a stop takes no time.
+// Without clients, a stop is immediate.
 func TestStopIsImmediateWithoutClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -349,8 +349,8 @@ func TestStopIsImmediateWithoutClients(t *testing.T) {
 	})
 }
 
-// An EventSource that asks while the relay stops is told to come back: it
-// would give up for ever on any status but 200.
+// An EventSource that connects while the relay stops is sent a bye: with any status
+// but 200 it would give up for good.
 func TestSSEWhileStopping(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -373,8 +373,7 @@ func (b *testbed) wantBye(w deadlineRecorder) {
 	}
 }
 
-// Who asks while the relay stops is sent away in the way that their client
-// understands.
+// A request while the relay stops is refused in the way that its client understands.
 func TestRequestsWhileStopping(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -414,7 +413,7 @@ func TestRequestsWhileStopping(t *testing.T) {
 	})
 }
 
-// Somebody at a terminal is told an address to open, and who may.
+// A person at a terminal is shown an address to open, and who may use it.
 func TestGreeting(t *testing.T) {
 	for _, tc := range []struct {
 		addr   string
@@ -431,7 +430,7 @@ func TestGreeting(t *testing.T) {
 	}
 }
 
-// A body that does not come is waited for 20 s; a head 10 s.
+// A body has 20 s to arrive, a request head 10 s.
 func TestSlowRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -474,7 +473,7 @@ func TestSlowRequests(t *testing.T) {
 			conn.Close()
 			<-asked
 		}
-		// One that ends in the middle publishes nothing.
+		// A body that ends early publishes nothing.
 		conn, _ := b.dial(t.Context())
 		io.WriteString(conn, "POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 100\r\n\r\nhi")
 		conn.Close()
@@ -482,7 +481,7 @@ func TestSlowRequests(t *testing.T) {
 		if b.relay.lastID.Load() != b.relay.epoch {
 			t.Error("half a body was published")
 		}
-		// And a head of 32 KB is too big.
+		// A request head of 32 KB is too big.
 		if res, _ := b.do("GET", "/rooms/a/poll", "", "X: "+strings.Repeat("x", 32<<10)); res.StatusCode != 431 {
 			t.Errorf("a head of 32 KB: %s", res.Status)
 		}
@@ -491,8 +490,8 @@ func TestSlowRequests(t *testing.T) {
 
 // Slow clients.
 
-// sendSlowly writes text a byte each pause, and returns what came back and how
-// long the connection lived.
+// sendSlowly sends text, a byte per pause, and returns the answer and how long the
+// connection lived.
 func sendSlowly(t *testing.T, b *testbed, first, rest string, pause time.Duration) (string, time.Duration) {
 	t.Helper()
 	c, err := b.dialFrom("192.0.2.1")
@@ -525,7 +524,7 @@ func TestASlowHeadIsNotWaitedFor(t *testing.T) {
 				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headTimeout, said)
 			}
 		}
-		// Nor a second one, after an answer.
+		// Nor is a second head, after an answer.
 		ok := "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 		if _, d := sendSlowly(t, b, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
 			t.Errorf("a second head that never ends is given %v", d)
@@ -565,7 +564,7 @@ func TestASlowBodyIsNotWaitedFor(t *testing.T) {
 func TestABodyThatNobodyAskedForIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t, "-rate", "0.001")
-		b.ask("192.0.2.1", "POST /rooms/a", "hi") // the second is too fast
+		b.ask("192.0.2.1", "POST /rooms/a", "hi") // the second is fast enough to arrive
 		for _, first := range []string{"GET /rooms/a/poll", "GET /healthz", "POST /healthz", "GET /rooms/a/refresh", "POST /rooms/a", "POST /rooms/a,b", "PUT /rooms/a", "GET /rooms/a/longpoll?wait=1"} {
 			if _, d := sendSlowly(t, b, first+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", "", 0); d > idleTimeout+time.Minute {
 				t.Errorf("%s with a body that does not come keeps its connection for %v", first, d)
@@ -574,7 +573,7 @@ func TestABodyThatNobodyAskedForIsNotWaitedFor(t *testing.T) {
 	})
 }
 
-// Over HTTP/2 a body ends when its stream does, whatever length its head gave.
+// Over HTTP/2 a body ends with its stream, whatever length its header gave.
 func TestABodyThatIsLongerThanItSaidIsNotPublished(t *testing.T) {
 	frame := func(kind, flags byte, payload string) string { // of stream 1 (RFC 9113, 4.1)
 		return string([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, 1}) + payload
@@ -594,7 +593,7 @@ func TestABodyThatIsLongerThanItSaidIsNotPublished(t *testing.T) {
 				}
 				head += string(byte(len(field))) + field
 			}
-			io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+"\x00\x00\x00\x04\x00\x00\x00\x00\x00") // and no settings
+			io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+"\x00\x00\x00\x04\x00\x00\x00\x00\x00") // without settings
 			io.WriteString(c, frame(1, 4, head)+frame(0, 0, "hi"))
 			synctest.Wait()
 			io.WriteString(c, frame(0, 1, "more"))

@@ -1,4 +1,4 @@
-// HEADER
+// Tests of the pages and of the files that they load.
 
 package main
 
@@ -31,7 +31,7 @@ func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 		for _, page := range pages {
 			r := b.open("192.0.2.1", "GET "+page, "")
 			data := make([]byte, 64<<10)
-			time.Sleep(time.Second) // all that is due has come
+			time.Sleep(time.Second) // everything that is due has come
 			n, _ := io.ReadAtLeast(r.body, data, 200)
 			text := string(data[:n])
 			policy := r.Header.Get("Content-Security-Policy")
@@ -68,7 +68,8 @@ func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 	})
 }
 
-// A person who types an address comes to a page; a program is told what there is.
+// A person who types an address is redirected to a page; a program gets an error that
+// lists what there is.
 func TestShortcuts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -102,8 +103,8 @@ func TestShortcuts(t *testing.T) {
 	})
 }
 
-// A balancer may look with OPTIONS whether the relay is there, as HAProxy does
-// unless it is told otherwise.
+// A load balancer may check with OPTIONS whether the relay is there, as HAProxy does
+// by default.
 func TestOptionsOfAPage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -115,7 +116,7 @@ func TestOptionsOfAPage(t *testing.T) {
 	})
 }
 
-// The files of static/ come with their type and an ETag, and nothing else does.
+// The files of static/ are served with their type and an ETag, and no others are.
 func TestFiles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)

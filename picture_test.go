@@ -1,4 +1,4 @@
-// HEADER
+// Tests of the pictures.
 
 package main
 
@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// multipart as=svg is a picture of the room: one at once, a new one when the
-// room has changed, ten a second at most, drawn while somebody looks.
+// multipart?as=svg is a picture of the room: one at once, and a new one after each
+// change, at most ten a second, drawn while somebody watches.
 func TestPicture(t *testing.T) {
 	for _, network := range []string{pipe, pipe10, pipeH2} {
 		t.Run(network, func(t *testing.T) {
@@ -48,7 +48,7 @@ func TestPicture(t *testing.T) {
 					t.Errorf("the second picture is %s", p)
 				}
 				checkImmediate(t, start)
-				for i := range 100 { // in five seconds
+				for i := range 100 { // within five seconds
 					time.Sleep(50 * time.Millisecond)
 					b.post("a", fmt.Sprint("n", i))
 				}

@@ -1,5 +1,5 @@
-// Presence's tests: who does what at which time, and what the room is told
-// when. The clock is virtual, so both are exact.
+// Tests of presence: who does what at which time, and which events the room gets when.
+// The clock is virtual, so all times are exact.
 
 package main
 
@@ -24,7 +24,7 @@ import (
 	"unicode/utf8"
 )
 
-// A house is a relay whose room a is watched.
+// A presenceTest is a relay whose room a is watched.
 type presenceTest struct {
 	*testing.T
 	*relay
@@ -32,10 +32,10 @@ type presenceTest struct {
 	stop  func()
 
 	mu     sync.Mutex
-	events []string // what the watcher was told, and when
+	events []string // the events of the room, each with its time
 }
 
-// newPresenceTest opens a house, whose watcher sees presence and is not seen.
+// newPresenceTest subscribes a watcher that sees presence and is not present itself.
 func newPresenceTest(t *testing.T, l limits) *presenceTest {
 	p := &presenceTest{T: t, relay: newTestRelay(l), start: time.Now()}
 	sub := openSubscriber(t, p.relay, "a", -1, subscribeRequest{seesPresence: true, longLived: true})
@@ -62,7 +62,7 @@ func newPresenceTest(t *testing.T, l limits) *presenceTest {
 	return p
 }
 
-// stream opens a stream that names the user; who calls leave closes it.
+// stream opens a stream that names the user; unsubscribe closes it.
 func (p *presenceTest) stream(user string) *subscriber {
 	p.Helper()
 	return openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: user, seesPresence: true, longLived: true})
@@ -79,7 +79,7 @@ func (p *presenceTest) client(user, client string) *subscriber {
 	return openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: user, client: client, seesPresence: true, longLived: true})
 }
 
-// goodbye says that one of the user's clients leaves.
+// goodbye sets one of the user's clients offline.
 func (p *presenceTest) goodbye(user, client string) {
 	p.Helper()
 	if err := p.setPresence("a", user, client, "offline"); err != nil {
@@ -87,7 +87,7 @@ func (p *presenceTest) goodbye(user, client string) {
 	}
 }
 
-// setState posts a state.
+// setState sets a state, as POST does.
 func (p *presenceTest) setState(user, state string) {
 	p.Helper()
 	if err := p.setPresence("a", user, "", state); err != nil {
@@ -95,7 +95,7 @@ func (p *presenceTest) setState(user, state string) {
 	}
 }
 
-// at sleeps until so long after the beginning.
+// at sleeps until a time after the start.
 func (p *presenceTest) at(s string) {
 	d, err := time.ParseDuration(s)
 	if err != nil {
@@ -105,7 +105,7 @@ func (p *presenceTest) at(s string) {
 	synctest.Wait()
 }
 
-// wantEvents checks all that was told so far.
+// wantEvents checks all events so far.
 func (p *presenceTest) wantEvents(want ...string) {
 	p.Helper()
 	synctest.Wait()
@@ -116,7 +116,7 @@ func (p *presenceTest) wantEvents(want ...string) {
 	}
 }
 
-// wantRoster checks who asks is told.
+// wantRoster checks the roster that a request returns.
 func (p *presenceTest) wantRoster(want string) {
 	p.Helper()
 	ros := p.roster("a")
@@ -125,7 +125,7 @@ func (p *presenceTest) wantRoster(want string) {
 	}
 }
 
-// wantNothingLeft checks that in time nothing is left of presence.
+// wantNothingLeft checks that presence leaves nothing behind.
 func (p *presenceTest) wantNothingLeft() {
 	p.Helper()
 	p.stop()
@@ -512,8 +512,8 @@ func TestAUserIsPresentInEachRoomOfTheirStream(t *testing.T) {
 	})
 }
 
-// Who sees presence, and how: a stream by the roster and what follows, a poller
-// by what was told since the cursor, and some not at all.
+// Who sees presence, and how: a stream by the roster and the events after it, a poll
+// by the events since its cursor, and some not at all.
 func TestWhoSeesPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPresenceTest(t, limits{})
@@ -541,8 +541,8 @@ func TestWhoSeesPresence(t *testing.T) {
 	})
 }
 
-// With a backlog that takes several batches, the roster comes behind it, and
-// presence that happened before is not told.
+// With a backlog of several batches, the roster comes after it, and earlier presence
+// events are left out.
 func TestTheRosterComesAfterTheBacklog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPresenceTest(t, limits{})
@@ -564,8 +564,8 @@ func TestTheRosterComesAfterTheBacklog(t *testing.T) {
 	})
 }
 
-// Who comes between a stream's last read and its roster is in the roster, and
-// not told again; a message of that time is not lost.
+// A user who joins between a stream's last read and its roster is in the roster, and
+// not announced again. A message of that moment is not lost.
 func TestNoPresenceEventRepeatsTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPresenceTest(t, limits{})
@@ -582,8 +582,8 @@ func TestNoPresenceEventRepeatsTheRoster(t *testing.T) {
 	})
 }
 
-// Timers only announce what the clock has decided. Here they are stopped, as
-// Cloud Run does with a whole machine.
+// Timers only announce what the clock has decided. Here they are late, as on a machine
+// that Cloud Run pauses.
 func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPresenceTest(t, limits{})
@@ -620,8 +620,8 @@ func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 	})
 }
 
-// A lease that is over by the clock is over, though no timer has said so: who
-// comes then is online, whatever they were.
+// A lease that has expired is over, even if no timer has announced that. A user who
+// then returns is online, whatever the state was before.
 func TestAnOldStateDoesNotOutliveItsLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPresenceTest(t, limits{})
@@ -636,7 +636,7 @@ func TestAnOldStateDoesNotOutliveItsLease(t *testing.T) {
 	})
 }
 
-// mostInASecond counts what the room was told in a second of the clock.
+// mostInASecond returns the highest number of events in one second of the clock.
 func (p *presenceTest) mostInASecond() (most int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -659,7 +659,7 @@ func TestAFloodOfTypingIsOneEventASecond(t *testing.T) {
 		{[]string{"typing"}, 1, "online"},
 		{[]string{"typing", "online"}, 1, "online"},
 		{[]string{"typing", "online", "away"}, 1, "online"},
-		// Leaving is told at once, so it is not held to that.
+		// Leaving is announced at once, so that limit does not apply.
 		{[]string{"typing", "offline"}, 2, "offline"},
 		{[]string{"online", "typing", "offline"}, 3, "online"},
 	} {
@@ -705,7 +705,7 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		p.at("3s")
 		p.wantEvents(want...)
 
-		// Nobody's typing is told, but who asks for everyone is told of it.
+		// Typing is not announced in a crowd, but is in the full roster.
 		p.setState("u007", "typing")
 		if ros := p.roster("a"); ros.Count != 150 || ros.Users["u007"] != "typing" {
 			t.Errorf("%d are here, u007 is %s", ros.Count, ros.Users["u007"])
@@ -717,7 +717,7 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		p.at("9s")
 		p.wantEvents(want...)
 
-		// 49 leave, and it still is a crowd; then one more, and it is told who is left.
+		// 49 leave, and it is still a crowd; after one more the roster has names.
 		for _, sub := range streams[:49] {
 			sub.unsubscribe()
 		}
@@ -738,7 +738,7 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		wantRead(t, sub, "{"+strings.Join(left, " ")+"}")
 		sub.unsubscribe()
 
-		// From there on, singly.
+		// From there on, users are announced one by one.
 		streams[50].unsubscribe()
 		p.setState("u149", "away")
 		told("50s u149:away")
@@ -754,13 +754,13 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 
 var wantPresence = subscribeRequest{seesPresence: true, longLived: true}
 
-// Everybody comes, and goes, and the room is told of it a few hundred times.
+// Ten thousand join and leave, and the room gets a few hundred events.
 func TestTenThousandUsersJoinAndLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n = 10_000
 		r := newTestRelay(limits{})
 		var streams []*subscriber
-		for i := range n { // over 20 s
+		for i := range n { // within 20 s
 			streams = append(streams, openSubscriber(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), seesPresence: true, longLived: true}))
 			time.Sleep(2 * time.Millisecond)
 		}
@@ -810,7 +810,7 @@ func TestTooManyUsers(t *testing.T) {
 		if err := r.setPresence("a", "user7", "", "away"); err != nil {
 			t.Errorf("one who is here: %v", err)
 		}
-		openSubscriber(t, r, "a", 0, subscribeRequest{seesPresence: true}).unsubscribe() // who is not seen may read
+		openSubscriber(t, r, "a", 0, subscribeRequest{seesPresence: true}).unsubscribe() // a client without a user may still read
 		checkAccounting(t, r)
 		time.Sleep(time.Minute + time.Second)
 		synctest.Wait()
@@ -823,8 +823,8 @@ func TestTooManyUsers(t *testing.T) {
 	})
 }
 
-// A stream that could not read a presence event in time, for its room had many
-// signals, is sent the roster.
+// A stream that missed a presence event, since its room had many signals, is sent the
+// roster.
 func TestASubscriberThatMissedPresenceIsSentTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPresenceTest(t, limits{maxEvents: 2})
@@ -842,7 +842,7 @@ func TestASubscriberThatMissedPresenceIsSentTheRoster(t *testing.T) {
 		p.stream("flo")
 		wantRead(t, sub, "flo:online")
 
-		// Or for the room's history was forgotten.
+		// Likewise if the history of its room was dropped.
 		p.stream("gus")
 		p.relay.mu.Lock()
 		p.dropHistory(p.rooms["a"])
@@ -851,8 +851,8 @@ func TestASubscriberThatMissedPresenceIsSentTheRoster(t *testing.T) {
 	})
 }
 
-// The same when it read so late that the event had expired, as one does whose
-// client takes a piece now and then.
+// Likewise if it read so late that the event had expired, like a stream whose client
+// reads slowly.
 func TestASubscriberThatReadsPresenceLateIsSentTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPresenceTest(t, limits{})
@@ -865,13 +865,13 @@ func TestASubscriberThatReadsPresenceLateIsSentTheRoster(t *testing.T) {
 
 		p.stream("bob")
 		time.Sleep(presenceEventTTL)
-		p.stream("cyd") // lets bob's event go
+		p.stream("cyd") // drops the event about bob
 		wantRead(t, sub, "cyd:online {ada:online bob:online cyd:online}")
 	})
 }
 
-// Who returned within a second of being told offline is told when the second
-// is over; a stream that opens in between has them in its roster already.
+// A user who returns within a second of being announced offline is announced after
+// that second. A stream that opens in between has the user in its roster already.
 func TestADelayedJoinIsNotSentTwice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPresenceTest(t, limits{})
@@ -889,8 +889,8 @@ func TestADelayedJoinIsNotSentTwice(t *testing.T) {
 	})
 }
 
-// A room may be forgotten while its crowd's next count is due. That is not the
-// count of the room that then has its name.
+// A room may be forgotten while an announcement of its count is due. The announcement
+// does not go to a new room of the same name.
 func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newTestRelay(limits{maxBytes: 64 << 10, roomIdle: time.Minute})
@@ -916,16 +916,16 @@ func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 	})
 }
 
-// A guest reads a room's presence as a page does: by the roster, and what
-// follows.
+// A watcher follows a room's presence like a page: by the roster and the events after
+// it.
 type watcher struct {
 	*testing.T
 	rd       *subscriber
 	users    map[string]string
 	count    int
 	crowd    bool
-	rosterAt int64 // when it had its last roster, in milliseconds
-	mayMiss  bool  // it may miss events, and so be told what it knows
+	rosterAt int64 // time of the last roster, in milliseconds
+	mayMiss  bool  // it may miss events, and then get a roster with nothing new
 }
 
 func (w *watcher) read() {
@@ -960,7 +960,7 @@ func (w *watcher) read() {
 		if !here {
 			known = "offline"
 		}
-		// What is held back for its rate is in the roster before it is told.
+		// A delayed announcement is in the roster before it is sent.
 		if !w.mayMiss && known == state && c.Time-w.rosterAt >= announceInterval.Milliseconds() {
 			w.Errorf("%s was %s already", c.From, state)
 		}
@@ -971,14 +971,14 @@ func (w *watcher) read() {
 	}
 }
 
-// Users come, go and change as they like, while guests open and read at their
-// own pace. In the end each guest knows who is here, and none was told
-// anything twice.
+// Users join, leave and change at random, while watchers subscribe and read at their
+// own pace. In the end each watcher knows who is present, and none was sent anything
+// twice.
 func TestRostersAndWhatFollowsAgree(t *testing.T) {
 	for _, tc := range []struct {
 		what         string
 		users, guest int
-		stay         int // users in the end
+		stay         int // users who stay
 		limits       limits
 	}{
 		{"a few", 12, 12, 5, limits{}},
@@ -1040,7 +1040,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 							g.rd.wantRoster()
 							for turns := 50 + rnd.IntN(200); turns > 0 && !done.Load(); turns-- {
 								g.read()
-								if i%2 == 0 { // the others come when it suits them
+								if i%2 == 0 { // the others read now and then
 									g.rd.wait(t.Context(), time.After(time.Second))
 								} else {
 									pause(rnd, 2*time.Second)
@@ -1082,7 +1082,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 	}
 }
 
-// Presence by HTTP: declared by text, JSON or a form, read as JSON.
+// Presence by HTTP: set by text, JSON or a form, read as JSON.
 func TestPresenceByHTTP(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1110,7 +1110,7 @@ func TestPresenceByHTTP(t *testing.T) {
 				t.Errorf("%s %s: %s, want %s", test.query, test.body, body, want)
 			}
 		}
-		// Who polls is here for a minute.
+		// A user who polls is present for a minute.
 		b.do("GET", "/rooms/p/poll?user=eve", "")
 		time.Sleep(time.Minute - time.Millisecond)
 		if _, body := b.do("GET", "/rooms/p/presence", ""); !strings.Contains(body, `"eve":"online"`) {
@@ -1120,7 +1120,7 @@ func TestPresenceByHTTP(t *testing.T) {
 		if _, body := b.do("GET", "/rooms/p/presence", ""); !strings.Contains(body, `"count":0`) {
 			t.Errorf("after a minute: %s", body)
 		}
-		// And who streams while that lasts, and 10 s more.
+		// A user with a stream is present while it is open, and 10 s more.
 		ctx, leave := context.WithCancel(t.Context())
 		e, err := b.trySubscribe(ctx, b.client, variantOf("sse"), "s", "user=eve")
 		if err != nil {
@@ -1141,7 +1141,7 @@ func TestPresenceByHTTP(t *testing.T) {
 	})
 }
 
-// A state is declared, or refused; the roster is JSON with states that there are.
+// A state is set, or refused; the roster is JSON with valid states.
 func FuzzPresence(f *testing.F) {
 	for _, seed := range []struct{ kind, user, body string }{
 		{"text/plain", "ada", "online"}, {"text/plain", "ada", " offline\n"}, {"application/json", "ada", `{"state":"typing"}`}, {"", "ada", `{"state":"away"}`},

@@ -1,6 +1,6 @@
-// The log's tests. Time is virtual, so it stands still unless a test sleeps; an
-// event's id is the relay's start and its number, and the tests speak of the
-// number alone.
+// Tests of the log: the ones to read first. Most speak of an event by its number: its
+// id is the start of the relay in microseconds, plus that number. Where time matters
+// it is virtual (testing/synctest): it stands still unless a test sleeps.
 
 package main
 
@@ -23,7 +23,8 @@ import (
 	"weak"
 )
 
-// newTestRelay makes a relay with room enough for everything but what l limits.
+// newTestRelay returns a relay whose bounds are out of reach, except those that l
+// sets.
 func newTestRelay(l limits) *relay {
 	set := func(v *int, absent int) {
 		if *v == 0 {
@@ -50,7 +51,7 @@ func publishText(t testing.TB, r *relay, room, text string) int64 {
 	return publishEvent(t, r, publishRequest{room: room, kind: "message", data: []byte(text)})
 }
 
-// publishEvent publishes p, its data as a string.
+// publishEvent publishes p with its data as a JSON string.
 func publishEvent(t testing.TB, r *relay, p publishRequest) int64 {
 	t.Helper()
 	p.data, _ = json.Marshal(string(p.data))
@@ -61,7 +62,7 @@ func publishEvent(t testing.TB, r *relay, p publishRequest) int64 {
 	return id - r.epoch
 }
 
-// publishScript publishes messages named as testWords names them: a:hi b:ho.
+// publishScript publishes messages written as summarize writes them: a:hi b:ho.
 func publishScript(t *testing.T, r *relay, script string) {
 	t.Helper()
 	for word := range strings.FieldsSeq(script) {
@@ -70,7 +71,7 @@ func publishScript(t *testing.T, r *relay, script string) {
 	}
 }
 
-// openSubscriber subscribes; after is a number, or -1.
+// openSubscriber subscribes; after is the number of an event, or -1.
 func openSubscriber(t testing.TB, r *relay, rooms string, after int64, req subscribeRequest) *subscriber {
 	t.Helper()
 	req.rooms, req.cursor = strings.Split(rooms, ","), after
@@ -84,7 +85,7 @@ func openSubscriber(t testing.TB, r *relay, rooms string, after int64, req subsc
 	return sub
 }
 
-// trySubscriber subscribes with a batch of 64 KiB, unless w says otherwise.
+// trySubscriber subscribes with batches of 64 KiB, unless req says otherwise.
 func trySubscriber(r *relay, req subscribeRequest) (*subscriber, error) {
 	if req.maxBatchBytes == 0 {
 		req.maxBatchBytes = 64 << 10
@@ -93,7 +94,7 @@ func trySubscriber(r *relay, req subscribeRequest) (*subscriber, error) {
 	return sub, r.subscribe(sub, req)
 }
 
-// readAll reads as a stream does, with the rosters that are due.
+// readAll reads like a stream, with the rosters that are due.
 func readAll(sub *subscriber) (all []*event) {
 	for {
 		events := sub.next(nil)
@@ -107,9 +108,9 @@ func readAll(sub *subscriber) (all []*event) {
 	}
 }
 
-// summarize is events in short: 3:a:hi is the third, said in room a; gaps are
-// 3:a:gap(history). Presence has no number: ada:online, or {ada:online bob:away},
-// or {150} for a crowd.
+// summarize returns events in short form: 3:a:hi is the third event, "hi" in room a; a
+// gap is 3:a:gap(history). Presence has no number: ada:online, a roster is {ada:online
+// bob:away}, or {150} in a crowd.
 func summarize(r *relay, events []*event) string {
 	var words []string
 	for _, e := range events {
@@ -150,12 +151,12 @@ func summarize(r *relay, events []*event) string {
 	return strings.Join(words, " ")
 }
 
-// summarizeUsers is a roster in short: ada:online bob:away.
+// summarizeUsers returns a roster in short form: ada:online bob:away.
 func summarizeUsers(users map[string]string) string {
 	return strings.TrimSuffix(strings.TrimPrefix(fmt.Sprint(users), "map["), "]")
 }
 
-// wantRead checks what lies behind a reader's cursor.
+// wantRead checks what lies after a subscriber's cursor.
 func wantRead(t *testing.T, sub *subscriber, want string) {
 	t.Helper()
 	if got := summarize(sub.relay, readAll(sub)); got != want {
@@ -166,8 +167,8 @@ func wantRead(t *testing.T, sub *subscriber, want string) {
 	}
 }
 
-// checkAccounting walks the relay and compares what it finds with what the relay
-// has counted, and with its bounds.
+// checkAccounting counts what the relay keeps, and compares that with the relay's own
+// counters and bounds.
 func checkAccounting(t *testing.T, r *relay) {
 	t.Helper()
 	r.mu.Lock()
@@ -233,7 +234,7 @@ func checkAccounting(t *testing.T, r *relay) {
 
 func TestIDsBeginAtTheStartInMicroseconds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		// The bubble's clock begins with the year 2000.
+		// The clock of a bubble starts with the year 2000.
 		const start = 946684800_000000
 		r := newTestRelay(limits{})
 		for i := range 5 {
@@ -299,7 +300,7 @@ func TestReading(t *testing.T) {
 		{"a,c", -1, 2, "3:a:three 4:c:four"},
 		{"a,b,c", -1, 1000, "1:a:one 2:b:two 3:a:three 4:c:four 5:b:five 6:b:six"},
 		{"nobody", -1, 10, ""},
-		{"a", 4, 10, ""}, // with a cursor, last says nothing
+		{"a", 4, 10, ""}, // with a cursor, last is ignored
 	} {
 		t.Run(fmt.Sprintf("%s after %d last %d", tc.rooms, tc.after, tc.last), func(t *testing.T) {
 			r := newTestRelay(limits{})
@@ -320,7 +321,7 @@ func TestGaps(t *testing.T) {
 	const script = "a:x b:x a:x b:x a:x c:x c:x c:x c:x"
 	for _, tc := range []struct {
 		what, rooms string
-		after       int64 // a number; absolute if it is below
+		after       int64 // a number; absolute if negative
 		want        string
 	}{
 		{"nothing lost", "a", 1, "3:a:x 5:a:x"},
@@ -354,7 +355,7 @@ func TestGaps(t *testing.T) {
 				t.Fatal(err)
 			}
 			wantRead(t, sub, tc.want)
-			wantRead(t, sub, "") // a gap is told once
+			wantRead(t, sub, "") // a gap is sent once
 			first, _, _ := strings.Cut(tc.rooms, ",")
 			publishText(t, r, first, "x")
 			sub.next(nil)
@@ -364,7 +365,7 @@ func TestGaps(t *testing.T) {
 	}
 }
 
-// To erase is to forget a history: all who read it are told, and go on.
+// erase forgets a history. Subscribers are sent a gap, and go on.
 func TestErase(t *testing.T) {
 	r := newTestRelay(limits{})
 	publishScript(t, r, "a:one b:two a:three")
@@ -383,7 +384,7 @@ func TestErase(t *testing.T) {
 	}
 	wantRead(t, openSubscriber(t, r, "b", 0, subscribeRequest{}), "2:b:two")
 
-	// What is lost later is lost as ever.
+	// What is dropped later is an ordinary loss.
 	for range r.maxEvents {
 		publishScript(t, r, "a:x")
 	}
@@ -393,7 +394,8 @@ func TestErase(t *testing.T) {
 	}
 	checkAccounting(t, r)
 
-	// A room that nobody reads is erased too, and one that there is none of.
+	// Rooms without subscribers are erased too; erasing a room that does not exist
+	// does nothing.
 	publishScript(t, r, "c:secret")
 	n := r.lastID.Load() - r.epoch
 	if r.erase("c") != nil || r.erase("nobody") != nil || r.rooms["c"] != nil || r.rooms["nobody"] != nil {
@@ -418,7 +420,7 @@ func TestAGapIsSentWhileReading(t *testing.T) {
 	wantRead(t, sub, "7:b:gap(history) 8:b:x 9:b:x 10:a:x")
 }
 
-// What was lost before the reader came is no gap to who has no cursor.
+// Losses before its time are no gap for a subscriber without a cursor.
 func TestASubscriberWithoutACursorIsSentNoGap(t *testing.T) {
 	for _, last := range []int{0, 1, 3, 1000} {
 		r := newTestRelay(limits{maxEvents: 2})
@@ -432,8 +434,9 @@ func TestASubscriberWithoutACursorIsSentNoGap(t *testing.T) {
 	}
 }
 
-// A publisher may drop what lies behind the mark while a reader is between
-// loading the mark and the views. Here the mark stands for one loaded early.
+// A publisher may drop events below the head while a subscriber is between loading the
+// head and loading the histories. The test sets the head back to stand for one that
+// was loaded early.
 func TestAGapBeyondTheHeadIsSentAtTheHead(t *testing.T) {
 	r := newTestRelay(limits{maxEvents: 2})
 	sub := openSubscriber(t, r, "a", 0, subscribeRequest{})
@@ -444,8 +447,9 @@ func TestAGapBeyondTheHeadIsSentAtTheHead(t *testing.T) {
 	wantRead(t, sub, "4:a:gap(history) 5:a:x 6:a:x")
 }
 
-// Such a gap has the mark's id, which is also that of an event. The event comes
-// first: who is cut off between the two goes on from that id, and must have it.
+// Such a gap has the id of the head, which is also the id of an event. The event comes
+// first: a client that disconnects between the two goes on from that id, and must have
+// the event.
 func TestAnEventComesBeforeAGapOfItsID(t *testing.T) {
 	for _, rooms := range []string{"a,b", "b,a"} {
 		r := newTestRelay(limits{maxEvents: 2})
@@ -456,7 +460,7 @@ func TestAnEventComesBeforeAGapOfItsID(t *testing.T) {
 	}
 }
 
-// Who then reads other rooms will not come to that next read.
+// A client that then reads other rooms never makes the read that would send the gap.
 func TestAGapBeyondTheHeadIsSentToAClientThatChangesRooms(t *testing.T) {
 	r := newTestRelay(limits{maxEvents: 2})
 	sub := openSubscriber(t, r, "a", 0, subscribeRequest{})
@@ -473,8 +477,8 @@ func TestAGapBeyondTheHeadIsSentToAClientThatChangesRooms(t *testing.T) {
 	}
 }
 
-// The newest N of the history may go before they are read, as of a room in a
-// hurry while hello is written.
+// The newest messages, which last asks for, may be dropped before they are read: a
+// busy room can do that while hello is written.
 func TestTheLossOfTheNewestMessageIsAGap(t *testing.T) {
 	r := newTestRelay(limits{maxEvents: 3})
 	publishScript(t, r, "a:x a:x a:x a:x")
@@ -507,7 +511,7 @@ func TestABatchCutShortMovesTheCursorToItsEnd(t *testing.T) {
 	if batch := sub.next(nil); len(batch) != 2 || !sub.more || sub.cursor != r.epoch+n+2 {
 		t.Errorf("two events of half a batch: read %d, cut short %v", len(batch), sub.more)
 	}
-	// Whoever goes on elsewhere from a cut batch has the rest.
+	// A client that goes on from a short batch in another way gets the rest.
 	wantRead(t, openSubscriber(t, r, "a,b", sub.cursor-r.epoch, subscribeRequest{}), fmt.Sprintf("%d:a:small", n+3))
 }
 
@@ -528,7 +532,7 @@ func TestAFloorOutlivesItsRoom(t *testing.T) {
 		}
 		checkAccounting(t, r)
 
-		for range 2 { // reading opens the room and closes it again
+		for range 2 { // subscribing opens the room, and unsubscribing closes it again
 			sub := openSubscriber(t, r, "a", 1, subscribeRequest{})
 			wantRead(t, sub, "2:a:gap(history)")
 			sub.unsubscribe()
@@ -567,8 +571,8 @@ func TestARoomThatIsReadIsNotIdle(t *testing.T) {
 	})
 }
 
-// More floors than there may be rooms become one, which may tell of a gap
-// too many, but hides none.
+// With too many floors, one stands for all. It may cause a gap too many, but hides
+// none.
 func TestFloorsBeyondTheirBoundHideNoGap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newTestRelay(limits{maxRooms: 3, roomIdle: time.Minute})
@@ -661,7 +665,7 @@ func TestTooManyRooms(t *testing.T) {
 			t.Errorf("a refused publish made %s of %s", after, before)
 		}
 		checkAccounting(t, r)
-		publishScript(t, r, "a:x b:x") // those that exist go on
+		publishScript(t, r, "a:x b:x") // existing rooms still accept messages
 		wantRead(t, sub, "")
 
 		time.Sleep(time.Minute)
@@ -671,7 +675,7 @@ func TestTooManyRooms(t *testing.T) {
 	})
 }
 
-// After every step of a random history the books are right.
+// The counters are right after every step of a random history.
 func TestAccountingMatchesWhatIsKept(t *testing.T) {
 	for seed := range uint64(4) {
 		synctest.Test(t, func(t *testing.T) {
@@ -754,7 +758,7 @@ func TestSignals(t *testing.T) {
 		wantRead(t, openSubscriber(t, r, "a", 0, subscribeRequest{}), "1:a:x 102:a:x")
 		wantRead(t, openSubscriber(t, r, "a", -1, subscribeRequest{last: 5}), "1:a:x 102:a:x")
 
-		// An expired signal is let go when the next comes.
+		// An expired signal is dropped when the next one comes.
 		publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: time.Second})
 		if v := r.rooms["a"].history.Load(); len(v.signals) != 1 || len(v.messages) != 2 {
 			t.Errorf("%d signals and %d messages are kept, want 1 and 2", len(v.signals), len(v.messages))
@@ -763,8 +767,8 @@ func TestSignals(t *testing.T) {
 	})
 }
 
-// The clock may jump, or the machine be stopped, for longer than a signal lives
-// while it is being published.
+// The clock may jump, or the machine pause, for longer than a signal's ttl while the
+// signal is being published.
 func TestASignalMayExpireAtOnce(t *testing.T) {
 	r := newTestRelay(limits{})
 	publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
@@ -798,7 +802,7 @@ func TestKeys(t *testing.T) {
 			{"b", "k", 0, "new 2"}, // another room, another key
 			{"a", "", 0, "new 3"},
 			{"a", "k", 0, "old 1"},
-			{"a", "", 0, "new 4"}, // pushes k out
+			{"a", "", 0, "new 4"}, // pushes k out of the history
 			{"a", "k", 0, "new 5"},
 			{"a", "k", 0, "old 5"},
 			{"a", "s", time.Second, "new 6"},
@@ -852,8 +856,8 @@ func TestOneKeyAtOnceIsOneEvent(t *testing.T) {
 	}
 }
 
-// A room takes so many publishes a second, and two seconds' worth at once.
-// Presence has its own bounds, and a retry is no publish.
+// A room accepts a number of publishes a second, and two seconds' worth at once.
+// Presence has bounds of its own, and a retry with a known key is not counted.
 func TestARoomsRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newTestRelay(limits{})
@@ -931,7 +935,7 @@ func TestWaiting(t *testing.T) {
 	}
 }
 
-// A burst is one wake-up, and who was woken reads all of it.
+// A burst causes one wake-up, and its subscriber reads the whole burst.
 func TestWakesCoalesce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newTestRelay(limits{})
@@ -956,8 +960,8 @@ func TestWakesCoalesce(t *testing.T) {
 	})
 }
 
-// What a reader without a cursor was promised of one room, and lost, is told,
-// though another room had lost more before it came.
+// A subscriber without a cursor is sent a gap for what it lost of one room, even if
+// another room had lost more before it came.
 func TestARoomsFloorForgivesNoOther(t *testing.T) {
 	r := newTestRelay(limits{maxEvents: 4})
 	publishScript(t, r, "a:1 a:2 a:3 a:4 b:5 b:6 b:7 b:8 b:9 b:10")
@@ -1021,7 +1025,7 @@ func countAlive(events []weak.Pointer[event]) (n int) {
 	return n
 }
 
-// weakMessages is the room's messages, not keeping them.
+// weakMessages returns a room's messages without keeping them in memory.
 func weakMessages(r *relay, room string) (events []weak.Pointer[event]) {
 	for _, e := range r.rooms[room].history.Load().messages {
 		events = append(events, weak.Make(e))
@@ -1064,7 +1068,8 @@ func TestASlowSubscriberKeepsNothing(t *testing.T) {
 	}
 }
 
-// What the log drops is let go soon, though a log's array still has it.
+// What the log drops is soon collected, even if an array of the log still refers to
+// it.
 func TestTheLogKeepsLittleOfWhatItDropped(t *testing.T) {
 	const n = 256
 	r := newTestRelay(limits{maxEvents: n})
@@ -1081,8 +1086,8 @@ func TestTheLogKeepsLittleOfWhatItDropped(t *testing.T) {
 	runtime.KeepAlive(r)
 }
 
-// A short string may be a part of a long one, the request it came with; who
-// keeps it keeps all of that.
+// A short string may be part of a long one, the request it came in, and then keeps all
+// of that in memory.
 func TestNoRequestIsKept(t *testing.T) {
 	for _, tc := range []struct {
 		what string
@@ -1112,17 +1117,17 @@ func TestNoRequestIsKept(t *testing.T) {
 	}
 }
 
-// A roomTrace is what a reader saw of a room.
+// A roomTrace is what one reader received of one room.
 type roomTrace struct {
-	from, to []int64 // it read the room from each of these cursors to each of those
+	from, to []int64 // it read the room from each of these cursors to the matching one
 	got      []int64
 	gaps     []int64
 }
 
-// Many publish, and many read, who change rooms and readers at random; what they
-// have and know is the cursor. Nothing is lost, nothing comes twice, and all in
-// order; where the history is short, all that is lost is told. A wake-up lost
-// would be a deadlock, which the bubble reports.
+// Several publish, and several read while they change rooms and subscribers at random;
+// all they take along is the cursor. Nothing is lost, nothing comes twice, everything
+// is in order. Where the history is short, every loss is covered by a gap. A lost
+// wake-up would be a deadlock, which the bubble reports.
 func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 	for _, tc := range []struct {
 		what   string
@@ -1154,7 +1159,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 					published[room] = append(published[room], id)
 					mu.Unlock()
 				}
-				var end atomic.Int64 // behind it, every room has one more event to wake its readers
+				var end atomic.Int64 // after it, every room has one more event, to wake its readers
 
 				read := func(seed uint64) map[string]*roomTrace {
 					rnd := rand.New(rand.NewPCG(seed, 2))
@@ -1162,8 +1167,8 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 					cursor := r.epoch
 					set := rnd.Perm(rooms)
 					for n := 1 + rnd.IntN(2); ; n++ {
-						// A loss is told on the next read of its room, so
-						// where there are losses, rooms are only added.
+						// The gap comes with the next read of the room, so in tests
+						// with losses rooms are only added.
 						if !tc.lossy {
 							n = 1 + rnd.IntN(rooms)
 							set = rnd.Perm(rooms)
@@ -1181,7 +1186,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 						for turn := rnd.IntN(20); turn >= 0; turn-- {
 							batch := sub.next(nil)
 							for _, e := range batch {
-								if e.id < last || e.id == last && e.kind != "gap" { // a gap may stand at the event before it
+								if e.id < last || e.id == last && e.kind != "gap" { // a gap may have the id of the event before it
 									t.Errorf("%d comes behind %d", e.id-r.epoch, last-r.epoch)
 								}
 								last = e.id
@@ -1257,8 +1262,8 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 	}
 }
 
-// The mark never runs ahead of the log, nor the log of the mark: a reader who
-// looks all the time reads one event after the other.
+// The head is never ahead of the log, nor the log of the head: a subscriber that reads
+// all the time receives every event, one after the other.
 func TestTheHeadAndTheLogChangeTogether(t *testing.T) {
 	const n = 50_000
 	r := newTestRelay(limits{})
@@ -1290,7 +1295,7 @@ func TestTheHeadAndTheLogChangeTogether(t *testing.T) {
 	reading.Wait()
 }
 
-// checkTrace compares what a reader saw of a room with what was published there.
+// checkTrace compares what a reader received of a room with what was published there.
 func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, lossy bool) {
 	t.Helper()
 	got := map[int64]bool{}
@@ -1300,7 +1305,7 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 		}
 		got[id] = true
 	}
-	told := int64(0) // losses up to here were told
+	told := int64(0) // losses up to here are covered by a gap
 	for _, id := range trace.gaps {
 		if got[id] {
 			t.Errorf("%s was told that %d is lost, and has it", who, id)
@@ -1331,8 +1336,8 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 	}
 }
 
-// Who reads several rooms and is cut off between their gaps is told of the
-// others again.
+// A client that reads several rooms and disconnects between their gaps is sent the
+// other gaps again.
 func TestAllGapsOfOneIDAreSent(t *testing.T) {
 	r := newTestRelay(limits{})
 	for range 3 {
@@ -1378,7 +1383,8 @@ func TestAllGapsOfOneIDAreSent(t *testing.T) {
 // typical is a chat message.
 var typicalMessage = publishRequest{room: "lobby", kind: "message", from: "ada", data: []byte(`"A comet's hair is long, and so is this connection."`)}
 
-// benchRelay has the default limits, and a room whose history is full.
+// benchRelay returns a relay with the default limits, and a room whose history is
+// full.
 func benchRelay(tb testing.TB) *relay {
 	r := newRelay(limits{maxEvents: 256, maxRoomBytes: 1 << 20, maxBytes: 32 << 20, maxRooms: 10_000, maxUsers: 20_000, roomIdle: time.Hour, presenceTTL: time.Minute})
 	for range 2 * r.maxEvents {
@@ -1394,9 +1400,8 @@ func publishTypicalMessage(tb testing.TB, r *relay) {
 }
 
 // BenchmarkPublish measures a publish to a full room and the waking of its
-// readers. Each reader has taken its last token; that it takes this one too is
-// part of what is measured. Neither reading nor the scheduler is: there are no
-// goroutines.
+// subscribers. It includes that each subscriber takes its wake-up token. It does not
+// include reading or the scheduler: there are no goroutines.
 func BenchmarkPublish(b *testing.B) {
 	for _, n := range []int{0, 100, 10_000} {
 		b.Run(fmt.Sprintf("readers=%d", n), func(b *testing.B) {
@@ -1416,7 +1421,7 @@ func BenchmarkPublish(b *testing.B) {
 	}
 }
 
-// BenchmarkRead measures a reader taking what lies behind its cursor.
+// BenchmarkRead measures reading what lies after a cursor.
 func BenchmarkRead(b *testing.B) {
 	for _, rooms := range []string{"lobby", "lobby,garden,attic,cellar"} {
 		for _, n := range []int{1, 100} {
@@ -1436,8 +1441,8 @@ func BenchmarkRead(b *testing.B) {
 	}
 }
 
-// The middle of many is what a publish usually costs: now and then a log moves
-// to a larger array, and the race detector empties the pool in encoding/json.
+// The median of many is the usual cost of a publish: now and then a log moves to a
+// larger array, and the race detector empties the pool in encoding/json.
 func TestPublishingAllocatesLittle(t *testing.T) {
 	r := benchRelay(t)
 	var counts []float64

@@ -1,6 +1,6 @@
 //go:build linux
 
-// HEADER
+// Tests of what the relay sets on its sockets.
 
 package main
 
@@ -11,9 +11,9 @@ import (
 	"time"
 )
 
-// The kernel ends a connection that acknowledges nothing for two beats, be it
-// silent or not: a stream's and a WebSocket's. For a socket that is only full
-// it waits as long as drain does, and more.
+// The kernel ends a connection that acknowledges nothing for two heartbeats, for
+// streams and WebSockets, idle or not. If the socket is only full, the relay's own
+// deadline comes first.
 func TestTheKernelEndsAConnectionThatAcknowledgesNothing(t *testing.T) {
 	for beat, want := range map[time.Duration]time.Duration{15 * time.Second: 30 * time.Second, time.Second: 20 * time.Second} {
 		b := newTestbed(t, tcp)
@@ -21,7 +21,7 @@ func TestTheKernelEndsAConnectionThatAcknowledgesNothing(t *testing.T) {
 		b.subscribe(variantOf("sse"), "a").begin()
 		b.subscribe(variantOf("ws"), "a").begin()
 		_, r := b.rawWebSocket("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")
-		r.Peek(1) // hello
+		r.Peek(1) // the hello
 		b.pool.mu.Lock()
 		streams := slices.Clone(b.pool.sessions)
 		b.pool.mu.Unlock()

@@ -1,4 +1,4 @@
-// HEADER
+// Tests of counting, of /metrics, of the room _stats, and of the list of rooms.
 
 package main
 
@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// An operator sees which rooms there are, and can erase one.
+// An operator can list the rooms and erase one.
 func TestRoomsAreListedAndErased(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t)
@@ -83,7 +83,7 @@ func TestRoomsAreListedAndErased(t *testing.T) {
 	})
 }
 
-// What a request says of its length is not counted before it has come.
+// The declared length of a request is not counted, only what arrives.
 func TestOnlyReceivedBytesAreCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -103,7 +103,7 @@ func TestOnlyReceivedBytesAreCounted(t *testing.T) {
 	})
 }
 
-// The room _stats is the relay's own, and not bound by the rate of others.
+// The room _stats is the relay's own, and not subject to the rate of others.
 func TestStatsAreNotRateLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe, func(c *config) { c.roomRate = 0.1 })

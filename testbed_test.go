@@ -1,4 +1,7 @@
-// HEADER
+// The tests' common ground. A testbed is a whole relay, most often on a network in
+// memory and in a bubble of testing/synctest, where time is virtual: a test can say
+// "after 25 s" and mean it exactly. An eventReader is a client of one technique; it
+// takes apart what the technique sends, and fails on anything else.
 
 package main
 
@@ -32,13 +35,13 @@ import (
 	"github.com/coder/websocket"
 )
 
-// A testbed is a relay that serves, with the connections made to it.
+// A testbed is a relay that serves, and the connections to it.
 type testbed struct {
 	*app
 	t                testing.TB
 	network          string
-	failOnDisconnect bool   // that a client left while something was written to it
-	url              string // http://cometes.test
+	failOnDisconnect bool   // log messages about clients that left fail the test, too
+	url              string // such as http://cometes.test
 	client           *http.Client
 	dial             func(context.Context) (net.Conn, error)
 	stop             context.CancelFunc // what SIGTERM does
@@ -52,12 +55,12 @@ type testbed struct {
 	transports map[string]*http.Transport // of a limited testbed, by the client's address
 }
 
-// The networks of a testbed. All but tcp are in memory, for bubbles.
+// The networks of a testbed. All but tcp and remote are in memory, for bubbles.
 const (
 	pipe   = "pipe"    // HTTP/1.1 over net.Pipe: a client that does not read has no buffer
-	pipe10 = "pipe1.0" // HTTP/1.0, which nginx speaks to what is behind it unless told otherwise
+	pipe10 = "pipe1.0" // HTTP/1.0, which nginx speaks to its upstream unless told otherwise
 	pipeH2 = "pipeH2"  // HTTP/2 without TLS
-	tcp    = "tcp"     // HTTP/1.1 over loopback, sockets of the kernel
+	tcp    = "tcp"     // HTTP/1.1 over loopback, with real sockets
 	remote = "remote"  // a relay that is running elsewhere; see TestConformance
 )
 
@@ -133,8 +136,8 @@ func newTestbed(t testing.TB, network string, tune ...func(*config)) *testbed {
 	return b
 }
 
-// newLimitedTestbed runs a relay with the flags args, and with the limits of
-// its listener, in memory. Clients connect from any address; see dialFrom.
+// newLimitedTestbed runs a relay with the given flags in memory, behind the listener
+// that limits connections. Clients connect from any address; see dialFrom.
 func newLimitedTestbed(t testing.TB, args ...string) *testbed {
 	t.Helper()
 	c, err := parseFlags(args, func(string) string { return "" })
@@ -168,7 +171,7 @@ func newLimitedTestbed(t testing.TB, args ...string) *testbed {
 
 const limitedHost = "relay.example"
 
-// newRemoteTestbed returns a testbed for a relay that is running already.
+// newRemoteTestbed returns a testbed for a relay that is already running.
 func newRemoteTestbed(t testing.TB, url string) *testbed {
 	b := &testbed{t: t, network: remote, url: strings.TrimSuffix(url, "/")}
 	b.client = &http.Client{
@@ -222,8 +225,8 @@ func (b *testbed) disconnect() {
 	b.client.CloseIdleConnections()
 }
 
-// settle waits until everybody waits for somebody; over sockets, where that
-// can't be known, until those who left are gone.
+// settle waits until every goroutine is blocked. Over real sockets that cannot be
+// known, so it waits until the clients that left are gone.
 func (b *testbed) settle() {
 	b.mu.Lock()
 	left := len(b.conns) == 0
@@ -235,7 +238,7 @@ func (b *testbed) settle() {
 	}
 }
 
-// waitUntil waits for what will be, and reports whether it is.
+// waitUntil waits for a condition, and reports whether it came true.
 func (b *testbed) waitUntil(is func() bool) bool {
 	if b.network != tcp {
 		synctest.Wait()
@@ -249,7 +252,7 @@ func (b *testbed) waitUntil(is func() bool) bool {
 	return true
 }
 
-// checkIdle fails unless nobody is subscribed, which every test has to end with.
+// checkIdle fails if anybody is still subscribed. Every test must end without.
 func (b *testbed) checkIdle() {
 	b.t.Helper()
 	if n := b.active(); n != 0 {
@@ -272,7 +275,7 @@ func (b *testbed) subscriptions() int {
 	return n
 }
 
-// A tattler is a log that fails the test for what should not have to be logged.
+// A strictLog fails the test for warnings that should not have to be logged.
 type strictLog struct{ testbed *testbed }
 
 func (l strictLog) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelWarn }
@@ -286,7 +289,7 @@ func (l strictLog) Handle(_ context.Context, r slog.Record) error {
 	r.Attrs(func(a slog.Attr) bool { attrs += " " + a.String(); return true })
 	for _, left := range []string{"client disconnected", "closed pipe", "connection reset", "broken pipe"} {
 		if strings.Contains(attrs, left) && !l.testbed.failOnDisconnect {
-			return nil // TestLeavingIsNoError
+			return nil // see TestLeavingIsNoError
 		}
 	}
 	l.testbed.t.Errorf("logged: %s%s", r.Message, attrs)
@@ -345,7 +348,7 @@ type addrConn struct {
 
 func (c addrConn) RemoteAddr() net.Addr { return c.from }
 
-// An oldConn says HTTP/1.0 where its client says HTTP/1.1.
+// An oldConn sends HTTP/1.0 where its client writes HTTP/1.1.
 type oldConn struct{ net.Conn }
 
 func (c *oldConn) Write(b []byte) (int, error) {
@@ -370,7 +373,7 @@ func (b *testbed) cursor() int64 {
 	return answer.Cursor
 }
 
-// do makes a request and reads the whole answer. Headers are "Name: value".
+// do makes a request and reads the whole answer. A header is "Name: value".
 func (b *testbed) do(method, path, body string, headers ...string) (*http.Response, string) {
 	b.t.Helper()
 	req, err := http.NewRequest(method, b.url+path, strings.NewReader(body))
@@ -397,7 +400,7 @@ func (b *testbed) do(method, path, body string, headers ...string) (*http.Respon
 	return res, string(answer)
 }
 
-// publish posts text to a room, "lobby" or "lobby?type=typing", and returns the id.
+// post publishes text to a room, "lobby" or "lobby?type=typing", and returns the id.
 func (b *testbed) post(room, text string) int64 {
 	b.t.Helper()
 	res, body := b.do("POST", "/rooms/"+room, text)
@@ -408,7 +411,7 @@ func (b *testbed) post(room, text string) int64 {
 	return answer.ID
 }
 
-// eventually waits for something to become so.
+// eventually waits for a condition in real time.
 func eventually(t testing.TB, within time.Duration, what string, is func() bool) {
 	t.Helper()
 	for end := time.Now().Add(within); !is(); time.Sleep(20 * time.Millisecond) {
@@ -419,7 +422,7 @@ func eventually(t testing.TB, within time.Duration, what string, is func() bool)
 	}
 }
 
-// A response may still have a body to come.
+// A response is the head of an answer, and its body as it comes.
 type response struct {
 	*http.Response
 	t    testing.TB
@@ -427,8 +430,8 @@ type response struct {
 	stop context.CancelFunc
 }
 
-// open asks from an address: "GET /rooms/a/sse", with headers such as
-// "Origin: https://a.example", and reads no more than the head of the answer.
+// open makes a request from an address: "GET /rooms/a/sse", with headers such as
+// "Origin: https://a.example". It reads only the head of the answer.
 func (b *testbed) open(from, what, body string, headers ...string) *response {
 	b.t.Helper()
 	method, path, _ := strings.Cut(what, " ")
@@ -456,7 +459,7 @@ func (b *testbed) open(from, what, body string, headers ...string) *response {
 	return &response{resp, b.t, bufio.NewReader(resp.Body), func() { cancel(); resp.Body.Close() }}
 }
 
-// ask reads the whole answer.
+// ask makes a request like open, and reads the whole answer.
 func (b *testbed) ask(from, what, body string, headers ...string) (*response, string) {
 	b.t.Helper()
 	r := b.open(from, what, body, headers...)
@@ -464,7 +467,7 @@ func (b *testbed) ask(from, what, body string, headers ...string) (*response, st
 	return r, r.readAll()
 }
 
-// readAll is the body from here to its end.
+// readAll returns the rest of the body.
 func (r *response) readAll() string {
 	r.t.Helper()
 	b, err := io.ReadAll(r.body)
@@ -474,7 +477,7 @@ func (r *response) readAll() string {
 	return string(b)
 }
 
-// readUntil reads to the line that contains want, and returns it.
+// readUntil reads up to the line that contains want, and returns that line.
 func (r *response) readUntil(want string) string {
 	r.t.Helper()
 	for {
@@ -488,7 +491,7 @@ func (r *response) readUntil(want string) string {
 	}
 }
 
-// webSocketFrom opens a WebSocket, or returns the status it was refused with.
+// webSocketFrom opens a WebSocket, or returns the status of the refusal.
 func (b *testbed) webSocketFrom(from, path string, headers ...string) (*websocket.Conn, int) {
 	b.t.Helper()
 	o := &websocket.DialOptions{HTTPClient: b.clientFrom(from), HTTPHeader: http.Header{}}
@@ -510,7 +513,8 @@ func (b *testbed) webSocketFrom(from, path string, headers ...string) (*websocke
 	return c, resp.StatusCode
 }
 
-// readWebSocketUntil reads a WebSocket until a frame contains want, and returns that.
+// readWebSocketUntil reads a WebSocket until a message contains want, and returns that
+// message.
 func readWebSocketUntil(t testing.TB, c *websocket.Conn, want string) string {
 	t.Helper()
 	for {
@@ -524,7 +528,7 @@ func readWebSocketUntil(t testing.TB, c *websocket.Conn, want string) string {
 	}
 }
 
-// exchange writes to a WebSocket and returns the answer to it.
+// exchange sends a message by WebSocket and returns the ack or error.
 func exchange(t testing.TB, c *websocket.Conn, frame string) string {
 	t.Helper()
 	if err := c.Write(context.Background(), websocket.MessageText, []byte(frame)); err != nil {
@@ -538,7 +542,7 @@ func exchange(t testing.TB, c *websocket.Conn, frame string) string {
 	}
 }
 
-// metric is a line's value in /metrics.
+// metric returns a value of /metrics.
 func (b *testbed) metric(name string) float64 {
 	b.t.Helper()
 	w := httptest.NewRecorder()
@@ -555,13 +559,13 @@ func metricOf(t testing.TB, text, name string) (value float64) {
 	return value
 }
 
-// refusals is how often there was a refusal for the reason.
+// refusals returns how many requests were refused for a reason.
 func (b *testbed) refusals(reason string) int {
 	return int(b.metric(fmt.Sprintf("refused_total{reason=%q}", reason)))
 }
 
-// status asks, by a WebSocket if it is one, and returns the answer's status.
-// It is 200 for all that is well.
+// status makes a request, by WebSocket if it is for one, and returns the status of the
+// answer: 200 for everything that succeeds.
 func (b *testbed) status(from, what string, headers ...string) int {
 	b.t.Helper()
 	code := 0
@@ -583,7 +587,7 @@ func (b *testbed) status(from, what string, headers ...string) int {
 	return code
 }
 
-// http2Client asks by HTTP/2 without TLS.
+// http2Client returns a function that makes requests by HTTP/2 without TLS.
 func http2Client(b *testbed) func(path string) *http.Response {
 	tr := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return b.dialFrom("192.0.2.1") }}
 	tr.Protocols = new(http.Protocols)
@@ -598,7 +602,7 @@ func http2Client(b *testbed) func(path string) *http.Response {
 	}
 }
 
-// syncedLog is a log that may be written by many.
+// A syncedLog is a log that several goroutines may write to.
 type syncedLog struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -622,7 +626,7 @@ const (
 	textType = "Content-Type: text/plain"
 )
 
-// newest is the newest event of a room, without id and time.
+// newest returns the newest event of a room, without id and time.
 func (b *testbed) newest(room string) string {
 	b.t.Helper()
 	_, body := b.do("GET", "/rooms/"+room+"/poll?last=1", "")
@@ -641,7 +645,7 @@ func (b *testbed) newest(room string) string {
 	return string(line)
 }
 
-// formParts is a multipart form, and its content type.
+// formParts returns a multipart form, and its content type.
 func formParts(fields ...string) (body, kind string) {
 	var b bytes.Buffer
 	w := mimemultipart.NewWriter(&b)
@@ -652,10 +656,10 @@ func formParts(fields ...string) (body, kind string) {
 	return b.String(), "Content-Type: " + w.FormDataContentType()
 }
 
-// doRaw makes a request with a path that a client might not send as it is.
+// doRaw makes a request with a path that an HTTP client would not send unchanged.
 func (b *testbed) doRaw(method, path, body string, headers ...string) (*http.Response, string) {
 	b.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // if it should be a stream
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // in case it is a stream
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, b.url, strings.NewReader(body))
 	if err != nil {
@@ -678,7 +682,7 @@ func (b *testbed) doRaw(method, path, body string, headers ...string) (*http.Res
 	return res, string(answer)
 }
 
-// newTestEncoder is a technique's framing for a usual query.
+// newTestEncoder returns a technique's encoder for a typical query.
 func newTestEncoder(tb testing.TB, t *technique) encoder {
 	q := &request{rooms: []string{"lobby"}, user: "ada", permit: newPermit(), values: url.Values{"callback": {"comet.told"}}}
 	defer func() {
@@ -689,7 +693,7 @@ func newTestEncoder(tb testing.TB, t *technique) encoder {
 	return t.encoder(newServer(newRelay(defaultLimits)), q)
 }
 
-// newTestApp is a server that does not listen.
+// newTestApp returns a relay without a listener.
 func newTestApp(t testing.TB) *app {
 	c, err := parseFlags(nil, func(string) string { return "" })
 	if err != nil {
@@ -703,7 +707,7 @@ func newTestApp(t testing.TB) *app {
 	return s
 }
 
-// dialRawWebSocket opens a WebSocket of which the test writes every byte.
+// dialRawWebSocket opens a WebSocket whose bytes the test writes itself.
 func dialRawWebSocket(t *testing.T, b *testbed, path string) net.Conn {
 	t.Helper()
 	c, err := b.dialFrom("192.0.2.1")
@@ -721,7 +725,7 @@ func dialRawWebSocket(t *testing.T, b *testbed, path string) net.Conn {
 	return c
 }
 
-// maskedFrame is a text frame of a client.
+// maskedFrame returns a client's frame.
 func maskedFrame(opcode byte, text string) []byte {
 	b := []byte{0x80 | opcode, 0x80 | byte(len(text))}
 	if len(text) > 125 {
@@ -730,7 +734,7 @@ func maskedFrame(opcode byte, text string) []byte {
 	return append(append(b, 0, 0, 0, 0), text...)
 }
 
-// A recorder is an answer without a connection.
+// A deadlineRecorder is a ResponseRecorder that accepts deadlines.
 type deadlineRecorder struct{ *httptest.ResponseRecorder }
 
 func newDeadlineRecorder() deadlineRecorder { return deadlineRecorder{httptest.NewRecorder()} }
@@ -739,24 +743,24 @@ func (deadlineRecorder) SetReadDeadline(time.Time) error { return nil }
 
 func (deadlineRecorder) SetWriteDeadline(time.Time) error { return nil }
 
-// A heard is one thing that a technique said, taken apart.
+// A received is one event as a client received it, taken apart.
 type received struct {
 	kind string // the event's type; beat is a heartbeat
 	id   int64
 	room string
 	from string
-	data string // JSON, of events for programs
-	json string // all of the event, byte for byte
-	text string // the data, as people read it
+	data string // JSON; empty for techniques that show text
+	json string // the whole event, byte for byte
+	text string // the data as text
 }
 
 func (h received) String() string { return strings.TrimRight(h.kind+" "+h.text, " ") }
 
-// An earKind is one way to listen: a technique, and its mirror here.
+// A variant is a technique with some parameters, and the function that reads it.
 type variant struct {
 	name, technique, query string
 	contentType            string // a regular expression
-	forPeople              bool   // for people, who don't read JSON
+	forPeople              bool   // shows text or HTML, not JSON
 	read                   func(*eventReader) error
 }
 
@@ -783,14 +787,15 @@ func variantOf(name string) variant {
 	return variants[slices.IndexFunc(variants, func(k variant) bool { return k.name == name })]
 }
 
-// An ear listens by one technique. A stream is asked once; for the others the
-// ear asks again whenever it is asked, with the cursor it was given.
+// An eventReader receives events by one technique. A stream is requested once. For
+// other techniques the eventReader makes a new request when it needs one, with the
+// cursor of the last answer.
 type eventReader struct {
 	variant
 	*testbed
 	ctx     context.Context
 	client  *http.Client
-	path    string // with what to ask for first
+	path    string // of the first request
 	header  http.Header
 	begun   bool
 	after   int64 // the cursor of the last answer
@@ -801,15 +806,15 @@ type eventReader struct {
 	conn     *websocket.Conn
 	boundary string
 	retry    string          // of sse
-	seen     map[string]bool // lines of pages that come anew
+	seen     map[string]bool // lines of earlier pages of refresh
 }
 
-// A garbled error is an answer that its technique does not allow.
+// A malformed error says that an answer is not what its technique sends.
 type malformed struct{ error }
 
 func malformedf(format string, args ...any) error { return malformed{fmt.Errorf(format, args...)} }
 
-// subscribe begins to listen. What to ask for is "after=5", or as a header
+// subscribe begins to receive. A parameter is "after=5", or as a header
 // "Last-Event-ID: 5". A test that waits for more than an hour fails.
 func (b *testbed) subscribe(k variant, rooms string, ask ...string) *eventReader {
 	b.t.Helper()
@@ -879,7 +884,7 @@ func (e *eventReader) get(path string) (*http.Response, error) {
 	return res, nil
 }
 
-// close leaves.
+// close disconnects.
 func (e *eventReader) close() {
 	if e.res != nil {
 		e.res.Body.Close()
@@ -889,7 +894,7 @@ func (e *eventReader) close() {
 	}
 }
 
-// receive returns what is heard next.
+// receive returns the next event or heartbeat.
 func (e *eventReader) receive() (received, error) {
 	for len(e.pending) == 0 {
 		if err := e.read(e); err != nil {
@@ -910,8 +915,8 @@ func (e *eventReader) next() received {
 	return h
 }
 
-// begin passes over the hello of a stream; what only asks asks once, to get a
-// cursor.
+// begin reads the hello of a stream. For other techniques it makes a first request,
+// for a cursor.
 func (e *eventReader) begin() *eventReader {
 	e.t.Helper()
 	if e.streams() {
@@ -924,7 +929,7 @@ func (e *eventReader) begin() *eventReader {
 	return e
 }
 
-// expect hears exactly what is wanted, each as "type text".
+// expect receives exactly these events, each as "type text".
 func (e *eventReader) expect(want ...string) (got []received) {
 	e.t.Helper()
 	for i, w := range want {
@@ -937,7 +942,8 @@ func (e *eventReader) expect(want ...string) (got []received) {
 	return got
 }
 
-// expectEnd fails unless the stream ends here, in the way that its technique ends well.
+// expectEnd fails unless the stream ends here, in the way that its technique ends
+// without an error.
 func (e *eventReader) expectEnd() {
 	e.t.Helper()
 	h, err := e.receive()
@@ -953,7 +959,7 @@ func (e *eventReader) expectEnd() {
 
 func (e *eventReader) add(h received) { e.pending = append(e.pending, h) }
 
-// addJSON adds an event, which is one line of JSON that is safe in a script.
+// addJSON adds an event. Its JSON must be one line that is safe in a <script>.
 func (e *eventReader) addJSON(line string) error {
 	if strings.ContainsAny(line, "\n\r<>&\u2028\u2029") || !json.Valid([]byte(line)) {
 		return malformedf("an event that is not one line of safe JSON: %q", line)
@@ -982,7 +988,7 @@ func (e *eventReader) line() (string, error) {
 	return strings.TrimSuffix(s, "\n"), err
 }
 
-// stream: a line an event, an empty one a heartbeat.
+// stream: a line per event; a heartbeat is an empty line.
 func (e *eventReader) readLine() error {
 	line, err := e.line()
 	if err != nil {
@@ -995,7 +1001,7 @@ func (e *eventReader) readLine() error {
 	return e.addJSON(line)
 }
 
-// sse: fields up to an empty line.
+// sse: fields, up to an empty line.
 func (e *eventReader) readSSE() error {
 	fields := map[string]string{}
 	for {
@@ -1017,7 +1023,7 @@ func (e *eventReader) readSSE() error {
 		e.add(received{kind: "beat"})
 		return nil
 	}
-	if retry, ok := fields["retry"]; ok { // in the first block, and not in one of its own, which some clients take for an event
+	if retry, ok := fields["retry"]; ok { // in the first block, and not in a block of its own, which some clients take for an event
 		if e.retry != "" || data == "" {
 			return malformedf("sse: retry in %q", fields)
 		}
@@ -1037,8 +1043,8 @@ func (e *eventReader) readSSE() error {
 	return nil
 }
 
-// multipart: a part an event, and at once the next boundary and the next
-// part's headers. An empty line before a part's content is a heartbeat.
+// multipart: a part per event, followed at once by the next boundary and the next
+// part's headers. A heartbeat is an empty line before the content of a part.
 func (e *eventReader) readMultipart() error {
 	mime := map[string]string{"multipart": "application/json", "multipart-text": "text/plain", "multipart-html": "text/html"}[e.name]
 	if e.boundary == "" {
@@ -1098,7 +1104,7 @@ func (e *eventReader) readMultipart() error {
 	return nil
 }
 
-// copyUntil copies the body up to and without the mark, which must be all there is.
+// copyUntil copies the body up to the given text, which it leaves out.
 func (e *eventReader) copyUntil(w io.Writer, mark string) error {
 	var b []byte
 	for !bytes.HasSuffix(b, []byte(mark)) {
@@ -1115,8 +1121,8 @@ func (e *eventReader) copyUntil(w io.Writer, mark string) error {
 	return nil
 }
 
-// iframe: a script an event, which tells the page around. Every script has
-// the nonce that the policy names.
+// iframe: a script per event, which calls the function of the page around it. Every
+// script has the nonce of the Content-Security-Policy.
 func (e *eventReader) readIframe() error {
 	policy := e.res.Header.Get("Content-Security-Policy")
 	_, nonce, _ := strings.Cut(policy, "script-src 'nonce-")
@@ -1147,7 +1153,7 @@ func (e *eventReader) readIframe() error {
 	return malformedf("iframe: %q", line)
 }
 
-// html: a page's head, then a paragraph an event, and comments for heartbeats.
+// html: the head of a page, then a paragraph per event; a heartbeat is a comment.
 func (e *eventReader) readHTML() error {
 	line, err := e.line()
 	switch {
@@ -1165,8 +1171,8 @@ func (e *eventReader) readHTML() error {
 	return e.addParagraph(line)
 }
 
-// refresh: a whole page, the newest first. What was on the page before is not
-// heard again.
+// refresh: a whole page, the newest event first. Lines of an earlier page are not
+// received again.
 func (e *eventReader) readRefresh() error {
 	res, err := e.get(e.path)
 	if err != nil {
@@ -1220,7 +1226,7 @@ func (e *eventReader) addParagraph(line string) error {
 		return malformedf("not a paragraph: %q", line)
 	}
 	pattern := messagePattern
-	if e.network == remote { // the core alone shows no times, and every event in the same way
+	if e.network == remote { // the core alone shows no times, and all events in the same way
 		pattern = plainPattern
 	}
 	speech := pattern.FindStringSubmatch(m[2])
@@ -1245,8 +1251,8 @@ func (e *eventReader) addParagraph(line string) error {
 	return nil
 }
 
-// poll, longpoll, jsonp: a whole answer, with the cursor to ask with next. An
-// answer with nothing is a heartbeat.
+// poll, longpoll, jsonp: a whole answer, with the cursor for the next request. An
+// answer without events counts as a heartbeat.
 func (e *eventReader) readAnswer() error {
 	path := e.path
 	if e.after >= 0 {
@@ -1296,7 +1302,7 @@ func (e *eventReader) readAnswer() error {
 	return nil
 }
 
-// ws: text frames of an event a line.
+// ws: text messages with an event per line.
 func (e *eventReader) readWebSocket() error {
 	kind, frame, err := e.conn.Read(e.ctx)
 	if err != nil {
@@ -1315,22 +1321,22 @@ func (e *eventReader) readWebSocket() error {
 	return nil
 }
 
-// runOnNetwork runs a test in a bubble, if the network is one in memory.
+// runOnNetwork runs a test, in a bubble if the network is in memory.
 func runOnNetwork(t *testing.T, network string, test func(*testing.T)) {
 	switch network {
 	case tcp:
 		test(t)
 		return
 	case pipeH2:
-		// net/http keeps channels in a pool, and none may go from one bubble to
-		// another. Two collections empty it.
+		// net/http keeps channels in a pool, and a channel must not go from one bubble
+		// to another. Two garbage collections empty the pool.
 		runtime.GC()
 		runtime.GC()
 	}
 	synctest.Test(t, test)
 }
 
-// checkImmediate fails if virtual time went by.
+// checkImmediate fails if virtual time has passed.
 func checkImmediate(t *testing.T, since time.Time) {
 	t.Helper()
 	if d := time.Since(since); since.Year() == 2000 && d != 0 {
@@ -1338,7 +1344,7 @@ func checkImmediate(t *testing.T, since time.Time) {
 	}
 }
 
-// isError reports whether the body is {"error":"some sentence"} and a newline.
+// isError reports whether the body is {"error":"a sentence"} and a newline.
 func isError(body string) bool {
 	var e struct{ Error string }
 	d := json.NewDecoder(strings.NewReader(body))
@@ -1346,7 +1352,7 @@ func isError(body string) bool {
 	return d.Decode(&e) == nil && len(e.Error) > 10 && strings.HasSuffix(body, "}\n") && strings.Count(body, "\n") == 1
 }
 
-// unreliableClient is a client whose connections are cut.
+// unreliableClient returns a client whose connections break after some bytes.
 func (b *testbed) unreliableClient(rng *rand.Rand, h2 bool) *http.Client {
 	cut := rng.Int64N(8000)
 	return b.newClient(func(ctx context.Context) (net.Conn, error) {
@@ -1360,7 +1366,8 @@ func (b *testbed) unreliableClient(rng *rand.Rand, h2 bool) *http.Client {
 	}, h2)
 }
 
-// tryPublish publishes over a frail connection, and reports whether it was told so.
+// tryPublish publishes over an unreliable connection, and reports whether it was
+// acknowledged.
 func (b *testbed) tryPublish(rng *rand.Rand, h2 bool, room, key, text string) bool {
 	client := b.unreliableClient(rng, h2 && rng.IntN(2) == 0)
 	defer client.CloseIdleConnections()
@@ -1400,7 +1407,7 @@ func (b *testbed) tryPublish(rng *rand.Rand, h2 bool, room, key, text string) bo
 	}
 }
 
-// readSome listens for a while, by any technique, in some of the rooms.
+// readSome receives for a while, by a random technique, from some of the rooms.
 func (b *testbed) readSome(ctx context.Context, t *testing.T, rng *rand.Rand, h2 bool, rooms []string, cursor int64) segment {
 	var k variant
 	for k.name == "" || k.forPeople {
@@ -1431,8 +1438,6 @@ func (b *testbed) readSome(ctx context.Context, t *testing.T, rng *rand.Rand, h2
 	return s
 }
 
-// The long-polls.
-
 func inBubble(test func(*testing.T)) func(*testing.T) {
 	return func(t *testing.T) { synctest.Test(t, test) }
 }
@@ -1446,10 +1451,10 @@ func (b *testbed) tryGet(ctx context.Context, path string) {
 
 func (b *testbed) measure() (goroutines int, heap uint64) {
 	if b.network != tcp {
-		time.Sleep(time.Hour) // rooms, leases and connections without a request are forgotten
+		time.Sleep(time.Hour) // idle rooms, leases and connections end
 	}
 	b.settle()
-	b.waitUntil(func() bool { return runtime.NumGoroutine() < 12 || b.network != tcp }) // who has said goodbye lingers for a second
+	b.waitUntil(func() bool { return runtime.NumGoroutine() < 12 || b.network != tcp }) // a closed connection lingers for a second
 	var m runtime.MemStats
 	for range 3 {
 		runtime.GC()
@@ -1458,8 +1463,8 @@ func (b *testbed) measure() (goroutines int, heap uint64) {
 	return runtime.NumGoroutine(), m.HeapAlloc
 }
 
-// rawStream asks for the room a as lines over a connection that the test keeps,
-// and returns those behind the hello.
+// rawStream requests the room a as a stream over the connection, and returns the lines
+// after the hello.
 func rawStream(t *testing.T, conn net.Conn) *bufio.Scanner {
 	t.Helper()
 	io.WriteString(conn, "GET /rooms/a/stream HTTP/1.1\r\nHost: cometes.test\r\n\r\n")
@@ -1474,9 +1479,7 @@ func rawStream(t *testing.T, conn net.Conn) *bufio.Scanner {
 	return lines
 }
 
-// The WebSocket.
-
-// dials a WebSocket, past its hello.
+// webSocket opens a WebSocket and reads its hello.
 func (b *testbed) webSocket(rooms string, ask ...string) *eventReader {
 	b.t.Helper()
 	return b.subscribe(variantOf("ws"), rooms, ask...).begin()
@@ -1489,7 +1492,8 @@ func (e *eventReader) send(frame string) {
 	}
 }
 
-// rawWebSocket is a WebSocket by hand: its connection after the handshake.
+// rawWebSocket makes a WebSocket handshake by hand, and returns the connection after
+// it.
 func (b *testbed) rawWebSocket(path string, headers ...string) (net.Conn, *bufio.Reader) {
 	b.t.Helper()
 	conn, err := b.dial(context.Background())

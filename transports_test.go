@@ -1,8 +1,6 @@
-// Tests of the techniques, as clients see them. Most run in a bubble of
-// testing/synctest, a real http.Server at one end of net.Pipe and a real client
-// at the other, so they can say "after 25 s" and mean it exactly. Read first
-// the testbed, then the ears, which take apart what each technique sends,
-// then TestTechniques, which asks the same of all of them.
+// Tests of the techniques and of requests, as clients see them: what each technique
+// sends, when it ends, what is refused. conformance_test.go has what is the same for
+// all techniques.
 
 package main
 
@@ -38,7 +36,7 @@ import (
 	"github.com/coder/websocket"
 )
 
-// The hearts of streams that began together do not beat together.
+// The heartbeats of streams that began together are spread out.
 func TestHeartbeatsAreSpreadOut(t *testing.T) {
 	for _, network := range []string{pipe, pipeH2} {
 		t.Run(network, func(t *testing.T) {
@@ -128,9 +126,9 @@ func testSameBytes(t *testing.T) {
 	}
 }
 
-// Clients go from technique to technique, over connections that break at any
-// byte, while others publish over such connections: nothing is lost,
-// nothing comes twice, all is in order.
+// Clients switch techniques, over connections that break at any byte, while others
+// publish over such connections. Nothing is lost, nothing comes twice, everything is
+// in order.
 func TestSwitchingTechniquesLosesNothing(t *testing.T) {
 	for _, network := range []string{pipe, pipeH2, tcp} {
 		t.Run(network, func(t *testing.T) {
@@ -144,10 +142,10 @@ func TestSwitchingTechniquesLosesNothing(t *testing.T) {
 	}
 }
 
-// errCut is what a connection says that was cut.
+// errCut is the error of a connection that was cut.
 var errCut = errors.New("cut")
 
-// A cutConn breaks when so many bytes went through it.
+// A cutConn breaks after a number of bytes.
 type cutConn struct {
 	net.Conn
 	left atomic.Int64
@@ -176,7 +174,7 @@ func (c *cutConn) count(n int, err error) (int, error) {
 	return n, err
 }
 
-// A visit is what a hopper heard at one place.
+// A segment is what a client received over one connection.
 type segment struct {
 	by       string
 	rooms    []string
@@ -188,7 +186,7 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 	b := newTestbed(t, network, func(c *config) { c.maxEvents, c.maxRoomBytes, c.maxBytes = 10_000, 1<<25, 1<<26 })
 	rooms := []string{"a", "b", "c"}
 	const publishers, each, hoppers = 3, 60, 4
-	ctx, done := context.WithCancel(t.Context()) // done when all is published
+	ctx, done := context.WithCancel(t.Context()) // done when everything is published
 	start := b.relay.lastID.Load()
 
 	var publishing sync.WaitGroup
@@ -224,7 +222,7 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 				stays[n] = append(stays[n], s)
 			}
 			end := b.relay.lastID.Load()
-			for cursor < end && !t.Failed() { // what is left, without a cut
+			for cursor < end && !t.Failed() { // the rest, over a connection that does not break
 				e, _ := b.trySubscribe(t.Context(), b.client, variantOf("poll"), "a,b,c", fmt.Sprint("after=", cursor))
 				s := segment{"poll", rooms, cursor, cursor, nil}
 				s.receive(t, e, 1000)
@@ -237,7 +235,7 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 	done()
 	hopping.Wait()
 
-	// The log, which is what all should have heard.
+	// The log: what all clients must have received.
 	var log []received
 	e := b.subscribe(variantOf("poll"), "a,b,c", fmt.Sprint("after=", start))
 	for h := e.next(); h.kind != "beat"; h = e.next() {
@@ -247,7 +245,7 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 		t.Errorf("%d events in the log, want %d", len(log), publishers*each)
 	}
 	next := [publishers]int{}
-	for _, h := range log { // everybody's in their order
+	for _, h := range log { // events of one publisher keep their order
 		var p, i int
 		fmt.Sscanf(h.text, "%d %d", &p, &i)
 		if next[p] != i {
@@ -280,7 +278,7 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 	}
 }
 
-// receive takes at most n things.
+// receive takes at most n events.
 func (s *segment) receive(t *testing.T, e *eventReader, n int) {
 	for ; n > 0; n-- {
 		h, err := e.receive()
@@ -304,7 +302,7 @@ func (s *segment) receive(t *testing.T, e *eventReader, n int) {
 		}
 	}
 	if len(e.pending) == 0 && e.after >= 0 {
-		s.to = e.after // an answer's cursor covers what is not in it
+		s.to = e.after // the cursor of an answer covers more than its events
 	}
 }
 
@@ -312,7 +310,7 @@ func TestLongPoll(t *testing.T) {
 	for _, name := range []string{"longpoll", "jsonp"} {
 		k := variantOf(name)
 		path := "/rooms/a,b/" + k.technique + "?callback=my.$cb_1&after="
-		// asks makes one request, and returns what it heard and how long it took.
+		// ask makes one request, and returns what it received and how long it took.
 		asks := func(b *testbed, more string) (*eventReader, time.Duration) {
 			start := time.Now()
 			e := b.subscribe(k, "a,b")
@@ -405,9 +403,9 @@ func TestLongPoll(t *testing.T) {
 	}
 }
 
-// The pages.
+// Pages.
 
-// A refresh is a whole page with a form, which asks to be fetched again.
+// refresh is a whole page with a form, and has the browser load it again.
 func TestRefresh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -430,13 +428,14 @@ func TestRefresh(t *testing.T) {
 		if _, page := b.do("GET", "/rooms/a/refresh?form=0", ""); strings.Contains(page, "<form") {
 			t.Error("a page with form=0 has a form")
 		}
-		// The page that never ends must not have a form: it would end it.
+		// The page that never ends must not have a form: sending it would end the
+		// page.
 		e := b.subscribe(variantOf("html"), "a", "last=2").begin()
 		e.expect("message 58", "message 59")
 	})
 }
 
-// What users say is text in a page, a part and a script, and nothing else.
+// What users write is text in a page, in a part and in a script, and nothing else.
 func TestNoMarkup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -462,7 +461,7 @@ func TestNoMarkup(t *testing.T) {
 			cancel()
 			body := string(all)
 			if strings.HasPrefix(path, "multipart?as=text") {
-				continue // text/plain and nosniff: it may say what it wants
+				continue // text/plain and nosniff: any text is harmless
 			}
 			script := !strings.Contains(path, "html") && !strings.Contains(path, "refresh") // or data for one
 			for _, no := range []string{"<script>alert", "<img", "<svg", "onload=alert(3)>", "\u2028"} {
@@ -482,17 +481,17 @@ func TestNoMarkup(t *testing.T) {
 	})
 }
 
-// Who leaves, and who stands still.
+// Clients that leave, and clients that stall.
 
-// A thousand clients of all techniques come and go, politely or not, and
-// nothing is left of them.
+// A thousand clients of all techniques connect and leave, with or without closing
+// properly, and leave nothing behind.
 func TestNothingIsLeft(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
 		t.Run(network, func(t *testing.T) {
 			runOnNetwork(t, network, func(t *testing.T) {
 				b := newTestbed(t, network)
 				n := map[string]int{pipe: 1000, tcp: 300}[network]
-				connectAndLeave(b, n) // pools, maps and the runtime have their size
+				connectAndLeave(b, n) // first let pools, maps and the runtime grow
 				goroutines, heap := b.measure()
 				connectAndLeave(b, n)
 				goroutines2, heap2 := b.measure()
@@ -542,7 +541,7 @@ func connectAndLeave(b *testbed, n int) {
 	b.post("a", "to all of you")
 	for i, e := range ears {
 		switch i % 3 {
-		case 0: // reads to the end, and says goodbye
+		case 0: // reads to the end, and closes properly
 			for h := e.next(); h.text != "to all of you"; h = e.next() {
 			}
 			if e.conn != nil {
@@ -558,7 +557,7 @@ func connectAndLeave(b *testbed, n int) {
 	b.settle()
 }
 
-// What streams that were not taken over have to write is bounded too.
+// Unsent bytes of streams that were not taken over are bounded, too.
 func TestUnsentBytesOfPlainStreamsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe10, func(c *config) { c.maxRoomBytes, c.maxBytes = 50_000, 100_000 })
@@ -577,13 +576,13 @@ func TestUnsentBytesOfPlainStreamsAreBounded(t *testing.T) {
 	})
 }
 
-// To answer a long-poll takes no larger stack than to wait: it would be kept by
-// all that wait again. A flush from deep within the handler takes 16 KB, and not 8.
+// Answering a long-poll takes no larger stack than waiting: the stack would be kept by
+// all that wait again. A flush from deep within the handler takes 16 KB instead of 8.
 func TestAnAnswerTakesNoLargerStack(t *testing.T) {
 	if info, _ := debug.ReadBuildInfo(); info != nil && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		t.Skip("with the race detector every stack is larger; without it this is tested")
 	}
-	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // which makes stacks smaller again
+	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // garbage collection makes stacks smaller again
 	const n = 200
 	b := newTestbed(t, tcp)
 	conns := make([]net.Conn, n)
@@ -620,8 +619,8 @@ func TestAnAnswerTakesNoLargerStack(t *testing.T) {
 	}
 }
 
-// A client that does not read is ended 10 s after a write that made no
-// progress, alone; the others hear all at once.
+// A client that does not read is ended 10 s after the last write that made progress.
+// Other clients receive everything at once.
 func TestAStalledClientIsEndedAlone(t *testing.T) {
 	for _, network := range []string{pipe, pipe10} {
 		for _, k := range variants {
@@ -659,7 +658,7 @@ func TestAStalledClientIsEndedAlone(t *testing.T) {
 						t.Error("who stood still was told bye")
 					}
 				}
-				if err == io.EOF && network != pipe10 { // where it is the only end there is
+				if err == io.EOF && network != pipe10 { // over HTTP/1.0 that is the only way to end
 					t.Error("who stood still heard a good end, want a broken connection")
 				}
 				b.post("a", "later")
@@ -672,14 +671,14 @@ func TestAStalledClientIsEndedAlone(t *testing.T) {
 	}
 }
 
-// The same over HTTP/2, where it is the window that is full, of one stream
-// beside others in the connection.
+// The same over HTTP/2, where the window of one stream is full, next to others on the
+// connection.
 func TestAStalledHTTP2StreamIsEndedAlone(t *testing.T) {
 	runOnNetwork(t, pipeH2, func(t *testing.T) {
 		b := newTestbed(t, pipeH2, func(c *config) { c.maxRoomBytes = 10 << 20 })
 		other := b.subscribe(variantOf("sse"), "a").begin()
 		still := b.subscribe(variantOf("stream"), "a").begin()
-		for i := range 100 { // 6 MB; the client's window has 4
+		for i := range 100 { // 6 MB; the client's window is 4 MB
 			b.post("a", fmt.Sprint(i, strings.Repeat("x", 60_000)))
 			if h := other.next(); !strings.HasPrefix(h.text, fmt.Sprint(i, "x")) {
 				t.Fatalf("heard %.20v, want %d", h, i)
@@ -700,7 +699,7 @@ func TestAStalledHTTP2StreamIsEndedAlone(t *testing.T) {
 	})
 }
 
-// The same for an answer that ends.
+// The same for an answer that is not a stream.
 func TestAStalledAnswerIsEnded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -719,7 +718,7 @@ func TestAStalledAnswerIsEnded(t *testing.T) {
 	})
 }
 
-// A client that reads slowly, but reads, is not ended.
+// A client that reads slowly is not ended.
 func TestSlow(t *testing.T) {
 	for _, name := range []string{"stream", "ws"} {
 		t.Run(name, inBubble(func(t *testing.T) {
@@ -762,7 +761,7 @@ func (c *slowConn) Read(b []byte) (int, error) {
 	return c.Conn.Read(b[:min(len(b), 2000)])
 }
 
-// A client that leaves is no error, even if something is being written to it.
+// A client that leaves is no error, even while the relay writes to it.
 func TestLeavingIsNoError(t *testing.T) {
 	for _, network := range []string{pipe, pipe10, pipeH2, tcp} {
 		t.Run(network, func(t *testing.T) {
@@ -785,7 +784,7 @@ func TestLeavingIsNoError(t *testing.T) {
 	}
 }
 
-// With as=data an event is its data alone: text as it is, line by line, and
+// With as=data an event is its data alone: a string as its text, line by line,
 // anything else as JSON.
 func TestDataAlone(t *testing.T) {
 	texts := []string{`"hi"`, `"two\nlines"`, `"\r\na\rb\n"`, `""`, `" <b> & é\u2028"`, `{"a":["<"]}`, "42", "null"}
@@ -797,7 +796,8 @@ func TestDataAlone(t *testing.T) {
 			b.do("POST", "/rooms/a?type=x", text, jsonType)
 		}
 		b.post("a", "the last")
-		// By WebSocket each is a frame of its own, and there is nothing else but pings.
+		// By WebSocket each event is a message of its own, and nothing else is sent
+		// but pings.
 		var frames []string
 		for len(frames) < len(texts)+1 {
 			var head [2]byte
@@ -844,7 +844,7 @@ func TestDataAlone(t *testing.T) {
 			t.Errorf("sse: %q\nwant %q", got.String(), want)
 		}
 
-		// An answer has only who asks for it; what can't be taken is not told to others.
+		// Only the sender gets a reply, and nothing that is refused reaches others.
 		e := b.subscribe(variantOf("ws"), "a", "as=data")
 		e.send(`{"data":`)
 		e.send("hi")
@@ -871,7 +871,7 @@ func TestDataAlone(t *testing.T) {
 	})
 }
 
-// The relay speaks no subprotocol, but to a browser that offers some it has to name one.
+// The relay speaks no subprotocol, but must choose one for a browser that offers some.
 func TestSubprotocols(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -939,7 +939,7 @@ func testWebSocketPublishes(t *testing.T) {
 			t.Errorf("ack %s, want %s", ack, want)
 		}
 	}
-	// A key said twice is one message, with one id.
+	// A key that is sent twice is one message, with one id.
 	mark := b.relay.lastID.Load()
 	ws.send(`{"data":"k","key":"k1"}`)
 	if h := ws.next(); h.kind != "ack" || b.relay.lastID.Load() != mark {
@@ -950,7 +950,8 @@ func testWebSocketPublishes(t *testing.T) {
 	}
 }
 
-// What can't be taken is said so, with the reason; nothing is published, and the socket lives on.
+// What is refused is answered with the reason. Nothing is published, and the WebSocket
+// stays open.
 func TestWebSocketRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -959,8 +960,8 @@ func TestWebSocketRefusals(t *testing.T) {
 		for _, test := range []struct {
 			ws    *eventReader
 			frame string
-			key   string // that the error has
-			why   string // that it says
+			key   string // of the reply
+			why   string // part of the message
 		}{
 			{two, "hi", "", "several rooms"},
 			{two, `{"data":1}`, "", "several rooms"},
@@ -1003,7 +1004,7 @@ func TestWebSocketRefusals(t *testing.T) {
 			{one, `{"type":"presence","data":"online","room":"_x"}`, "", "belong to the relay"},
 		} {
 			mark := b.relay.lastID.Load()
-			if !utf8.ValidString(test.frame) { // which a client may not send as text, but can
+			if !utf8.ValidString(test.frame) { // invalid in a text message
 				one.conn.Write(one.ctx, websocket.MessageText, []byte(test.frame))
 			} else {
 				test.ws.send(test.frame)
@@ -1029,14 +1030,14 @@ func TestWebSocketRefusals(t *testing.T) {
 		one.send("still here")
 		one.expect("message still here")
 		two.expect("message still here")
-		one.send(`{"data":` + deep[1:len(deep)-1] + `}`) // as deep as a POST may be
+		one.send(`{"data":` + deep[1:len(deep)-1] + `}`) // as deep as in a POST
 		if h := one.next(); h.kind != "message" {
 			t.Errorf("64 deep: %s", h.json)
 		}
 	})
 }
 
-// 65,536 bytes are taken, and with one more the socket is closed, 1009.
+// 65,536 bytes are accepted; one more closes the WebSocket with 1009.
 func TestWebSocketTooBig(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
 		t.Run(network, func(t *testing.T) {
@@ -1073,7 +1074,7 @@ func TestWebSocketTooBig(t *testing.T) {
 	}
 }
 
-// Many that are due come in few frames, an event a line.
+// Events that are due together come in few messages, an event per line.
 func TestWebSocketJoins(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1088,7 +1089,8 @@ func TestWebSocketJoins(t *testing.T) {
 	})
 }
 
-// A socket says goodbye to who says goodbye, answers pings, and takes frames in pieces.
+// A WebSocket answers a close frame and pings, and accepts a message in several
+// frames.
 func TestAWebSocketAnswersCloseAndPing(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
 		t.Run(network, func(t *testing.T) {
@@ -1113,7 +1115,7 @@ func TestAWebSocketAnswersCloseAndPing(t *testing.T) {
 	}
 }
 
-// A WebSocket says who is here, and is told.
+// A WebSocket announces its user, and receives presence.
 func TestWebSocketPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1137,7 +1139,7 @@ func TestWebSocketPresence(t *testing.T) {
 	})
 }
 
-// A handshake that isn't one is refused, with a reason.
+// A bad handshake is refused, with a reason.
 func TestWebSocketHandshake(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1163,7 +1165,7 @@ func TestWebSocketHandshake(t *testing.T) {
 	})
 }
 
-// A clock that is set back, as when a machine finds out the time, silences nobody.
+// Setting the clock back, as a machine may at its start, stops no heartbeats.
 func TestAHeartbeatIsDueWhenTheClockWasSetBack(t *testing.T) {
 	now := time.Now().UnixNano()
 	st := &stream{heartbeatEvery: int64(14 * time.Second), expiresAt: math.MaxInt64}
@@ -1176,7 +1178,7 @@ func TestAHeartbeatIsDueWhenTheClockWasSetBack(t *testing.T) {
 	}
 }
 
-// What is published becomes this event.
+// Each body and its headers become this event.
 func TestPublish(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1237,7 +1239,7 @@ func TestPublish(t *testing.T) {
 			if h := res.Header; h.Get("Content-Type") != "application/json; charset=utf-8" || h.Get("X-Content-Type-Options") != "nosniff" {
 				t.Errorf("%s: headers %v", test.name, h)
 			}
-			// Compared as Go's encoder writes it, which is how it must have come.
+			// Compared with the output of Go's encoder, byte for byte.
 			if got := b.newest("r"); got != test.want && !sameJSON(got, test.want) {
 				t.Errorf("%s: became %s, want %s", test.name, got, test.want)
 			}
@@ -1250,8 +1252,8 @@ func TestPublish(t *testing.T) {
 	})
 }
 
-// Python's str.splitlines, which some clients take for the lines of an answer,
-// ends them at more than \n. So nothing of the kind is in an event as it is sent.
+// Python's str.splitlines, which some clients use, ends lines at more than
+// . None of these characters is in an event.
 func TestAnEventIsOneLineInPython(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1275,7 +1277,7 @@ func sameJSON(a, b string) bool {
 	return json.Unmarshal([]byte(a), &x) == nil && json.Unmarshal([]byte(b), &y) == nil && reflect.DeepEqual(x, y)
 }
 
-// 65,536 bytes are taken by every way in, and nothing of one more.
+// 65,536 bytes are accepted in every way to publish, and not one more.
 func TestPublishLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1298,7 +1300,7 @@ func TestPublishLimit(t *testing.T) {
 				t.Errorf("%s: %d were published, want 1", test.kind, n)
 			}
 		}
-		// Of a body whose size is not said, no more than that is read.
+		// Of a body without a declared size, no more than that is read.
 		body := &endlessReader{}
 		req, _ := http.NewRequestWithContext(t.Context(), "POST", b.url+"/rooms/a", body)
 		if res, err := b.client.Do(req); err != nil || res.StatusCode != 413 {
@@ -1310,7 +1312,7 @@ func TestPublishLimit(t *testing.T) {
 	})
 }
 
-// boundless is a body without end.
+// An endlessReader is a body without end.
 type endlessReader struct{ n atomic.Int64 }
 
 func (b *endlessReader) Read(p []byte) (int, error) {
@@ -1377,7 +1379,7 @@ func TestKey(t *testing.T) {
 	})
 }
 
-// PUT publishes as POST does, for curl -T.
+// PUT publishes like POST, for curl -T.
 func TestPut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1387,8 +1389,8 @@ func TestPut(t *testing.T) {
 	})
 }
 
-// With if, it is published only if the newest message is still the one named: of
-// two who both read it, one wins, and the other is told where to go on from.
+// With if, a message is published only if the newest one is still the one named. Of
+// two clients that both read it, one wins, and the other is told where to go on.
 func TestIf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe, func(c *config) { c.maxEvents = 2 })
@@ -1426,7 +1428,7 @@ func TestIf(t *testing.T) {
 		wants(200, second, fmt.Sprint("key=k&if=", newest), "a key that is known answers first")
 		wants(412, second, fmt.Sprint("if=", newest), "from before")
 		third := wants(201, -1, "", fmt.Sprint("data=by+a+form&if=", second), formType)
-		for range 3 { // the history moves on
+		for range 3 { // the history grows
 			third = wants(201, -1, fmt.Sprint("if=", third), "more")
 		}
 
@@ -1449,7 +1451,7 @@ func TestIf(t *testing.T) {
 	})
 }
 
-// Those that can't set a header say in the query where they were, each in its own way.
+// Clients that cannot set a header send the cursor in the query, each in its own way.
 func TestTheCursorByItsOtherNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1482,7 +1484,7 @@ func TestTheCursorByItsOtherNames(t *testing.T) {
 	})
 }
 
-// A signal is heard while it lasts and is no part of the history.
+// A signal is delivered until it expires, and is no part of the history.
 func TestPublishSignal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1499,8 +1501,8 @@ func TestPublishSignal(t *testing.T) {
 	})
 }
 
-// The form of a page without script: it publishes once and goes back to the
-// page, wherever else it is told to go.
+// The form of a page without JavaScript publishes once and returns to the page,
+// whatever else its fields say.
 func TestForm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1538,7 +1540,7 @@ func TestForm(t *testing.T) {
 			t.Errorf("then in the query: %s", res.Status)
 		}
 
-		// The form that the page has works, and a double click is one message.
+		// The form in the page works, and a double click is one message.
 		for _, path := range []string{"/rooms/a/form?user=%22%3E%3Cb%3E", "/rooms/a/refresh?user=%22%3E%3Cb%3E", "/rooms/a/form?live=refresh"} {
 			res, page := b.do("GET", path, "")
 			if h := res.Header; res.StatusCode != 200 || h.Get("Content-Type") != "text/html; charset=utf-8" || !strings.Contains(h.Get("Cache-Control"), "no-store") || h.Get("X-Content-Type-Options") != "nosniff" {
@@ -1573,7 +1575,7 @@ func TestForm(t *testing.T) {
 	})
 }
 
-// What is refused says why, in JSON, and changes nothing.
+// A refusal says why, in JSON, and changes nothing.
 func TestRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1607,7 +1609,7 @@ func TestRefusals(t *testing.T) {
 			all = append(all, refusal{status, "POST", path, body, headers})
 		}
 
-		// Names of rooms, in every place they have.
+		// Names of rooms, wherever they occur.
 		for _, room := range []string{"a%2Fb", "%2F", "%2e%2e%2Fa", "a%00", "%00", "a%20b", "a+b", "a%0Ab", "%C3%A9", "%FF", "%C3%28", "a;b", "a=b", "a@b", "a*", "a~b", "%22", "%3Cb%3E", "", ",", "a,", ",a", "a,,b", "a,a", "a,b,a", strings.Repeat("x", 65), strings.Repeat("x", 10_000), "a%25", "a%252F", "a%2F..%2Fb", names(33)} {
 			get(400, "/rooms/"+room+"/poll", "/rooms/"+room+"/sse", "/rooms/"+room+"/ws", "/rooms/"+room+"/presence", "/rooms/"+room+"/form")
 			post(400, "/rooms/"+room, "hi")
@@ -1625,7 +1627,7 @@ func TestRefusals(t *testing.T) {
 		for _, n := range []string{"-1", "x", "1.5", "NaN", "Infinity", "9223372036854775808", "99999999999999999999999", "-9223372036854775809", "%2B1", "%201", "1%20", "1e3", "0x10", "1_000", "%D9%A1", "1,2", "%00", "''"} {
 			get(400, "/rooms/a/poll?after="+n, "/rooms/a/poll?last="+n, "/rooms/a/longpoll?wait="+n, "/rooms/a/sse?after="+n, "/rooms/a/stream?last="+n, "/rooms/a/ws?after="+n, "/rooms/a/poll?presence="+n)
 			post(400, "/rooms/a?ttl="+n, "hi")
-			if v, _ := url.QueryUnescape(n); v == strings.TrimSpace(v) && v != "\x00" { // what a header can say
+			if v, _ := url.QueryUnescape(n); v == strings.TrimSpace(v) && v != "\x00" { // what a header can hold
 				all = append(all, refusal{400, "GET", "/rooms/a/sse", "", []string{"Last-Event-ID: " + v}}, refusal{400, "GET", "/rooms/a/poll?after=0", "", []string{"Last-Event-ID: " + v}})
 			}
 		}
@@ -1634,7 +1636,8 @@ func TestRefusals(t *testing.T) {
 			post(400, "/rooms/a?ttl="+ttl, "hi")
 		}
 
-		// Parameters given twice, or that contradict, and queries that are none.
+		// Parameters that are given twice or contradict each other, and malformed
+		// queries.
 		for _, name := range []string{"after=1", "last=1", "user=a", "presence=1"} {
 			get(400, "/rooms/a/poll?"+name+"&"+name, "/rooms/a/sse?"+name+"&"+name)
 		}
@@ -1689,7 +1692,8 @@ func TestRefusals(t *testing.T) {
 		for _, text := range []string{"", " ", "{", "[1,]", "{'a':1}", "nul", "True", "1 2", `"a`, `"a` + "\n" + `"`, "01", "+1", ".5", "NaN", "{\"a\":1}}", "hi", deep, deepObject, strings.Repeat("[", 60_000), strings.Repeat(`{"a":`, 10_000)} {
 			post(400, "/rooms/a", text, jsonType)
 		}
-		// What some parsers take and others don't: half of a surrogate pair, numbers beyond a double, names twice.
+		// JSON that other parsers refuse: half of a surrogate pair, numbers beyond a
+		// double, names twice.
 		for _, text := range []string{`"\ud800"`, `"\uDFFF"`, `"\ude00\ud83d"`, `"\ud800\ud800"`, `"\ud800x"`, `"\ud800\\udc00"`, `["x",{"\ud800":1}]`, "1e400", `{"n":-1e309}`, strings.Repeat("9", 400),
 			`{"a":1,"a":2}`, `{"a":1,"\u0061":2}`, `[{"b":{"a":[],"c":1 , "a" : 2}}]`, `{"":1,"":1}`} {
 			post(400, "/rooms/a", text, jsonType)
@@ -1765,7 +1769,7 @@ func TestRefusals(t *testing.T) {
 	})
 }
 
-// A ttl makes a signal, in the query or in a form.
+// A ttl makes an event a signal, in the query or in a form.
 func TestAnEventWithATTLIsASignal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1779,7 +1783,7 @@ func TestAnEventWithATTLIsASignal(t *testing.T) {
 	})
 }
 
-// What is just within the bounds is taken.
+// Values just within the bounds are accepted.
 func TestWithinBounds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -1805,7 +1809,7 @@ func TestWithinBounds(t *testing.T) {
 	})
 }
 
-// BenchmarkFrame measures the framing of one event into a buffer that has room.
+// BenchmarkFrame measures encoding one event into a buffer with room for it.
 func BenchmarkFrame(b *testing.B) {
 	r := benchRelay(b)
 	events := openSubscriber(b, r, "lobby", r.lastID.Load()-r.epoch-1, subscribeRequest{}).next(nil)
@@ -1844,7 +1848,8 @@ func TestFramingAllocatesNothing(t *testing.T) {
 	}
 }
 
-// Accepted rooms are 1 to 32 different names, and to name them again gives the same.
+// A list of rooms that is accepted has 1 to 32 different names, and parses to the same
+// again.
 func FuzzRooms(f *testing.F) {
 	for _, seed := range []string{"", "lobby", "a,b", "a,,b", "a,a", "a%2Cb", "a%2Fb", "%00", "%", "%zz", "_stats", "A-Z.a:z_09", strings.Repeat("x", 65), strings.Repeat("x,", 33), "é", "%C3%A9", "a b", "a+b"} {
 		f.Add(seed)
@@ -1872,14 +1877,15 @@ func FuzzRooms(f *testing.F) {
 	})
 }
 
-// A number is accepted in one spelling, within its bounds, and read as it says.
+// An accepted number has one spelling, is within its bounds, and has the value it
+// says.
 func FuzzNumber(f *testing.F) {
 	for _, seed := range []string{"0", "1", "-1", "+1", "007", "1e3", "0x10", "1_000", " 1", "1 ", "9223372036854775807", "9223372036854775808", "-9223372036854775808", "NaN", "٣", "", "1795351418000042"} {
 		f.Add(seed, int64(0), int64(1<<62))
 	}
 	f.Fuzz(func(t *testing.T, v string, low, high int64) {
 		if v == "" {
-			return // is none, see (*query).number
+			return // stands for an absent parameter
 		}
 		var q request
 		n := q.parseInt("after", v, low, high, -1)
@@ -1898,7 +1904,7 @@ func FuzzNumber(f *testing.F) {
 	})
 }
 
-// A request for any technique with any parameters is 200, or 4xx with a JSON error.
+// Any parameters of any technique give 200, or 4xx with a JSON error.
 func FuzzQuery(f *testing.F) {
 	for _, seed := range []string{"", "after=1&last=2&user=ada&presence=1", "after=-1", "after=1&after=1", "callback=a.b&wait=0", "callback=alert(1)//", "as=html", "as=svg&w=80&h=80", "wait=x", "%", "a;b", "user=%ff", "last=2147483648", "token=x"} {
 		for n := range uint8(3) {
@@ -1923,7 +1929,7 @@ func FuzzQuery(f *testing.F) {
 		s.ServeHTTP(w, r)
 		kind := w.Header().Get("Content-Type")
 		switch body := w.Body.String(); {
-		case w.Code == 303 && technique == "refresh": // a token goes into a cookie
+		case w.Code == 303 && technique == "refresh": // a token is moved to a cookie
 		case w.Code >= 400 && w.Code < 500:
 			if !isError(body) {
 				t.Errorf("%s?%s: %d %q", technique, query, w.Code, body)
@@ -1948,7 +1954,7 @@ func FuzzQuery(f *testing.F) {
 	})
 }
 
-// A callback that is accepted is a name in ASCII and can't be anything else in a script.
+// An accepted callback is a name in ASCII that cannot be anything else in a script.
 func FuzzCallback(f *testing.F) {
 	for _, seed := range []string{"f", "a.b.c", "$", "_", "$1", "1a", "", ".", "a.", ".a", "a..b", "a b", "a(", "a[0]", "é", "a\u2028", "a\x00", "alert(1)//", "</script>", strings.Repeat("x", 64), strings.Repeat("x", 65)} {
 		f.Add(seed)
@@ -1961,7 +1967,7 @@ func FuzzCallback(f *testing.F) {
 	})
 }
 
-// safeEvent fails unless the JSON is one line that is safe in any framing.
+// safeEvent fails unless the JSON is one line that is safe in every technique.
 func safeEvent(t *testing.T, line string) {
 	t.Helper()
 	if !json.Valid([]byte(line)) || !utf8.ValidString(line) || strings.ContainsAny(line, "<>&\n\r\u2028\u2029\x00") {
@@ -1969,7 +1975,7 @@ func safeEvent(t *testing.T, line string) {
 	}
 }
 
-// newestEvent is what a poll says is the newest of a room.
+// newestEvent returns the newest event of a room, by poll.
 func newestEvent(t *testing.T, s *app, after int64) string {
 	t.Helper()
 	w := newDeadlineRecorder()
@@ -1981,8 +1987,8 @@ func newestEvent(t *testing.T, s *app, after int64) string {
 	return string(answer.Events[0])
 }
 
-// What is published with any type of body is one event that reads back, or is
-// refused and changes nothing.
+// A publish with any type of body is one event that can be read back, or is refused
+// and changes nothing.
 func FuzzPublish(f *testing.F) {
 	parts, partsKind := formParts("data", "hi", "user", "ada")
 	for _, seed := range []struct{ kind, query, key, body string }{
@@ -2066,8 +2072,8 @@ func FuzzPublish(f *testing.F) {
 	})
 }
 
-// A WebSocket frame publishes one safe event, or is answered with an error
-// and changes nothing.
+// A message by WebSocket publishes one safe event, or is answered with an error and
+// changes nothing.
 func FuzzFrame(f *testing.F) {
 	for _, seed := range []string{
 		"", "hi", "{", "{}", `{"data":1}`, `{"type":"message","room":"b","data":{"a":"</script>"},"key":"k","ttl":5}`, `{"type":"presence","data":"typing"}`,
@@ -2078,7 +2084,7 @@ func FuzzFrame(f *testing.F) {
 		f.Add(false, false, []byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, text, two bool, frame []byte) {
-		synctest.Test(t, func(t *testing.T) { // where no lease ends, and is told, between a count and the next
+		synctest.Test(t, func(t *testing.T) { // no lease may end, and be announced, between two counts
 			checkFrame(t, text, two, frame)
 		})
 	})
