@@ -64,7 +64,7 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 		{"good for a fraction of a second more", makeToken(hs, `{"exp":946684800.001}`, firstSecret), ""},
 		{"good from now on", makeToken(hs, `{"nbf":946684800}`, firstSecret), ""},
 		{"good for ever", makeToken(hs, `{"exp":1e300}`, firstSecret), ""},
-		{"with claims that mean nothing here", makeToken(hs, `{"iss":"x","aud":["y"],"jti":"1","iat":0}`, firstSecret), ""},
+		{"with claims that are ignored", makeToken(hs, `{"iss":"x","aud":["y"],"jti":"1","iat":0}`, firstSecret), ""},
 		{"with a head that has more", makeToken(`{"kid":"1","alg":"HS256"}`, `{}`, firstSecret), ""},
 		{"of the other secret", makeToken(hs, `{}`, secondSecret), ""},
 
@@ -127,7 +127,7 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 		c, err := verifyToken(tc.token, [][]byte{[]byte(firstSecret), []byte(secondSecret)}, time.Unix(now, 0))
 		switch {
 		case tc.want == "" && (err != nil || c == nil):
-			t.Errorf("a token %s: %v, want it good", tc.name, err)
+			t.Errorf("a token %s: %v, want it valid", tc.name, err)
 		case tc.want != "" && (err == nil || c != nil || !strings.Contains(err.Error(), tc.want)):
 			t.Errorf("a token %s: %v, want an error about %q", tc.name, err, tc.want)
 		}
@@ -138,7 +138,7 @@ func TestATokenIsGoodOnlyIfItIsSignedWellFormedAndOfNow(t *testing.T) {
 		t.Errorf("a token of %d bytes, and %d are allowed: %v", len(fits), maxToken, err)
 	}
 	if _, err := verifyToken(good, nil, time.Unix(now, 0)); err == nil {
-		t.Error("without a secret a token is good")
+		t.Error("without a secret a token is valid")
 	}
 }
 
@@ -179,12 +179,12 @@ func TestATokenOfAnotherLibraryIsGood(t *testing.T) {
 		}
 		c.Exp = nil
 		if got, want := fmt.Sprintf("%+v", *c), fmt.Sprintf("%+v", tc.want); got != want {
-			t.Errorf("%s says %s, want %s", tc.name, got, want)
+			t.Errorf("%s has %s, want %s", tc.name, got, want)
 		}
 	}
 	if _, err := verifyToken("eyJ0eXAiOiJKV1QiLA0KICJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ.dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk",
 		[][]byte{rfc}, time.Unix(1300819380, 0)); err == nil {
-		t.Error("the token of RFC 7515 is good after it expired")
+		t.Error("the token of RFC 7515 is valid after it expired")
 	}
 }
 
@@ -215,7 +215,7 @@ func TestTheTokenThatCometesTokenPrintsIsGood(t *testing.T) {
 		t.Fatalf("%s: %v; of two secrets it is signed with the first", out, err)
 	}
 	if c.Sub != "ada" || fmt.Sprint(c.Read, c.Write) != "[team-* lobby] [lobby]" || math.Abs(*c.Exp-float64(time.Now().Unix()+90)) > 2 {
-		t.Errorf("it says %+v", *c)
+		t.Errorf("the claims are %+v", *c)
 	}
 	if out, err := runTokenCommand(t, env, "-secret", firstSecret); err != nil {
 		t.Error(err)
@@ -228,7 +228,7 @@ func TestTheTokenThatCometesTokenPrintsIsGood(t *testing.T) {
 		}
 	}
 	if _, err := runTokenCommand(t, nil); err == nil || !strings.Contains(err.Error(), "COMETES_SECRET") {
-		t.Errorf("without a secret: %v, want to be told where to say it", err)
+		t.Errorf("without a secret: %v, want an error that names the flag", err)
 	}
 }
 
@@ -236,7 +236,7 @@ func TestTheSecretIsNotInTheHelp(t *testing.T) {
 	env := map[string]string{"COMETES_SECRET": firstSecret}
 	for _, args := range [][]string{{"-help"}, {"-nonsense"}, {"-ttl", "soon"}} {
 		if out, err := runTokenCommand(t, env, args...); err == nil || strings.Contains(out+err.Error(), firstSecret) {
-			t.Errorf("cometes token %s says %v and shows the secret:\n%s", args, err, out)
+			t.Errorf("cometes token %s returns %v and shows the secret:\n%s", args, err, out)
 		}
 	}
 }
@@ -272,7 +272,7 @@ func TestPatternsOfRooms(t *testing.T) {
 		}
 	}
 	if matchesRoom(nil, "lobby") {
-		t.Error("a token without a list is good for a room")
+		t.Error("a token without a list allows a room")
 	}
 }
 
@@ -393,7 +393,7 @@ func TestWhatNeedsNoToken(t *testing.T) {
 			}
 		}
 		if got := b.status("192.0.2.1", "POST /rooms/_stats", "Authorization: Bearer "+signedToken(`{"write":["_stats","_*","*"]}`)); got != 403 {
-			t.Errorf("POST /rooms/_stats with a token for it: %d; nobody publishes there, want 403", got)
+			t.Errorf("POST /rooms/_stats with a token for it: %d, want 403", got)
 		}
 	})
 }
@@ -496,7 +496,7 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 			}
 		}
 		if got := said(); got != "ada" {
-			t.Errorf("the socket spoke as %q, want ada", got)
+			t.Errorf("the WebSocket published as %q, want ada", got)
 		}
 		if got := here("b"); got != "ada:away" {
 			t.Errorf("in b there is %q, want ada:away", got)
@@ -519,7 +519,7 @@ func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 				t.Errorf("%s: the token is in what is shown: %s", path, s)
 			}
 			if p := r.Header.Get("Referrer-Policy"); p != "no-referrer" && p != "same-origin" || r.Header.Get("Cache-Control") != "no-store" {
-				t.Errorf("%s: the redirect may be kept or told: %v", path, r.Header)
+				t.Errorf("%s: the redirect may be cached or sent as a Referer: %v", path, r.Header)
 			}
 			cookies := r.Cookies()
 			if len(cookies) != 1 {
@@ -541,10 +541,10 @@ func TestAPageKeepsItsTokenInACookieAndNotInItsURL(t *testing.T) {
 
 		page := "GET /rooms/lobby/refresh?token="
 		if r, _ := b.ask(from, page+tok, "", "Accept: text/html"); r.Cookies()[0].Secure {
-			t.Error("over plain HTTP the cookie is Secure, and would never come back")
+			t.Error("over plain HTTP the cookie is Secure, and browsers would not send it")
 		}
 		if r, _ := b.ask(from, page+signedToken(`{"read":["lobby"]}`), "", "Accept: text/html"); !r.Cookies()[0].Expires.IsZero() {
-			t.Error("the cookie of a token without end has an end")
+			t.Error("the cookie of a token without exp expires")
 		}
 		for _, bad := range []string{"x", signedToken(`{"exp":1,"read":["*"]}`), signedToken(`{}`)} {
 			if r, _ := b.ask(from, page+bad, "", "Accept: text/html"); r.StatusCode < 400 || len(r.Cookies()) > 0 {
@@ -575,7 +575,7 @@ func TestAFormWithTheCookiePublishesAndStaysOnItsPage(t *testing.T) {
 		cookie := "Cookie: token=" + signedToken(`{"sub":"ada","read":["lobby"],"write":["lobby"]}`)
 		_, page := b.ask("192.0.2.1", "GET /rooms/lobby/form", "", cookie)
 		if !strings.Contains(page, `name="user" value="ada"`) {
-			t.Errorf("the form of ada's token does not say ada:\n%s", page)
+			t.Errorf("the form for ada's token does not show ada:\n%s", page)
 		}
 		r, _ := b.ask("192.0.2.1", "POST /rooms/lobby", "user=ada&data=hi&then=form", cookie,
 			"Content-Type: application/x-www-form-urlencoded", "Origin: http://"+limitedHost, "Sec-Fetch-Site: same-origin")
@@ -637,7 +637,7 @@ func TestAStreamEndsWhenItsTokenExpires(t *testing.T) {
 					bye = "this page comes back by itself"
 				}
 				if wrong := late(); wrong != "" || strings.Count(body, bye) != 1 {
-					t.Errorf("%s: %s, and said\n%s", tech.name, wrong, body)
+					t.Errorf("%s: %s, and sent\n%s", tech.name, wrong, body)
 				}
 			})
 		}
@@ -677,7 +677,7 @@ func TestOverHTTP2AStreamEndsWhenItsTokenExpires(t *testing.T) {
 		resp := get("/rooms/lobby/sse?token=" + signedToken(`{"read":["*"],"exp":`+unixIn(40*time.Second)+`}`))
 		data, err := io.ReadAll(resp.Body)
 		if d := time.Since(start); err != nil || d != 40*time.Second || !strings.Contains(string(data), "event: bye") {
-			t.Errorf("after %v %v, and said\n%s", d, err, data)
+			t.Errorf("after %v %v, and sent\n%s", d, err, data)
 		}
 	})
 }
@@ -946,7 +946,7 @@ func TestOnlyListedOriginsMayFrameAPage(t *testing.T) {
 				policy := r.Header.Get("Content-Security-Policy")
 				_, got, _ := strings.Cut(policy, "frame-ancestors ")
 				if got, _, _ = strings.Cut(got, ";"); got != want {
-					t.Errorf("with -origins %q who may frame %s is %q, want %q", origins, page, got, want)
+					t.Errorf("with -origins %q the frame-ancestors of %s are %q, want %q", origins, page, got, want)
 				}
 			}
 			b.close()
@@ -1002,7 +1002,7 @@ func FuzzToken(f *testing.F) {
 			}
 			parts := strings.Split(tok, ".")
 			if len(tok) > maxToken || len(parts) != 3 {
-				t.Fatalf("%q is good", tok)
+				t.Fatalf("%q is valid", tok)
 			}
 			signed := false
 			for _, s := range secrets {
@@ -1012,17 +1012,17 @@ func FuzzToken(f *testing.F) {
 			}
 			alg, _ := base64.RawURLEncoding.DecodeString(parts[0])
 			if !signed || !bytes.Contains(alg, []byte("256")) && !bytes.Contains(alg, []byte(`\u`)) {
-				t.Fatalf("%q is good, and is not signed", tok)
+				t.Fatalf("%q is valid, and not signed", tok)
 			}
 			if c.expires() <= now.UnixNano() || c.Nbf > 946684800 || !validUser(c.Sub) {
-				t.Fatalf("%q is good, and says %+v", tok, *c)
+				t.Fatalf("%q is valid, with %+v", tok, *c)
 			}
 			if i == 0 { // any change makes it invalid
 				for _, at := range []int{0, len(tok) / 2, len(tok) - 1} {
 					b := []byte(tok)
 					b[at] ^= 1
 					if _, err := verifyToken(string(b), secrets, now); err == nil {
-						t.Errorf("%q is good too", b)
+						t.Errorf("%q is valid too", b)
 					}
 				}
 			}
@@ -1039,7 +1039,7 @@ func FuzzToken(f *testing.F) {
 func TestAClaimInCapitalsIsIgnored(t *testing.T) {
 	c, err := verifyToken(signedToken(`{"SUB":"ada","READ":["*"],"Write":["lobby"]}`), [][]byte{[]byte(firstSecret)}, time.Now())
 	if err != nil || c.Sub != "" || c.allows("lobby", false) || c.allows("lobby", true) {
-		t.Errorf("%v %+v, want a token that is good for nothing", err, c)
+		t.Errorf("%v %+v, want a token without rights", err, c)
 	}
 }
 
@@ -1132,7 +1132,7 @@ func TestTheTokenOfAPage(t *testing.T) {
 			t.Errorf("of an open relay: %d %s", r.StatusCode, body)
 		}
 		if r, _ := b.ask("192.0.2.1", "GET /?token=x", "", "Accept: text/html"); r.StatusCode != 200 {
-			t.Errorf("a token that nobody asked for: %d", r.StatusCode)
+			t.Errorf("a token that is not needed: %d", r.StatusCode)
 		}
 	})
 }
@@ -1173,7 +1173,7 @@ func TestAccess(t *testing.T) {
 		{"a stranger's frame", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe", "Referer: " + stranger + "/"}, "all", ""},
 		{"a stranger's picture", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors", "Sec-Fetch-Dest: image", "Referer: " + stranger + "/"}, "all", ""},
 		{"a stranger's script that hides whose it is", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors", "Sec-Fetch-Dest: script"}, "all", ""},
-		{"a stranger's script that says it is a friend's", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Dest: script", "Referer: https://friend.example@stranger.example/"}, "all", ""},
+		{"a stranger's script that claims to be a friend's", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Dest: script", "Referer: https://friend.example@stranger.example/"}, "all", ""},
 		{"a link from a stranger", []string{"Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document", "Referer: " + stranger + "/"}, "own", ""},
 		{"a stranger's form", []string{"Origin: " + stranger, "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document"}, "", "all"},
 		{"a hidden form", []string{"Origin: null", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: iframe"}, "", "all"},
@@ -1249,7 +1249,7 @@ func TestAccess(t *testing.T) {
 							try("read by "+technique.name, a.read, 200, "GET", "/rooms/a/"+technique.name+"?callback=f&wait=1")
 						}
 					}
-					try("see who is here", a.read, 200, "GET", "/rooms/a/presence")
+					try("read presence", a.read, 200, "GET", "/rooms/a/presence")
 					try("see a form", a.read, 200, "GET", "/rooms/a/form")
 					try("ask for the head", a.read, 200, "HEAD", "/rooms/a/sse")
 				}

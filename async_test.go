@@ -53,7 +53,7 @@ func TestAClientThatLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
 		synctest.Wait()
 		for _, st := range b.pool.sessions {
 			if st.state.Load() != stateBlocked {
-				t.Fatalf("a socket that nobody reads is not full: %d", st.state.Load())
+				t.Fatalf("a socket without a reader is not full: %d", st.state.Load())
 			}
 		}
 		time.Sleep(writeTimeout - time.Second)
@@ -101,7 +101,7 @@ func TestAClientThatReadsNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
 		for _, c := range stuck {
 			c.SetReadDeadline(time.Now().Add(time.Second))
 			if _, err := io.ReadAll(c); err != nil {
-				t.Errorf("a reader that took nothing is still connected: %v", err)
+				t.Errorf("a client that read nothing is still connected: %v", err)
 			}
 		}
 		time.Sleep(time.Minute)
@@ -250,11 +250,11 @@ func TestBytesSentToAStreamAreDiscarded(t *testing.T) {
 				if size < maxHeader {
 					b.post("a", "hi")
 					if !lines.Scan() || !strings.Contains(lines.Text(), `"hi"`) {
-						t.Errorf("%d bytes were said, and then came %q", size, lines.Text())
+						t.Errorf("after %d bytes were sent came %q", size, lines.Text())
 					}
 					conn.Close()
 				} else if lines.Scan() {
-					t.Errorf("%d bytes were said, and then came %q", size, lines.Text())
+					t.Errorf("after %d bytes were sent came %q", size, lines.Text())
 				}
 				b.waitUntil(func() bool { return b.active() == 0 })
 				conn.Close()
@@ -342,7 +342,7 @@ func TestAWebSocketOfALaterHTTP(t *testing.T) {
 		b.post("a", "at once")
 		synctest.Wait()
 		if !bytes.Contains(heard, []byte("at once")) {
-			t.Errorf("heard %q", heard)
+			t.Errorf("received %q", heard)
 		}
 	})
 }
@@ -361,10 +361,10 @@ func TestAnAckIsSentBeforeTheBye(t *testing.T) {
 		st.handling.Store(false)
 		st.wake()
 		if h := e.next(); h.kind != "ack" {
-			t.Errorf("heard %v, want the ack", h)
+			t.Errorf("received %v, want the ack", h)
 		}
 		if h := e.next(); h.kind != "bye" {
-			t.Errorf("heard %v, want the bye", h)
+			t.Errorf("received %v, want the bye", h)
 		}
 	})
 }
@@ -473,7 +473,7 @@ func TestHowManyPings(t *testing.T) {
 			st.awaitingPong.Store(false)
 		}
 		if pings != test.pings {
-			t.Errorf("patient %v, proxied %v: %d pings in 48 heartbeats, want %d", test.patient, test.proxied, pings, test.pings)
+			t.Errorf("kernel timeout %v, proxied %v: %d pings in 48 heartbeats, want %d", test.patient, test.proxied, pings, test.pings)
 		}
 	}
 }
@@ -535,7 +535,7 @@ func TestWebSocketFlood(t *testing.T) {
 		}()
 		time.Sleep(9 * time.Second)
 		if n := sent.Load(); n > maxQueuedReplies/15 {
-			t.Errorf("%d frames were taken whose answers nobody read", n)
+			t.Errorf("%d frames were accepted whose replies are not read", n)
 		}
 		time.Sleep(2 * time.Second)
 		if n := b.subscriptions(); n != 1 {
@@ -560,7 +560,7 @@ func TestHelloComesBeforeAnyReply(t *testing.T) {
 		st.replies = []byte("an answer")
 		st.writeDue(b.scratches.New().(*scratch), time.Now().UnixNano()) // its first turn, with a socket that is full
 		if first := string(slices.Concat(st.pending...)); !strings.Contains(first, `"hello"`) {
-			t.Errorf("the first it says is %q", first)
+			t.Errorf("the first message is %q", first)
 		}
 	})
 }

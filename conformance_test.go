@@ -34,23 +34,23 @@ var conformance = []struct {
 	virtual  bool // takes virtual time
 	check    func(*testing.T, *testbed, variant)
 }{
-	{"its headers let nobody hold it back", false, false, checkHeaders},
+	{"its headers keep proxies and caches from holding it back", false, false, checkHeaders},
 	{"it says hello at once", true, false, checkHello},
-	{"it tells what happens in its rooms, in order", false, false, checkLive},
-	{"it passes over what only another technique takes", false, false, checkForeignParameters},
+	{"it delivers the events of its rooms, in order", false, false, checkLive},
+	{"it ignores parameters of other techniques", false, false, checkForeignParameters},
 	{"it catches up from a cursor", false, false, checkCatchUp},
-	{"it tells of a gap", false, false, checkGap},
-	{"it tells signals while they last", false, true, checkSignals},
-	{"its heart beats when it is silent", true, true, checkHeartbeat},
+	{"it sends a gap", false, false, checkGap},
+	{"it delivers signals until they expire", false, true, checkSignals},
+	{"it sends heartbeats when it is silent", true, true, checkHeartbeat},
 	{"it says bye after all that was published", true, false, checkBye},
 	{"HEAD is answered at once, without a body", false, false, checkHead},
-	{"OPTIONS tells the methods, and others are refused", false, false, checkMethods},
+	{"OPTIONS lists the methods, and others are refused", false, false, checkMethods},
 }
 
 func TestTechniques(t *testing.T) {
 	for _, technique := range techniques {
 		if !slices.ContainsFunc(variants, func(k variant) bool { return k.technique == technique.name }) {
-			t.Errorf("nobody listens to %s here", technique.name)
+			t.Errorf("there is no variant for %s", technique.name)
 		}
 	}
 	for _, network := range []string{pipe, pipe10, pipeH2, tcp} {
@@ -168,7 +168,7 @@ func checkLive(t *testing.T, b *testbed, k variant) {
 	id := b.post("a", "one")
 	got := e.expect("message one")[0]
 	if !k.forPeople && (got.id != id || got.room != "a" || got.data != `"one"`) {
-		t.Errorf("heard %s", got.json)
+		t.Errorf("received %s", got.json)
 	}
 	b.post("c", "elsewhere")
 	b.post("b?user=ada", "two")
@@ -341,7 +341,7 @@ func checkHeartbeat(t *testing.T, b *testbed, k variant) {
 		d := time.Since(since)
 		since = time.Now()
 		if h.kind != "beat" || d < 15*time.Second*3/4 || d > 15*time.Second {
-			t.Fatalf("heard %v after %v, want a heartbeat after 11.25 to 15 s", h, d)
+			t.Fatalf("received %v after %v, want a heartbeat after 11.25 to 15 s", h, d)
 		}
 	}
 	for i := range 20 { // an event replaces a heartbeat
@@ -351,7 +351,7 @@ func checkHeartbeat(t *testing.T, b *testbed, k variant) {
 	}
 	since = time.Now()
 	if h, d := e.next(), time.Since(since); h.kind != "beat" || d < 15*time.Second*3/4 || d > 15*time.Second {
-		t.Errorf("heard %v after %v, want a heartbeat after 11.25 to 15 s", h, d)
+		t.Errorf("received %v after %v, want a heartbeat after 11.25 to 15 s", h, d)
 	}
 }
 

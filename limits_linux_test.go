@@ -90,7 +90,7 @@ func TestOutOfDescriptorsTheRelayAnswers503AndDoesNotSpin(t *testing.T) {
 	}
 	eventually(t, 3*time.Second, "recovered", func() bool { status, _, _ := c.get("/healthz"); return status == 200 })
 	if n := c.refusals("descriptors"); n < 400 || n > 500 {
-		t.Errorf("%d refusals are counted under descriptors, want all but those let in of 500", n)
+		t.Errorf("%d refusals are counted under descriptors, want all but those accepted of 500", n)
 	}
 	eventually(t, 3*time.Second, "the descriptors are given back", func() bool { return c.descriptors() <= before+3 })
 	if err := c.stop(); err != nil {
@@ -432,7 +432,7 @@ var floods = []struct {
 	said    string // some answers begin with it
 	unsaid  string // and none begins with this
 }{
-	{"connections that say nothing", func(f *flood) {
+	{"connections that send nothing", func(f *flood) {
 		f.each(1500, func(int) { f.dial() })
 	}, "connections", true, 60, "", ""},
 
@@ -537,7 +537,7 @@ var floods = []struct {
 		})
 	}, "streams", true, 60, "", ""},
 
-	{"pings, and pongs that nobody reads", func(f *flood) {
+	{"pings, and pongs that are not read", func(f *flood) {
 		f.each(50, func(i int) {
 			for !f.isOver() {
 				conn := f.request(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
@@ -662,12 +662,12 @@ func TestHonestClientsNoticeNoFloodAndAllMemoryIsReleasedAfterwards(t *testing.T
 				r.Header.Set("X-Forwarded-For", "198.51.100.200")
 				resp, err := client.Do(r)
 				if err != nil {
-					t.Errorf("somebody new: %v", err)
+					t.Errorf("a new client: %v", err)
 					continue
 				}
 				resp.Body.Close()
 				if resp.StatusCode != 200 {
-					t.Errorf("somebody new: %s", resp.Status)
+					t.Errorf("a new client: %s", resp.Status)
 				}
 			}
 			f.wg.Wait()
@@ -678,7 +678,7 @@ func TestHonestClientsNoticeNoFloodAndAllMemoryIsReleasedAfterwards(t *testing.T
 				t.Errorf("no refusal is counted under %s; this was no flood: %v", fl.refused, f.said)
 			}
 			if fl.said != "" && f.said[fl.said] == 0 || f.said[fl.unsaid] > 0 {
-				t.Errorf("they were answered %v; want %q, and not %q", f.said, fl.said, fl.unsaid)
+				t.Errorf("the answers are %v; want %q, and not %q", f.said, fl.said, fl.unsaid)
 			}
 			if limit := floodStreams + 100 + 100 + 20; most > limit {
 				t.Errorf("it had %d descriptors open; its limits make %d", most, limit)

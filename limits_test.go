@@ -105,7 +105,7 @@ func TestNoClientBehindAProxyCanClaimALocalAddress(t *testing.T) {
 			}
 		}
 		if published != 2 {
-			t.Errorf("the client of one address published %d messages at once, want 2", published)
+			t.Errorf("a client of one address published %d messages at once, want 2", published)
 		}
 	})
 }
@@ -182,7 +182,7 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 				held = openStreams(b, 3, "10.0.0.1", "GET /rooms/a/stream", func(i int) []string { return forwarded(fmt.Sprintf("2001:db8::%d", i)) })
 			},
 			"10.0.0.1", "GET /rooms/a/longpoll?wait=1", "", forwarded("2001:db8::9:9:9"), 429, "10", "", leave},
-		{"connections in all, silent ones", "connections", []string{"-streams", "3"},
+		{"connections in all, idle ones", "connections", []string{"-streams", "3"},
 			func(b *testbed) {
 				for i := range 103 {
 					if _, err := b.dialFrom(fmt.Sprintf("192.0.2.%d", i+1)); err != nil {
@@ -200,7 +200,7 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 		{"presence of an address", "rate", []string{"-rate", "2"},
 			func(b *testbed) { post(b, first, "a", "b", "c", "a") },
 			first, "POST /rooms/a/presence?user=ada", "away", nil, 429, "1", second, wait(500 * time.Millisecond)},
-		{"publishes that X-Forwarded-For says are another's", "rate", []string{"-rate", "2"},
+		{"publishes with the X-Forwarded-For of another address", "rate", []string{"-rate", "2"},
 			func(b *testbed) { post(b, first, "a", "b", "c", "a") },
 			first, "POST /rooms/a", "hi", append(forwarded(second), "Fly-Client-IP: "+second), 429, "1", second, wait(500 * time.Millisecond)},
 		{"publishes of a slow address", "rate", []string{"-rate", "0.1"},
@@ -212,7 +212,7 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 		{"rooms", "rooms", []string{"-rooms", "2", "-idle", "10m"},
 			func(b *testbed) { post(b, first, "b", "c") },
 			first, "POST /rooms/a", "hi", nil, 503, "60", "", wait(11 * time.Minute)},
-		{"users who declare", "users", []string{"-users", "2", "-present", "1m"},
+		{"users who set presence", "users", []string{"-users", "2", "-present", "1m"},
 			func(b *testbed) {
 				b.ask(first, "POST /rooms/a/presence?user=bob", "away")
 				b.ask(first, "POST /rooms/b/presence?user=bob", "away")
@@ -288,7 +288,7 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 	}
 	for _, reason := range reasons {
 		if !covered[reason] {
-			t.Errorf("nothing is refused for %s", reason)
+			t.Errorf("no test is refused for %s", reason)
 		}
 	}
 }
@@ -404,7 +404,7 @@ func TestTheLimitListenerAcceptsNoMoreThanItMay(t *testing.T) {
 			}
 		}
 		if in != most || out != 2000-most || b.refusals("connections") != out {
-			t.Errorf("%d came in, %d were refused and %d counted; want %d and %d", in, out, b.refusals("connections"), most, 2000-most)
+			t.Errorf("%d were accepted, %d refused and %d counted; want %d and %d", in, out, b.refusals("connections"), most, 2000-most)
 		}
 		for _, c := range conns[:100] {
 			c.Close()
@@ -431,7 +431,7 @@ func TestStreamLimit(t *testing.T) {
 			runOnNetwork(t, network, func(t *testing.T) {
 				b := newTestbed(t, network, func(c *config) { c.streams, c.maxUsers = 2, 1 })
 				if res, body := b.do("GET", "/rooms/a,b/stream?user=ada", ""); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body) {
-					t.Errorf("two users where one may be: %s %s", res.Status, body)
+					t.Errorf("two users where the bound is one: %s %s", res.Status, body)
 				}
 				b.checkIdle() // a refused request holds nothing
 				one, two := b.subscribe(variantOf("stream"), "a").begin(), b.subscribe(variantOf("sse"), "a").begin()

@@ -583,7 +583,7 @@ func (r *soakReader) message(p *soakPosition, id, n int64, at time.Time) {
 	s.count("delivered", 1)
 	born := s.born.Load()
 	if id >= born && p.base < born && !told {
-		s.fail("not told of a restart", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
+		s.fail("not sent a gap after a restart", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
 	}
 	switch {
 	case n == last && told: // the answer was lost with the process, which knew the key
@@ -959,10 +959,10 @@ func TestSoak(t *testing.T) {
 		t.Errorf("such as\n%s", strings.Join(s.examples, "\n"))
 	}
 	if s.slowest > 5*time.Second {
-		t.Errorf("somebody who was connected waited for a message for %v", s.slowest)
+		t.Errorf("a connected reader waited for a message for %v", s.slowest)
 	}
 	if s.counts["slow readers dropped"] == 0 {
-		t.Error("none of those who took nothing was dropped")
+		t.Error("none of those that read nothing was dropped")
 	}
 	early, late := residentAt(samples, lasts/4, min(s.every, lasts/4)), residentAt(samples, lasts+time.Second, min(s.every, lasts/4))
 	t.Logf("resident at the end of the first quarter %.1f MB, of the last %.1f MB", early, late)

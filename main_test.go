@@ -99,7 +99,7 @@ func TestFlagsRefused(t *testing.T) {
 	stop()
 	for _, secret := range []string{" ", ",", " , "} {
 		if err := run(stopped, []string{"-addr", "127.0.0.1:0", "-secret", secret}, testEnv()); err == nil || !strings.Contains(err.Error(), "-secret") {
-			t.Errorf("-secret %q: %v; whoever sets one does not want an open relay", secret, err)
+			t.Errorf("-secret %q: %v; want an error, not an open relay", secret, err)
 		}
 	}
 	if _, err := parseFlags([]string{"-help"}, testEnv()); !errors.Is(err, flag.ErrHelp) {
@@ -138,7 +138,7 @@ func TestHelp(t *testing.T) {
 	help, _ := io.ReadAll(r)
 	flags := regexp.MustCompile(`(?m)^  -(\S+)`).FindAllStringSubmatch(string(help), -1)
 	if len(flags) < 9 {
-		t.Errorf("%d flags are helped with:\n%s", len(flags), help)
+		t.Errorf("the help has %d flags:\n%s", len(flags), help)
 	}
 	for _, f := range flags {
 		if name := "(COMETES_" + strings.ToUpper(strings.ReplaceAll(f[1], "-", "_")) + ")"; !strings.Contains(string(help), name) {
@@ -196,7 +196,7 @@ func TestRun(t *testing.T) {
 	says := func(what string) {
 		t.Helper()
 		if !lines.Scan() || !strings.Contains(lines.Text(), what) {
-			t.Fatalf("the stream says %q, want %s (%v)", lines.Text(), what, lines.Err())
+			t.Fatalf("the stream sends %q, want %s (%v)", lines.Text(), what, lines.Err())
 		}
 	}
 	says(`"hello"`)
@@ -564,7 +564,7 @@ func TestASlowBodyIsNotWaitedFor(t *testing.T) {
 func TestABodyThatNobodyAskedForIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t, "-rate", "0.001")
-		b.ask("192.0.2.1", "POST /rooms/a", "hi") // the second is fast enough to arrive
+		b.ask("192.0.2.1", "POST /rooms/a", "hi") // the rate allows no second publish
 		for _, first := range []string{"GET /rooms/a/poll", "GET /healthz", "POST /healthz", "GET /rooms/a/refresh", "POST /rooms/a", "POST /rooms/a,b", "PUT /rooms/a", "GET /rooms/a/longpoll?wait=1"} {
 			if _, d := sendSlowly(t, b, first+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", "", 0); d > idleTimeout+time.Minute {
 				t.Errorf("%s with a body that does not come keeps its connection for %v", first, d)

@@ -112,7 +112,7 @@ func (p *presenceTest) wantEvents(want ...string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !slices.Equal(p.events, want) {
-		p.Errorf("the room was told\n\t%s\nwant\n\t%s", strings.Join(p.events, "\n\t"), strings.Join(want, "\n\t"))
+		p.Errorf("the events are\n\t%s\nwant\n\t%s", strings.Join(p.events, "\n\t"), strings.Join(want, "\n\t"))
 	}
 }
 
@@ -121,7 +121,7 @@ func (p *presenceTest) wantRoster(want string) {
 	p.Helper()
 	ros := p.roster("a")
 	if got := summarizeUsers(ros.Users); got != want || ros.Count != len(ros.Users) {
-		p.Errorf("after %v %d are here: %s; want %s", time.Since(p.start), ros.Count, got, want)
+		p.Errorf("after %v %d are present: %s; want %s", time.Since(p.start), ros.Count, got, want)
 	}
 }
 
@@ -136,13 +136,13 @@ func (p *presenceTest) wantNothingLeft() {
 	}
 	checkAccounting(p.T, p.relay)
 	if p.leases != 0 || len(p.rooms) != 0 {
-		p.Errorf("%d leases and %d rooms are left of an empty house", p.leases, len(p.rooms))
+		p.Errorf("%d leases and %d rooms are left, want none", p.leases, len(p.rooms))
 	}
 	mark := p.lastID.Load()
 	time.Sleep(time.Hour)
 	synctest.Wait()
 	if p.lastID.Load() != mark {
-		p.Error("a timer is left of an empty house, and told something")
+		p.Error("a timer is left, and published something")
 	}
 }
 
@@ -161,7 +161,7 @@ func TestPresence(t *testing.T) {
 			p.at("5m10s")
 			p.wantRoster("")
 		}, []string{"0s ada:online", "5m10s ada:offline"}},
-		{"a reload tells nothing", func(p *presenceTest) {
+		{"a reload is not announced", func(p *presenceTest) {
 			ada := p.stream("ada")
 			p.at("1m")
 			ada.unsubscribe()
@@ -179,7 +179,7 @@ func TestPresence(t *testing.T) {
 			p.at("2m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"a client's goodbye is for the stream it has, though another of it has just been replaced", func(p *presenceTest) {
+		{"a client's goodbye is for the stream it has, though another of it was just replaced", func(p *presenceTest) {
 			old := p.client("ada", "tab1")
 			p.at("1m")
 			ada := p.client("ada", "tab1")
@@ -190,7 +190,7 @@ func TestPresence(t *testing.T) {
 			p.at("1m2s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m1s ada:offline"}},
-		{"and so it is when the stream is gone before the goodbye comes", func(p *presenceTest) {
+		{"the same when the stream closes before the goodbye comes", func(p *presenceTest) {
 			old := p.client("ada", "tab1")
 			p.at("1m")
 			ada := p.client("ada", "tab1")
@@ -214,7 +214,7 @@ func TestPresence(t *testing.T) {
 			p.at("2s")
 			p.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "2s ada:offline"}},
-		{"a client's goodbye leaves the user's others alone", func(p *presenceTest) {
+		{"a client's goodbye does not concern the user's other clients", func(p *presenceTest) {
 			one, two := p.client("ada", "tab1"), p.client("ada", "tab2")
 			nameless := p.stream("ada")
 			p.at("1m")
@@ -238,7 +238,7 @@ func TestPresence(t *testing.T) {
 			p.client("ada", "tab1").unsubscribe()
 			p.wantRoster("")
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m0.1s ada:online", "1m0.1s ada:offline"}},
-		{"a client that says goodbye and comes back is here", func(p *presenceTest) {
+		{"a client that says goodbye and comes back is present", func(p *presenceTest) {
 			p.client("ada", "tab1").unsubscribe()
 			p.goodbye("ada", "tab1")
 			p.at("2s")
@@ -246,13 +246,13 @@ func TestPresence(t *testing.T) {
 			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:offline", "2s ada:online", "1m10s ada:offline"}},
-		{"a goodbye that names no client is the user's, whatever their clients are called", func(p *presenceTest) {
+		{"a goodbye without a client is for the whole user", func(p *presenceTest) {
 			ada := p.client("ada", "tab1")
 			p.at("1m")
 			p.setState("ada", "offline")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
-		{"of more clients than are kept apart, those without a connection are here together", func(p *presenceTest) {
+		{"above the bound of clients, those without a connection are kept as one", func(p *presenceTest) {
 			for i := range 3 * maxClients {
 				p.client("ada", fmt.Sprint("tab", i)).unsubscribe()
 			}
@@ -266,7 +266,7 @@ func TestPresence(t *testing.T) {
 			p.at("12s")
 			p.stream("ada").unsubscribe()
 		}, []string{"0s ada:online", "10s ada:offline", "12s ada:online", "22s ada:offline"}},
-		{"who returns just too late, as at a reload, is told at once", func(p *presenceTest) {
+		{"a user who returns just too late is announced at once", func(p *presenceTest) {
 			p.stream("ada").unsubscribe()
 			p.at("10.5s")
 			ada := p.stream("ada")
@@ -284,7 +284,7 @@ func TestPresence(t *testing.T) {
 			p.at("3m")
 			three.unsubscribe()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
-		{"who polls is here for a minute after", func(p *presenceTest) {
+		{"a user who polls is present for a minute after", func(p *presenceTest) {
 			p.poll("ada")
 			p.at("59s")
 			p.poll("ada")
@@ -299,7 +299,7 @@ func TestPresence(t *testing.T) {
 			p.at("55s")
 			p.stream("bob").unsubscribe()
 		}, []string{"0s ada:online", "1s bob:online", "1m0s ada:offline", "1m5s bob:offline"}},
-		{"long-polls with pauses between them tell nothing", func(p *presenceTest) {
+		{"long-polls with pauses between them are not announced", func(p *presenceTest) {
 			for range 10 {
 				ada := p.stream("ada")
 				time.Sleep(25 * time.Second)
@@ -325,7 +325,7 @@ func TestPresence(t *testing.T) {
 			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:typing", "35s ada:online", "1m10s ada:offline"}},
-		{"typing ends when its user says so", func(p *presenceTest) {
+		{"typing ends when the user sets another state", func(p *presenceTest) {
 			ada := p.stream("ada")
 			p.at("2s")
 			p.setState("ada", "typing")
@@ -340,7 +340,7 @@ func TestPresence(t *testing.T) {
 			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:typing", "5s ada:online", "1m10s ada:offline"}},
-		{"away lasts, until something else is said", func(p *presenceTest) {
+		{"away lasts until another state is set", func(p *presenceTest) {
 			ada := p.stream("ada")
 			p.at("2s")
 			p.setState("ada", "away")
@@ -385,7 +385,7 @@ func TestPresence(t *testing.T) {
 			p.at("3s")
 			p.setState("ada", "offline")
 		}, []string{"0s ada:online", "3s ada:offline"}},
-		{"a tab that says offline leaves the other", func(p *presenceTest) {
+		{"a tab that goes offline leaves the other", func(p *presenceTest) {
 			one, two := p.stream("ada"), p.stream("ada")
 			p.at("1m")
 			p.setState("ada", "offline")
@@ -421,7 +421,7 @@ func TestPresence(t *testing.T) {
 			p.wantRoster("ada:online")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "12s ada:offline"}},
-		{"who said offline and polls is back, though their stream closes later", func(p *presenceTest) {
+		{"a user who went offline and polls is back, though the stream closes later", func(p *presenceTest) {
 			ada := p.stream("ada")
 			p.at("1m")
 			p.setState("ada", "offline")
@@ -429,7 +429,7 @@ func TestPresence(t *testing.T) {
 			p.poll("ada")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m2s ada:offline"}},
-		{"a reload that says offline is a moment's", func(p *presenceTest) {
+		{"a reload that goes offline is announced as offline and online", func(p *presenceTest) {
 			old := p.stream("ada")
 			p.at("1m")
 			p.setState("ada", "offline")
@@ -440,7 +440,7 @@ func TestPresence(t *testing.T) {
 			p.at("2m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m10s ada:offline"}},
-		{"who said offline and comes again is back", func(p *presenceTest) {
+		{"a user who went offline and returns is back", func(p *presenceTest) {
 			ada := p.stream("ada")
 			p.at("1m")
 			p.setState("ada", "offline")
@@ -458,7 +458,7 @@ func TestPresence(t *testing.T) {
 			p.setState("cyd", "typing")
 			p.wantRoster("ada:online bob:away cyd:typing")
 		}, []string{"0s ada:online", "0s bob:away", "0s cyd:typing", "5s cyd:online"}}, // and offline, in any order
-		{"offline from who is not here says nothing", func(p *presenceTest) {
+		{"offline for a user who is not present does nothing", func(p *presenceTest) {
 			p.setState("ada", "offline")
 			p.wantRoster("")
 		}, nil},
@@ -557,7 +557,7 @@ func TestTheRosterComesAfterTheBacklog(t *testing.T) {
 		p.stream("bob")
 		rest := summarize(p.relay, readAll(sub))
 		if len(batch) != maxBatchEvents || !strings.HasSuffix(rest, fmt.Sprintf("%d:a:x {ada:online bob:online}", n)) || strings.Contains(rest, " ada:") {
-			t.Errorf("behind %d events came %s", len(batch), rest)
+			t.Errorf("after %d events came %s", len(batch), rest)
 		}
 		p.stream("cyd")
 		wantRead(t, sub, "cyd:online")
@@ -677,7 +677,7 @@ func TestAFloodOfTypingIsOneEventASecond(t *testing.T) {
 				}
 				p.at("25.99s")
 				if last := p.events[len(p.events)-1]; !strings.HasSuffix(last, " ada:"+tc.last) {
-					t.Errorf("the room was last told %s, want %s", last, tc.last)
+					t.Errorf("the last event is %s, want %s", last, tc.last)
 				}
 				p.wantNothingLeft()
 			})
@@ -708,7 +708,7 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		// Typing is not announced in a crowd, but is in the full roster.
 		p.setState("u007", "typing")
 		if ros := p.roster("a"); ros.Count != 150 || ros.Users["u007"] != "typing" {
-			t.Errorf("%d are here, u007 is %s", ros.Count, ros.Users["u007"])
+			t.Errorf("%d are present, u007 is %s", ros.Count, ros.Users["u007"])
 		}
 		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
 		sub.wantRoster()
@@ -770,7 +770,7 @@ func TestTenThousandUsersJoinAndLeave(t *testing.T) {
 			t.Errorf("%d joins in 21 s were %d events", n, told)
 		}
 		if c := r.roster("a").Count; c != n {
-			t.Errorf("%d of %d are here", c, n)
+			t.Errorf("%d of %d are present", c, n)
 		}
 		checkAccounting(t, r)
 		before := r.lastID.Load()
@@ -808,7 +808,7 @@ func TestTooManyUsers(t *testing.T) {
 			t.Error("a refused user has changed something")
 		}
 		if err := r.setPresence("a", "user7", "", "away"); err != nil {
-			t.Errorf("one who is here: %v", err)
+			t.Errorf("a user who is present: %v", err)
 		}
 		openSubscriber(t, r, "a", 0, subscribeRequest{seesPresence: true}).unsubscribe() // a client without a user may still read
 		checkAccounting(t, r)
@@ -884,7 +884,7 @@ func TestADelayedJoinIsNotSentTwice(t *testing.T) {
 		p.at("2s")
 		after := summarize(p.relay, readAll(sub))
 		if strings.Count(opening+after, "ada:online") != 1 {
-			t.Errorf("told %s and then %s", opening, after)
+			t.Errorf("received %s and then %s", opening, after)
 		}
 	})
 }
@@ -951,7 +951,7 @@ func (w *watcher) read() {
 			continue
 		}
 		if w.crowd {
-			w.Errorf("in a crowd of %d it was told %s", w.count, e.json)
+			w.Errorf("in a crowd of %d it received %s", w.count, e.json)
 			continue
 		}
 		var state string
@@ -1061,20 +1061,20 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 
 				truth := r.roster("a")
 				if truth.Count != tc.stay {
-					t.Errorf("%d are here, want %d", truth.Count, tc.stay)
+					t.Errorf("%d are present, want %d", truth.Count, tc.stay)
 				}
 				for i := range tc.stay {
 					if truth.Users[fmt.Sprint("user", i)] == "" {
-						t.Errorf("user%d stays, and is not here", i)
+						t.Errorf("user%d stays, and is not present", i)
 					}
 				}
 				for i, g := range guests {
 					g.read()
 					if g.count != truth.Count || g.crowd != (truth.Count > maxRosterUsers) {
-						t.Errorf("guest %d counts %d, a crowd %v; there are %d", i, g.count, g.crowd, truth.Count)
+						t.Errorf("watcher %d counts %d, a crowd %v; there are %d", i, g.count, g.crowd, truth.Count)
 					}
 					if !g.crowd && fmt.Sprint(g.users) != fmt.Sprint(truth.Users) {
-						t.Errorf("guest %d knows  %v\nhere are %v", i, g.users, truth.Users)
+						t.Errorf("watcher %d has %v\nwant %v", i, g.users, truth.Users)
 					}
 				}
 			})

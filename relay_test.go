@@ -210,7 +210,7 @@ func checkAccounting(t *testing.T, r *relay) {
 			}
 		}
 		if here != rm.online {
-			t.Errorf("%s has %d users here, and counted %d", name, here, rm.online)
+			t.Errorf("%s has %d users present, and counted %d", name, here, rm.online)
 		}
 		users += len(rm.leases)
 		if rm.lruElem != nil {
@@ -218,7 +218,7 @@ func checkAccounting(t *testing.T, r *relay) {
 		} else if len(v.messages)+len(v.signals) > 0 {
 			t.Errorf("%s has a history and no place", name)
 		} else if len(rm.subscriptions)+len(rm.leases) == 0 {
-			t.Errorf("%s is kept for nobody", name)
+			t.Errorf("%s is kept without a history, subscriber or user", name)
 		}
 	}
 	if bytes != r.bytes || users != r.leases || placed != r.lru.Len() {
@@ -329,12 +329,12 @@ func TestGaps(t *testing.T) {
 		{"lost in another room", "b", 0, "2:b:x 4:b:x"},
 		{"lost in one of two rooms", "b,a", 0, "1:a:gap(history) 2:b:x 3:a:x 4:b:x 5:a:x"},
 		{"lost in two of three rooms", "c,b,a", 0, "1:a:gap(history) 2:b:x 3:a:x 4:b:x 5:a:x 7:c:gap(history) 8:c:x 9:c:x"},
-		{"lost in one, behind the cursor in the other", "a,c", 4, "5:a:x 7:c:gap(history) 8:c:x 9:c:x"},
+		{"lost in one, before the cursor in the other", "a,c", 4, "5:a:x 7:c:gap(history) 8:c:x 9:c:x"},
 		{"everything read", "a,b,c", 9, ""},
-		{"beyond the mark", "a", 10, "1:a:gap(future) 3:a:x 5:a:x"},
-		{"beyond the mark, in a room that lost nothing", "b", 10, "0:b:gap(future) 2:b:x 4:b:x"},
-		{"beyond the mark, two rooms", "a,c", 10, "1:a:gap(future) 3:a:x 5:a:x 7:c:gap(future) 8:c:x 9:c:x"},
-		{"beyond the mark, an empty room", "nobody", 10, "0:nobody:gap(future)"},
+		{"beyond the head", "a", 10, "1:a:gap(future) 3:a:x 5:a:x"},
+		{"beyond the head, in a room that lost nothing", "b", 10, "0:b:gap(future) 2:b:x 4:b:x"},
+		{"beyond the head, two rooms", "a,c", 10, "1:a:gap(future) 3:a:x 5:a:x 7:c:gap(future) 8:c:x 9:c:x"},
+		{"beyond the head, an empty room", "nobody", 10, "0:nobody:gap(future)"},
 		{"the largest integer", "b", math.MaxInt64, "0:b:gap(future) 2:b:x 4:b:x"},
 		{"before the start", "b", -2, "0:b:gap(restart) 2:b:x 4:b:x"},
 		{"before the start, two rooms", "b,c", -2, "0:b:gap(restart) 2:b:x 4:b:x 7:c:gap(restart) 8:c:x 9:c:x"},
@@ -399,7 +399,7 @@ func TestErase(t *testing.T) {
 	publishScript(t, r, "c:secret")
 	n := r.lastID.Load() - r.epoch
 	if r.erase("c") != nil || r.erase("nobody") != nil || r.rooms["c"] != nil || r.rooms["nobody"] != nil {
-		t.Error("erase made a room, or kept one")
+		t.Error("erase created a room, or kept one")
 	}
 	wantRead(t, openSubscriber(t, r, "c", n-1, subscribeRequest{}), fmt.Sprintf("%d:c:gap(erased)", n+1))
 	checkAccounting(t, r)
@@ -473,7 +473,7 @@ func TestAGapBeyondTheHeadIsSentToAClientThatChangesRooms(t *testing.T) {
 	sub = openSubscriber(t, r, "a", sub.cursor-r.epoch, subscribeRequest{})
 	told += summarize(r, readAll(sub))
 	if !strings.Contains(told, "gap") {
-		t.Errorf("events 1 to 3 were asked for and lost, and the reader was told %q", told)
+		t.Errorf("events 1 to 3 were requested and lost, and the subscriber received %q", told)
 	}
 }
 
@@ -566,7 +566,7 @@ func TestARoomThatIsReadIsNotIdle(t *testing.T) {
 		time.Sleep(time.Nanosecond)
 		r.sweep(time.Now())
 		if len(r.rooms) != 0 || r.bytes != 0 {
-			t.Errorf("%d rooms and %d bytes are kept of what nobody reads", len(r.rooms), r.bytes)
+			t.Errorf("%d rooms and %d bytes are kept without a reader", len(r.rooms), r.bytes)
 		}
 	})
 }
@@ -586,7 +586,7 @@ func TestFloorsBeyondTheirBoundHideNoGap(t *testing.T) {
 			name := fmt.Sprint("room", i)
 			sub := openSubscriber(t, r, name, int64(i), subscribeRequest{})
 			if got := summarize(r, readAll(sub)); !strings.HasSuffix(got, name+":gap(history)") {
-				t.Errorf("%s lost event %d, and its reader was told %q", name, i+1, got)
+				t.Errorf("%s lost event %d, and its subscriber received %q", name, i+1, got)
 			}
 			sub.unsubscribe()
 			sub = openSubscriber(t, r, name, 20, subscribeRequest{})
@@ -886,7 +886,7 @@ func TestARoomsRate(t *testing.T) {
 				t.Errorf("a retry: %v", err)
 			}
 			if err := r.setPresence("a", fmt.Sprint("user", i), "", "online"); err != nil || r.lastID.Load() == mark {
-				t.Errorf("presence was not told: %v", err)
+				t.Errorf("presence was refused: %v", err)
 			}
 			if err := put("b", ""); err != nil {
 				t.Errorf("another room: %v", err)
@@ -928,7 +928,7 @@ func TestWaiting(t *testing.T) {
 				start := time.Now()
 				time.AfterFunc(time.Second, func() { tc.do(r, sub, cancel) })
 				if may := sub.wait(ctx, time.After(25*time.Second)); may != tc.may || time.Since(start) != tc.within {
-					t.Errorf("wait says %v after %v, want %v after %v", may, time.Since(start), tc.may, tc.within)
+					t.Errorf("wait returned %v after %v, want %v after %v", may, time.Since(start), tc.may, tc.within)
 				}
 			})
 		})
@@ -955,7 +955,7 @@ func TestWakesCoalesce(t *testing.T) {
 		sub.unsubscribe()
 		publishText(t, r, "a", "x")
 		if len(sub.wakeup) != 0 {
-			t.Error("who has left was woken")
+			t.Error("a subscriber that left was woken")
 		}
 	})
 }
@@ -978,7 +978,7 @@ func TestAStreamWithADriverIsWokenByWakeAll(t *testing.T) {
 	sub := openSubscriber(t, r, "a", -1, subscribeRequest{driver: st})
 	publishScript(t, r, "b:x a:x")
 	if turn := st.state.Load(); turn != stateDirty || len(sub.wakeup) != 0 {
-		t.Errorf("the stream's turn is %d, with %d tokens beside, want %d and none", turn, len(sub.wakeup), stateDirty)
+		t.Errorf("the session has the state %d, and %d tokens; want %d and none", turn, len(sub.wakeup), stateDirty)
 	}
 }
 
@@ -1187,7 +1187,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 							batch := sub.next(nil)
 							for _, e := range batch {
 								if e.id < last || e.id == last && e.kind != "gap" { // a gap may have the id of the event before it
-									t.Errorf("%d comes behind %d", e.id-r.epoch, last-r.epoch)
+									t.Errorf("%d comes after %d", e.id-r.epoch, last-r.epoch)
 								}
 								last = e.id
 								var c struct{ Room string }
@@ -1277,7 +1277,7 @@ func TestTheHeadAndTheLogChangeTogether(t *testing.T) {
 				batch = sub.next(batch[:0])
 				for _, e := range batch {
 					if e.id != last+1 {
-						t.Errorf("%d comes behind %d", e.id-r.epoch, last-r.epoch)
+						t.Errorf("%d comes after %d", e.id-r.epoch, last-r.epoch)
 						return
 					}
 					last = e.id
@@ -1308,12 +1308,12 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 	told := int64(0) // losses up to here are covered by a gap
 	for _, id := range trace.gaps {
 		if got[id] {
-			t.Errorf("%s was told that %d is lost, and has it", who, id)
+			t.Errorf("%s was sent a gap for %d, and has it", who, id)
 		}
 		told = max(told, id)
 	}
 	if !lossy && told > 0 {
-		t.Errorf("%s was told of a gap", who)
+		t.Errorf("%s was sent a gap", who)
 	}
 	expected := 0
 	for _, id := range published {
@@ -1328,7 +1328,7 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 			t.Errorf("%s lost %d", who, id)
 		}
 		if !asked && got[id] {
-			t.Errorf("%s read %d, which it had not asked for", who, id)
+			t.Errorf("%s read %d, which it had not requested", who, id)
 		}
 	}
 	if len(got) > expected {
@@ -1372,7 +1372,7 @@ func TestAllGapsOfOneIDAreSent(t *testing.T) {
 			}
 		}
 		if rest < left {
-			t.Errorf("behind the gap %d there are %d more, and who comes back with it is told of %d: %s", e.id, left, rest, e.json)
+			t.Errorf("after the gap %d there are %d more, and a client that returns with it is sent %d: %s", e.id, left, rest, e.json)
 		}
 	}
 	if len(rooms) != 3 {

@@ -31,10 +31,10 @@ func TestTheKernelEndsAConnectionThatAcknowledgesNothing(t *testing.T) {
 		for i, st := range streams {
 			ms, err := syscall.GetsockoptInt(st.fd, syscall.IPPROTO_TCP, 18)
 			if got := time.Duration(ms) * time.Millisecond; err != nil || got != want {
-				t.Errorf("with a beat of %v: %v, %v; want %v", beat, got, err, want)
+				t.Errorf("with a heartbeat of %v: %v, %v; want %v", beat, got, err, want)
 			}
 			if !st.kernelTimeout || st.proxied != (i == 2) {
-				t.Errorf("stream %d: patient %v, proxied %v", i, st.kernelTimeout, st.proxied)
+				t.Errorf("stream %d: kernel timeout %v, proxied %v", i, st.kernelTimeout, st.proxied)
 			}
 		}
 	}

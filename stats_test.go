@@ -70,7 +70,7 @@ func TestRoomsAreListedAndErased(t *testing.T) {
 			t.Errorf("of an erased room: %s", got)
 		}
 		if r, _ := b.ask(here, "POST /rooms/b?if=0", "first again"); r.StatusCode != 201 {
-			t.Errorf("publish to it as to a new one: %d", r.StatusCode)
+			t.Errorf("publish to it again: %d", r.StatusCode)
 		}
 		watcher.stop()
 		picture.stop()
@@ -110,7 +110,7 @@ func TestStatsAreNotRateLimited(t *testing.T) {
 		e := b.subscribe(variantOf("stream"), "_stats").begin()
 		for range 5 {
 			if h := e.next(); h.kind != "stats" {
-				t.Fatalf("heard %v, want stats", h)
+				t.Fatalf("received %v, want stats", h)
 			}
 		}
 	})

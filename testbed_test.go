@@ -486,7 +486,7 @@ func (r *response) readUntil(want string) string {
 			return line
 		}
 		if err != nil {
-			r.t.Fatalf("the answer ended before it said %s: %v", want, err)
+			r.t.Fatalf("the answer ended before %s: %v", want, err)
 		}
 	}
 }
@@ -520,7 +520,7 @@ func readWebSocketUntil(t testing.TB, c *websocket.Conn, want string) string {
 	for {
 		_, b, err := c.Read(context.Background())
 		if err != nil {
-			t.Fatalf("the socket closed before it said %s: %v", want, err)
+			t.Fatalf("the WebSocket closed before %s: %v", want, err)
 		}
 		if strings.Contains(string(b), want) {
 			return string(b)
@@ -684,7 +684,7 @@ func (b *testbed) doRaw(method, path, body string, headers ...string) (*http.Res
 
 // newTestEncoder returns a technique's encoder for a typical query.
 func newTestEncoder(tb testing.TB, t *technique) encoder {
-	q := &request{rooms: []string{"lobby"}, user: "ada", permit: newPermit(), values: url.Values{"callback": {"comet.told"}}}
+	q := &request{rooms: []string{"lobby"}, user: "ada", permit: newPermit(), values: url.Values{"callback": {"comet.receive"}}}
 	defer func() {
 		if q.err != nil {
 			tb.Fatal(q.err)
@@ -935,7 +935,7 @@ func (e *eventReader) expect(want ...string) (got []received) {
 	for i, w := range want {
 		h := e.next()
 		if h.String() != w {
-			e.t.Fatalf("%s heard %q in place %d, want %q", e.name, h, i, w)
+			e.t.Fatalf("%s received %q in place %d, want %q", e.name, h, i, w)
 		}
 		got = append(got, h)
 	}
@@ -949,7 +949,7 @@ func (e *eventReader) expectEnd() {
 	h, err := e.receive()
 	switch {
 	case err == nil:
-		e.t.Fatalf("%s heard %v, want the end", e.name, h)
+		e.t.Fatalf("%s received %v, want the end", e.name, h)
 	case e.conn != nil && websocket.CloseStatus(err) != websocket.StatusGoingAway:
 		e.t.Fatalf("ws ended with %v, want 1001", err)
 	case e.conn == nil && err != io.EOF:

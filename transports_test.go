@@ -98,7 +98,7 @@ func testSameBytes(t *testing.T) {
 			if j == 0 {
 				want = append(want, h.json)
 			} else if h.json != want[i] {
-				t.Errorf("%s says\n%s, and %s\n%s", e.name, h.json, listening[0].name, want[i])
+				t.Errorf("%s sends\n%s, and %s\n%s", e.name, h.json, listening[0].name, want[i])
 			}
 		}
 		var sent, got any
@@ -119,7 +119,7 @@ func testSameBytes(t *testing.T) {
 		}
 		for i := range want {
 			if h := again.next(); h.json != want[i] {
-				t.Errorf("%s says\n%s, want\n%s", e.name, h.json, want[i])
+				t.Errorf("%s sends\n%s, want\n%s", e.name, h.json, want[i])
 			}
 		}
 		again.close()
@@ -263,7 +263,7 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 				}
 			}
 			if !slices.Equal(s.got, want) {
-				t.Errorf("hopper %d, by %s in %v from %d to %d: heard %d events, want %d\n%v\n%v", n, s.by, s.rooms, s.from, s.to, len(s.got), len(want), s.got, want)
+				t.Errorf("client %d, by %s in %v from %d to %d: received %d events, want %d\n%v\n%v", n, s.by, s.rooms, s.from, s.to, len(s.got), len(want), s.got, want)
 				return
 			}
 			hops++
@@ -273,7 +273,7 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 	t.Logf("%d hops, events by technique: %v", hops, byTechnique)
 	for _, k := range variants {
 		if !k.forPeople && byTechnique[k.name] == 0 && network != tcp {
-			t.Errorf("%s heard nothing", k.name)
+			t.Errorf("%s received nothing", k.name)
 		}
 	}
 }
@@ -298,7 +298,7 @@ func (s *segment) receive(t *testing.T, e *eventReader, n int) {
 			s.got = append(s.got, h)
 			s.to = h.id
 		default:
-			t.Errorf("%s: heard %s", s.by, h.json)
+			t.Errorf("%s: received %s", s.by, h.json)
 		}
 	}
 	if len(e.pending) == 0 && e.after >= 0 {
@@ -368,7 +368,7 @@ func TestLongPoll(t *testing.T) {
 				t.Errorf("%d events after %v", len(e.pending), took)
 			}
 		}))
-		t.Run(name+"/nobody's presence ends the wait of who doesn't see it", inBubble(func(t *testing.T) {
+		t.Run(name+"/presence does not end the wait of a client that does not see it", inBubble(func(t *testing.T) {
 			b := newTestbed(t, pipe)
 			after(t, time.Second, func() { b.do("POST", "/rooms/a/presence?user=bob", "online") })
 			e, took := asks(b, "&user=ada&presence=0")
@@ -567,11 +567,11 @@ func TestUnsentBytesOfPlainStreamsAreBounded(t *testing.T) {
 		b.post("a", strings.Repeat("x", 10_000))
 		b.settle()
 		if n, dropped := b.unsentBytes.Load(), b.stats.dropped.Load(); n == 0 || n > 100_000 || dropped == 0 {
-			t.Errorf("20 clients that do not read are owed %d bytes, and %d were dropped; want at most 100000", n, dropped)
+			t.Errorf("%d bytes are unsent to 20 clients that do not read, and %d were dropped; want at most 100000", n, dropped)
 		}
 		time.Sleep(2 * writeTimeout)
 		if n, held := b.unsentBytes.Load(), b.active(); n != 0 || held != 0 {
-			t.Errorf("when their time is up %d are held, and owed %d bytes", held, n)
+			t.Errorf("after the write timeout %d are held, and %d bytes are unsent", held, n)
 		}
 	})
 }
@@ -639,7 +639,7 @@ func TestAStalledClientIsEndedAlone(t *testing.T) {
 				for i := range 100 {
 					for _, e := range others {
 						if h := e.next(); !strings.HasPrefix(h.text, fmt.Sprint(i, "x")) {
-							t.Fatalf("%s heard %.20v, want %d", e.name, h, i)
+							t.Fatalf("%s received %.20v, want %d", e.name, h, i)
 						}
 					}
 				}
@@ -655,11 +655,11 @@ func TestAStalledClientIsEndedAlone(t *testing.T) {
 				var err error
 				for h := (received{}); err == nil; h, err = still.receive() {
 					if h.kind == "bye" {
-						t.Error("who stood still was told bye")
+						t.Error("the stalled client was sent a bye")
 					}
 				}
 				if err == io.EOF && network != pipe10 { // over HTTP/1.0 that is the only way to end
-					t.Error("who stood still heard a good end, want a broken connection")
+					t.Error("the stalled stream ended properly, want a broken connection")
 				}
 				b.post("a", "later")
 				for _, e := range others {
@@ -681,7 +681,7 @@ func TestAStalledHTTP2StreamIsEndedAlone(t *testing.T) {
 		for i := range 100 { // 6 MB; the client's window is 4 MB
 			b.post("a", fmt.Sprint(i, strings.Repeat("x", 60_000)))
 			if h := other.next(); !strings.HasPrefix(h.text, fmt.Sprint(i, "x")) {
-				t.Fatalf("heard %.20v, want %d", h, i)
+				t.Fatalf("received %.20v, want %d", h, i)
 			}
 		}
 		time.Sleep(9900 * time.Millisecond)
@@ -742,7 +742,7 @@ func TestSlow(t *testing.T) {
 					h = e.next()
 				}
 				if !strings.HasPrefix(h.text, fmt.Sprint(i, "x")) {
-					t.Fatalf("heard %.20v, want %d", h, i)
+					t.Fatalf("received %.20v, want %d", h, i)
 				}
 			}
 			if d := time.Since(start); d < 10*time.Minute {
@@ -933,7 +933,7 @@ func testWebSocketPublishes(t *testing.T) {
 			}
 		}
 		if h.room == "a" && own != h.json {
-			t.Errorf("the socket itself heard %s, want %s", own, h.json)
+			t.Errorf("the sender received %s, want %s", own, h.json)
 		}
 		if want := strings.Replace(test.ack, "ID", fmt.Sprint(h.id), 1); ack != want {
 			t.Errorf("ack %s, want %s", ack, want)
@@ -1027,9 +1027,9 @@ func TestWebSocketRefusals(t *testing.T) {
 		if h := one.next(); h.kind != "error" || !strings.Contains(h.text, "text") {
 			t.Errorf("binary: %s", h.json)
 		}
-		one.send("still here")
-		one.expect("message still here")
-		two.expect("message still here")
+		one.send("still open")
+		one.expect("message still open")
+		two.expect("message still open")
 		one.send(`{"data":` + deep[1:len(deep)-1] + `}`) // as deep as in a POST
 		if h := one.next(); h.kind != "message" {
 			t.Errorf("64 deep: %s", h.json)
@@ -1052,7 +1052,7 @@ func TestWebSocketTooBig(t *testing.T) {
 					ws := b.webSocket("b")
 					ws.send(head + strings.Repeat("x", 65_536-len(head)-len(tail)) + tail)
 					if h := ws.next(); h.kind != "message" || len(h.text) != 65_536-len(head)-len(tail) {
-						t.Errorf("heard %.50v of %d", h, len(h.text))
+						t.Errorf("received %.50v of %d", h, len(h.text))
 					}
 					mark := b.relay.lastID.Load()
 					go ws.conn.Write(ws.ctx, websocket.MessageText, []byte(head+strings.Repeat("x", 65_537-len(head)-len(tail))+tail))
@@ -1108,7 +1108,7 @@ func TestAWebSocketAnswersCloseAndPing(t *testing.T) {
 				}
 				e = b.webSocket("a")
 				if err := e.conn.Close(websocket.StatusNormalClosure, "enough"); err != nil {
-					t.Errorf("the goodbye was not answered: %v", err)
+					t.Errorf("the close frame was not answered: %v", err)
 				}
 			})
 		})
@@ -1130,7 +1130,7 @@ func TestWebSocketPresence(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		bob.send(`{"type":"presence","data":"typing"}`)
 		if h := ada.next(); h.kind != "presence" || h.from != "bob" || h.data != `"typing"` {
-			t.Errorf("ada heard %s", h.json)
+			t.Errorf("ada received %s", h.json)
 		}
 		bob.send(`{"type":"presence","room":"a","data":"away","key":"k"}`)
 		for h := bob.next(); h.json != `{"type":"ack","key":"k"}`; h = bob.next() {
@@ -1171,7 +1171,7 @@ func TestAHeartbeatIsDueWhenTheClockWasSetBack(t *testing.T) {
 	st := &stream{heartbeatEvery: int64(14 * time.Second), expiresAt: math.MaxInt64}
 	st.heartbeatAt.Store(now + st.heartbeatEvery)
 	if st.due(now) || st.due(now+st.heartbeatEvery-1) || !st.due(now+st.heartbeatEvery) {
-		t.Error("a heartbeat is due when its pause is over, and not before")
+		t.Error("a heartbeat is due when its interval is over, and not before")
 	}
 	if back := now - int64(time.Hour); !st.due(back) {
 		t.Error("the clock is an hour back, and for an hour there is no heartbeat")
@@ -1202,9 +1202,9 @@ func TestPublish(t *testing.T) {
 			{"JSON", "?user=%C3%A9&type=a.b:c-d_E9", jsonType, " {\n\t\"a\" : [ 1 , null , \"<\" ] }\n", `{"data":{"a":[1,null,"\u003c"]},"from":"é","type":"a.b:c-d_E9"}`},
 			{"JSON with a charset", "", jsonType + "; charset=utf-8", `"hi"`, `{"data":"hi","type":"message"}`},
 			{"JSON by another name", "", "Content-Type: text/json", `[1]`, `{"data":[1],"type":"message"}`},
-			{"JSON behind a byte order mark", "", jsonType, "\ufeff[1]", `{"data":[1],"type":"message"}`},
-			{"text behind a byte order mark", "", textType, "\ufeffhi", `{"data":"hi","type":"message"}`},
-			{"a form behind a byte order mark", "", formType, "\ufeffdata=hi", `{"data":"hi","type":"message"}`},
+			{"JSON after a byte order mark", "", jsonType, "\ufeff[1]", `{"data":[1],"type":"message"}`},
+			{"text after a byte order mark", "", textType, "\ufeffhi", `{"data":"hi","type":"message"}`},
+			{"a form after a byte order mark", "", formType, "\ufeffdata=hi", `{"data":"hi","type":"message"}`},
 			{"JSON with a parameter that is none", "", jsonType + "; utf-8", "[1]", `{"data":[1],"type":"message"}`},
 			{"JSON with an empty parameter", "", jsonType + ";;", "[1]", `{"data":[1],"type":"message"}`},
 			{"JSON whose type a proxy joined with another", "", jsonType + ", text/plain", "[1]", `{"data":[1],"type":"message"}`},
@@ -1859,7 +1859,7 @@ func FuzzRooms(f *testing.F) {
 		rooms, err := parseRooms(path)
 		if err != nil {
 			if fault, ok := err.(httpError); !ok || fault.status != 400 || !utf8.ValidString(fault.message) || len(fault.message) > 1000 {
-				t.Errorf("%q: %v, want a fault of 400", path, err)
+				t.Errorf("%q: %v, want an error with 400", path, err)
 			}
 			return
 		}
@@ -2025,7 +2025,7 @@ func FuzzPublish(f *testing.F) {
 		switch w.Code {
 		case 201:
 			if published != 1 || answer.ID != before+1 {
-				t.Errorf("201 %s, and %d were published behind %d", w.Body, published, before)
+				t.Errorf("201 %s, and %d were published after %d", w.Body, published, before)
 			}
 		case 303:
 			to, err := url.Parse(w.Header().Get("Location"))
@@ -2037,7 +2037,7 @@ func FuzzPublish(f *testing.F) {
 			}
 		case 200:
 			if published != 0 || answer.ID > before || answer.ID <= 0 {
-				t.Errorf("200 %s, and %d were published behind %d", w.Body, published, before)
+				t.Errorf("200 %s, and %d were published after %d", w.Body, published, before)
 			}
 		default:
 			if w.Code < 400 || w.Code > 499 || !isError(w.Body.String()) || published != 0 {
@@ -2115,13 +2115,13 @@ func checkFrame(t *testing.T, text, two bool, frame []byte) {
 		return
 	case answer != nil && answer.Type == "ack" && answer.event().id != 0:
 		if published > 1 || answer.event().id > before+1 || published == 1 && answer.event().id != before+1 {
-			t.Errorf("%q: %s, and %d were published behind %d", frame, answer.event().json, published, before)
+			t.Errorf("%q: %s, and %d were published after %d", frame, answer.event().json, published, before)
 		}
 	case answer != nil && answer.Type != "ack":
 		t.Errorf("%q: %s", frame, answer.event().json)
 	}
 	if !text || !utf8.Valid(frame) {
-		t.Errorf("%q was taken", frame)
+		t.Errorf("%q was accepted", frame)
 	}
 	if published == 0 {
 		return
@@ -2204,7 +2204,7 @@ func TestAStreamEndsAtAJitteredAge(t *testing.T) {
 		})
 		wg.Wait()
 		if len(ends) < 5 {
-			t.Errorf("they ended at %v; not all at once", ends)
+			t.Errorf("the streams ended at %v, want different times", ends)
 		}
 		if got := b.status("192.0.2.1", "GET /rooms/a/sse"); got != 200 {
 			t.Errorf("coming back: %d", got)
