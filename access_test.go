@@ -36,10 +36,10 @@ const (
 // makeToken makes a token by hand, without the code under test.
 func makeToken(head, claims, secret string) string {
 	b64 := base64.RawURLEncoding.EncodeToString
-	said := b64([]byte(head)) + "." + b64([]byte(claims))
+	signed := b64([]byte(head)) + "." + b64([]byte(claims))
 	h := hmac.New(sha256.New, []byte(secret))
-	h.Write([]byte(said))
-	return said + "." + b64(h.Sum(nil))
+	h.Write([]byte(signed))
+	return signed + "." + b64(h.Sum(nil))
 }
 
 // signedToken returns a token with the usual header.
@@ -421,7 +421,7 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 		ada := "Authorization: Bearer " + signedToken(`{"sub":"ada","read":["*"],"write":["lobby"]}`)
 		any := "Authorization: Bearer " + signedToken(`{"read":["*"],"write":["*"]}`)
 		const from = "192.0.2.1"
-		said := func() string {
+		author := func() string {
 			_, body := b.ask(from, "GET /rooms/lobby/poll?last=1&presence=0", "", any)
 			_, who, _ := strings.Cut(body, `"from":`)
 			who, _, _ = strings.Cut(who, ",")
@@ -450,14 +450,14 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 			r, _ := b.ask(from, tc.what, tc.body, tc.auth, kind)
 			got := fmt.Sprint(r.StatusCode)
 			if r.StatusCode == 201 {
-				got = said()
+				got = author()
 			}
 			if got != tc.want {
 				t.Errorf("%s with %q: %q, want %q", tc.what, tc.body, got, tc.want)
 			}
 		}
 
-		here := func(room string) string {
+		present := func(room string) string {
 			_, body := b.ask(from, "GET /rooms/"+room+"/presence", "", any)
 			var ros roster
 			json.Unmarshal([]byte(body), &ros)
@@ -471,7 +471,7 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 			{"POST /rooms/a/presence?user=bob", "offline", "ada:away"},
 		} {
 			b.ask(from, tc.what, tc.body, ada)
-			if got := here("a"); got != tc.want {
+			if got := present("a"); got != tc.want {
 				t.Errorf("after %s %s with ada's token there is %q, want %q", tc.what, tc.body, got, tc.want)
 			}
 		}
@@ -495,10 +495,10 @@ func TestTheSubOfATokenIsTheUserOfEventsAndPresence(t *testing.T) {
 				t.Errorf("%s is answered %s, want %s", tc.frame, got, tc.want)
 			}
 		}
-		if got := said(); got != "ada" {
+		if got := author(); got != "ada" {
 			t.Errorf("the WebSocket published as %q, want ada", got)
 		}
-		if got := here("b"); got != "ada:away" {
+		if got := present("b"); got != "ada:away" {
 			t.Errorf("in b there is %q, want ada:away", got)
 		}
 	})

@@ -23,7 +23,7 @@ import (
 
 // readSlowly reads n bytes per pause, until stop is called.
 func readSlowly(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
-	enough, done := make(chan struct{}), make(chan struct{})
+	stopped, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
 		for b := make([]byte, n); ; {
@@ -32,12 +32,12 @@ func readSlowly(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func
 			}
 			select {
 			case <-time.After(pause):
-			case <-enough:
+			case <-stopped:
 				return
 			}
 		}
 	}()
-	return func() { close(enough); c.Close(); <-done }
+	return func() { close(stopped); c.Close(); <-done }
 }
 
 func TestAClientThatLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
@@ -222,8 +222,8 @@ func TestNoTimerIsLeft(t *testing.T) {
 			b.subscribe(variantOf("stream"), "a").begin().close()
 			synctest.Wait()
 		}
-		stays := b.subscribe(variantOf("stream"), "a").begin()
-		go io.Copy(io.Discard, stays.body)
+		staying := b.subscribe(variantOf("stream"), "a").begin()
+		go io.Copy(io.Discard, staying.body)
 		for range 100 { // one now and then, next to one that stays
 			b.subscribe(variantOf("stream"), "a").begin().close()
 			time.Sleep(300 * time.Millisecond)
@@ -329,11 +329,11 @@ func TestAWebSocketOfALaterHTTP(t *testing.T) {
 		}
 		defer conn.Close()
 		io.WriteString(conn, "GET /rooms/a/ws HTTP/1.2\r\nHost: cometes.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
-		heard := make([]byte, 0, 4096)
+		output := make([]byte, 0, 4096)
 		go func() {
 			for b := make([]byte, 4096); ; {
 				n, err := conn.Read(b)
-				if heard = append(heard, b[:n]...); err != nil {
+				if output = append(output, b[:n]...); err != nil {
 					return
 				}
 			}
@@ -341,8 +341,8 @@ func TestAWebSocketOfALaterHTTP(t *testing.T) {
 		synctest.Wait()
 		b.post("a", "at once")
 		synctest.Wait()
-		if !bytes.Contains(heard, []byte("at once")) {
-			t.Errorf("received %q", heard)
+		if !bytes.Contains(output, []byte("at once")) {
+			t.Errorf("received %q", output)
 		}
 	})
 }

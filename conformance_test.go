@@ -183,24 +183,24 @@ func checkLive(t *testing.T, b *testbed, k variant) {
 }
 
 func checkCatchUp(t *testing.T, b *testbed, k variant) {
-	type said struct {
+	type message struct {
 		id         int64
 		room, text string
 	}
-	var log []said
-	say := func(room, text string) { log = append(log, said{b.post(room, text), room, text}) }
+	var log []message
+	publish := func(room, text string) { log = append(log, message{b.post(room, text), room, text}) }
 	for i := range 6 {
-		say([]string{"a", "b"}[i%2], fmt.Sprintf("m%d", i))
+		publish([]string{"a", "b"}[i%2], fmt.Sprintf("m%d", i))
 	}
 	ids := make([]string, len(log))
 	for i, s := range log {
 		ids[i] = fmt.Sprint(s.id)
 	}
 	for i, test := range []struct {
-		rooms string
-		after int // the index of the cursor's message in the log, or -1
-		last  int
-		ask   []string
+		rooms      string
+		after      int // the index of the cursor's message in the log, or -1
+		last       int
+		parameters []string
 	}{
 		{"a,b", 2, 0, []string{"after=" + ids[2]}},
 		{"b,a", 2, 0, []string{"after=" + ids[2]}},
@@ -225,7 +225,7 @@ func checkCatchUp(t *testing.T, b *testbed, k variant) {
 		if test.after < 0 {
 			want = want[max(0, len(want)-test.last):]
 		}
-		e := b.subscribe(k, test.rooms, test.ask...)
+		e := b.subscribe(k, test.rooms, test.parameters...)
 		if k.streams() {
 			e.begin()
 		}
@@ -236,7 +236,7 @@ func checkCatchUp(t *testing.T, b *testbed, k variant) {
 			}
 			continue
 		}
-		say(test.rooms[:1], fmt.Sprint("now", i)) // and goes on, without anything in between
+		publish(test.rooms[:1], fmt.Sprint("now", i)) // and goes on, without anything in between
 		e.expect(fmt.Sprint("message now", i))
 		e.close()
 	}
@@ -272,8 +272,8 @@ func checkGap(t *testing.T, b *testbed, k variant) {
 	}
 	// A client that goes on from the gap has lost nothing more; one without a cursor
 	// has lost nothing.
-	for _, ask := range []string{"after=" + ids[5], "last=4"} {
-		e := b.subscribe(k, "a", ask)
+	for _, parameters := range []string{"after=" + ids[5], "last=4"} {
+		e := b.subscribe(k, "a", parameters)
 		if k.streams() {
 			e.begin()
 		}
@@ -521,9 +521,9 @@ func fillRoom(b *testbed) (l lostHistory) {
 }
 
 // open subscribes, and reads the hello of a stream.
-func (r *remoteTest) open(rooms string, ask ...string) *eventReader {
+func (r *remoteTest) open(rooms string, parameters ...string) *eventReader {
 	r.t.Helper()
-	e := r.subscribe(r.variant, rooms, ask...)
+	e := r.subscribe(r.variant, rooms, parameters...)
 	if r.streams() {
 		e.begin()
 	}
@@ -600,8 +600,8 @@ func remoteCatchUp(r *remoteTest) {
 		ids = append(ids, fmt.Sprint(r.post([]string{r.room, second}[i%2], fmt.Sprint("m", i))))
 	}
 	for _, tc := range []struct {
-		ask  []string
-		from int // index of the first of texts that is due
+		parameters []string
+		from       int // index of the first of texts that is due
 	}{
 		{[]string{"after=" + ids[2]}, 3},
 		{[]string{"Last-Event-ID: " + ids[3]}, 4},
@@ -613,7 +613,7 @@ func remoteCatchUp(r *remoteTest) {
 		{[]string{"last=1000"}, 0},
 		{[]string{"last=1", "after=" + ids[3]}, 4},
 	} {
-		e := r.open(r.room+","+second, tc.ask...)
+		e := r.open(r.room+","+second, tc.parameters...)
 		e.expect(texts[tc.from:]...)
 		now := fmt.Sprint("now", len(texts))
 		texts, ids = append(texts, "message "+now), append(ids, fmt.Sprint(r.post(r.room, now)))

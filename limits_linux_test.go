@@ -126,19 +126,19 @@ func honestClients(c *child, kinds ...string) *honest {
 	var ready sync.WaitGroup
 	for i, kind := range kinds {
 		ready.Add(1)
-		begun := sync.OnceFunc(ready.Done)
+		started := sync.OnceFunc(ready.Done)
 		h.readers.Go(func() {
-			defer begun()
-			if err := h.reader(ctx, kind, fmt.Sprintf("198.51.100.%d", i+1), begun); err != nil && ctx.Err() == nil {
+			defer started()
+			if err := h.reader(ctx, kind, fmt.Sprintf("198.51.100.%d", i+1), started); err != nil && ctx.Err() == nil {
 				h.fail("%s: %v", kind, err)
 			}
 		})
 	}
 	ready.Wait()
 	first := make(chan struct{})
-	begun := sync.OnceFunc(func() { close(first) })
+	started := sync.OnceFunc(func() { close(first) })
 	h.publisher.Go(func() {
-		defer begun()
+		defer started()
 		client := &http.Client{Transport: &http.Transport{}, Timeout: 5 * time.Second}
 		for n := 0; ; n++ {
 			select {
@@ -156,18 +156,18 @@ func honestClients(c *child, kinds ...string) *honest {
 			}
 			b, _ := io.ReadAll(resp.Body)
 			resp.Body.Close()
-			var said struct{ ID int64 }
-			if json.Unmarshal(b, &said); resp.StatusCode != 201 {
+			var answer struct{ ID int64 }
+			if json.Unmarshal(b, &answer); resp.StatusCode != 201 {
 				h.fail("publishing: %s %s", resp.Status, b)
 				continue
 			}
 			h.mu.Lock()
-			h.published = append(h.published, said.ID)
-			if _, early := h.at[said.ID]; !early {
-				h.at[said.ID] = time.Now()
+			h.published = append(h.published, answer.ID)
+			if _, early := h.at[answer.ID]; !early {
+				h.at[answer.ID] = time.Now()
 			}
 			h.mu.Unlock()
-			begun()
+			started()
 		}
 	})
 	<-first
@@ -198,7 +198,7 @@ func (h *honest) got(kind string, text []byte) {
 }
 
 // reader reads by one technique until ctx is done.
-func (h *honest) reader(ctx context.Context, kind, from string, begun func()) error {
+func (h *honest) reader(ctx context.Context, kind, from string, started func()) error {
 	client := &http.Client{Transport: &http.Transport{}}
 	defer client.CloseIdleConnections()
 	url := "http://" + h.c.addr + "/rooms/honest/" + kind
@@ -213,7 +213,7 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 			if err != nil {
 				return err
 			}
-			begun()
+			started()
 			h.got(kind, b)
 		}
 	}
@@ -245,13 +245,13 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 			if err != nil {
 				return err
 			}
-			begun()
+			started()
 			h.got(kind, b)
-			var said struct{ Cursor int64 }
-			if err := json.Unmarshal(b, &said); err != nil {
+			var answer struct{ Cursor int64 }
+			if err := json.Unmarshal(b, &answer); err != nil {
 				return err
 			}
-			query = fmt.Sprintf("?wait=5&after=%d", said.Cursor)
+			query = fmt.Sprintf("?wait=5&after=%d", answer.Cursor)
 			if kind == "poll" {
 				time.Sleep(100 * time.Millisecond)
 			}
@@ -262,7 +262,7 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 		return err
 	}
 	defer resp.Body.Close()
-	for lines := bufio.NewReader(resp.Body); ; begun() {
+	for lines := bufio.NewReader(resp.Body); ; started() {
 		b, err := lines.ReadSlice('\n')
 		if err != nil {
 			return err
@@ -315,9 +315,9 @@ type flood struct {
 	over chan struct{} // closed when the flood has lasted long enough
 	wg   sync.WaitGroup
 
-	mu    sync.Mutex // guards what follows
-	conns []net.Conn
-	said  map[string]int // first lines of answers, counted
+	mu      sync.Mutex // guards what follows
+	conns   []net.Conn
+	answers map[string]int // first lines of answers, counted
 }
 
 // floodFrom returns the address of the attacker's i-th machine.
@@ -358,7 +358,7 @@ func (f *flood) dial() net.Conn {
 func (f *flood) count(what string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.said[what]++
+	f.answers[what]++
 }
 
 // request writes a request from an address and counts the answer's first line.
@@ -424,13 +424,13 @@ const (
 )
 
 var floods = []struct {
-	name    string
-	run     func(f *flood)
-	refused string // the reason that is counted
-	full    bool   // no new client is accepted while it lasts
-	kept    int    // MB that the relay may need beside its normal need
-	said    string // some answers begin with it
-	unsaid  string // and none begins with this
+	name       string
+	run        func(f *flood)
+	refused    string // the reason that is counted
+	full       bool   // no new client is accepted while it lasts
+	kept       int    // MB that the relay may need beside its normal need
+	expected   string // some answers begin with it
+	unexpected string // and none begins with this
 }{
 	{"connections that send nothing", func(f *flood) {
 		f.each(1500, func(int) { f.dial() })
@@ -599,7 +599,7 @@ func TestAClientThatReadsNothingCostsLittle(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			c := startRelay(t, nil)
 			before := c.metric("memory_bytes")
-			f := &flood{t: t, c: c, over: make(chan struct{}), said: map[string]int{}}
+			f := &flood{t: t, c: c, over: make(chan struct{}), answers: map[string]int{}}
 			for range readers {
 				if conn := f.request("", "GET /rooms/big/stream", "", ""); conn != nil {
 					defer conn.Close()
@@ -645,7 +645,7 @@ func TestHonestClientsNoticeNoFloodAndAllMemoryIsReleasedAfterwards(t *testing.T
 			if fl.refused != "" {
 				before = c.refusals(fl.refused)
 			}
-			f := &flood{t: t, c: c, over: make(chan struct{}), said: map[string]int{}}
+			f := &flood{t: t, c: c, over: make(chan struct{}), answers: map[string]int{}}
 			began := time.Now()
 			go func() { time.Sleep(floodFor); close(f.over) }()
 			fl.run(f)
@@ -675,10 +675,10 @@ func TestHonestClientsNoticeNoFloodAndAllMemoryIsReleasedAfterwards(t *testing.T
 				conn.Close()
 			}
 			if fl.refused != "" && c.refusals(fl.refused) == before {
-				t.Errorf("no refusal is counted under %s; this was no flood: %v", fl.refused, f.said)
+				t.Errorf("no refusal is counted under %s; this was no flood: %v", fl.refused, f.answers)
 			}
-			if fl.said != "" && f.said[fl.said] == 0 || f.said[fl.unsaid] > 0 {
-				t.Errorf("the answers are %v; want %q, and not %q", f.said, fl.said, fl.unsaid)
+			if fl.expected != "" && f.answers[fl.expected] == 0 || f.answers[fl.unexpected] > 0 {
+				t.Errorf("the answers are %v; want %q, and not %q", f.answers, fl.expected, fl.unexpected)
 			}
 			if limit := floodStreams + 100 + 100 + 20; most > limit {
 				t.Errorf("it had %d descriptors open; its limits make %d", most, limit)
@@ -691,7 +691,7 @@ func TestHonestClientsNoticeNoFloodAndAllMemoryIsReleasedAfterwards(t *testing.T
 			eventually(t, 5*time.Second, "its rooms and users are forgotten", func() bool { return c.metric("rooms") <= 1 && c.metric("users") == 0 })
 			after := 0.0
 			eventually(t, 3*time.Second, "its memory is given back", func() bool { after = memory(); return after < start+12 })
-			t.Logf("%.1f s, %v, %.0f MB at most, %.0f before it, %.0f after, %d descriptors at most", time.Since(began).Seconds(), f.said, peak, start, after, most)
+			t.Logf("%.1f s, %v, %.0f MB at most, %.0f before it, %.0f after, %d descriptors at most", time.Since(began).Seconds(), f.answers, peak, start, after, most)
 		})
 	}
 	if err := c.stop(); err != nil {

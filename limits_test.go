@@ -248,8 +248,8 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 				b.clientFrom(tc.from).CloseIdleConnections()
 				synctest.Wait()
 				r, body := b.ask(tc.from, tc.what, tc.body, tc.headers...)
-				var said struct{ Error string }
-				if err := json.Unmarshal([]byte(body), &said); r.StatusCode != tc.status || r.Header.Get("Retry-After") != tc.retry || said.Error == "" {
+				var answer struct{ Error string }
+				if err := json.Unmarshal([]byte(body), &answer); r.StatusCode != tc.status || r.Header.Get("Retry-After") != tc.retry || answer.Error == "" {
 					t.Errorf("%s is answered %d, Retry-After %q, %s %v; want %d and %q", tc.what, r.StatusCode, r.Header.Get("Retry-After"), body, err, tc.status, tc.retry)
 				}
 				for _, reason := range reasons {
@@ -345,7 +345,7 @@ func TestWhatAWebSocketIsRefusedIsSentAndCounted(t *testing.T) {
 		b := newLimitedTestbed(t, "-rate", "3", "-room-rate", "2", "-rooms", "1", "-users", "1", "-body", "200")
 		c, _ := b.webSocketFrom("192.0.2.1", "/rooms/a,b/ws")
 		defer c.CloseNow()
-		said := func(want string) {
+		wantReply := func(want string) {
 			t.Helper()
 			got := exchange(t, c, `{"type":"message","room":"a","data":"hi","key":"`+want+`"}`)
 			if !strings.Contains(got, want) {
@@ -356,7 +356,7 @@ func TestWhatAWebSocketIsRefusedIsSentAndCounted(t *testing.T) {
 			exchange(t, c, `{"room":"a","data":"hi","key":"`+fmt.Sprint(time.Now().UnixNano())+`"}`)
 			time.Sleep(time.Millisecond)
 		}
-		said("room is published to too fast")
+		wantReply("room is published to too fast")
 		time.Sleep(time.Second)
 		if got := exchange(t, c, `{"room":"b","data":"hi","key":"k"}`); !strings.Contains(got, "too many rooms") {
 			t.Errorf("a second room: %s", got)
@@ -364,7 +364,7 @@ func TestWhatAWebSocketIsRefusedIsSentAndCounted(t *testing.T) {
 		for range 9 {
 			exchange(t, c, `{"type":"hello","room":"a","key":"x"}`)
 		}
-		said("address publishes too fast")
+		wantReply("address publishes too fast")
 		if n := b.refusals("rate"); n == 0 {
 			t.Error("what came too fast is not counted under rate")
 		}

@@ -196,22 +196,22 @@ var soakKinds = slices.Concat(slices.Repeat([]string{"sse", "stream", "ws"}, 8),
 
 // A soak is what readers, publishers and the test share.
 type soak struct {
-	ctx    context.Context // done when all readers are to leave
-	addr   string
-	every  time.Duration // time between two restarts
-	life   time.Duration // of a connection, on average
-	begun  atomic.Bool   // all readers are connected, and something is published
-	ending atomic.Bool   // nothing more is published, and nobody is cut off
-	joined atomic.Int64  // readers with a cursor
-	epoch  atomic.Int64  // odd while the relay stops and starts; grows at the beginning and the end of that
-	born   atomic.Int64  // a moment before the relay started, in Unix microseconds; its ids are higher
+	ctx       context.Context // done when all readers are to leave
+	addr      string
+	every     time.Duration // time between two restarts
+	life      time.Duration // of a connection, on average
+	started   atomic.Bool   // all readers are connected, and something is published
+	ending    atomic.Bool   // nothing more is published, and nobody is cut off
+	joined    atomic.Int64  // readers with a cursor
+	epoch     atomic.Int64  // odd while the relay stops and starts; grows at the beginning and the end of that
+	startedAt atomic.Int64  // a moment before the relay started, in Unix microseconds; its ids are higher
 
-	mu       sync.Mutex                         // guards what follows
-	counts   map[string]int64                   // what happened, by name
-	failures map[string]int64                   // what must not happen, by name
-	examples []string                           // three examples of each failure
-	acked    [soakRooms]struct{ n, id int64 }   // the last publish that was acknowledged
-	first    [soakRooms]struct{ born, n int64 } // the first message of a process that readers received
+	mu       sync.Mutex                              // guards what follows
+	counts   map[string]int64                        // what happened, by name
+	failures map[string]int64                        // what must not happen, by name
+	examples []string                                // three examples of each failure
+	acked    [soakRooms]struct{ n, id int64 }        // the last publish that was acknowledged
+	first    [soakRooms]struct{ startedAt, n int64 } // the first message of a process that readers received
 	restarts []*soakRestart
 	volley   chan struct{} // closed when all publishers are to publish, just before a restart
 	slowest  time.Duration // from publish to delivery by a stream, without the time between connections
@@ -253,7 +253,7 @@ func (s *soak) due() (last [soakRooms]int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for room, a := range s.acked {
-		if a.id >= s.born.Load() {
+		if a.id >= s.startedAt.Load() {
 			last[room] = a.n
 		}
 	}
@@ -350,7 +350,7 @@ func (r *soakReader) once() time.Duration {
 	case s.ctx.Err() != nil:
 	case r.retryAfter > 0:
 		return min(r.retryAfter, s.every/6)
-	case enough && r.slow && s.begun.Load():
+	case enough && r.slow && s.started.Load():
 		r.stall(conn, epoch)
 	case enough:
 		r.cut(conn)
@@ -411,18 +411,18 @@ func (r *soakReader) read(conn net.Conn) error {
 				return err
 			}
 			b = bytes.TrimSuffix(bytes.TrimPrefix(b, []byte("/**/tell(")), []byte(");\n"))
-			var said struct {
+			var answer struct {
 				Cursor int64
 				Events []json.RawMessage
 			}
-			if err := json.Unmarshal(b, &said); err != nil {
+			if err := json.Unmarshal(b, &answer); err != nil {
 				return err
 			}
 			r.setCursor(max(0, r.after)) // the cursor before the events, of which there may be some already
-			for _, e := range said.Events {
+			for _, e := range answer.Events {
 				r.got(e)
 			}
-			r.setCursor(said.Cursor)
+			r.setCursor(answer.Cursor)
 			if resp.Close || r.kind == "poll" && !r.s.sleep(2*time.Second+rand.N(2*time.Second)) {
 				return io.EOF
 			}
@@ -502,7 +502,7 @@ func (r *soakReader) setCursor(cursor int64) {
 	if r.after < 0 {
 		r.s.joined.Add(1)
 		for _, p := range r.positions {
-			p.base = r.s.born.Load()
+			p.base = r.s.startedAt.Load()
 		}
 	}
 	if cursor < r.after {
@@ -578,28 +578,28 @@ func (r *soakReader) gap(p *soakPosition, reason string) {
 
 func (r *soakReader) message(p *soakPosition, id, n int64, at time.Time) {
 	s := r.s
-	last, told := p.last.Load(), p.gapSent
+	last, gap := p.last.Load(), p.gapSent
 	p.gapSent = false
 	s.count("delivered", 1)
-	born := s.born.Load()
-	if id >= born && p.base < born && !told {
+	startedAt := s.startedAt.Load()
+	if id >= startedAt && p.base < startedAt && !gap {
 		s.fail("not sent a gap after a restart", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
 	}
 	switch {
-	case n == last && told: // the answer was lost with the process, which knew the key
+	case n == last && gap: // the answer was lost with the process, which knew the key
 		s.count("again after a restart", 1)
 	case n <= last:
 		s.fail("doubled", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
-	case n > last+1 && !told:
+	case n > last+1 && !gap:
 		s.fail("lost", n-last-1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
 	}
 	p.last.Store(n)
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if first := &s.first[p.room]; told && id >= born { // all that return after a restart must begin with the same message
-		if first.born != born {
-			first.born, first.n = born, n
+	if first := &s.first[p.room]; gap && id >= startedAt { // all that return after a restart must begin with the same message
+		if first.startedAt != startedAt {
+			first.startedAt, first.n = startedAt, n
 		} else if first.n != n {
 			s.failures["begun late after a restart"]++
 		}
@@ -708,11 +708,11 @@ func (p *soakPublisher) post(ctx context.Context, key, body string) (int64, erro
 		return 0, err
 	}
 	defer resp.Body.Close()
-	var said struct{ ID int64 }
-	if err := json.NewDecoder(resp.Body).Decode(&said); err != nil || said.ID == 0 {
+	var answer struct{ ID int64 }
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.ID == 0 {
 		return 0, fmt.Errorf("answered %s: %v", resp.Status, err)
 	}
-	return said.ID, nil
+	return answer.ID, nil
 }
 
 // publishOnce publishes by WebSocket, and waits for the ack.
@@ -737,13 +737,13 @@ func (p *soakPublisher) publishOnce(ctx context.Context, key, body string) (id i
 			return 0, err
 		}
 		for line := range bytes.Lines(b) {
-			var said struct {
+			var answer struct {
 				Type, Key string
 				ID        int64
 			}
-			if json.Unmarshal(line, &said); said.Key == key && said.Type == "ack" {
-				return said.ID, nil
-			} else if said.Key == key {
+			if json.Unmarshal(line, &answer); answer.Key == key && answer.Type == "ack" {
+				return answer.ID, nil
+			} else if answer.Key == key {
 				return 0, fmt.Errorf("answered %s", line)
 			}
 		}
@@ -838,7 +838,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	start := func() *child {
-		s.born.Store(time.Now().UnixMicro())
+		s.startedAt.Store(time.Now().UnixMicro())
 		return startRelay(t, nil, "-addr", s.addr, "-present", "10s", "-idle", "10s")
 	}
 	c := start()
@@ -866,7 +866,7 @@ func TestSoak(t *testing.T) {
 		})
 	}
 	eventually(t, time.Minute, "all readers have a cursor", func() bool { return s.joined.Load() == int64(len(all)) })
-	s.begun.Store(true)
+	s.started.Store(true)
 	for room := range soakRooms {
 		publishers.Go(func() { s.publish(room) })
 	}

@@ -231,21 +231,21 @@ func TestStopSpreadsReconnects(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
 		const n = 1000
-		var ears []*eventReader
+		var readers []*eventReader
 		for i := range n {
-			ears = append(ears, b.subscribe(variantOf([]string{"sse", "stream", "ws"}[i%3]), "a").begin())
+			readers = append(readers, b.subscribe(variantOf([]string{"sse", "stream", "ws"}[i%3]), "a").begin())
 		}
 		b.post("a", "last")
 		start := time.Now()
 		b.stop()
 		perSecond := map[int]int{}
-		for _, e := range ears {
+		for _, e := range readers {
 			bye := e.expect("message last", "bye")[1]
-			var said struct{ Data struct{ Retry int } }
-			json.Unmarshal([]byte(bye.json), &said)
-			perSecond[said.Data.Retry/1000]++
-			if said.Data.Retry < 1000 || said.Data.Retry > 31_000 {
-				t.Errorf("retry in %d ms", said.Data.Retry)
+			var parsed struct{ Data struct{ Retry int } }
+			json.Unmarshal([]byte(bye.json), &parsed)
+			perSecond[parsed.Data.Retry/1000]++
+			if parsed.Data.Retry < 1000 || parsed.Data.Retry > 31_000 {
+				t.Errorf("retry in %d ms", parsed.Data.Retry)
 			}
 			if e.conn != nil {
 				e.expectEnd()
@@ -520,8 +520,8 @@ func TestASlowHeadIsNotWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t)
 		for _, first := range []string{"", "G", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\nX-A: "} {
-			if said, d := sendSlowly(t, b, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
-				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headTimeout, said)
+			if answer, d := sendSlowly(t, b, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
+				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headTimeout, answer)
 			}
 		}
 		// Nor is a second head, after an answer.
@@ -532,8 +532,8 @@ func TestASlowHeadIsNotWaitedFor(t *testing.T) {
 		if _, d := sendSlowly(t, b, ok, "", 0); d > idleTimeout+time.Second {
 			t.Errorf("a connection without a second request is kept for %v, want %v", d, idleTimeout)
 		}
-		if said, d := sendSlowly(t, b, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10)+"\r\n\r\n", "", 0); !strings.HasPrefix(said, "HTTP/1.1 431 ") || d > time.Second {
-			t.Errorf("a head of 30 KiB is answered after %v: %.100s", d, said)
+		if answer, d := sendSlowly(t, b, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10)+"\r\n\r\n", "", 0); !strings.HasPrefix(answer, "HTTP/1.1 431 ") || d > time.Second {
+			t.Errorf("a head of 30 KiB is answered after %v: %.100s", d, answer)
 		}
 	})
 }
@@ -547,9 +547,9 @@ func TestASlowBodyIsNotWaitedFor(t *testing.T) {
 			"POST /rooms/a/presence?user=ada HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\naw",
 		} {
 			before := b.refusals("body")
-			said, d := sendSlowly(t, b, first, strings.Repeat("x", 500), time.Second)
-			if !strings.HasPrefix(said, "HTTP/1.1 408 ") || !strings.Contains(said, "Connection: close") || d < requestTimeout || d > requestTimeout+2*time.Second {
-				t.Errorf("%q and then a byte a second is answered after %v: %s", first, d, said)
+			answer, d := sendSlowly(t, b, first, strings.Repeat("x", 500), time.Second)
+			if !strings.HasPrefix(answer, "HTTP/1.1 408 ") || !strings.Contains(answer, "Connection: close") || d < requestTimeout || d > requestTimeout+2*time.Second {
+				t.Errorf("%q and then a byte a second is answered after %v: %s", first, d, answer)
 			}
 			if n := b.refusals("body"); n != before+1 {
 				t.Errorf("%d are counted under body, want %d", n, before+1)

@@ -138,10 +138,10 @@ func (p *presenceTest) wantNothingLeft() {
 	if p.leases != 0 || len(p.rooms) != 0 {
 		p.Errorf("%d leases and %d rooms are left, want none", p.leases, len(p.rooms))
 	}
-	mark := p.lastID.Load()
+	head := p.lastID.Load()
 	time.Sleep(time.Hour)
 	synctest.Wait()
-	if p.lastID.Load() != mark {
+	if p.lastID.Load() != head {
 		p.Error("a timer is left, and published something")
 	}
 }
@@ -517,18 +517,18 @@ func TestAUserIsPresentInEachRoomOfTheirStream(t *testing.T) {
 func TestWhoSeesPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := newPresenceTest(t, limits{})
-		mark := p.lastID.Load() - p.relay.epoch
+		head := p.lastID.Load() - p.relay.epoch
 		p.stream("ada")
 		publishText(t, p.relay, "a", "hi")
 
-		blind := openSubscriber(t, p.relay, "a", mark, subscribeRequest{longLived: true})
+		blind := openSubscriber(t, p.relay, "a", head, subscribeRequest{longLived: true})
 		wantRead(t, blind, "2:a:hi")
-		poller := openSubscriber(t, p.relay, "a", mark, subscribeRequest{user: "pol", seesPresence: true})
+		poller := openSubscriber(t, p.relay, "a", head, subscribeRequest{user: "pol", seesPresence: true})
 		wantRead(t, poller, "ada:online 2:a:hi pol:online")
-		unseen := openSubscriber(t, p.relay, "a", mark, subscribeRequest{seesPresence: true, longLived: true})
+		unseen := openSubscriber(t, p.relay, "a", head, subscribeRequest{seesPresence: true, longLived: true})
 		unseen.wantRoster()
 		wantRead(t, unseen, "2:a:hi {ada:online pol:online}")
-		eve := openSubscriber(t, p.relay, "a", mark, subscribeRequest{user: "eve", seesPresence: true, longLived: true})
+		eve := openSubscriber(t, p.relay, "a", head, subscribeRequest{user: "eve", seesPresence: true, longLived: true})
 		eve.wantRoster()
 		wantRead(t, eve, "2:a:hi {ada:online eve:online pol:online}")
 
@@ -690,18 +690,18 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		p := newPresenceTest(t, limits{})
 		var streams []*subscriber
 		var want []string
-		told := func(format string, args ...any) { want = append(want, fmt.Sprintf(format, args...)) }
-		told("0s {}")
+		expect := func(format string, args ...any) { want = append(want, fmt.Sprintf(format, args...)) }
+		expect("0s {}")
 		for i := range 150 { // one every 10 ms
 			if i < maxRosterUsers {
-				told("%v u%03d:online", time.Since(p.start), i)
+				expect("%v u%03d:online", time.Since(p.start), i)
 			}
 			streams = append(streams, p.stream(fmt.Sprintf("u%03d", i)))
 			time.Sleep(10 * time.Millisecond)
 			synctest.Wait()
 		}
-		told("1s {101}")
-		told("2s {150}")
+		expect("1s {101}")
+		expect("2s {150}")
 		p.at("3s")
 		p.wantEvents(want...)
 
@@ -721,8 +721,8 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		for _, sub := range streams[:49] {
 			sub.unsubscribe()
 		}
-		told("19s {149}")
-		told("20s {101}")
+		expect("19s {149}")
+		expect("20s {101}")
 		p.at("30s")
 		p.wantEvents(want...)
 		streams[49].unsubscribe()
@@ -730,7 +730,7 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		for i := 50; i < 150; i++ {
 			left = append(left, fmt.Sprintf("u%03d:online", i))
 		}
-		told("40s {%s}", strings.Join(left, " "))
+		expect("40s {%s}", strings.Join(left, " "))
 		p.at("50s")
 		p.wantEvents(want...)
 		sub = openSubscriber(t, p.relay, "a", -1, wantPresence)
@@ -741,8 +741,8 @@ func TestACrowdIsOnlyCounted(t *testing.T) {
 		// From there on, users are announced one by one.
 		streams[50].unsubscribe()
 		p.setState("u149", "away")
-		told("50s u149:away")
-		told("1m0s u050:offline")
+		expect("50s u149:away")
+		expect("1m0s u050:offline")
 		p.at("2m")
 		p.wantEvents(want...)
 		for _, sub := range streams[51:] {
@@ -766,8 +766,8 @@ func TestTenThousandUsersJoinAndLeave(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()
-		if told := r.lastID.Load() - r.epoch; told > maxRosterUsers+22 {
-			t.Errorf("%d joins in 21 s were %d events", n, told)
+		if events := r.lastID.Load() - r.epoch; events > maxRosterUsers+22 {
+			t.Errorf("%d joins in 21 s were %d events", n, events)
 		}
 		if c := r.roster("a").Count; c != n {
 			t.Errorf("%d of %d are present", c, n)
@@ -779,8 +779,8 @@ func TestTenThousandUsersJoinAndLeave(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if told := r.lastID.Load() - before; told > 5 {
-			t.Errorf("%d left at once, which was %d events", n, told)
+		if events := r.lastID.Load() - before; events > 5 {
+			t.Errorf("%d left at once, which was %d events", n, events)
 		}
 		r.sweep(time.Now().Add(time.Hour))
 		if r.leases != 0 || len(r.rooms) != 0 || r.bytes != 0 {
@@ -797,14 +797,14 @@ func TestTooManyUsers(t *testing.T) {
 				t.Fatal(i, err)
 			}
 		}
-		mark, rooms := r.lastID.Load(), len(r.rooms)
+		head, rooms := r.lastID.Load(), len(r.rooms)
 		if err := r.setPresence("b", "one more", "", "online"); err != errTooManyUsers {
 			t.Errorf("a user too many: %v", err)
 		}
 		if _, err := trySubscriber(r, subscribeRequest{rooms: []string{"a", "b"}, user: "one more", longLived: true}); err != errTooManyUsers {
 			t.Errorf("a reader too many: %v", err)
 		}
-		if len(r.rooms) != rooms || r.lastID.Load() != mark || len(r.rooms["a"].subscriptions) != 0 {
+		if len(r.rooms) != rooms || r.lastID.Load() != head || len(r.rooms["a"].subscriptions) != 0 {
 			t.Error("a refused user has changed something")
 		}
 		if err := r.setPresence("a", "user7", "", "away"); err != nil {
@@ -956,8 +956,8 @@ func (w *watcher) read() {
 		}
 		var state string
 		json.Unmarshal(c.Data, &state)
-		known, here := w.users[c.From]
-		if !here {
+		known, present := w.users[c.From]
+		if !present {
 			known = "offline"
 		}
 		// A delayed announcement is in the roster before it is sent.
@@ -976,10 +976,10 @@ func (w *watcher) read() {
 // twice.
 func TestRostersAndWhatFollowsAgree(t *testing.T) {
 	for _, tc := range []struct {
-		what         string
-		users, guest int
-		stay         int // users who stay
-		limits       limits
+		what            string
+		users, watchers int
+		stay            int // users who stay
+		limits          limits
 	}{
 		{"a few", 12, 12, 5, limits{}},
 		{"nobody in the end", 12, 6, 0, limits{}},
@@ -1030,8 +1030,8 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 						}
 					})
 				}
-				guests := make([]*watcher, tc.guest)
-				for i := range guests {
+				watchers := make([]*watcher, tc.watchers)
+				for i := range watchers {
 					reading.Go(func() {
 						rnd := rand.New(rand.NewPCG(uint64(i), 5))
 						for !done.Load() {
@@ -1046,10 +1046,10 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 									pause(rnd, 2*time.Second)
 								}
 							}
-							if old := guests[i]; old != nil {
+							if old := watchers[i]; old != nil {
 								old.rd.unsubscribe()
 							}
-							guests[i] = g
+							watchers[i] = g
 						}
 					})
 				}
@@ -1068,7 +1068,7 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 						t.Errorf("user%d stays, and is not present", i)
 					}
 				}
-				for i, g := range guests {
+				for i, g := range watchers {
 					g.read()
 					if g.count != truth.Count || g.crowd != (truth.Count > maxRosterUsers) {
 						t.Errorf("watcher %d counts %d, a crowd %v; there are %d", i, g.count, g.crowd, truth.Count)
@@ -1164,12 +1164,12 @@ func FuzzPresence(f *testing.F) {
 			}
 			return
 		}
-		var said struct{ Room, User, State string }
-		if err := json.Unmarshal(w.Body.Bytes(), &said); err != nil || !slices.Contains([]string{"online", "typing", "away", "offline"}, said.State) || said.Room != "a" {
+		var answer struct{ Room, User, State string }
+		if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || !slices.Contains([]string{"online", "typing", "away", "offline"}, answer.State) || answer.Room != "a" {
 			t.Errorf("%q", w.Body)
 		}
-		if !utf8.ValidString(said.User) || said.User == "" || utf8.RuneCountInString(said.User) > 64 || strings.ContainsFunc(said.User, unicode.IsControl) {
-			t.Errorf("the user %q", said.User)
+		if !utf8.ValidString(answer.User) || answer.User == "" || utf8.RuneCountInString(answer.User) > 64 || strings.ContainsFunc(answer.User, unicode.IsControl) {
+			t.Errorf("the user %q", answer.User)
 		}
 		w = newDeadlineRecorder()
 		s.ServeHTTP(w, httptest.NewRequest("GET", "/rooms/a/presence", nil))

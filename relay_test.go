@@ -162,8 +162,8 @@ func wantRead(t *testing.T, sub *subscriber, want string) {
 	if got := summarize(sub.relay, readAll(sub)); got != want {
 		t.Errorf("read %q, want %q", got, want)
 	}
-	if mark := sub.relay.lastID.Load(); sub.cursor != mark {
-		t.Errorf("the cursor is %d after everything was read, want %d", sub.cursor-sub.relay.epoch, mark-sub.relay.epoch)
+	if head := sub.relay.lastID.Load(); sub.cursor != head {
+		t.Errorf("the cursor is %d after everything was read, want %d", sub.cursor-sub.relay.epoch, head-sub.relay.epoch)
 	}
 }
 
@@ -466,14 +466,14 @@ func TestAGapBeyondTheHeadIsSentToAClientThatChangesRooms(t *testing.T) {
 	sub := openSubscriber(t, r, "a", 0, subscribeRequest{})
 	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
 	r.lastID.Store(r.epoch + 3)
-	told := summarize(r, readAll(sub))
+	got := summarize(r, readAll(sub))
 	r.lastID.Store(r.epoch + 6)
 	sub = openSubscriber(t, r, "b", sub.cursor-r.epoch, subscribeRequest{})
-	told += summarize(r, readAll(sub))
+	got += summarize(r, readAll(sub))
 	sub = openSubscriber(t, r, "a", sub.cursor-r.epoch, subscribeRequest{})
-	told += summarize(r, readAll(sub))
-	if !strings.Contains(told, "gap") {
-		t.Errorf("events 1 to 3 were requested and lost, and the subscriber received %q", told)
+	got += summarize(r, readAll(sub))
+	if !strings.Contains(got, "gap") {
+		t.Errorf("events 1 to 3 were requested and lost, and the subscriber received %q", got)
 	}
 }
 
@@ -813,8 +813,8 @@ func TestKeys(t *testing.T) {
 				t.Errorf("step %d: %s, want %s", i, got, step.want)
 			}
 		}
-		if mark := r.lastID.Load() - r.epoch; mark != 6 {
-			t.Errorf("%d events were published, want 6", mark)
+		if published := r.lastID.Load() - r.epoch; published != 6 {
+			t.Errorf("%d events were published, want 6", published)
 		}
 		sub := openSubscriber(t, r, "a", -1, subscribeRequest{})
 		put("a", "k", 0)
@@ -873,8 +873,8 @@ func TestARoomsRate(t *testing.T) {
 			}
 		}
 		for i := range 3 {
-			mark := r.lastID.Load()
-			before := fmt.Sprint(mark, r.bytes)
+			head := r.lastID.Load()
+			before := fmt.Sprint(head, r.bytes)
 			if err := put("a", "k10"); err != errRoomTooFast {
 				t.Errorf("one too many: %v", err)
 			}
@@ -885,7 +885,7 @@ func TestARoomsRate(t *testing.T) {
 			if err := put("a", "k9"); err != nil {
 				t.Errorf("a retry: %v", err)
 			}
-			if err := r.setPresence("a", fmt.Sprint("user", i), "", "online"); err != nil || r.lastID.Load() == mark {
+			if err := r.setPresence("a", fmt.Sprint("user", i), "", "online"); err != nil || r.lastID.Load() == head {
 				t.Errorf("presence was refused: %v", err)
 			}
 			if err := put("b", ""); err != nil {
@@ -1305,14 +1305,14 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 		}
 		got[id] = true
 	}
-	told := int64(0) // losses up to here are covered by a gap
+	covered := int64(0) // losses up to here are covered by a gap
 	for _, id := range trace.gaps {
 		if got[id] {
 			t.Errorf("%s was sent a gap for %d, and has it", who, id)
 		}
-		told = max(told, id)
+		covered = max(covered, id)
 	}
-	if !lossy && told > 0 {
+	if !lossy && covered > 0 {
 		t.Errorf("%s was sent a gap", who)
 	}
 	expected := 0
@@ -1324,7 +1324,7 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 		if asked {
 			expected++
 		}
-		if asked && !got[id] && id > told {
+		if asked && !got[id] && id > covered {
 			t.Errorf("%s lost %d", who, id)
 		}
 		if !asked && got[id] {

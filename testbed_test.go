@@ -797,7 +797,7 @@ type eventReader struct {
 	client  *http.Client
 	path    string // of the first request
 	header  http.Header
-	begun   bool
+	opened  bool
 	after   int64 // the cursor of the last answer
 	pending []received
 
@@ -816,7 +816,7 @@ func malformedf(format string, args ...any) error { return malformed{fmt.Errorf(
 
 // subscribe begins to receive. A parameter is "after=5", or as a header
 // "Last-Event-ID: 5". A test that waits for more than an hour fails.
-func (b *testbed) subscribe(k variant, rooms string, ask ...string) *eventReader {
+func (b *testbed) subscribe(k variant, rooms string, parameters ...string) *eventReader {
 	b.t.Helper()
 	timeout := time.Hour
 	if b.network == remote {
@@ -824,17 +824,17 @@ func (b *testbed) subscribe(k variant, rooms string, ask ...string) *eventReader
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	b.t.Cleanup(cancel)
-	e, err := b.trySubscribe(ctx, b.client, k, rooms, ask...)
+	e, err := b.trySubscribe(ctx, b.client, k, rooms, parameters...)
 	if err != nil {
 		b.t.Fatalf("%s: %v", k.name, err)
 	}
 	return e
 }
 
-func (b *testbed) trySubscribe(ctx context.Context, client *http.Client, k variant, rooms string, ask ...string) (*eventReader, error) {
+func (b *testbed) trySubscribe(ctx context.Context, client *http.Client, k variant, rooms string, parameters ...string) (*eventReader, error) {
 	e := &eventReader{variant: k, testbed: b, ctx: ctx, client: client, header: http.Header{}, after: -1, seen: map[string]bool{}}
 	q, _ := url.ParseQuery(k.query)
-	for _, a := range ask {
+	for _, a := range parameters {
 		if name, value, ok := strings.Cut(a, ": "); ok {
 			e.header.Add(name, value)
 		} else {
@@ -1076,8 +1076,8 @@ func (e *eventReader) readMultipart() error {
 	case "multipart":
 		return e.addJSON(part.String())
 	case "multipart-html":
-		if !e.begun {
-			e.begun = true
+		if !e.opened {
+			e.opened = true
 			e.add(received{kind: "hello"})
 		}
 		return e.addPage(part.String())
@@ -1086,7 +1086,7 @@ func (e *eventReader) readMultipart() error {
 	if !ok || strings.Contains(line, "\n") {
 		return malformedf("multipart: not a line of text: %q", part.String())
 	}
-	who, text, said := strings.Cut(line, ": ")
+	who, text, isMessage := strings.Cut(line, ": ")
 	kind, rest, _ := strings.Cut(line, " ")
 	switch {
 	case line == "Connected.":
@@ -1096,7 +1096,7 @@ func (e *eventReader) readMultipart() error {
 	case strings.HasPrefix(rest, " ") || kind == "presence":
 		_, text, _ := strings.Cut(rest, " ")
 		e.add(received{kind: kind, text: text})
-	case said:
+	case isMessage:
 		e.add(received{kind: "message", from: who, text: text})
 	default:
 		e.add(received{kind: "message", text: line})
@@ -1143,9 +1143,9 @@ func (e *eventReader) readIframe() error {
 			e.add(received{kind: "beat"})
 			return nil
 		}
-		e.begun = true
+		e.opened = true
 		return e.addJSON(call)
-	case e.begun:
+	case e.opened:
 		return malformedf("iframe: %q", line)
 	case strings.HasPrefix(line, "<!DOCTYPE html>"), strings.HasPrefix(line, "<title>"), strings.HasPrefix(line, open+"const tell = "):
 		return nil
@@ -1163,9 +1163,9 @@ func (e *eventReader) readHTML() error {
 		e.add(received{kind: "beat"})
 		return nil
 	case line == `<main class="log endless">`:
-		e.begun = true
+		e.opened = true
 		return nil
-	case !e.begun:
+	case !e.opened:
 		return nil
 	}
 	return e.addParagraph(line)
@@ -1423,12 +1423,12 @@ func (b *testbed) readSome(ctx context.Context, t *testing.T, rng *rand.Rand, h2
 	}
 	client := b.unreliableClient(rng, h2 && rng.IntN(2) == 0 && k.technique != "ws")
 	defer client.CloseIdleConnections()
-	ask := []string{"wait=20", fmt.Sprint("after=", cursor)}
+	parameters := []string{"wait=20", fmt.Sprint("after=", cursor)}
 	if rng.IntN(2) == 0 {
-		ask = []string{"wait=20", "after=1", fmt.Sprint("Last-Event-ID: ", cursor)}
+		parameters = []string{"wait=20", "after=1", fmt.Sprint("Last-Event-ID: ", cursor)}
 	}
 	s := segment{k.name, some, cursor, cursor, nil}
-	e, err := b.trySubscribe(ctx, client, k, strings.Join(some, ","), ask...)
+	e, err := b.trySubscribe(ctx, client, k, strings.Join(some, ","), parameters...)
 	if err == nil {
 		defer e.close()
 		s.receive(t, e, 1+rng.IntN(30))
@@ -1480,9 +1480,9 @@ func rawStream(t *testing.T, conn net.Conn) *bufio.Scanner {
 }
 
 // webSocket opens a WebSocket and reads its hello.
-func (b *testbed) webSocket(rooms string, ask ...string) *eventReader {
+func (b *testbed) webSocket(rooms string, parameters ...string) *eventReader {
 	b.t.Helper()
-	return b.subscribe(variantOf("ws"), rooms, ask...).begin()
+	return b.subscribe(variantOf("ws"), rooms, parameters...).begin()
 }
 
 func (e *eventReader) send(frame string) {

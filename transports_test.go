@@ -75,12 +75,12 @@ func TestSameBytes(t *testing.T) {
 func testSameBytes(t *testing.T) {
 	network := t.Name()[strings.LastIndex(t.Name(), "/")+1:]
 	b := newTestbed(t, network)
-	var listening []*eventReader
+	var readers []*eventReader
 	for _, k := range variants {
 		if k.forPeople || k.technique == "ws" && network == pipeH2 {
 			continue
 		}
-		listening = append(listening, b.subscribe(k, "a,b").begin())
+		readers = append(readers, b.subscribe(k, "a,b").begin())
 	}
 	var want []string
 	for i, data := range []string{
@@ -93,12 +93,12 @@ func testSameBytes(t *testing.T) {
 		if res.StatusCode != 201 {
 			t.Fatalf("%s: %s", data, body)
 		}
-		for j, e := range listening {
+		for j, e := range readers {
 			h := e.next()
 			if j == 0 {
 				want = append(want, h.json)
 			} else if h.json != want[i] {
-				t.Errorf("%s sends\n%s, and %s\n%s", e.name, h.json, listening[0].name, want[i])
+				t.Errorf("%s sends\n%s, and %s\n%s", e.name, h.json, readers[0].name, want[i])
 			}
 		}
 		var sent, got any
@@ -112,7 +112,7 @@ func testSameBytes(t *testing.T) {
 			t.Errorf("sent %s as %q, came %s", data, user, want[i])
 		}
 	}
-	for _, e := range listening { // and from the history
+	for _, e := range readers { // and from the history
 		again := b.subscribe(e.variant, "a,b", "last=100")
 		if e.streams() {
 			again.begin()
@@ -185,7 +185,7 @@ type segment struct {
 func switchTechniques(t *testing.T, network string, seed uint64) {
 	b := newTestbed(t, network, func(c *config) { c.maxEvents, c.maxRoomBytes, c.maxBytes = 10_000, 1<<25, 1<<26 })
 	rooms := []string{"a", "b", "c"}
-	const publishers, each, hoppers = 3, 60, 4
+	const publishers, each, clients = 3, 60, 4
 	ctx, done := context.WithCancel(t.Context()) // done when everything is published
 	start := b.relay.lastID.Load()
 
@@ -210,16 +210,16 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 			}
 		})
 	}
-	var hopping sync.WaitGroup
-	stays := make([][]segment, hoppers)
-	for n := range hoppers {
+	var reading sync.WaitGroup
+	segments := make([][]segment, clients)
+	for n := range clients {
 		rng := rand.New(rand.NewPCG(seed, uint64(100+n)))
-		hopping.Go(func() {
+		reading.Go(func() {
 			cursor := start
 			for ctx.Err() == nil {
 				s := b.readSome(ctx, t, rng, network == pipeH2, rooms, cursor)
 				cursor = s.to
-				stays[n] = append(stays[n], s)
+				segments[n] = append(segments[n], s)
 			}
 			end := b.relay.lastID.Load()
 			for cursor < end && !t.Failed() { // the rest, over a connection that does not break
@@ -227,13 +227,13 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 				s := segment{"poll", rooms, cursor, cursor, nil}
 				s.receive(t, e, 1000)
 				cursor = s.to
-				stays[n] = append(stays[n], s)
+				segments[n] = append(segments[n], s)
 			}
 		})
 	}
 	publishing.Wait()
 	done()
-	hopping.Wait()
+	reading.Wait()
 
 	// The log: what all clients must have received.
 	var log []received
@@ -253,9 +253,9 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 		}
 		next[p] = i + 1
 	}
-	hops, byTechnique := 0, map[string]int{}
-	for n := range stays {
-		for _, s := range stays[n] {
+	segmentCount, byTechnique := 0, map[string]int{}
+	for n := range segments {
+		for _, s := range segments[n] {
 			var want []received
 			for _, h := range log {
 				if slices.Contains(s.rooms, h.room) && s.from < h.id && h.id <= s.to {
@@ -266,11 +266,11 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 				t.Errorf("client %d, by %s in %v from %d to %d: received %d events, want %d\n%v\n%v", n, s.by, s.rooms, s.from, s.to, len(s.got), len(want), s.got, want)
 				return
 			}
-			hops++
+			segmentCount++
 			byTechnique[s.by] += len(s.got)
 		}
 	}
-	t.Logf("%d hops, events by technique: %v", hops, byTechnique)
+	t.Logf("%d hops, events by technique: %v", segmentCount, byTechnique)
 	for _, k := range variants {
 		if !k.forPeople && byTechnique[k.name] == 0 && network != tcp {
 			t.Errorf("%s received nothing", k.name)
@@ -511,35 +511,35 @@ func TestNothingIsLeft(t *testing.T) {
 func connectAndLeave(b *testbed, n int) {
 	b.t.Helper()
 	ctx, leave := context.WithCancel(context.Background())
-	var ears []*eventReader
+	var readers []*eventReader
 	waiting := 0
 	for i := range n {
 		k := variants[i%len(variants)]
-		ask := []string{}
+		parameters := []string{}
 		if i%3 == 0 {
-			ask = append(ask, fmt.Sprint("user=u", i))
+			parameters = append(parameters, fmt.Sprint("user=u", i))
 		}
 		if k.streams() {
-			e, err := b.trySubscribe(ctx, b.client, k, fmt.Sprintf("a,r%d", i%50), ask...)
+			e, err := b.trySubscribe(ctx, b.client, k, fmt.Sprintf("a,r%d", i%50), parameters...)
 			if err != nil {
 				b.t.Fatal(err)
 			}
-			ears = append(ears, e)
+			readers = append(readers, e)
 			for h := e.next(); h.kind != "hello"; h = e.next() {
 			}
 		} else {
 			if k.technique == "longpoll" || k.technique == "jsonp" {
 				waiting++
 			}
-			go b.tryGet(ctx, fmt.Sprintf("/rooms/a,r%d/%s?callback=f&%s", i%50, k.technique, strings.Join(ask, "")))
+			go b.tryGet(ctx, fmt.Sprintf("/rooms/a,r%d/%s?callback=f&%s", i%50, k.technique, strings.Join(parameters, "")))
 		}
 	}
 	b.settle()
-	if !b.waitUntil(func() bool { return int(b.active()) == len(ears)+waiting }) {
-		b.t.Errorf("%d are held, want %d streams and %d requests", b.active(), len(ears), waiting)
+	if !b.waitUntil(func() bool { return int(b.active()) == len(readers)+waiting }) {
+		b.t.Errorf("%d are held, want %d streams and %d requests", b.active(), len(readers), waiting)
 	}
 	b.post("a", "to all of you")
-	for i, e := range ears {
+	for i, e := range readers {
 		switch i % 3 {
 		case 0: // reads to the end, and closes properly
 			for h := e.next(); h.text != "to all of you"; h = e.next() {
@@ -925,11 +925,11 @@ func testWebSocketPublishes(t *testing.T) {
 		}
 		var own, ack string
 		for h.room == "a" && own == "" || test.ack != "" && ack == "" {
-			said := ws.next()
-			if said.kind == "ack" {
-				ack = said.json
+			reply := ws.next()
+			if reply.kind == "ack" {
+				ack = reply.json
 			} else {
-				own = said.json
+				own = reply.json
 			}
 		}
 		if h.room == "a" && own != h.json {
@@ -1399,17 +1399,17 @@ func TestIf(t *testing.T) {
 			t.Helper()
 			mark := b.relay.lastID.Load()
 			res, answer := b.do("POST", "/rooms/a?"+query, body, headers...)
-			var said struct {
+			var parsed struct {
 				ID    *int64
 				Error string
 			}
-			if json.Unmarshal([]byte(answer), &said) != nil || said.ID == nil {
+			if json.Unmarshal([]byte(answer), &parsed) != nil || parsed.ID == nil {
 				t.Fatalf("%s: %s %s", query, res.Status, answer)
 			}
-			if published := b.relay.lastID.Load() - mark; (published == 1) != (res.StatusCode == 201) || (res.StatusCode == 412) != (said.Error != "") {
+			if published := b.relay.lastID.Load() - mark; (published == 1) != (res.StatusCode == 201) || (res.StatusCode == 412) != (parsed.Error != "") {
 				t.Errorf("%s: %s %s, and %d were published", query, res.Status, answer, published)
 			}
-			return res.StatusCode, *said.ID
+			return res.StatusCode, *parsed.ID
 		}
 		wants := func(status int, id int64, query, body string, headers ...string) int64 {
 			t.Helper()
@@ -1773,11 +1773,11 @@ func TestRefusals(t *testing.T) {
 func TestAnEventWithATTLIsASignal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
-		for i, ask := range [][]string{{"?ttl=5", "data=hi"}, {"", "data=hi&ttl=5"}, {"?ttl=5", "data=hi&ttl=5"}} {
-			b.do("POST", "/rooms/a"+ask[0], ask[1], formType)
+		for i, parameters := range [][]string{{"?ttl=5", "data=hi"}, {"", "data=hi&ttl=5"}, {"?ttl=5", "data=hi&ttl=5"}} {
+			b.do("POST", "/rooms/a"+parameters[0], parameters[1], formType)
 			v := b.relay.rooms["a"].history.Load()
 			if len(v.messages) != 0 || len(v.signals) != i+1 || v.signals[i].expiresAt != v.signals[i].publishedAt+5000 {
-				t.Fatalf("%q made %d messages and %d signals", ask, len(v.messages), len(v.signals))
+				t.Fatalf("%q made %d messages and %d signals", parameters, len(v.messages), len(v.signals))
 			}
 		}
 	})
@@ -1858,7 +1858,7 @@ func FuzzRooms(f *testing.F) {
 	f.Fuzz(func(t *testing.T, path string) {
 		rooms, err := parseRooms(path)
 		if err != nil {
-			if fault, ok := err.(httpError); !ok || fault.status != 400 || !utf8.ValidString(fault.message) || len(fault.message) > 1000 {
+			if httpErr, ok := err.(httpError); !ok || httpErr.status != 400 || !utf8.ValidString(httpErr.message) || len(httpErr.message) > 1000 {
 				t.Errorf("%q: %v, want an error with 400", path, err)
 			}
 			return
@@ -2135,8 +2135,8 @@ func checkFrame(t *testing.T, text, two bool, frame []byte) {
 	for _, e := range all.Events {
 		safeEvent(t, string(e))
 		if !bytes.HasPrefix(frame, []byte("{")) {
-			var said struct{ Data string }
-			if json.Unmarshal(e, &said) != nil || said.Data != string(frame) {
+			var parsed struct{ Data string }
+			if json.Unmarshal(e, &parsed) != nil || parsed.Data != string(frame) {
 				t.Errorf("%q became %s", frame, e)
 			}
 		}
