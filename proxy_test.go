@@ -1,6 +1,6 @@
 //go:build linux
 
-// Real proxies in front of a real relay, with the configurations in proxies/, most
+// Real proxies in front of a real relay, with the configurations in deploy/, most
 // of them in several ways, all techniques by each. What does not come through is
 // named here, with what comet.js takes instead.
 
@@ -64,7 +64,7 @@ const (
 	whole = "lighttpd waits for the end of an answer unless told"
 )
 
-// A proxy is a program, and what there is of it in proxies/. What args and the
+// A proxy is a program, and what there is of it in deploy/. What args and the
 // configuration say of ports and of 60 seconds is replaced.
 type proxy struct {
 	program, debian, config string
@@ -116,7 +116,7 @@ func freePorts(t *testing.T, n int) (all []string) {
 	return all
 }
 
-// startProxy starts a proxy with its file of proxies/ in front of the relay,
+// startProxy starts a proxy with its file of deploy/ in front of the relay,
 // as a user without privileges, and returns the URLs of its ways.
 func startProxy(t *testing.T, p proxy, relay string) (urls []string) {
 	t.Helper()
@@ -135,7 +135,7 @@ func startProxy(t *testing.T, p proxy, relay string) (urls []string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	b, err := os.ReadFile(filepath.Join("proxies", p.config))
+	b, err := os.ReadFile(filepath.Join("deploy", p.config))
 	if err != nil {
 		t.Fatal(err)
 	}

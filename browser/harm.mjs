@@ -77,10 +77,11 @@ export async function mortal() {
 /** A network in between. It passes; or is cut: what is open breaks, and nothing opens; or is silent: nothing moves. */
 export async function network(to) {
   const pairs = new Set
-  let mode = 'pass'
+  let mode = 'pass', tries = 0
   const apply = pair => pair.forEach(socket => mode === 'cut' ? socket.resetAndDestroy() : mode === 'silence' ? socket.pause() : socket.resume())
   const server = net.createServer(client => {
     const relay = net.connect(to, '127.0.0.1'), pair = [client, relay]
+    tries++
     pairs.add(pair)
     for (const [from, other] of [pair, [relay, client]]) {
       from.setNoDelay(true)
@@ -93,7 +94,9 @@ export async function network(to) {
   })
   const port = await listen(server)
   return {
-    url: `http://127.0.0.1:${port}`,
+    url: `http://127.0.0.1:${port}`, port,
+    /** So many connections were asked for. */
+    get tries() { return tries },
     is(now) { mode = now; pairs.forEach(apply) },
     stop() { this.is('cut'); server.close() },
   }

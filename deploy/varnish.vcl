@@ -1,6 +1,6 @@
 # Cometes behind Varnish 7. It works as it stands:
 #
-#   varnishd -F -n /tmp/varnish -a 127.0.0.1:8081 -f $PWD/proxies/varnish.vcl -p pipe_timeout=60
+#   varnishd -F -n /tmp/varnish -a 127.0.0.1:8081 -f $PWD/deploy/varnish.vcl -p pipe_timeout=60
 #
 # TLS is left to you. proxy_test.go runs this file, with other ports and 3 for 60.
 
