@@ -53,9 +53,9 @@ func TestTechniques(t *testing.T) {
 			t.Errorf("there is no variant for %s", technique.name)
 		}
 	}
-	for _, network := range []string{pipe, pipe10, pipeH2, tcp} {
+	for _, network := range []string{pipe, core, pipe10, pipeH2, tcp} {
 		for _, k := range variants {
-			if k.technique == "ws" && (network == pipe10 || network == pipeH2) || !k.streams() && network == pipe10 {
+			if k.technique == "ws" && (network == pipe10 || network == pipeH2) || !k.streams() && (network == core || network == pipe10) {
 				continue
 			}
 			for _, c := range conformance {

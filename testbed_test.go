@@ -58,6 +58,7 @@ type testbed struct {
 // The networks of a testbed. All but tcp and remote are in memory, for bubbles.
 const (
 	pipe   = "pipe"    // HTTP/1.1 over net.Pipe: a client that does not read has no buffer
+	core   = "core"    // the same, with the core's own loop in place of the writer pool
 	pipe10 = "pipe1.0" // HTTP/1.0, which nginx speaks to its upstream unless told otherwise
 	pipeH2 = "pipeH2"  // HTTP/2 without TLS
 	tcp    = "tcp"     // HTTP/1.1 over loopback, with real sockets
@@ -111,6 +112,9 @@ func newTestbed(t testing.TB, network string, tune ...func(*config)) *testbed {
 		b.conns = append(b.conns, conn)
 		b.mu.Unlock()
 		return conn, nil
+	}
+	if network == core {
+		s.takeOver, s.relay.wakeAll = nil, wakeEach
 	}
 	srv := s.http(false)
 	if network == pipeH2 {

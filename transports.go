@@ -861,7 +861,10 @@ func (st *stream) webSocket(w http.ResponseWriter, r *http.Request, q *request) 
 	write := func(b []byte) error {
 		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 		defer cancel()
-		return conn.Write(ctx, websocket.MessageText, b)
+		if conn.Write(ctx, websocket.MessageText, b) != nil {
+			return errClientGone
+		}
+		return nil
 	}
 	var mu sync.Mutex // held while a message is answered
 	st.busy = func() bool { mu.Lock(); defer mu.Unlock(); return false }
@@ -884,7 +887,10 @@ func (st *stream) webSocket(w http.ResponseWriter, r *http.Request, q *request) 
 	st.ping = func() error {
 		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 		defer cancel()
-		return conn.Ping(ctx)
+		if conn.Ping(ctx) != nil {
+			return errClientGone
+		}
+		return nil
 	}
 	st.send = func(sc *scratch, b []byte) error {
 		if len(b) == 0 && len(sc.encoded) == 0 { // a bye that this client does not see
