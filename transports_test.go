@@ -38,7 +38,7 @@ import (
 
 // The heartbeats of streams that began together are spread out.
 func TestHeartbeatsAreSpreadOut(t *testing.T) {
-	for _, network := range []string{pipe, pipeH2} {
+	for _, network := range []string{pipe, core, pipeH2} {
 		t.Run(network, func(t *testing.T) {
 			runOnNetwork(t, network, func(t *testing.T) {
 				b := newTestbed(t, network)
@@ -67,7 +67,7 @@ func TestHeartbeatsAreSpreadOut(t *testing.T) {
 
 // Every transport sends the same bytes.
 func TestSameBytes(t *testing.T) {
-	for _, network := range []string{pipe, pipeH2, tcp} {
+	for _, network := range []string{pipe, core, pipeH2, tcp} {
 		t.Run(network, func(t *testing.T) { runOnNetwork(t, network, testSameBytes) })
 	}
 }
@@ -130,7 +130,7 @@ func testSameBytes(t *testing.T) {
 // publish over such connections. Nothing is lost, nothing comes twice, everything is
 // in order.
 func TestSwitchingTechniquesLosesNothing(t *testing.T) {
-	for _, network := range []string{pipe, pipeH2, tcp} {
+	for _, network := range []string{pipe, core, pipeH2, tcp} {
 		t.Run(network, func(t *testing.T) {
 			seed := rand.Uint64()
 			if s := os.Getenv("HOP_SEED"); s != "" {
@@ -486,11 +486,11 @@ func TestNoMarkup(t *testing.T) {
 // A thousand clients of all techniques connect and leave, with or without closing
 // properly, and leave nothing behind.
 func TestNothingIsLeft(t *testing.T) {
-	for _, network := range []string{pipe, tcp} {
+	for _, network := range []string{pipe, core, tcp} {
 		t.Run(network, func(t *testing.T) {
 			runOnNetwork(t, network, func(t *testing.T) {
 				b := newTestbed(t, network)
-				n := map[string]int{pipe: 1000, tcp: 300}[network]
+				n := map[string]int{pipe: 1000, core: 1000, tcp: 300}[network]
 				connectAndLeave(b, n) // first let pools, maps and the runtime grow
 				goroutines, heap := b.measure()
 				connectAndLeave(b, n)
@@ -622,7 +622,7 @@ func TestAnAnswerTakesNoLargerStack(t *testing.T) {
 // A client that does not read is ended 10 s after the last write that made progress.
 // Other clients receive everything at once.
 func TestAStalledClientIsEndedAlone(t *testing.T) {
-	for _, network := range []string{pipe, pipe10} {
+	for _, network := range []string{pipe, core, pipe10} {
 		for _, k := range variants {
 			if !k.streams() || k.technique == "ws" && network == pipe10 {
 				continue
@@ -763,7 +763,7 @@ func (c *slowConn) Read(b []byte) (int, error) {
 
 // A client that leaves is no error, even while the relay writes to it.
 func TestLeavingIsNoError(t *testing.T) {
-	for _, network := range []string{pipe, pipe10, pipeH2, tcp} {
+	for _, network := range []string{pipe, core, pipe10, pipeH2, tcp} {
 		t.Run(network, func(t *testing.T) {
 			runOnNetwork(t, network, func(t *testing.T) {
 				b := newTestbed(t, network)
@@ -1092,7 +1092,7 @@ func TestWebSocketJoins(t *testing.T) {
 // A WebSocket answers a close frame and pings, and accepts a message in several
 // frames.
 func TestAWebSocketAnswersCloseAndPing(t *testing.T) {
-	for _, network := range []string{pipe, tcp} {
+	for _, network := range []string{pipe, core, tcp} {
 		t.Run(network, func(t *testing.T) {
 			runOnNetwork(t, network, func(t *testing.T) {
 				b := newTestbed(t, network)
