@@ -971,70 +971,6 @@ func TestTheForeverFramePostsOnlyToTheOriginThatMayRead(t *testing.T) {
 	})
 }
 
-func FuzzToken(f *testing.F) {
-	secrets := [][]byte{[]byte(firstSecret), []byte(secondSecret)}
-	hs := `{"alg":"HS256","typ":"JWT"}`
-	for _, seed := range []string{
-		"", ".", "..", "...", makeToken(hs, `{}`, firstSecret), makeToken(hs, `{"sub":"ada","exp":946684801,"read":["*"],"write":["a*"]}`, secondSecret),
-		makeToken(hs, `{"exp":1e400}`, firstSecret), makeToken(`{"alg":"none"}`, `{}`, firstSecret), makeToken(`{"Alg":"HS256"}`, `{"EXP":1}`, firstSecret),
-		makeToken(hs, `null`, firstSecret), makeToken(`null`, `null`, firstSecret), makeToken(`[]`, `[]`, firstSecret), makeToken(hs, `{"sub":"\ud800"}`, firstSecret),
-		"eyJhbGciOiJIUzI1NiJ9.eyJ3cml0ZSI6WyJhLmI6Yy0qIl19.aFPZqmyNcUBOTb_YL6XTDOiCOgdFeiB41194QcLAYEA",
-	} {
-		f.Add(seed, "")
-	}
-	f.Add(hs, `{"sub":"ada","read":["lobby"]}`)
-	f.Add(`{"alg":"HS256","crit":["x"]}`, `{"exp":null,"nbf":-1}`)
-	f.Fuzz(func(t *testing.T, head, claims string) {
-		now := time.Unix(946684800, 0)
-		// Either the input is a token, or the test signs it; otherwise no input would
-		// ever be signed.
-		tokens := []string{head, makeToken(head, claims, firstSecret)}
-		for i, tok := range tokens {
-			c, err := verifyToken(tok, secrets, now)
-			if (c == nil) == (err == nil) {
-				t.Fatalf("%q: %v, %v", tok, c, err)
-			}
-			if err != nil {
-				if len(tok) > 20 && strings.Contains(err.Error(), tok[len(tok)-20:]) {
-					t.Errorf("the error shows the token: %v", err)
-				}
-				continue
-			}
-			parts := strings.Split(tok, ".")
-			if len(tok) > maxToken || len(parts) != 3 {
-				t.Fatalf("%q is valid", tok)
-			}
-			signed := false
-			for _, s := range secrets {
-				h := hmac.New(sha256.New, s)
-				h.Write([]byte(parts[0] + "." + parts[1]))
-				signed = signed || base64.RawURLEncoding.EncodeToString(h.Sum(nil)) == parts[2]
-			}
-			alg, _ := base64.RawURLEncoding.DecodeString(parts[0])
-			if !signed || !bytes.Contains(alg, []byte("256")) && !bytes.Contains(alg, []byte(`\u`)) {
-				t.Fatalf("%q is valid, and not signed", tok)
-			}
-			if c.expires() <= now.UnixNano() || c.Nbf > 946684800 || !validUser(c.Sub) {
-				t.Fatalf("%q is valid, with %+v", tok, *c)
-			}
-			if i == 0 { // any change makes it invalid
-				for _, at := range []int{0, len(tok) / 2, len(tok) - 1} {
-					b := []byte(tok)
-					b[at] ^= 1
-					if _, err := verifyToken(string(b), secrets, now); err == nil {
-						t.Errorf("%q is valid too", b)
-					}
-				}
-			}
-			for _, room := range append(slices.Clone(c.Read), "lobby", "_stats") {
-				if validName(room) && room[0] == '_' && matchesRoom([]string{"*"}, room) {
-					t.Errorf("* covers %s", room)
-				}
-			}
-		}
-	})
-}
-
 // Names of claims are case-sensitive.
 func TestAClaimInCapitalsIsIgnored(t *testing.T) {
 	c, err := verifyToken(signedToken(`{"SUB":"ada","READ":["*"],"Write":["lobby"]}`), [][]byte{[]byte(firstSecret)}, time.Now())
@@ -1378,4 +1314,68 @@ func TestFrameTarget(t *testing.T) {
 			}
 		}))
 	}
+}
+
+func FuzzToken(f *testing.F) {
+	secrets := [][]byte{[]byte(firstSecret), []byte(secondSecret)}
+	hs := `{"alg":"HS256","typ":"JWT"}`
+	for _, seed := range []string{
+		"", ".", "..", "...", makeToken(hs, `{}`, firstSecret), makeToken(hs, `{"sub":"ada","exp":946684801,"read":["*"],"write":["a*"]}`, secondSecret),
+		makeToken(hs, `{"exp":1e400}`, firstSecret), makeToken(`{"alg":"none"}`, `{}`, firstSecret), makeToken(`{"Alg":"HS256"}`, `{"EXP":1}`, firstSecret),
+		makeToken(hs, `null`, firstSecret), makeToken(`null`, `null`, firstSecret), makeToken(`[]`, `[]`, firstSecret), makeToken(hs, `{"sub":"\ud800"}`, firstSecret),
+		"eyJhbGciOiJIUzI1NiJ9.eyJ3cml0ZSI6WyJhLmI6Yy0qIl19.aFPZqmyNcUBOTb_YL6XTDOiCOgdFeiB41194QcLAYEA",
+	} {
+		f.Add(seed, "")
+	}
+	f.Add(hs, `{"sub":"ada","read":["lobby"]}`)
+	f.Add(`{"alg":"HS256","crit":["x"]}`, `{"exp":null,"nbf":-1}`)
+	f.Fuzz(func(t *testing.T, head, claims string) {
+		now := time.Unix(946684800, 0)
+		// Either the input is a token, or the test signs it; otherwise no input would
+		// ever be signed.
+		tokens := []string{head, makeToken(head, claims, firstSecret)}
+		for i, tok := range tokens {
+			c, err := verifyToken(tok, secrets, now)
+			if (c == nil) == (err == nil) {
+				t.Fatalf("%q: %v, %v", tok, c, err)
+			}
+			if err != nil {
+				if len(tok) > 20 && strings.Contains(err.Error(), tok[len(tok)-20:]) {
+					t.Errorf("the error shows the token: %v", err)
+				}
+				continue
+			}
+			parts := strings.Split(tok, ".")
+			if len(tok) > maxToken || len(parts) != 3 {
+				t.Fatalf("%q is valid", tok)
+			}
+			signed := false
+			for _, s := range secrets {
+				h := hmac.New(sha256.New, s)
+				h.Write([]byte(parts[0] + "." + parts[1]))
+				signed = signed || base64.RawURLEncoding.EncodeToString(h.Sum(nil)) == parts[2]
+			}
+			alg, _ := base64.RawURLEncoding.DecodeString(parts[0])
+			if !signed || !bytes.Contains(alg, []byte("256")) && !bytes.Contains(alg, []byte(`\u`)) {
+				t.Fatalf("%q is valid, and not signed", tok)
+			}
+			if c.expires() <= now.UnixNano() || c.Nbf > 946684800 || !validUser(c.Sub) {
+				t.Fatalf("%q is valid, with %+v", tok, *c)
+			}
+			if i == 0 { // any change makes it invalid
+				for _, at := range []int{0, len(tok) / 2, len(tok) - 1} {
+					b := []byte(tok)
+					b[at] ^= 1
+					if _, err := verifyToken(string(b), secrets, now); err == nil {
+						t.Errorf("%q is valid too", b)
+					}
+				}
+			}
+			for _, room := range append(slices.Clone(c.Read), "lobby", "_stats") {
+				if validName(room) && room[0] == '_' && matchesRoom([]string{"*"}, room) {
+					t.Errorf("* covers %s", room)
+				}
+			}
+		}
+	})
 }

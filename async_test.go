@@ -21,166 +21,6 @@ import (
 	"github.com/coder/websocket"
 )
 
-// readSlowly reads n bytes per pause, until stop is called.
-func readSlowly(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
-	stopped, done := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		for b := make([]byte, n); ; {
-			if _, err := c.Read(b); err != nil {
-				return
-			}
-			select {
-			case <-time.After(pause):
-			case <-stopped:
-				return
-			}
-		}
-	}()
-	return func() { close(stopped); c.Close(); <-done }
-}
-
-func TestAClientThatLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t)
-		b.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
-		stream, err := b.dialFrom("192.0.2.1")
-		if err != nil {
-			t.Fatal(err)
-		}
-		io.WriteString(stream, "GET /rooms/a/stream?last=1 HTTP/1.1\r\nHost: x\r\n\r\n")
-		socket := dialRawWebSocket(t, b, "/rooms/a/ws?last=1")
-		synctest.Wait()
-		for _, st := range b.pool.sessions {
-			if st.state.Load() != stateBlocked {
-				t.Fatalf("a socket without a reader is not full: %d", st.state.Load())
-			}
-		}
-		time.Sleep(writeTimeout - time.Second)
-		stream.Close()
-		socket.Close()
-		time.Sleep(time.Minute)
-		if n, held := b.metric("dropped_total"), b.active(); n != 0 || held != 0 {
-			t.Errorf("%v are counted as dropped, %d are still there", n, held)
-		}
-	})
-}
-
-func TestAClientThatReadsNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t)
-		ask := func(tech string) net.Conn {
-			c, err := b.dialFrom("192.0.2.1")
-			if err != nil {
-				t.Fatal(err)
-			}
-			fmt.Fprintf(c, "GET /rooms/a/%s?last=100 HTTP/1.1\r\nHost: x\r\n\r\n", tech)
-			return c
-		}
-		b.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
-		var stuck []net.Conn
-		for _, tech := range []string{"stream", "poll", "refresh"} {
-			stuck = append(stuck, ask(tech))
-		}
-		slow := ask("stream")
-		defer readSlowly(t, slow, 100, 9*time.Second)()
-		time.Sleep(writeTimeout - time.Second)
-		if n := b.metric(`connections{technique="stream"}`); n != 2 {
-			t.Errorf("after 9 s %v streams are open, want 2", n)
-		}
-		time.Sleep(3 * time.Second)
-		if n := b.metric(`connections{technique="stream"}`); n != 1 {
-			t.Errorf("after 12 s %v streams are open, want the one that reads", n)
-		}
-		if n := b.metric("dropped_total"); n != 1 {
-			t.Errorf("%v are counted as dropped, want 1", n)
-		}
-		if n := b.metric(`connections{technique="poll"}`) + b.metric(`connections{technique="refresh"}`); n != 0 {
-			t.Errorf("%v polls that are not read are still open", n)
-		}
-		for _, c := range stuck {
-			c.SetReadDeadline(time.Now().Add(time.Second))
-			if _, err := io.ReadAll(c); err != nil {
-				t.Errorf("a client that read nothing is still connected: %v", err)
-			}
-		}
-		time.Sleep(time.Minute)
-		if n := b.metric(`connections{technique="stream"}`); n != 1 {
-			t.Errorf("after a minute %v streams are open, want the one that reads", n)
-		}
-		slow.Close()
-	})
-}
-
-// Nothing may follow a close frame (RFC 6455, 5.5.1), even while the library has not
-// closed the connection yet.
-func TestNothingFollowsACloseFrame(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t)
-		c := dialRawWebSocket(t, b, "/rooms/a/ws")
-		defer c.Close()
-		synctest.Wait()
-		b.pool.mu.Lock()
-		st := b.pool.sessions[0]
-		b.pool.mu.Unlock()
-		go io.CopyN(io.Discard, c, 16) // read some, so that the session can write
-		synctest.Wait()
-		st.enqueueFrames(appendClose(nil, websocket.StatusNormalClosure, ""))
-		b.status("192.0.2.2", "POST /rooms/a")
-		c.SetReadDeadline(time.Now().Add(time.Minute))
-		data, err := io.ReadAll(c)
-		if err != nil || !bytes.HasSuffix(data, appendClose(nil, websocket.StatusNormalClosure, "")) {
-			t.Errorf("the socket ended with %v after %q", err, data)
-		}
-	})
-}
-
-func TestASlowWebSocketPublishesNothingAfterItsTokenHasExpired(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t, "-secret", firstSecret)
-		c := dialRawWebSocket(t, b, "/rooms/a/ws?token="+signedToken(`{"read":["a"],"write":["a"],"exp":`+unixIn(20*time.Second)+`}`))
-		defer c.Close()
-		defer readSlowly(t, c, 1, 5*time.Second)()
-		time.Sleep(time.Second)
-		c.Write(maskedFrame(1, "in time"))
-		time.Sleep(time.Minute)
-		c.SetWriteDeadline(time.Now().Add(time.Second))
-		c.Write(maskedFrame(1, "40 s after it expired"))
-		time.Sleep(time.Second)
-		if n := b.stats.published.Load(); n != 1 {
-			t.Errorf("%d messages were published, want the one in time", n)
-		}
-	})
-}
-
-func TestNothingIsSentThatWasPublishedAfterATokenExpired(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t, "-secret", firstSecret)
-		write := "Authorization: Bearer " + signedToken(`{"write":["a"]}`)
-		time.Sleep(300 * time.Millisecond)
-		r := b.open("192.0.2.1", "GET /rooms/a/stream?token="+signedToken(`{"read":["a"],"exp":`+unixIn(10*time.Second)+`}`), "")
-		defer r.stop()
-		time.Sleep(9900 * time.Millisecond)
-		b.ask("192.0.2.2", "POST /rooms/a", "too late", write)
-		if body := r.readAll(); strings.Contains(body, "too late") {
-			t.Errorf("200 ms after the token expired:\n%s", body)
-		}
-	})
-}
-
-func TestASilentWebSocketThatAnswersNoPingsIsDropped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t)
-		c := dialRawWebSocket(t, b, "/rooms/a/ws")
-		defer c.Close()
-		start := time.Now()
-		io.Copy(io.Discard, c) // reads everything, and sends nothing
-		if d := time.Since(start); d < 3*b.heartbeat || d > 5*b.heartbeat {
-			t.Errorf("it was dropped after %v; the second ping is due after four beats, 60 s", d)
-		}
-	})
-}
-
 // A chunk may be as long as a page with fifty of the longest messages.
 func TestALongChunk(t *testing.T) {
 	s := newServer(newTestRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20}))
@@ -586,4 +426,164 @@ func TestAWebSocketClientMaySendBeforeTheHandshakeIsAnswered(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestAClientThatLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		b.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
+		stream, err := b.dialFrom("192.0.2.1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(stream, "GET /rooms/a/stream?last=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+		socket := dialRawWebSocket(t, b, "/rooms/a/ws?last=1")
+		synctest.Wait()
+		for _, st := range b.pool.sessions {
+			if st.state.Load() != stateBlocked {
+				t.Fatalf("a socket without a reader is not full: %d", st.state.Load())
+			}
+		}
+		time.Sleep(writeTimeout - time.Second)
+		stream.Close()
+		socket.Close()
+		time.Sleep(time.Minute)
+		if n, held := b.metric("dropped_total"), b.active(); n != 0 || held != 0 {
+			t.Errorf("%v are counted as dropped, %d are still there", n, held)
+		}
+	})
+}
+
+func TestAClientThatReadsNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		ask := func(tech string) net.Conn {
+			c, err := b.dialFrom("192.0.2.1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			fmt.Fprintf(c, "GET /rooms/a/%s?last=100 HTTP/1.1\r\nHost: x\r\n\r\n", tech)
+			return c
+		}
+		b.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
+		var stuck []net.Conn
+		for _, tech := range []string{"stream", "poll", "refresh"} {
+			stuck = append(stuck, ask(tech))
+		}
+		slow := ask("stream")
+		defer readSlowly(t, slow, 100, 9*time.Second)()
+		time.Sleep(writeTimeout - time.Second)
+		if n := b.metric(`connections{technique="stream"}`); n != 2 {
+			t.Errorf("after 9 s %v streams are open, want 2", n)
+		}
+		time.Sleep(3 * time.Second)
+		if n := b.metric(`connections{technique="stream"}`); n != 1 {
+			t.Errorf("after 12 s %v streams are open, want the one that reads", n)
+		}
+		if n := b.metric("dropped_total"); n != 1 {
+			t.Errorf("%v are counted as dropped, want 1", n)
+		}
+		if n := b.metric(`connections{technique="poll"}`) + b.metric(`connections{technique="refresh"}`); n != 0 {
+			t.Errorf("%v polls that are not read are still open", n)
+		}
+		for _, c := range stuck {
+			c.SetReadDeadline(time.Now().Add(time.Second))
+			if _, err := io.ReadAll(c); err != nil {
+				t.Errorf("a client that read nothing is still connected: %v", err)
+			}
+		}
+		time.Sleep(time.Minute)
+		if n := b.metric(`connections{technique="stream"}`); n != 1 {
+			t.Errorf("after a minute %v streams are open, want the one that reads", n)
+		}
+		slow.Close()
+	})
+}
+
+// readSlowly reads n bytes per pause, until stop is called.
+func readSlowly(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
+	stopped, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for b := make([]byte, n); ; {
+			if _, err := c.Read(b); err != nil {
+				return
+			}
+			select {
+			case <-time.After(pause):
+			case <-stopped:
+				return
+			}
+		}
+	}()
+	return func() { close(stopped); c.Close(); <-done }
+}
+
+// Nothing may follow a close frame (RFC 6455, 5.5.1), even while the library has not
+// closed the connection yet.
+func TestNothingFollowsACloseFrame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		c := dialRawWebSocket(t, b, "/rooms/a/ws")
+		defer c.Close()
+		synctest.Wait()
+		b.pool.mu.Lock()
+		st := b.pool.sessions[0]
+		b.pool.mu.Unlock()
+		go io.CopyN(io.Discard, c, 16) // read some, so that the session can write
+		synctest.Wait()
+		st.enqueueFrames(appendClose(nil, websocket.StatusNormalClosure, ""))
+		b.status("192.0.2.2", "POST /rooms/a")
+		c.SetReadDeadline(time.Now().Add(time.Minute))
+		data, err := io.ReadAll(c)
+		if err != nil || !bytes.HasSuffix(data, appendClose(nil, websocket.StatusNormalClosure, "")) {
+			t.Errorf("the socket ended with %v after %q", err, data)
+		}
+	})
+}
+
+func TestASlowWebSocketPublishesNothingAfterItsTokenHasExpired(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t, "-secret", firstSecret)
+		c := dialRawWebSocket(t, b, "/rooms/a/ws?token="+signedToken(`{"read":["a"],"write":["a"],"exp":`+unixIn(20*time.Second)+`}`))
+		defer c.Close()
+		defer readSlowly(t, c, 1, 5*time.Second)()
+		time.Sleep(time.Second)
+		c.Write(maskedFrame(1, "in time"))
+		time.Sleep(time.Minute)
+		c.SetWriteDeadline(time.Now().Add(time.Second))
+		c.Write(maskedFrame(1, "40 s after it expired"))
+		time.Sleep(time.Second)
+		if n := b.stats.published.Load(); n != 1 {
+			t.Errorf("%d messages were published, want the one in time", n)
+		}
+	})
+}
+
+func TestNothingIsSentThatWasPublishedAfterATokenExpired(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t, "-secret", firstSecret)
+		write := "Authorization: Bearer " + signedToken(`{"write":["a"]}`)
+		time.Sleep(300 * time.Millisecond)
+		r := b.open("192.0.2.1", "GET /rooms/a/stream?token="+signedToken(`{"read":["a"],"exp":`+unixIn(10*time.Second)+`}`), "")
+		defer r.stop()
+		time.Sleep(9900 * time.Millisecond)
+		b.ask("192.0.2.2", "POST /rooms/a", "too late", write)
+		if body := r.readAll(); strings.Contains(body, "too late") {
+			t.Errorf("200 ms after the token expired:\n%s", body)
+		}
+	})
+}
+
+func TestASilentWebSocketThatAnswersNoPingsIsDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		c := dialRawWebSocket(t, b, "/rooms/a/ws")
+		defer c.Close()
+		start := time.Now()
+		io.Copy(io.Discard, c) // reads everything, and sends nothing
+		if d := time.Since(start); d < 3*b.heartbeat || d > 5*b.heartbeat {
+			t.Errorf("it was dropped after %v; the second ping is due after four beats, 60 s", d)
+		}
+	})
 }

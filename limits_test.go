@@ -467,3 +467,53 @@ func TestStreamLimit(t *testing.T) {
 		})
 	}
 }
+
+// A room accepts a number of publishes a second, and two seconds' worth at once.
+// Presence has bounds of its own, and a retry with a known key is not counted.
+func TestARoomsRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newTestRelay(limits{})
+		quota := &clientQuota{l: &limiter{roomRate: 5}}
+		put := func(room, key string) error {
+			allow := func() error { return quota.publishTo(room) }
+			_, _, err := r.publish(publishRequest{room: room, kind: "message", key: key, data: []byte("1"), allow: allow})
+			return err
+		}
+		for i := range 10 {
+			if err := put("a", fmt.Sprint("k", i)); err != nil {
+				t.Errorf("publish %d: %v", i, err)
+			}
+		}
+		for i := range 3 {
+			head := r.lastID.Load()
+			before := fmt.Sprint(head, r.bytes)
+			if err := put("a", "k10"); err != errRoomTooFast {
+				t.Errorf("one too many: %v", err)
+			}
+			if after := fmt.Sprint(r.lastID.Load(), r.bytes); after != before {
+				t.Errorf("a refused publish made %s of %s", after, before)
+			}
+			checkAccounting(t, r)
+			if err := put("a", "k9"); err != nil {
+				t.Errorf("a retry: %v", err)
+			}
+			if err := r.setPresence("a", fmt.Sprint("user", i), "", "online"); err != nil || r.lastID.Load() == head {
+				t.Errorf("presence was refused: %v", err)
+			}
+			if err := put("b", ""); err != nil {
+				t.Errorf("another room: %v", err)
+			}
+			time.Sleep(200 * time.Millisecond)
+			if err := put("a", ""); err != nil {
+				t.Errorf("a fifth of a second later: %v", err)
+			}
+		}
+		time.Sleep(time.Hour)
+		for range 10 {
+			put("a", "")
+		}
+		if err := put("a", ""); err != errRoomTooFast {
+			t.Errorf("after an hour, the eleventh at once: %v", err)
+		}
+	})
+}

@@ -11,6 +11,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"html"
 	"io"
@@ -22,11 +23,13 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"net/url"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -1515,4 +1518,41 @@ func (b *testbed) rawWebSocket(path string, headers ...string) (net.Conn, *bufio
 		b.t.Fatalf("the handshake: %v %v", res, err)
 	}
 	return conn, r
+}
+
+// errCut is the error of a connection that was cut.
+var errCut = errors.New("cut")
+
+// A cutConn breaks after a number of bytes.
+type cutConn struct {
+	net.Conn
+	left atomic.Int64
+}
+
+func (c *cutConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	return c.count(n, err)
+}
+
+func (c *cutConn) Write(b []byte) (int, error) {
+	if left := c.left.Load(); int64(len(b)) > left {
+		n, _ := c.Conn.Write(b[:max(left, 0)])
+		c.Conn.Close()
+		return n, errCut
+	}
+	n, err := c.Conn.Write(b)
+	return c.count(n, err)
+}
+
+func (c *cutConn) count(n int, err error) (int, error) {
+	if left := c.left.Add(int64(-n)); left < 0 {
+		c.Conn.Close()
+		return max(n+int(left), 0), errCut
+	}
+	return n, err
+}
+
+func sameJSON(a, b string) bool {
+	var x, y any
+	return json.Unmarshal([]byte(a), &x) == nil && json.Unmarshal([]byte(b), &y) == nil && reflect.DeepEqual(x, y)
 }

@@ -9,7 +9,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -140,38 +139,6 @@ func TestSwitchingTechniquesLosesNothing(t *testing.T) {
 			runOnNetwork(t, network, func(t *testing.T) { switchTechniques(t, network, seed) })
 		})
 	}
-}
-
-// errCut is the error of a connection that was cut.
-var errCut = errors.New("cut")
-
-// A cutConn breaks after a number of bytes.
-type cutConn struct {
-	net.Conn
-	left atomic.Int64
-}
-
-func (c *cutConn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
-	return c.count(n, err)
-}
-
-func (c *cutConn) Write(b []byte) (int, error) {
-	if left := c.left.Load(); int64(len(b)) > left {
-		n, _ := c.Conn.Write(b[:max(left, 0)])
-		c.Conn.Close()
-		return n, errCut
-	}
-	n, err := c.Conn.Write(b)
-	return c.count(n, err)
-}
-
-func (c *cutConn) count(n int, err error) (int, error) {
-	if left := c.left.Add(int64(-n)); left < 0 {
-		c.Conn.Close()
-		return max(n+int(left), 0), errCut
-	}
-	return n, err
 }
 
 // A segment is what a client received over one connection.
@@ -1272,11 +1239,6 @@ func TestAnEventIsOneLineInPython(t *testing.T) {
 	})
 }
 
-func sameJSON(a, b string) bool {
-	var x, y any
-	return json.Unmarshal([]byte(a), &x) == nil && json.Unmarshal([]byte(b), &y) == nil && reflect.DeepEqual(x, y)
-}
-
 // 65,536 bytes are accepted in every way to publish, and not one more.
 func TestPublishLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -1809,6 +1771,109 @@ func TestWithinBounds(t *testing.T) {
 	})
 }
 
+func TestAFrameThatIsTooBigEndsItsWebSocket(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t, "-body", "100")
+		c, _ := b.webSocketFrom("192.0.2.1", "/rooms/a/ws")
+		defer c.CloseNow()
+		if err := c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("x"), 100)); err != nil {
+			t.Fatal(err)
+		}
+		readWebSocketUntil(t, c, strings.Repeat("x", 100))
+		c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("y"), 101))
+		for {
+			_, data, err := c.Read(context.Background())
+			if err == nil && !strings.Contains(string(data), "yy") {
+				continue
+			}
+			if websocket.CloseStatus(err) != websocket.StatusMessageTooBig {
+				t.Errorf("%s %v, want the code 1009", data, err)
+			}
+			break
+		}
+	})
+}
+
+func TestAStreamEndsAtAJitteredAge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const age = 100 * time.Second
+		b := newLimitedTestbed(t, "-age", age.String(), "-beat", "15s")
+		start := time.Now()
+		var mu sync.Mutex
+		ends := map[time.Duration]int{}
+		var wg sync.WaitGroup
+		ended := func(name string) {
+			mu.Lock()
+			defer mu.Unlock()
+			d := time.Since(start)
+			if ends[d]++; d < age*9/10 || d > age+b.heartbeat/15 {
+				t.Errorf("%s ended after %v, want 90 to 100 s", name, d)
+			}
+		}
+		for i := range 40 {
+			tech := []string{"sse", "stream", "multipart", "iframe", "html"}[i%5]
+			wg.Go(func() {
+				r := b.open("192.0.2.1", "GET /rooms/a/"+tech, "")
+				defer r.stop()
+				if body := r.readAll(); !strings.Contains(body, `"type":"bye","data":{"retry":`) && !strings.Contains(body, "this page comes back by itself") {
+					t.Errorf("%s ended without a bye:\n%s", tech, body)
+				}
+				ended(tech)
+			})
+		}
+		wg.Go(func() {
+			c, _ := b.webSocketFrom("192.0.2.1", "/rooms/a/ws")
+			defer c.CloseNow()
+			readWebSocketUntil(t, c, `"type":"bye"`)
+			if _, _, err := c.Read(context.Background()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
+				t.Errorf("the socket closed with %v, want the code 1001", err)
+			}
+			ended("ws")
+		})
+		wg.Wait()
+		if len(ends) < 5 {
+			t.Errorf("the streams ended at %v, want different times", ends)
+		}
+		if got := b.status("192.0.2.1", "GET /rooms/a/sse"); got != 200 {
+			t.Errorf("coming back: %d", got)
+		}
+	})
+}
+
+func TestWithoutAnAgeAStreamLasts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		r := b.open("192.0.2.1", "GET /rooms/a/stream", "")
+		defer r.stop()
+		r.readUntil("hello")
+		go func() {
+			time.Sleep(12 * time.Hour)
+			b.ask("192.0.2.1", "POST /rooms/a", "still there?")
+		}()
+		r.readUntil("still there?")
+	})
+}
+
+func TestOverHTTP2AStreamLasts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t, "-h2c")
+		get := http2Client(b)
+		for _, tech := range []string{"sse", "stream", "multipart", "iframe", "html"} {
+			resp := get("/rooms/a/" + tech)
+			r := &response{resp, t, bufio.NewReader(resp.Body), func() { resp.Body.Close() }}
+			read := make(chan struct{})
+			go func() {
+				defer close(read)
+				r.readUntil("still there?")
+			}()
+			time.Sleep(3 * time.Minute)
+			b.ask("192.0.2.1", "POST /rooms/a", "still there?")
+			<-read
+			r.stop()
+		}
+	})
+}
+
 // BenchmarkFrame measures encoding one event into a buffer with room for it.
 func BenchmarkFrame(b *testing.B) {
 	r := benchRelay(b)
@@ -1967,26 +2032,6 @@ func FuzzCallback(f *testing.F) {
 	})
 }
 
-// safeEvent fails unless the JSON is one line that is safe in every technique.
-func safeEvent(t *testing.T, line string) {
-	t.Helper()
-	if !json.Valid([]byte(line)) || !utf8.ValidString(line) || strings.ContainsAny(line, "<>&\n\r\u2028\u2029\x00") {
-		t.Errorf("an event that is not one safe line of JSON: %q", line)
-	}
-}
-
-// newestEvent returns the newest event of a room, by poll.
-func newestEvent(t *testing.T, s *app, after int64) string {
-	t.Helper()
-	w := newDeadlineRecorder()
-	s.ServeHTTP(w, httptest.NewRequest("GET", fmt.Sprint("/rooms/a,b/poll?after=", after), nil))
-	var answer struct{ Events []json.RawMessage }
-	if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || len(answer.Events) != 1 {
-		t.Fatalf("%v: %s, want one event", err, w.Body)
-	}
-	return string(answer.Events[0])
-}
-
 // A publish with any type of body is one event that can be read back, or is refused
 // and changes nothing.
 func FuzzPublish(f *testing.F) {
@@ -2143,105 +2188,22 @@ func checkFrame(t *testing.T, text, two bool, frame []byte) {
 	}
 }
 
-func TestAFrameThatIsTooBigEndsItsWebSocket(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t, "-body", "100")
-		c, _ := b.webSocketFrom("192.0.2.1", "/rooms/a/ws")
-		defer c.CloseNow()
-		if err := c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("x"), 100)); err != nil {
-			t.Fatal(err)
-		}
-		readWebSocketUntil(t, c, strings.Repeat("x", 100))
-		c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("y"), 101))
-		for {
-			_, data, err := c.Read(context.Background())
-			if err == nil && !strings.Contains(string(data), "yy") {
-				continue
-			}
-			if websocket.CloseStatus(err) != websocket.StatusMessageTooBig {
-				t.Errorf("%s %v, want the code 1009", data, err)
-			}
-			break
-		}
-	})
+// safeEvent fails unless the JSON is one line that is safe in every technique.
+func safeEvent(t *testing.T, line string) {
+	t.Helper()
+	if !json.Valid([]byte(line)) || !utf8.ValidString(line) || strings.ContainsAny(line, "<>&\n\r\u2028\u2029\x00") {
+		t.Errorf("an event that is not one safe line of JSON: %q", line)
+	}
 }
 
-func TestAStreamEndsAtAJitteredAge(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		const age = 100 * time.Second
-		b := newLimitedTestbed(t, "-age", age.String(), "-beat", "15s")
-		start := time.Now()
-		var mu sync.Mutex
-		ends := map[time.Duration]int{}
-		var wg sync.WaitGroup
-		ended := func(name string) {
-			mu.Lock()
-			defer mu.Unlock()
-			d := time.Since(start)
-			if ends[d]++; d < age*9/10 || d > age+b.heartbeat/15 {
-				t.Errorf("%s ended after %v, want 90 to 100 s", name, d)
-			}
-		}
-		for i := range 40 {
-			tech := []string{"sse", "stream", "multipart", "iframe", "html"}[i%5]
-			wg.Go(func() {
-				r := b.open("192.0.2.1", "GET /rooms/a/"+tech, "")
-				defer r.stop()
-				if body := r.readAll(); !strings.Contains(body, `"type":"bye","data":{"retry":`) && !strings.Contains(body, "this page comes back by itself") {
-					t.Errorf("%s ended without a bye:\n%s", tech, body)
-				}
-				ended(tech)
-			})
-		}
-		wg.Go(func() {
-			c, _ := b.webSocketFrom("192.0.2.1", "/rooms/a/ws")
-			defer c.CloseNow()
-			readWebSocketUntil(t, c, `"type":"bye"`)
-			if _, _, err := c.Read(context.Background()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
-				t.Errorf("the socket closed with %v, want the code 1001", err)
-			}
-			ended("ws")
-		})
-		wg.Wait()
-		if len(ends) < 5 {
-			t.Errorf("the streams ended at %v, want different times", ends)
-		}
-		if got := b.status("192.0.2.1", "GET /rooms/a/sse"); got != 200 {
-			t.Errorf("coming back: %d", got)
-		}
-	})
-}
-
-func TestWithoutAnAgeAStreamLasts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t)
-		r := b.open("192.0.2.1", "GET /rooms/a/stream", "")
-		defer r.stop()
-		r.readUntil("hello")
-		go func() {
-			time.Sleep(12 * time.Hour)
-			b.ask("192.0.2.1", "POST /rooms/a", "still there?")
-		}()
-		r.readUntil("still there?")
-	})
-}
-
-func TestOverHTTP2AStreamLasts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t, "-h2c")
-		get := http2Client(b)
-		for _, tech := range []string{"sse", "stream", "multipart", "iframe", "html"} {
-			resp := get("/rooms/a/" + tech)
-			r := &response{resp, t, bufio.NewReader(resp.Body), func() { resp.Body.Close() }}
-			read := make(chan struct{})
-			go func() {
-				defer close(read)
-				r.readUntil("still there?")
-			}()
-			time.Sleep(3 * time.Minute)
-			b.ask("192.0.2.1", "POST /rooms/a", "still there?")
-			<-read
-			r.stop()
-		}
-	})
+// newestEvent returns the newest event of a room, by poll.
+func newestEvent(t *testing.T, s *app, after int64) string {
+	t.Helper()
+	w := newDeadlineRecorder()
+	s.ServeHTTP(w, httptest.NewRequest("GET", fmt.Sprint("/rooms/a,b/poll?after=", after), nil))
+	var answer struct{ Events []json.RawMessage }
+	if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || len(answer.Events) != 1 {
+		t.Fatalf("%v: %s, want one event", err, w.Body)
+	}
+	return string(answer.Events[0])
 }
