@@ -170,7 +170,7 @@ func TestPresence(t *testing.T) {
 			p.at("2m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"nor does one whose new stream comes before the old is gone", func(p *presenceTest) {
+		{"nor is one whose new stream opens before the old one closes", func(p *presenceTest) {
 			old := p.stream("ada")
 			p.at("1m")
 			ada := p.stream("ada")
@@ -199,7 +199,7 @@ func TestPresence(t *testing.T) {
 			p.at("1m1s")
 			p.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "1m1s ada:offline"}},
-		{"and when it long-polls", func(p *presenceTest) {
+		{"the same when the client long-polls", func(p *presenceTest) {
 			for range 3 {
 				ada := p.client("ada", "tab1")
 				time.Sleep(time.Second)
@@ -209,7 +209,7 @@ func TestPresence(t *testing.T) {
 			p.goodbye("ada", "tab1")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:offline"}},
-		{"and when it polls", func(p *presenceTest) {
+		{"the same when the client polls", func(p *presenceTest) {
 			openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: "ada", client: "tab1", seesPresence: true}).unsubscribe()
 			p.at("2s")
 			p.goodbye("ada", "tab1")
@@ -261,7 +261,7 @@ func TestPresence(t *testing.T) {
 			}
 			p.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "10s ada:offline"}},
-		{"who returns too late has been offline", func(p *presenceTest) {
+		{"a user who returns too late was offline", func(p *presenceTest) {
 			p.stream("ada").unsubscribe()
 			p.at("12s")
 			p.stream("ada").unsubscribe()
@@ -334,7 +334,7 @@ func TestPresence(t *testing.T) {
 			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2s ada:typing", "4s ada:online", "1m10s ada:offline"}},
-		{"typing may follow on coming at once", func(p *presenceTest) {
+		{"typing may follow joining at once", func(p *presenceTest) {
 			ada := p.stream("ada")
 			p.setState("ada", "typing")
 			p.at("1m")
@@ -354,7 +354,7 @@ func TestPresence(t *testing.T) {
 			p.at("2h")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2s ada:away", "1h0m0s ada:online", "1h0m2s ada:away", "1h0m4s ada:typing", "1h0m9s ada:online", "2h0m10s ada:offline"}},
-		{"away outlasts a reload, and not a stay", func(p *presenceTest) {
+		{"away outlasts a reload, but not an absence", func(p *presenceTest) {
 			ada := p.stream("ada")
 			p.at("2s")
 			p.setState("ada", "away")
@@ -364,7 +364,7 @@ func TestPresence(t *testing.T) {
 			p.at("20s")
 			p.stream("ada").unsubscribe()
 		}, []string{"0s ada:online", "2s ada:away", "15s ada:offline", "20s ada:online", "30s ada:offline"}},
-		{"offline is at once", func(p *presenceTest) {
+		{"offline is announced at once", func(p *presenceTest) {
 			ada := p.stream("ada")
 			p.at("1m")
 			p.setState("ada", "offline")
@@ -372,7 +372,7 @@ func TestPresence(t *testing.T) {
 			p.at("1m1s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
-		{"offline is at once, in the middle of typing too", func(p *presenceTest) {
+		{"offline is announced at once, even while typing", func(p *presenceTest) {
 			ada := p.stream("ada")
 			p.at("1m")
 			p.setState("ada", "typing")
@@ -380,7 +380,7 @@ func TestPresence(t *testing.T) {
 			p.setState("ada", "offline")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:typing", "1m0.1s ada:offline"}},
-		{"offline is at once for who polls", func(p *presenceTest) {
+		{"offline is announced at once for a user who polls", func(p *presenceTest) {
 			p.poll("ada")
 			p.at("3s")
 			p.setState("ada", "offline")
@@ -394,7 +394,7 @@ func TestPresence(t *testing.T) {
 			p.at("2m")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"the last tab's offline is at once", func(p *presenceTest) {
+		{"the offline of the last tab is announced at once", func(p *presenceTest) {
 			one, two := p.stream("ada"), p.stream("ada")
 			p.at("1m")
 			p.setState("ada", "offline")
@@ -403,7 +403,7 @@ func TestPresence(t *testing.T) {
 			p.setState("ada", "offline")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
-		{"a tab's offline that comes when the tab has gone is not the other's", func(p *presenceTest) {
+		{"an offline from a closed tab does not concern the other tab", func(p *presenceTest) {
 			one, two := p.stream("ada"), p.stream("ada")
 			p.at("1m")
 			one.unsubscribe()
@@ -413,7 +413,7 @@ func TestPresence(t *testing.T) {
 			p.setState("ada", "offline")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
-		{"offline from a tab while another polls is the poller's, who asks again", func(p *presenceTest) {
+		{"an offline while one tab streams and another polls concerns the one that polls", func(p *presenceTest) {
 			ada := p.stream("ada")
 			p.poll("ada")
 			p.setState("ada", "offline")
@@ -452,7 +452,7 @@ func TestPresence(t *testing.T) {
 			p.setState("ada", "online")
 			p.setState("ada", "offline")
 		}, []string{"0s ada:online", "1m0s ada:offline", "2m0s ada:online", "2m0s ada:offline", "3m0s ada:online", "3m0s ada:offline"}},
-		{"a state without a stream is a visit of a minute", func(p *presenceTest) {
+		{"a state without a stream lasts a minute", func(p *presenceTest) {
 			p.setState("ada", "online")
 			p.setState("bob", "away")
 			p.setState("cyd", "typing")
@@ -982,9 +982,9 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 		limits          limits
 	}{
 		{"a few", 12, 12, 5, limits{}},
-		{"nobody in the end", 12, 6, 0, limits{}},
+		{"no user in the end", 12, 6, 0, limits{}},
 		{"so many signals that some are missed", 30, 12, 15, limits{maxEvents: 4}},
-		{"a room that is forgotten time and again", 12, 6, 5, limits{maxBytes: 1500}},
+		{"a room that is forgotten repeatedly", 12, 6, 5, limits{maxBytes: 1500}},
 		{"a crowd at times", 130, 12, 90, limits{}},
 		{"a crowd in the end", 130, 12, 105, limits{}},
 		{"a crowd, with signals missed", 130, 12, 99, limits{maxEvents: 4}},
