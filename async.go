@@ -100,7 +100,7 @@ type session struct {
 	closing      bool        // the last of them closes the WebSocket; nothing may follow (RFC 6455, 5.5.1)
 }
 
-// The states of a session. What is not atomic is touched only by whoever serves it: the
+// The states of a session. What is not atomic is touched only by what serves it: the
 // writer that took it from the queue, or the goroutine that waits for its full socket.
 const (
 	stateNew = iota // not in the pool yet
@@ -392,7 +392,7 @@ func (ses *session) wakeIn(batch *wakeBatch) {
 	}
 }
 
-// A wakeBatch carries a few sessions to the queue at once, so that whoever wakes ten
+// A wakeBatch carries a few sessions to the queue at once, so that a publisher that wakes ten
 // thousand and the writers do not wait for each other at each.
 type wakeBatch struct {
 	sessions [wakeBatchSize]*session

@@ -67,7 +67,7 @@ func readFiles() map[string]file {
 }
 
 // shortcuts are addresses that people type for pages.
-var shortcuts = map[string]string{"/lab": "./lab.html", "/stats": "./stats.html", "/rooms": "./stats.html", "/rooms/": "../stats.html"}
+var shortcuts = map[string]string{"/lab": "./lab.html", "/stats": "./stats.html", "/rooms": "./stats.html#rooms", "/rooms/": "../stats.html#rooms"}
 
 const pageMethods = "GET, HEAD, OPTIONS"
 
@@ -124,6 +124,7 @@ func wantsHTML(r *http.Request) bool {
 // redirect sends a browser to another page. The address is relative, since a proxy may
 // serve the relay under a prefix.
 func redirect(w http.ResponseWriter, path string, query ...url.Values) {
+	path, fragment, _ := strings.Cut(path, "#")
 	all := url.Values{}
 	for _, values := range query {
 		for name, v := range values {
@@ -132,7 +133,7 @@ func redirect(w http.ResponseWriter, path string, query ...url.Values) {
 			}
 		}
 	}
-	to := url.URL{Path: path, RawQuery: all.Encode()}
+	to := url.URL{Path: path, RawQuery: all.Encode(), Fragment: fragment}
 	w.Header().Set("Location", to.String())
 	w.WriteHeader(http.StatusSeeOther)
 }

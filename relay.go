@@ -109,7 +109,7 @@ type relay struct {
 	lastID   atomic.Int64  // subscribers may read up to here
 	stopping chan struct{} // closed by stop, under mu; then nothing is published any more
 
-	// wakeAll wakes the subscribers of a room. Whoever drives many replaces it.
+	// wakeAll wakes the subscribers of a room. A layer that drives many replaces it.
 	wakeAll func([]*subscription)
 
 	mu               sync.Mutex // guards what follows, and the order of ids

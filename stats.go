@@ -234,7 +234,7 @@ func (r *relay) size() (rooms, users, bytes int) {
 // maxListed is how many rooms a list has.
 const maxListed = 1000
 
-// A roomInfo is what an operator is told of a room.
+// A roomStatus describes a room to an operator.
 type roomStatus struct {
 	Room     string `json:"room"`
 	Readers  int    `json:"readers"`

@@ -460,6 +460,14 @@ type scratch struct {
 	count   func(t *technique, events []*event, bytes int)
 }
 
+// withScratch calls do with a scratch from the pool.
+func (s *server) withScratch(do func(*scratch) error) error {
+	sc := s.scratches.Get().(*scratch)
+	defer s.scratches.Put(sc)
+	defer sc.count(nil, nil, 0)
+	return do(sc)
+}
+
 const (
 	// A write that makes no progress in this time ends its client.
 	writeTimeout = 10 * time.Second
@@ -550,10 +558,7 @@ func (s *server) serveOnce(w http.ResponseWriter, r *http.Request, q *request, t
 	}
 	b := enc.encode(nil, sub.cursor, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	sc := s.scratches.Get().(*scratch)
-	sc.count(t, events, len(b))
-	sc.count(nil, nil, 0)
-	s.scratches.Put(sc)
+	s.withScratch(func(sc *scratch) error { sc.count(t, events, len(b)); return nil })
 	return writer(w)(b)
 }
 
@@ -650,10 +655,7 @@ func (st *stream) loop(ctx context.Context) error {
 	clock := time.NewTimer(0)
 	defer clock.Stop()
 	for {
-		sc := st.server.scratches.Get().(*scratch)
-		err := st.step(sc, time.Now().UnixNano())
-		sc.count(nil, nil, 0)
-		st.server.scratches.Put(sc)
+		err := st.server.withScratch(func(sc *scratch) error { return st.step(sc, time.Now().UnixNano()) })
 		if err == io.EOF {
 			return nil
 		}
@@ -1090,7 +1092,9 @@ func limitError(status int, message, reason string, retryAfter int) httpError {
 // conflict answers a publish whose if was not the newest message.
 func conflict(newest int64) error {
 	e := newError(http.StatusPreconditionFailed, "another message was published to this room since; its id is the one to go on from")
-	e.newest = newest
+	if e.newest = newest; newest == 0 {
+		e.message = "this room has no message; if=0 publishes the first"
+	}
 	return e
 }
 

@@ -32,12 +32,12 @@ func follow(url string, cursor int64, each func(event)) {
 			log.Print(err)
 			continue
 		}
-		const patience = 40 * time.Second // heartbeats come every 15
-		silence := time.AfterFunc(patience, func() { answer.Body.Close() })
+		const timeout = 40 * time.Second // heartbeats come every 15
+		silence := time.AfterFunc(timeout, func() { answer.Body.Close() })
 		lines := bufio.NewScanner(answer.Body)
 		lines.Buffer(nil, 1<<20)
 		for lines.Scan() {
-			silence.Reset(patience)
+			silence.Reset(timeout)
 			var e event
 			if json.Unmarshal(lines.Bytes(), &e) != nil {
 				continue // a heartbeat, or a line that was cut off: it comes again
