@@ -49,39 +49,39 @@ var conformance = []struct {
 
 func TestTechniques(t *testing.T) {
 	for _, technique := range techniques {
-		if !slices.ContainsFunc(variants, func(k variant) bool { return k.technique == technique.name }) {
+		if !slices.ContainsFunc(variants, func(v variant) bool { return v.technique == technique.name }) {
 			t.Errorf("there is no variant for %s", technique.name)
 		}
 	}
 	for _, network := range []string{pipe, core, pipe10, pipeH2, tcp} {
-		for _, k := range variants {
-			if k.technique == "ws" && (network == pipe10 || network == pipeH2) || !k.streams() && (network == core || network == pipe10) {
+		for _, v := range variants {
+			if v.technique == "ws" && (network == pipe10 || network == pipeH2) || !v.streams() && (network == core || network == pipe10) {
 				continue
 			}
 			for _, c := range conformance {
-				if c.streams && !k.streams() || c.virtual && network == tcp {
+				if c.streams && !v.streams() || c.virtual && network == tcp {
 					continue
 				}
-				t.Run(network+"/"+k.name+"/"+c.sentence, func(t *testing.T) {
-					runOnNetwork(t, network, func(t *testing.T) { c.check(t, newTestbed(t, network), k) })
+				t.Run(network+"/"+v.name+"/"+c.sentence, func(t *testing.T) {
+					runOnNetwork(t, network, func(t *testing.T) { c.check(t, newTestbed(t, network), v) })
 				})
 			}
 		}
 	}
 }
 
-func checkForeignParameters(t *testing.T, b *testbed, k variant) {
-	if k.technique != "multipart" {
-		e := b.subscribe(k, "a", "as=svg", "w=1", "h=1").begin()
+func checkForeignParameters(t *testing.T, b *testbed, v variant) {
+	if v.technique != "multipart" {
+		e := b.subscribe(v, "a", "as=svg", "w=1", "h=1").begin()
 		b.post("a", "one")
 		e.expect("message one")
 	}
 }
 
-func checkHeaders(t *testing.T, b *testbed, k variant) {
-	e := b.subscribe(k, "a")
+func checkHeaders(t *testing.T, b *testbed, v variant) {
+	e := b.subscribe(v, "a")
 	var h http.Header
-	if k.technique == "ws" {
+	if v.technique == "ws" {
 		res, _ := b.do("GET", e.path, "")
 		if res.StatusCode != 426 || !strings.EqualFold(res.Header.Get("Upgrade"), "websocket") {
 			t.Errorf("a GET that is no WebSocket: %s %v, want 426 and Upgrade", res.Status, res.Header)
@@ -90,8 +90,8 @@ func checkHeaders(t *testing.T, b *testbed, k variant) {
 	} else {
 		e.next()
 		h = e.res.Header
-		if got := h.Get("Content-Type"); !regexp.MustCompile("^(" + k.contentType + ")$").MatchString(got) {
-			t.Errorf("Content-Type: %s, want %s", got, k.contentType)
+		if got := h.Get("Content-Type"); !regexp.MustCompile("^(" + v.contentType + ")$").MatchString(got) {
+			t.Errorf("Content-Type: %s, want %s", got, v.contentType)
 		}
 		if h.Get("Cache-Control") != "no-store, no-transform" || h.Get("X-Accel-Buffering") != "no" {
 			t.Errorf("headers %v, want Cache-Control: no-store, no-transform and X-Accel-Buffering: no", h)
@@ -109,27 +109,27 @@ func checkHeaders(t *testing.T, b *testbed, k variant) {
 	if b.network == pipe10 && len(e.res.TransferEncoding) > 0 {
 		t.Errorf("Transfer-Encoding: %q, which HTTP/1.0 does not know", e.res.TransferEncoding)
 	}
-	if got := h.Get("Refresh"); (got == "10") != (k.technique == "refresh") {
+	if got := h.Get("Refresh"); (got == "10") != (v.technique == "refresh") {
 		t.Errorf("Refresh: %q", got)
 	}
-	if len(h["Content-Length"]) > 0 && k.streams() && k.technique != "ws" {
+	if len(h["Content-Length"]) > 0 && v.streams() && v.technique != "ws" {
 		t.Errorf("a stream with Content-Length: %q", h["Content-Length"])
 	}
 }
 
-func checkHello(t *testing.T, b *testbed, k variant) {
+func checkHello(t *testing.T, b *testbed, v variant) {
 	b.post("a", "before")
 	start := time.Now()
-	e := b.subscribe(k, "a,b.c:d-e_F")
+	e := b.subscribe(v, "a,b.c:d-e_F")
 	h := e.next()
 	checkImmediate(t, start)
 	if h.kind != "hello" {
 		t.Fatalf("began with %v", h)
 	}
-	if k.technique == "sse" && !regexp.MustCompile(`^[23]\d\d\d$`).MatchString(e.retry) {
+	if v.technique == "sse" && !regexp.MustCompile(`^[23]\d\d\d$`).MatchString(e.retry) {
 		t.Errorf("retry: %q, want 2000 to 3999", e.retry)
 	}
-	if k.forPeople {
+	if v.forPeople {
 		return
 	}
 	var hello struct {
@@ -156,18 +156,18 @@ func checkHello(t *testing.T, b *testbed, k variant) {
 		t.Errorf("hello's time is %v ago", d)
 	}
 	// A subscription goes on from the cursor that was given.
-	if h := b.subscribe(k, "a", fmt.Sprintf("after=%d", hello.ID-1)).next(); h.id != hello.ID-1 {
+	if h := b.subscribe(v, "a", fmt.Sprintf("after=%d", hello.ID-1)).next(); h.id != hello.ID-1 {
 		t.Errorf("hello %s, want the cursor given, %d", h.json, hello.ID-1)
 	}
 }
 
-func checkLive(t *testing.T, b *testbed, k variant) {
+func checkLive(t *testing.T, b *testbed, v variant) {
 	b.post("a", "before")
-	e := b.subscribe(k, "a,b").begin()
+	e := b.subscribe(v, "a,b").begin()
 	start := time.Now()
 	id := b.post("a", "one")
 	got := e.expect("message one")[0]
-	if !k.forPeople && (got.id != id || got.room != "a" || got.data != `"one"`) {
+	if !v.forPeople && (got.id != id || got.room != "a" || got.data != `"one"`) {
 		t.Errorf("received %s", got.json)
 	}
 	b.post("c", "elsewhere")
@@ -182,7 +182,7 @@ func checkLive(t *testing.T, b *testbed, k variant) {
 	checkImmediate(t, start)
 }
 
-func checkCatchUp(t *testing.T, b *testbed, k variant) {
+func checkCatchUp(t *testing.T, b *testbed, v variant) {
 	type message struct {
 		id         int64
 		room, text string
@@ -225,13 +225,13 @@ func checkCatchUp(t *testing.T, b *testbed, k variant) {
 		if test.after < 0 {
 			want = want[max(0, len(want)-test.last):]
 		}
-		e := b.subscribe(k, test.rooms, test.parameters...)
-		if k.streams() {
+		e := b.subscribe(v, test.rooms, test.parameters...)
+		if v.streams() {
 			e.begin()
 		}
 		e.expect(want...)
 		if want == nil {
-			if !k.streams() {
+			if !v.streams() {
 				e.expect("beat")
 			}
 			continue
@@ -242,7 +242,7 @@ func checkCatchUp(t *testing.T, b *testbed, k variant) {
 	}
 }
 
-func checkGap(t *testing.T, b *testbed, k variant) {
+func checkGap(t *testing.T, b *testbed, v variant) {
 	b.relay.maxEvents = 4 // bound of the history
 	var ids []string
 	for i := range 10 {
@@ -259,13 +259,13 @@ func checkGap(t *testing.T, b *testbed, k variant) {
 		{fmt.Sprint(b.relay.lastID.Load() + 1), "future", ids[5]},
 		{"9223372036854775807", "future", ids[5]},
 	} {
-		e := b.subscribe(k, "a", "after="+test.after)
-		if k.streams() {
+		e := b.subscribe(v, "a", "after="+test.after)
+		if v.streams() {
 			e.begin()
 		}
 		gap := e.expect(append([]string{"gap"}, kept...)...)[0]
 		want := fmt.Sprintf(`{"type":"gap","room":"a","id":%s,"data":{"reason":"%s"}}`, test.id, test.reason)
-		if !k.forPeople && gap.json != want {
+		if !v.forPeople && gap.json != want {
 			t.Errorf("after %s: %s, want %s", test.after, gap.json, want)
 		}
 		e.close()
@@ -273,23 +273,23 @@ func checkGap(t *testing.T, b *testbed, k variant) {
 	// A client that goes on from the gap has lost nothing more; one without a cursor
 	// has lost nothing.
 	for _, parameters := range []string{"after=" + ids[5], "last=4"} {
-		e := b.subscribe(k, "a", parameters)
-		if k.streams() {
+		e := b.subscribe(v, "a", parameters)
+		if v.streams() {
 			e.begin()
 		}
 		e.expect(kept...)
 		e.close()
 	}
 	// A gap belongs to one room: b has lost nothing.
-	e := b.subscribe(k, "a,b", "after="+ids[0])
-	if k.streams() {
+	e := b.subscribe(v, "a,b", "after="+ids[0])
+	if v.streams() {
 		e.begin()
 	}
 	e.expect(append(append([]string{"gap"}, kept...), "message other")...)
 	e.close()
 	// A stream that falls behind while it is open is sent a gap, too.
-	if k.streams() {
-		e := b.subscribe(k, "a").begin()
+	if v.streams() {
+		e := b.subscribe(v, "a").begin()
 		b.settle()
 		b.relay.mu.Lock() // ten messages at once
 		for i := range 10 {
@@ -301,10 +301,10 @@ func checkGap(t *testing.T, b *testbed, k variant) {
 	}
 }
 
-func checkSignals(t *testing.T, b *testbed, k variant) {
+func checkSignals(t *testing.T, b *testbed, v variant) {
 	b.relay.maxEvents = 4
 	before := fmt.Sprint(b.relay.lastID.Load())
-	live := b.subscribe(k, "a").begin()
+	live := b.subscribe(v, "a").begin()
 	for i := range 4 { // as many as the history keeps
 		b.post("a", fmt.Sprintf("m%d", i))
 		b.post("a?type=typing&ttl=5", fmt.Sprintf("s%d", i))
@@ -312,29 +312,29 @@ func checkSignals(t *testing.T, b *testbed, k variant) {
 	all := []string{"message m0", "typing s0", "message m1", "typing s1", "message m2", "typing s2", "message m3", "typing s3"}
 	live.expect(all...)
 	time.Sleep(4900 * time.Millisecond) // TestPublishSignal tests the exact moment
-	e := b.subscribe(k, "a", "after="+before)
-	if k.streams() {
+	e := b.subscribe(v, "a", "after="+before)
+	if v.streams() {
 		e.begin()
 	}
 	e.expect(all...)
 	time.Sleep(200 * time.Millisecond)
-	e = b.subscribe(k, "a", "after="+before)
-	if k.streams() {
+	e = b.subscribe(v, "a", "after="+before)
+	if v.streams() {
 		e.begin()
 	}
 	e.expect("message m0", "message m1", "message m2", "message m3")
 	for range 50 {
 		b.post("a?ttl=1", "signal") // they push out no message
 	}
-	e = b.subscribe(k, "a", "after="+before)
-	if k.streams() {
+	e = b.subscribe(v, "a", "after="+before)
+	if v.streams() {
 		e.begin()
 	}
 	e.expect("message m0", "message m1", "message m2", "message m3")
 }
 
-func checkHeartbeat(t *testing.T, b *testbed, k variant) {
-	e := b.subscribe(k, "a").begin()
+func checkHeartbeat(t *testing.T, b *testbed, v variant) {
+	e := b.subscribe(v, "a").begin()
 	since := time.Now()
 	for range 40 {
 		h := e.next()
@@ -355,9 +355,9 @@ func checkHeartbeat(t *testing.T, b *testbed, k variant) {
 	}
 }
 
-func checkBye(t *testing.T, b *testbed, k variant) {
+func checkBye(t *testing.T, b *testbed, v variant) {
 	b.relay.maxEvents = 1000
-	e := b.subscribe(k, "a").begin()
+	e := b.subscribe(v, "a").begin()
 	want := []string{}
 	for i := range 300 { // more than one batch
 		data, _ := json.Marshal(fmt.Sprint(i))
@@ -368,15 +368,15 @@ func checkBye(t *testing.T, b *testbed, k variant) {
 	}
 	start := time.Now() // publishers may have been throttled; readers are not
 	b.stop()
-	if k.name == "multipart-html" {
+	if v.name == "multipart-html" {
 		for h := e.next(); h.kind != "bye"; h = e.next() { // pages show the newest fifty messages, at some moments
 		}
 	} else {
 		e.expect(want...)
 		bye := e.expect("bye")[0]
-		if m := regexp.MustCompile(`^{"type":"bye","data":{"retry":(\d+)}}$`).FindStringSubmatch(bye.json); !k.forPeople && m == nil {
+		if m := regexp.MustCompile(`^{"type":"bye","data":{"retry":(\d+)}}$`).FindStringSubmatch(bye.json); !v.forPeople && m == nil {
 			t.Errorf("%s", bye.json)
-		} else if !k.forPeople {
+		} else if !v.forPeople {
 			if retry, _ := strconv.Atoi(m[1]); retry < 1000 || retry > 31_000 {
 				t.Errorf("retry in %d ms", retry)
 			}
@@ -386,16 +386,16 @@ func checkBye(t *testing.T, b *testbed, k variant) {
 	checkImmediate(t, start)
 }
 
-func checkHead(t *testing.T, b *testbed, k variant) {
+func checkHead(t *testing.T, b *testbed, v variant) {
 	b.post("a", "before")
-	e := b.subscribe(k, "a", "last=1")
+	e := b.subscribe(v, "a", "last=1")
 	start := time.Now()
 	res, body := b.do("HEAD", e.path, "")
 	checkImmediate(t, start)
 	if body != "" {
 		t.Errorf("HEAD has the body %q", body)
 	}
-	if k.technique == "ws" {
+	if v.technique == "ws" {
 		if res.StatusCode != 426 {
 			t.Errorf("HEAD: %s", res.Status)
 		}
@@ -410,7 +410,7 @@ func checkHead(t *testing.T, b *testbed, k variant) {
 			t.Errorf("%s: %q by GET, %q by HEAD", name, get, head)
 		}
 	}
-	if n := b.active(); k.streams() && n > 1 {
+	if n := b.active(); v.streams() && n > 1 {
 		t.Errorf("HEAD left %d streams", n-1)
 	}
 	for _, wrong := range []string{"after=x", "last=-1", "presence=2"} {
@@ -420,9 +420,9 @@ func checkHead(t *testing.T, b *testbed, k variant) {
 	}
 }
 
-func checkMethods(t *testing.T, b *testbed, k variant) {
+func checkMethods(t *testing.T, b *testbed, v variant) {
 	start := time.Now()
-	path := "/rooms/a/" + k.technique
+	path := "/rooms/a/" + v.technique
 	const allow = "GET, HEAD, OPTIONS"
 	res, body := b.do("OPTIONS", path, "")
 	if res.StatusCode != 204 || res.Header.Get("Allow") != allow || body != "" {
@@ -434,7 +434,7 @@ func checkMethods(t *testing.T, b *testbed, k variant) {
 			t.Errorf("%s: %s, Allow: %s %q", method, res.Status, res.Header.Get("Allow"), body)
 		}
 	}
-	for _, no := range []string{k.technique + "x", strings.ToUpper(k.technique), k.technique + "/", k.technique + "/x", "%" + fmt.Sprintf("%02X", k.technique[0]) + k.technique[1:]} {
+	for _, no := range []string{v.technique + "x", strings.ToUpper(v.technique), v.technique + "/", v.technique + "/x", "%" + fmt.Sprintf("%02X", v.technique[0]) + v.technique[1:]} {
 		if res, body := b.do("GET", "/rooms/a/"+no, ""); res.StatusCode != 404 || !isError(body) || !strings.Contains(body, "longpoll") {
 			t.Errorf("%s: %s %q, want 404 and the techniques there are", no, res.Status, body)
 		}
@@ -461,11 +461,10 @@ func TestConformance(t *testing.T) {
 	b.do("GET", "/rooms/a/poll", "") // fails early if nothing answers
 	lost := fillRoom(b)
 	for _, v := range variants {
-		if !v.streams() || v.technique == "ws" {
-			if res, body := b.do("GET", "/rooms/a/"+v.technique+"?"+v.query, ""); res.StatusCode == 404 {
-				t.Errorf("%s is missing: %s", v.technique, body)
-			}
-		} else if res, _ := b.do("HEAD", "/rooms/a/"+v.technique+"?"+v.query, ""); res.StatusCode == 400 && strings.Contains(v.query, "as=") {
+		switch res, _ := b.do("HEAD", "/rooms/a/"+v.technique+"?"+v.query, ""); {
+		case res.StatusCode == 404:
+			t.Errorf("this relay has no %s", v.technique)
+		case res.StatusCode == 400 && strings.Contains(v.query, "as="):
 			t.Logf("this relay has no %s", v.name)
 			continue
 		}

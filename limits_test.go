@@ -435,23 +435,23 @@ func TestStreamLimit(t *testing.T) {
 				}
 				b.checkIdle() // a refused request holds nothing
 				one, two := b.subscribe(variantOf("stream"), "a").begin(), b.subscribe(variantOf("sse"), "a").begin()
-				for _, k := range variants {
-					path := "/rooms/a/" + k.technique + "?" + k.query
-					if k.technique == "ws" {
+				for _, v := range variants {
+					path := "/rooms/a/" + v.technique + "?" + v.query
+					if v.technique == "ws" {
 						continue
 					}
 					res, body := b.do("GET", path, "")
 					switch {
-					case k.technique == "sse":
+					case v.technique == "sse":
 						if res.StatusCode != 200 || !strings.Contains(body, "event: bye") || !strings.HasPrefix(body, "retry: ") {
 							t.Errorf("sse: %s %q, want 200, retry and bye", res.Status, body)
 						}
-					case k.technique == "poll" || k.technique == "refresh":
+					case v.technique == "poll" || v.technique == "refresh":
 						if res.StatusCode != 200 {
-							t.Errorf("%s: %s", k.name, res.Status)
+							t.Errorf("%s: %s", v.name, res.Status)
 						}
 					case res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body):
-						t.Errorf("%s: %s %q, want 503 and Retry-After", k.name, res.Status, body)
+						t.Errorf("%s: %s %q, want 503 and Retry-After", v.name, res.Status, body)
 					}
 				}
 				if _, _, err := websocket.Dial(t.Context(), "ws://cometes.test/rooms/a/ws", &websocket.DialOptions{HTTPClient: b.newClient(b.dial, false)}); err == nil || !strings.Contains(err.Error(), "503") {

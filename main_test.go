@@ -285,9 +285,9 @@ func TestStopWithin5s(t *testing.T) {
 			publishing <- res
 		}()
 		send.Write([]byte("begun "))
-		for _, k := range variants { // clients that stall
-			if k.streams() {
-				b.subscribe(k, "a").begin()
+		for _, v := range variants { // clients that stall
+			if v.streams() {
+				b.subscribe(v, "a").begin()
 			}
 		}
 		dead, _ := b.rawWebSocket("/rooms/a/ws") // never reads, never closes
@@ -385,16 +385,16 @@ func TestRequestsWhileStopping(t *testing.T) {
 				t.Errorf("%s: %d %q %v, want 503 and Retry-After", r[1], w.Code, w.Body, w.Header())
 			}
 		}
-		for _, k := range variants {
-			if k.technique == "sse" || k.technique == "ws" {
+		for _, v := range variants {
+			if v.technique == "sse" || v.technique == "ws" {
 				continue
 			}
 			start := time.Now()
-			w := b.record("GET", "/rooms/a/"+k.technique+"?"+k.query, "")
+			w := b.record("GET", "/rooms/a/"+v.technique+"?"+v.query, "")
 			refused := w.Code == 503 && w.Header().Get("Retry-After") != "" && isError(w.Body.String())
-			bye := w.Code == 200 && (!k.streams() || strings.Contains(w.Body.String(), "bye") || strings.Contains(w.Body.String(), "going away"))
+			bye := w.Code == 200 && (!v.streams() || strings.Contains(w.Body.String(), "bye") || strings.Contains(w.Body.String(), "going away"))
 			if !refused && !bye {
-				t.Errorf("%s: %d %q, want 503 or a bye", k.name, w.Code, w.Body)
+				t.Errorf("%s: %d %q, want 503 or a bye", v.name, w.Code, w.Body)
 			}
 			checkImmediate(t, start)
 		}

@@ -786,12 +786,12 @@ var variants = []variant{
 	{"ws", "ws", "", ``, false, (*eventReader).readWebSocket},
 }
 
-func (k variant) streams() bool {
-	return !slices.Contains([]string{"refresh", "poll", "longpoll", "jsonp"}, k.technique)
+func (v variant) streams() bool {
+	return !slices.Contains([]string{"refresh", "poll", "longpoll", "jsonp"}, v.technique)
 }
 
 func variantOf(name string) variant {
-	return variants[slices.IndexFunc(variants, func(k variant) bool { return k.name == name })]
+	return variants[slices.IndexFunc(variants, func(v variant) bool { return v.name == name })]
 }
 
 // An eventReader receives events by one technique. A stream is requested once. For
@@ -823,7 +823,7 @@ func malformedf(format string, args ...any) error { return malformed{fmt.Errorf(
 
 // subscribe begins to receive. A parameter is "after=5", or as a header
 // "Last-Event-ID: 5". A test that waits for more than an hour fails.
-func (b *testbed) subscribe(k variant, rooms string, parameters ...string) *eventReader {
+func (b *testbed) subscribe(v variant, rooms string, parameters ...string) *eventReader {
 	b.t.Helper()
 	timeout := time.Hour
 	if b.network == remote {
@@ -831,16 +831,16 @@ func (b *testbed) subscribe(k variant, rooms string, parameters ...string) *even
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	b.t.Cleanup(cancel)
-	e, err := b.trySubscribe(ctx, b.client, k, rooms, parameters...)
+	e, err := b.trySubscribe(ctx, b.client, v, rooms, parameters...)
 	if err != nil {
-		b.t.Fatalf("%s: %v", k.name, err)
+		b.t.Fatalf("%s: %v", v.name, err)
 	}
 	return e
 }
 
-func (b *testbed) trySubscribe(ctx context.Context, client *http.Client, k variant, rooms string, parameters ...string) (*eventReader, error) {
-	e := &eventReader{variant: k, testbed: b, ctx: ctx, client: client, header: http.Header{}, after: -1, seen: map[string]bool{}}
-	q, _ := url.ParseQuery(k.query)
+func (b *testbed) trySubscribe(ctx context.Context, client *http.Client, v variant, rooms string, parameters ...string) (*eventReader, error) {
+	e := &eventReader{variant: v, testbed: b, ctx: ctx, client: client, header: http.Header{}, after: -1, seen: map[string]bool{}}
+	q, _ := url.ParseQuery(v.query)
 	for _, a := range parameters {
 		if name, value, ok := strings.Cut(a, ": "); ok {
 			e.header.Add(name, value)
@@ -849,14 +849,14 @@ func (b *testbed) trySubscribe(ctx context.Context, client *http.Client, k varia
 			q.Set(name, value)
 		}
 	}
-	if k.name == "refresh" && !q.Has("after") && !q.Has("last") && e.header.Get("Last-Event-ID") == "" {
+	if v.name == "refresh" && !q.Has("after") && !q.Has("last") && e.header.Get("Last-Event-ID") == "" {
 		q.Set("after", fmt.Sprint(b.cursor()))
 	}
-	e.path = "/rooms/" + rooms + "/" + k.technique + "?" + q.Encode()
-	if !k.streams() {
+	e.path = "/rooms/" + rooms + "/" + v.technique + "?" + q.Encode()
+	if !v.streams() {
 		return e, nil
 	}
-	if k.technique == "ws" {
+	if v.technique == "ws" {
 		conn, _, err := websocket.Dial(ctx, "ws"+strings.TrimPrefix(b.url, "http")+e.path, &websocket.DialOptions{HTTPClient: client, HTTPHeader: e.header})
 		if err != nil {
 			return nil, err
@@ -1416,9 +1416,9 @@ func (b *testbed) tryPublish(rng *rand.Rand, h2 bool, room, key, text string) bo
 
 // readSome receives for a while, by a random technique, from some of the rooms.
 func (b *testbed) readSome(ctx context.Context, t *testing.T, rng *rand.Rand, h2 bool, rooms []string, cursor int64) segment {
-	var k variant
-	for k.name == "" || k.forPeople {
-		k = variants[rng.IntN(len(variants))]
+	var v variant
+	for v.name == "" || v.forPeople {
+		v = variants[rng.IntN(len(variants))]
 	}
 	some := []string{}
 	for len(some) == 0 {
@@ -1428,14 +1428,14 @@ func (b *testbed) readSome(ctx context.Context, t *testing.T, rng *rand.Rand, h2
 			}
 		}
 	}
-	client := b.unreliableClient(rng, h2 && rng.IntN(2) == 0 && k.technique != "ws")
+	client := b.unreliableClient(rng, h2 && rng.IntN(2) == 0 && v.technique != "ws")
 	defer client.CloseIdleConnections()
 	parameters := []string{"wait=20", fmt.Sprint("after=", cursor)}
 	if rng.IntN(2) == 0 {
 		parameters = []string{"wait=20", "after=1", fmt.Sprint("Last-Event-ID: ", cursor)}
 	}
-	s := segment{k.name, some, cursor, cursor, nil}
-	e, err := b.trySubscribe(ctx, client, k, strings.Join(some, ","), parameters...)
+	s := segment{v.name, some, cursor, cursor, nil}
+	e, err := b.trySubscribe(ctx, client, v, strings.Join(some, ","), parameters...)
 	if err == nil {
 		defer e.close()
 		s.receive(t, e, 1+rng.IntN(30))

@@ -75,11 +75,11 @@ func testSameBytes(t *testing.T) {
 	network := t.Name()[strings.LastIndex(t.Name(), "/")+1:]
 	b := newTestbed(t, network)
 	var readers []*eventReader
-	for _, k := range variants {
-		if k.forPeople || k.technique == "ws" && network == pipeH2 {
+	for _, v := range variants {
+		if v.forPeople || v.technique == "ws" && network == pipeH2 {
 			continue
 		}
-		readers = append(readers, b.subscribe(k, "a,b").begin())
+		readers = append(readers, b.subscribe(v, "a,b").begin())
 	}
 	var want []string
 	for i, data := range []string{
@@ -238,9 +238,9 @@ func switchTechniques(t *testing.T, network string, seed uint64) {
 		}
 	}
 	t.Logf("%d hops, events by technique: %v", segmentCount, byTechnique)
-	for _, k := range variants {
-		if !k.forPeople && byTechnique[k.name] == 0 && network != tcp {
-			t.Errorf("%s received nothing", k.name)
+	for _, v := range variants {
+		if !v.forPeople && byTechnique[v.name] == 0 && network != tcp {
+			t.Errorf("%s received nothing", v.name)
 		}
 	}
 }
@@ -275,12 +275,12 @@ func (s *segment) receive(t *testing.T, e *eventReader, n int) {
 
 func TestLongPoll(t *testing.T) {
 	for _, name := range []string{"longpoll", "jsonp"} {
-		k := variantOf(name)
-		path := "/rooms/a,b/" + k.technique + "?callback=my.$cb_1&after="
+		v := variantOf(name)
+		path := "/rooms/a,b/" + v.technique + "?callback=my.$cb_1&after="
 		// ask makes one request, and returns what it received and how long it took.
 		asks := func(b *testbed, more string) (*eventReader, time.Duration) {
 			start := time.Now()
-			e := b.subscribe(k, "a,b")
+			e := b.subscribe(v, "a,b")
 			e.path = path + more
 			if err := e.read(e); err != nil {
 				b.t.Fatal(err)
@@ -481,13 +481,13 @@ func connectAndLeave(b *testbed, n int) {
 	var readers []*eventReader
 	waiting := 0
 	for i := range n {
-		k := variants[i%len(variants)]
+		v := variants[i%len(variants)]
 		parameters := []string{}
 		if i%3 == 0 {
 			parameters = append(parameters, fmt.Sprint("user=u", i))
 		}
-		if k.streams() {
-			e, err := b.trySubscribe(ctx, b.client, k, fmt.Sprintf("a,r%d", i%50), parameters...)
+		if v.streams() {
+			e, err := b.trySubscribe(ctx, b.client, v, fmt.Sprintf("a,r%d", i%50), parameters...)
 			if err != nil {
 				b.t.Fatal(err)
 			}
@@ -495,10 +495,10 @@ func connectAndLeave(b *testbed, n int) {
 			for h := e.next(); h.kind != "hello"; h = e.next() {
 			}
 		} else {
-			if k.technique == "longpoll" || k.technique == "jsonp" {
+			if v.technique == "longpoll" || v.technique == "jsonp" {
 				waiting++
 			}
-			go b.tryGet(ctx, fmt.Sprintf("/rooms/a,r%d/%s?callback=f&%s", i%50, k.technique, strings.Join(parameters, "")))
+			go b.tryGet(ctx, fmt.Sprintf("/rooms/a,r%d/%s?callback=f&%s", i%50, v.technique, strings.Join(parameters, "")))
 		}
 	}
 	b.settle()
@@ -590,14 +590,14 @@ func TestAnAnswerTakesNoLargerStack(t *testing.T) {
 // Other clients receive everything at once.
 func TestAStalledClientIsEndedAlone(t *testing.T) {
 	for _, network := range []string{pipe, core, pipe10} {
-		for _, k := range variants {
-			if !k.streams() || k.technique == "ws" && network == pipe10 {
+		for _, v := range variants {
+			if !v.streams() || v.technique == "ws" && network == pipe10 {
 				continue
 			}
-			t.Run(network+"/"+k.name, inBubble(func(t *testing.T) {
+			t.Run(network+"/"+v.name, inBubble(func(t *testing.T) {
 				b := newTestbed(t, network)
 				others := []*eventReader{b.subscribe(variantOf("stream"), "a").begin(), b.subscribe(variantOf("sse"), "a").begin()}
-				still := b.subscribe(k, "a").begin()
+				still := b.subscribe(v, "a").begin()
 				time.Sleep(time.Second)
 				for i := range 100 {
 					b.post("a", fmt.Sprint(i, strings.Repeat("x", 1000)))
