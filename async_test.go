@@ -296,11 +296,11 @@ func TestUnwritten(t *testing.T) {
 func TestHowManyPings(t *testing.T) {
 	b := newTestbed(t, tcp)
 	for _, test := range []struct {
-		patient, proxied bool
+		kernelTimeout, proxied bool
 		pings            int
 	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
 		st := &session{stream: &stream{server: b.server, enc: frames(b.server, &request{})}, fd: -1}
-		st.kernelTimeout, st.proxied = test.patient, test.proxied
+		st.kernelTimeout, st.proxied = test.kernelTimeout, test.proxied
 		pings := 0
 		for range 48 {
 			st.pending = nil
@@ -313,7 +313,7 @@ func TestHowManyPings(t *testing.T) {
 			st.awaitingPong.Store(false)
 		}
 		if pings != test.pings {
-			t.Errorf("kernel timeout %v, proxied %v: %d pings in 48 heartbeats, want %d", test.patient, test.proxied, pings, test.pings)
+			t.Errorf("kernel timeout %v, proxied %v: %d pings in 48 heartbeats, want %d", test.kernelTimeout, test.proxied, pings, test.pings)
 		}
 	}
 }
