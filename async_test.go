@@ -297,7 +297,7 @@ func TestHowManyPings(t *testing.T) {
 	b := newTestbed(t, tcp)
 	for _, test := range []struct {
 		kernelTimeout, proxied bool
-		pings            int
+		pings                  int
 	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
 		st := &session{stream: &stream{server: b.server, enc: frames(b.server, &request{})}, fd: -1}
 		st.kernelTimeout, st.proxied = test.kernelTimeout, test.proxied
