@@ -8,6 +8,7 @@ package main
 import (
 	"fmt"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -136,9 +137,21 @@ func (o *origins) preflight(w http.ResponseWriter, r *http.Request, methods stri
 	w.WriteHeader(http.StatusNoContent)
 }
 
+// proxyHeaders are those by which proxies say that they are in between.
+var proxyHeaders = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Forwarded", "Via", "Fly-Client-Ip", "Cf-Connecting-Ip", "True-Client-Ip"}
+
+// isLocal reports whether a Host is a name of the machine itself for itself.
+func isLocal(host string) bool {
+	name := (&url.URL{Host: host}).Hostname()
+	ip, err := netip.ParseAddr(name)
+	return name == "localhost" || err == nil && ip.IsLoopback()
+}
+
 // operator returns an error unless the request is an operator's: one whose token
 // names the room _stats; or, where there are no tokens, one from the machine
-// itself that came through no proxy, as far as proxies say so.
+// itself that came through no proxy, as far as one can know: nginx speaks HTTP/1.0
+// unless told otherwise, and a page that a name of another site leads here
+// (DNS rebinding) asks for that name.
 func (s *server) operator(r *http.Request, q *query) error {
 	if s.secrets != nil {
 		if q.claims.may(statsRoom, false) {
@@ -146,8 +159,8 @@ func (s *server) operator(r *http.Request, q *query) error {
 		}
 		return denied(http.StatusForbidden, "this is for operators, whose token may read "+statsRoom)
 	}
-	proxied := slices.ContainsFunc([]string{"X-Forwarded-For", "Forwarded", "Via", "X-Real-Ip", "Fly-Client-Ip"}, func(name string) bool { return r.Header[name] != nil })
-	if q.addr.IsLoopback() && !proxied {
+	proxied := s.gate.trustProxy || !r.ProtoAtLeast(1, 1) || slices.ContainsFunc(proxyHeaders, func(name string) bool { return r.Header[name] != nil })
+	if q.addr.IsLoopback() && !proxied && isLocal(r.Host) {
 		return nil
 	}
 	return refuse(http.StatusForbidden, "this is for operators: ask from the machine itself, or give the relay a -secret and bring a token that may read "+statsRoom)

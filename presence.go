@@ -47,6 +47,7 @@ type stay struct {
 	held    int       // streams and long-polls
 	leaving int       // of those, how many have said goodbye: no grace for them
 	until   time.Time // without them, here until then
+	leftAt  time.Time // when it said goodbye by name
 }
 
 // maxClients is how many clients of a user are kept apart when their connections
@@ -75,12 +76,16 @@ func (l *lease) held() (held int, until time.Time) {
 	return held, until
 }
 
+// justLeft reports whether the client said goodbye a moment ago. A request that it
+// made just before may come just after, and gets no grace.
+func (c *stay) justLeft(now time.Time) bool { return now.Before(c.leftAt.Add(tellEvery)) }
+
 // drop forgets the clients that are gone.
 func (l *lease) drop(now time.Time) {
 	many := len(l.clients) > maxClients
 	_, until := l.held()
 	l.clients = slices.DeleteFunc(l.clients, func(c stay) bool {
-		return c.held == 0 && (many || !now.Before(c.until))
+		return c.held == 0 && (many || !now.Before(c.until) && !c.justLeft(now))
 	})
 	if many {
 		l.stay("").until = until
@@ -143,7 +148,7 @@ func (r *relay) exit(rm *room, user, client string) bool {
 	c.held--
 	if c.leaving > 0 {
 		c.leaving--
-	} else if end := now.Add(grace); c.until.Before(end) {
+	} else if end := now.Add(grace); c.until.Before(end) && !c.justLeft(now) {
 		c.until = end
 	}
 	return r.settle(rm, user, l, now)
@@ -194,7 +199,7 @@ func (r *relay) setState(name, user, client, state string) (*room, error) {
 		}
 	case client != "":
 		c := l.stay(client)
-		c.leaving, c.until = c.held, now
+		c.leaving, c.until, c.leftAt = c.held, now, now
 		others := slices.ContainsFunc(l.clients, func(c stay) bool { return c.held > c.leaving || now.Before(c.until) })
 		if !others {
 			l.state, l.typing = state, time.Time{}

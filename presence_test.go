@@ -222,6 +222,15 @@ func TestPresence(t *testing.T) {
 			h.at("3m")
 			nameless.leave()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
+		{"a request that a client made just before its goodbye, and that comes just after, gets no grace", func(h *house) {
+			ada := h.client("ada", "tab1")
+			h.at("1m")
+			h.goodbye("ada", "tab1")
+			ada.leave()
+			h.at("1m0.1s")
+			h.client("ada", "tab1").leave()
+			h.wantHere("")
+		}, []string{"0s ada:online", "1m0s ada:offline", "1m0.1s ada:online", "1m0.1s ada:offline"}},
 		{"a client that says goodbye and comes back is here", func(h *house) {
 			h.client("ada", "tab1").leave()
 			h.goodbye("ada", "tab1")

@@ -1,22 +1,30 @@
 //go:build linux
 
-// Real proxies in front of a real relay: nginx, HAProxy and Caddy with the
-// configurations in proxies/, each in three ways, all techniques by each. What
-// does not come through is named here, with what comet.js takes instead.
+// Real proxies in front of a real relay, with the configurations in proxies/, most
+// of them in several ways, all techniques by each. What does not come through is
+// named here, with what comet.js takes instead.
 
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto/rand"
+	"errors"
 	"fmt"
+	"html"
 	"io"
 	"net"
 	"net/http"
+	"net/http/cookiejar"
+	"net/url"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -34,34 +42,65 @@ const (
 
 // A way is one address of a proxy.
 type way struct {
-	name  string
-	lost  map[string]string // techniques that don't come through, and why
-	hides bool              // the relay is not told the Host that was asked for
+	name   string
+	path   string            // below which the relay is
+	lost   map[string]string // techniques that don't come through, and why
+	hides  bool              // the relay is not told the Host that was asked for
+	deaf   bool              // that a client has left shows only when the proxy next writes to it
+	silent bool              // nothing tells the relay that it is not its own machine that asks
+	direct bool              // there is no proxy
+	mute   bool              // the relay is not told the client's address, so it must not run with -trust-proxy
 }
 
 var (
 	noUpgrade = map[string]string{"ws": "HTTP/2 to the relay has no Upgrade"}
 	heldBack  = map[string]string{"multipart": old, "html": old, "iframe": old, "stream": old, "sse": old}
+
+	unstreamed = map[string]string{"multipart": whole, "html": whole, "iframe": whole, "stream": whole, "sse": whole, "ws": "lighttpd drops Upgrade unless told"}
 )
 
-const old = "Caddy 2.6 does not flush what it compresses"
+const (
+	old   = "Caddy 2.6 does not flush what it compresses"
+	whole = "lighttpd waits for the end of an answer unless told"
+)
 
-var proxies = []struct {
-	name, config string
-	args         func(dir, config string) []string
-	ways         []way // at 127.0.0.1:8081 and so on
-}{
-	{"nginx", "nginx.conf",
+// A proxy is a program, and what there is of it in proxies/. What args and the
+// configuration say of ports and of 60 seconds is replaced.
+type proxy struct {
+	program, debian, config string
+	args                    func(dir, config string) []string
+	ways                    []way // at 127.0.0.1:8081 and so on
+}
+
+var proxies = []proxy{
+	{"nginx", "nginx", "nginx.conf",
 		func(dir, config string) []string { return []string{"-p", dir, "-c", config, "-g", "daemon off;"} },
-		[]way{{name: "plain"}, {name: "gzip"}, {name: "one line", hides: true, lost: map[string]string{"ws": "nginx drops Upgrade unless told"}}}},
-	{"haproxy", "haproxy.cfg",
+		[]way{{name: "plain"}, {name: "gzip"}, {name: "one line", hides: true, silent: true, lost: map[string]string{"ws": "nginx drops Upgrade unless told"}}, {name: "below a path", path: "/my%20relay"}}},
+	{"haproxy", "haproxy", "haproxy.cfg",
 		func(_, config string) []string { return []string{"-db", "-f", config} },
 		[]way{{name: "plain"}, {name: "gzip"}, {name: "h2", lost: noUpgrade}}},
-	{"caddy", "Caddyfile",
+	{"caddy", "caddy", "Caddyfile",
 		func(_, config string) []string {
 			return []string{"run", "--adapter", "caddyfile", "--config", config}
 		},
 		[]way{{name: "plain"}, {name: "gzip"}, {name: "gzip all", lost: heldBack}, {name: "h2c", lost: noUpgrade}}},
+	{"apache2", "apache2", "apache.conf",
+		func(dir, config string) []string { return []string{"-d", dir, "-f", config, "-D", "FOREGROUND"} },
+		[]way{{name: "plain", deaf: true}, {name: "gzip", deaf: true}, {name: "one line", hides: true, deaf: true, lost: map[string]string{"ws": "Apache drops Upgrade unless told"}}}},
+	{"lighttpd", "lighttpd", "lighttpd.conf",
+		func(_, config string) []string { return []string{"-D", "-f", config} },
+		[]way{{name: "plain", deaf: true}, {name: "one line", deaf: true, lost: unstreamed}}},
+	{"varnishd", "varnish", "varnish.vcl",
+		func(dir, config string) []string {
+			return []string{"-F", "-n", filepath.Join(dir, "varnish"), "-a", "127.0.0.1:8081", "-f", config, "-p", "pipe_timeout=60"}
+		},
+		[]way{{name: "plain"}}},
+	{"squid", "squid", "squid.conf",
+		func(_, config string) []string { return []string{"-N", "-d", "1", "-f", config} },
+		[]way{{name: "plain"}}},
+	{"tinyproxy", "tinyproxy", "tinyproxy.conf",
+		func(_, config string) []string { return []string{"-d", "-c", config} },
+		[]way{{name: "plain", hides: true, deaf: true, mute: true, lost: map[string]string{"ws": "tinyproxy drops Upgrade"}}}},
 }
 
 // freePorts finds addresses that nobody listens on.
@@ -78,53 +117,64 @@ func freePorts(t *testing.T, n int) (all []string) {
 }
 
 // startProxy starts a proxy with its file of proxies/ in front of the relay,
-// as a user without privileges, and returns the addresses of its ways.
-func startProxy(t *testing.T, program, file, relay string, n int, args func(dir, config string) []string) []string {
+// as a user without privileges, and returns the URLs of its ways.
+func startProxy(t *testing.T, p proxy, relay string) (urls []string) {
 	t.Helper()
-	path, err := exec.LookPath(program)
+	path, err := exec.LookPath(p.program)
 	if err != nil {
-		path, err = exec.LookPath("/usr/sbin/" + program) // of which not everybody's PATH knows
+		path, err = exec.LookPath("/usr/sbin/" + p.program) // of which not everybody's PATH knows
 	}
 	if err != nil {
 		if os.Getenv("CI") == "true" {
-			t.Fatalf("%s is not installed, and CI has to have it: apt-get install nginx haproxy caddy", program)
+			t.Fatalf("%s is not installed, and CI has to have it: apt-get install %s", p.program, p.debian)
 		}
-		t.Skipf("%s is not installed: apt-get install nginx haproxy caddy", program)
+		t.Skipf("%s is not installed: apt-get install %s", p.program, p.debian)
 	}
 	dir, err := os.MkdirTemp("", "cometes-proxy")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	b, err := os.ReadFile(filepath.Join("proxies", file))
+	b, err := os.ReadFile(filepath.Join("proxies", p.config))
 	if err != nil {
 		t.Fatal(err)
 	}
-	config := strings.ReplaceAll(string(b), "127.0.0.1:8080", relay)
-	ways := freePorts(t, n)
-	for i, addr := range ways {
-		port := fmt.Sprintf("127.0.0.1:%d", 8081+i)
-		if !strings.Contains(config, port) {
-			t.Fatalf("%s does not listen on %s", file, port)
+	written, config := string(b), filepath.Join(dir, p.config)
+	command := p.args(dir, config)
+	all := written + strings.Join(command, " ")
+	_, port, _ := net.SplitHostPort(relay)
+	instead := map[string]string{"8080": port, "60": strconv.Itoa(int(proxyIdle.Seconds())), "60s": proxyIdle.String()}
+	for i, addr := range freePorts(t, len(p.ways)) {
+		written := strconv.Itoa(8081 + i)
+		if !strings.Contains(all, written) {
+			t.Fatalf("%s does not listen on %s", p.config, written)
 		}
-		config = strings.ReplaceAll(config, port, addr)
+		_, instead[written], _ = net.SplitHostPort(addr)
+		urls = append(urls, "http://"+addr+p.ways[i].path)
 	}
-	if !strings.Contains(config, "60s") {
-		t.Fatalf("%s has no 60s to make %v of", file, proxyIdle)
+	if !strings.Contains(all, "60") {
+		t.Fatalf("%s has no 60 to make %v of", p.config, proxyIdle)
 	}
-	file = filepath.Join(dir, file)
-	if err := os.WriteFile(file, []byte(strings.ReplaceAll(config, "60s", proxyIdle.String())), 0o644); err != nil {
+	replace := func(text string) string {
+		return regexp.MustCompile(`\b(808\d|60s?)\b`).ReplaceAllStringFunc(text, func(s string) string { return cmp.Or(instead[s], s) })
+	}
+	for i, arg := range command {
+		if !strings.HasPrefix(arg, dir) {
+			command[i] = replace(arg)
+		}
+	}
+	if err := os.WriteFile(config, []byte(replace(written)), 0o644); err != nil {
 		t.Fatal(err)
 	}
 
-	cmd := exec.Command(path, args(dir, file)...)
+	cmd := exec.Command(path, command...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
-	cmd.SysProcAttr = &syscall.SysProcAttr{}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if os.Getuid() == 0 {
 		const nobody = 65534
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
-		for _, name := range []string{dir, file} {
+		for _, name := range []string{dir, config} {
 			if err := os.Chown(name, nobody, nobody); err != nil {
 				t.Fatal(err)
 			}
@@ -137,16 +187,22 @@ func startProxy(t *testing.T, program, file, relay string, n int, args func(dir,
 	}
 	t.Cleanup(func() {
 		cmd.Process.Signal(syscall.SIGTERM)
-		kill := time.AfterFunc(3*time.Second, func() { cmd.Process.Kill() })
+		kill := time.AfterFunc(10*time.Second, func() {
+			t.Errorf("%s does not stop when told to", p.program)
+			syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // and the processes it started
+		})
 		defer kill.Stop()
 		cmd.Wait()
 		if t.Failed() {
-			t.Logf("%s said:\n%.4000s", program, log)
+			t.Logf("%s said:\n%.4000s", p.program, log)
+			if b, err := os.ReadFile(filepath.Join(dir, "error.log")); err == nil {
+				t.Logf("and in its error.log:\n%.4000s", b)
+			}
 		}
 	})
-	for _, addr := range ways {
-		eventually(t, 5*time.Second, program+" answers at "+addr, func() bool {
-			resp, err := http.Get("http://" + addr + "/healthz")
+	for _, url := range urls {
+		eventually(t, 10*time.Second, p.program+" answers at "+url, func() bool {
+			resp, err := http.Get(url + "/healthz")
 			if err != nil {
 				return false
 			}
@@ -154,7 +210,7 @@ func startProxy(t *testing.T, program, file, relay string, n int, args func(dir,
 			return resp.StatusCode == 200
 		})
 	}
-	return ways
+	return urls
 }
 
 func TestEveryTechniqueComesThroughRealProxies(t *testing.T) {
@@ -164,12 +220,13 @@ func TestEveryTechniqueComesThroughRealProxies(t *testing.T) {
 	var all together
 	defer all.Wait()
 	for _, p := range proxies {
-		all.run(t, p.name, func(t *testing.T) {
-			c := startRelay(t, []string{"FLY_APP_NAME=cometes"}, "-h2c", "-trust-proxy", "-rate", "1", "-beat", proxyBeat.String())
-			for i, addr := range startProxy(t, p.name, p.config, c.addr, len(p.ways), p.args) {
+		all.run(t, p.program, func(t *testing.T) {
+			trust := fmt.Sprintf("-trust-proxy=%t", !p.ways[0].mute)
+			c := startRelay(t, []string{"FLY_APP_NAME=cometes"}, "-h2c", trust, "-rate", "1", "-beat", proxyBeat.String())
+			for i, url := range startProxy(t, p, c.addr) {
 				w := p.ways[i]
 				client := &http.Client{Transport: &http.Transport{}} // asks for gzip
-				t.Run(w.name, func(t *testing.T) { walk(t, c, w, "http://"+addr, client) })
+				t.Run(w.name, func(t *testing.T) { walk(t, c, w, url, client) })
 			}
 		})
 	}
@@ -177,7 +234,7 @@ func TestEveryTechniqueComesThroughRealProxies(t *testing.T) {
 		c := startRelay(t, nil, "-h2c", "-beat", proxyBeat.String())
 		tr := &http.Transport{Protocols: new(http.Protocols)}
 		tr.Protocols.SetUnencryptedHTTP2(true)
-		walk(t, c, way{name: "h2c", lost: noUpgrade}, "http://"+c.addr, &http.Client{Transport: tr})
+		walk(t, c, way{name: "h2c", direct: true, silent: true, lost: noUpgrade}, "http://"+c.addr, &http.Client{Transport: tr})
 	})
 }
 
@@ -194,7 +251,7 @@ func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
 	var all together
 	for _, tech := range techniques {
 		all.run(t, tech.name, func(t *testing.T) {
-			g := &goer{t: t, c: c, base: base, client: client, tech: tech, room: strings.ReplaceAll(w.name, " ", "-") + "." + tech.name}
+			g := &goer{t: t, c: c, base: base, client: client, tech: tech, deaf: w.deaf, room: strings.ReplaceAll(w.name, " ", "-") + "." + tech.name}
 			switch {
 			case w.lost[tech.name] != "":
 				g.isLost()
@@ -225,9 +282,20 @@ func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
 	}
 	t.Logf("comet.js tries %q, and has %s", list, list[i])
 
+	// Who comes through a proxy is no operator.
+	resp, err := client.Get(base + "/rooms")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if lists := resp.StatusCode == 200; lists != w.direct {
+		t.Errorf("asked for the rooms: %s", resp.Status)
+	}
+
 	// Pages of the relay's own may publish; and nobody says for themselves who they are.
 	publish := func(header, value string) int {
 		r, _ := http.NewRequest("POST", base+"/rooms/all", strings.NewReader("hi"))
+		r.Header.Set("Idempotency-Key", rand.Text()) // see goer.publish
 		r.Header.Set(header, value)
 		resp, err := client.Do(r)
 		if err != nil {
@@ -236,14 +304,15 @@ func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
 		resp.Body.Close()
 		return resp.StatusCode
 	}
+	want := 201
 	if w.hides {
-		if got := publish("Origin", base); got != 403 {
-			t.Errorf("a publish of a page, without the Host: %d; can it be told now whose page it is?", got)
-		}
-		return
+		want = 403
 	}
-	if got := publish("Origin", base); got != 201 {
-		t.Errorf("a publish of an own page: %d", got)
+	if got := publish("Origin", strings.TrimSuffix(base, w.path)); got != want {
+		t.Errorf("a publish of an own page: %d, want %d", got, want)
+	}
+	if w.silent {
+		return // what is said of the client comes from the client
 	}
 	for range 4 { // more than -rate, for any but the machine itself
 		for _, header := range []string{"Fly-Client-IP", "X-Forwarded-For"} {
@@ -252,6 +321,7 @@ func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
 			}
 		}
 	}
+	refusedUpgrade(t, base)
 }
 
 // A goer goes a way by one technique.
@@ -261,6 +331,7 @@ type goer struct {
 	base, room string
 	client     *http.Client
 	tech       technique
+	deaf       bool
 }
 
 func (g *goer) url(query string) string {
@@ -269,7 +340,9 @@ func (g *goer) url(query string) string {
 
 func (g *goer) publish(text string) {
 	g.t.Helper()
-	resp, err := g.client.Post(g.base+"/rooms/"+g.room, "text/plain", strings.NewReader(text))
+	r, _ := http.NewRequest("POST", g.base+"/rooms/"+g.room, strings.NewReader(text))
+	r.Header.Set("Idempotency-Key", rand.Text()) // with it net/http asks again if a proxy closes an idle connection unannounced
+	resp, err := g.client.Do(r)
 	if err != nil {
 		g.t.Fatal(err)
 	}
@@ -380,7 +453,11 @@ func (g *goer) follows() {
 	}
 	g.gauge(1, promptly)
 	leave()
-	g.gauge(0, promptly)
+	if g.deaf {
+		g.gauge(0, 2*proxyBeat+promptly) // what is written after the first heartbeat fails
+	} else {
+		g.gauge(0, promptly)
+	}
 }
 
 func (g *goer) waits() {
@@ -401,6 +478,9 @@ func (g *goer) waits() {
 	_, _, leave = g.open(query + "25")
 	g.gauge(1, promptly)
 	leave()
+	if g.deaf {
+		g.publish("two") // or after 25 seconds
+	}
 	g.gauge(0, promptly)
 }
 
@@ -454,20 +534,25 @@ func TestWithoutHeartbeatsAProxyCutsAStreamButALeavingIsStillNoticed(t *testing.
 	var all together
 	defer all.Wait()
 	for _, p := range proxies {
-		all.run(t, p.name, func(t *testing.T) {
+		all.run(t, p.program, func(t *testing.T) {
 			c := startRelay(t, nil, "-h2c", "-beat", "1m")
-			ways := startProxy(t, p.name, p.config, c.addr, len(p.ways), p.args)
+			urls := startProxy(t, p, c.addr)
 			open := func(name, query string) (*goer, *syncedLog, chan error, func()) {
 				i := slices.IndexFunc(techniques, func(t technique) bool { return t.name == name })
-				g := &goer{t: t, c: c, base: "http://" + ways[0], client: &http.Client{Transport: &http.Transport{}}, tech: techniques[i], room: "a"}
+				g := &goer{t: t, c: c, base: urls[0], client: &http.Client{Transport: &http.Transport{}}, tech: techniques[i], room: "a"}
 				said, over, leave := g.open(query)
 				return g, said, over, leave
 			}
 			for _, name := range []string{"ws", "sse", "multipart", "longpoll"} {
+				if p.ways[0].lost[name] != "" {
+					continue
+				}
 				g, _, _, leave := open(name, "")
 				g.gauge(1, promptly)
 				leave()
-				g.gauge(0, promptly)
+				if !p.ways[0].deaf {
+					g.gauge(0, promptly)
+				}
 			}
 			start := time.Now()
 			g, said, over, leave := open("stream", "")
@@ -482,4 +567,232 @@ func TestWithoutHeartbeatsAProxyCutsAStreamButALeavingIsStillNoticed(t *testing.
 			}
 		})
 	}
+}
+
+// A refused Upgrade does not open a way past the proxy, by which a client could
+// say for itself who it is.
+func refusedUpgrade(t *testing.T, base string) {
+	t.Helper()
+	at, err := url.Parse(base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("tcp", at.Host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	head := "Host: " + at.Host + "\r\nX-Forwarded-For: 203.0.113.10\r\n"
+	fmt.Fprintf(conn, "GET %s/rooms/all/ws HTTP/1.1\r\n%sConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 12\r\n\r\n", at.EscapedPath(), head)
+	for _, connection := range []string{"keep-alive", "keep-alive", "close"} {
+		fmt.Fprintf(conn, "POST %s/rooms/all HTTP/1.1\r\n%sConnection: %s\r\nContent-Length: 2\r\n\r\nhi", at.EscapedPath(), head, connection)
+	}
+	said, err := io.ReadAll(conn)
+	if err != nil && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("after a refused upgrade: %v", err)
+	}
+	if !regexp.MustCompile(`^HTTP/1\.. [45]`).Match(said) || strings.Contains(string(said), "HTTP/1.1 429") {
+		t.Errorf("after a refused upgrade a client says itself where it is from:\n%s", said)
+	}
+}
+
+var (
+	attribute = regexp.MustCompile(`\b(href|src|action)="([^"]*)"`)
+	imported  = regexp.MustCompile(`(?m)^import (?:.+ from )?'([^']+)'`)
+	postForm  = regexp.MustCompile(`(?s)<form method="post" action="([^"]*)">(.*?)</form>`)
+	field     = regexp.MustCompile(`<input type="hidden" name="([^"]*)" value="([^"]*)">`)
+)
+
+// A browser of pages below a path: what it is led to has to be there, and below that path.
+type browser struct {
+	t      *testing.T
+	base   *url.URL // of the relay, as the client sees it; ends with a slash
+	client *http.Client
+	seen   map[string]bool
+}
+
+func newBrowser(t *testing.T, base string) *browser {
+	at, err := url.Parse(base + "/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	jar, _ := cookiejar.New(nil)
+	stay := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	return &browser{t, at, &http.Client{Jar: jar, CheckRedirect: stay, Transport: &http.Transport{}}, map[string]bool{}}
+}
+
+// do asks as a browser does, follows where it is sent, and returns what is there
+// and how often it was sent on. Of what never ends it takes the beginning.
+func (b *browser) do(method, address, body string) (at *url.URL, text string, sent int) {
+	b.t.Helper()
+	at, err := url.Parse(address)
+	if err != nil {
+		b.t.Errorf("%q: %v", address, err)
+		return b.base, "", 0
+	}
+	for ; ; sent++ {
+		ctx, cancel := context.WithTimeout(b.t.Context(), 5*time.Second)
+		defer cancel()
+		r, _ := http.NewRequestWithContext(ctx, method, at.String(), strings.NewReader(body))
+		if path.Ext(at.Path) != ".js" && path.Ext(at.Path) != ".css" {
+			r.Header.Set("Accept", "text/html,*/*;q=0.8")
+		}
+		if method == "POST" {
+			r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		}
+		resp, err := b.client.Do(r)
+		if err != nil {
+			b.t.Errorf("%s: %v", at, err)
+			return at, "", sent
+		}
+		defer resp.Body.Close()
+		if to := resp.Header.Get("Location"); to != "" && resp.StatusCode == 303 && sent < 5 {
+			next := b.resolve(at, to)
+			if next == nil {
+				return at, "", sent
+			}
+			at, method, body = next, "GET", ""
+			continue
+		}
+		if resp.StatusCode != 200 {
+			b.t.Errorf("%s: %s", at, resp.Status)
+		}
+		all := &strings.Builder{}
+		for part := make([]byte, 4096); ; {
+			n, err := resp.Body.Read(part)
+			all.Write(part[:n])
+			endless := strings.HasSuffix(at.Path, "/html") && strings.Contains(all.String(), "Connected.") || strings.HasSuffix(at.Path, "/multipart")
+			if err != nil || endless {
+				if err != nil && err != io.EOF {
+					b.t.Errorf("%s: %v", at, err)
+				}
+				return at, all.String(), sent
+			}
+		}
+	}
+}
+
+// resolve returns where a link of a page leads, or nil if that is not to be followed.
+func (b *browser) resolve(from *url.URL, link string) *url.URL {
+	b.t.Helper()
+	to, err := from.Parse(html.UnescapeString(link))
+	if err != nil {
+		b.t.Errorf("%s leads to %q: %v", from, link, err)
+		return nil
+	}
+	if to.Host == b.base.Host && !strings.HasPrefix(to.EscapedPath(), b.base.EscapedPath()) {
+		b.t.Errorf("%s leads out of %s: %q is %s", from, b.base, link, to)
+		return nil
+	}
+	to.Fragment = ""
+	return to
+}
+
+// visit fetches a page, and all that it leads to.
+func (b *browser) visit(address string) {
+	b.t.Helper()
+	if b.seen[address] {
+		return
+	}
+	b.seen[address] = true
+	at, text, _ := b.do("GET", address, "")
+	links := []string{}
+	switch {
+	case strings.HasSuffix(at.Path, ".js"):
+		for _, m := range imported.FindAllStringSubmatch(text, -1) {
+			links = append(links, m[1])
+		}
+	case strings.Contains(text, "<!DOCTYPE html>") || strings.Contains(text, "<!doctype html>"):
+		for _, m := range attribute.FindAllStringSubmatch(postForm.ReplaceAllString(text, ""), -1) {
+			links = append(links, m[2])
+		}
+		for _, m := range postForm.FindAllStringSubmatch(text, -1) {
+			b.send(at, m[1], m[2])
+		}
+	}
+	for _, link := range links {
+		if to := b.resolve(at, link); to != nil && to.Host == b.base.Host {
+			b.visit(to.String())
+		}
+	}
+}
+
+// send fills in a form that posts, and goes where that leads.
+func (b *browser) send(from *url.URL, action, inputs string) {
+	b.t.Helper()
+	values := url.Values{"user": {"ada"}, "data": {"hi from " + from.Path}}
+	for _, m := range field.FindAllStringSubmatch(inputs, -1) {
+		values.Set(m[1], html.UnescapeString(m[2]))
+	}
+	to := b.resolve(from, action)
+	if to == nil {
+		return
+	}
+	at, text, sent := b.do("POST", to.String(), values.Encode())
+	if then := values.Get("then"); sent != 1 || !strings.HasSuffix(at.Path, "/"+then) {
+		b.t.Errorf("the form of %s led to %s, %d redirects on; want its page %s", from, at, sent, then)
+	}
+	if values.Get("then") == "refresh" && !strings.Contains(text, values.Get("data")) {
+		b.t.Errorf("what the form of %s sent is not in %s", from, at)
+	}
+}
+
+func TestAllPagesWorkBelowAPath(t *testing.T) {
+	if testing.Short() {
+		t.Skip("runs nginx")
+	}
+	nginx := proxies[slices.IndexFunc(proxies, func(p proxy) bool { return p.program == "nginx" })]
+	i := slices.IndexFunc(nginx.ways, func(w way) bool { return w.path != "" })
+	paths := []string{"/relay", "/my%20relay", "/a:b"}
+	pages := []string{"", "index.html", "lab.html", "stats.html", "rooms/x/html", "rooms/x/refresh", "rooms/x/form", "rooms/x/form?live=refresh"}
+
+	// start returns the origin of nginx in front of a relay.
+	start := func(t *testing.T, args ...string) string {
+		return strings.TrimSuffix(startProxy(t, nginx, startRelay(t, nil, args...).addr)[i], nginx.ways[i].path)
+	}
+	t.Run("open", func(t *testing.T) {
+		origin := start(t)
+		for _, below := range paths {
+			t.Run(below, func(t *testing.T) {
+				b := newBrowser(t, origin+below)
+				for _, page := range pages {
+					b.visit(b.base.String() + page)
+				}
+				// What browsers are sent on to.
+				for from, want := range map[string]string{"lab": "lab.html", "stats": "stats.html", "rooms": "stats.html", "rooms/x": "?room=x"} {
+					at, _, sent := b.do("GET", b.base.String()+from, "")
+					if at.Fragment = ""; sent != 1 || at.String() != b.base.String()+want {
+						t.Errorf("/%s leads to %s, %d redirects on", from, at, sent)
+					}
+				}
+				for _, asset := range []string{"comet.js", "chat.js", "lab.js", "stats.js", "style.css", "lab.css", "plain.css", "icon.svg"} {
+					if !b.seen[b.base.String()+asset] {
+						t.Errorf("no page led to %s", asset)
+					}
+				}
+				t.Logf("%d addresses", len(b.seen))
+			})
+		}
+	})
+	t.Run("with a token", func(t *testing.T) {
+		origin := start(t, "-secret", firstSecret)
+		token := url.Values{"token": {signedToken(`{"sub":"ada","read":["*","_stats"],"write":["*"]}`)}}.Encode()
+		for _, below := range paths {
+			t.Run(below, func(t *testing.T) {
+				for _, page := range pages {
+					b := newBrowser(t, origin+below)
+					want, join := b.base.String()+page, "?"
+					if strings.Contains(page, "?") {
+						join = "&"
+					}
+					at, _, sent := b.do("GET", want+join+token, "")
+					if sent != 1 || at.String() != want {
+						t.Errorf("%s with a token leads to %s, %d redirects on", want, at, sent)
+					}
+					b.visit(at.String())
+				}
+			})
+		}
+	})
 }
