@@ -78,7 +78,9 @@ export async function mortal() {
 export async function network(to) {
   const pairs = new Set
   let mode = 'pass', tries = 0
-  const apply = pair => pair.forEach(socket => mode === 'cut' ? socket.resetAndDestroy() : mode === 'silence' ? socket.pause() : socket.resume())
+  // Node can't reset a socket that is just being ended: it would spin for ever when the process exits.
+  const cut = socket => socket.writableEnded ? socket.destroy() : socket.resetAndDestroy()
+  const apply = pair => pair.forEach(socket => mode === 'cut' ? cut(socket) : mode === 'silence' ? socket.pause() : socket.resume())
   const server = net.createServer(client => {
     const relay = net.connect(to, '127.0.0.1'), pair = [client, relay]
     tries++
