@@ -957,8 +957,8 @@ func (e *eventReader) expectEnd() {
 	switch {
 	case err == nil:
 		e.t.Fatalf("%s received %v, want the end", e.name, h)
-	case e.conn != nil && websocket.CloseStatus(err) != websocket.StatusGoingAway:
-		e.t.Fatalf("ws ended with %v, want 1001", err)
+	case e.conn != nil && websocket.CloseStatus(err) != websocket.StatusServiceRestart:
+		e.t.Fatalf("ws ended with %v, want 1012", err)
 	case e.conn == nil && err != io.EOF:
 		e.t.Fatalf("%s ended with %v, want EOF", e.name, err)
 	}

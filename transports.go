@@ -911,7 +911,7 @@ func (st *stream) closeCode() (websocket.StatusCode, string) {
 	if time.Now().UnixNano() >= st.permit.expiresAt {
 		return websocket.StatusPolicyViolation, "the token has expired"
 	}
-	return websocket.StatusGoingAway, "come back in a moment"
+	return websocket.StatusServiceRestart, "come back in a moment"
 }
 
 // An author is who publishes through a WebSocket. It is all that is kept of the request.

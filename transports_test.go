@@ -832,8 +832,8 @@ func TestDataAlone(t *testing.T) {
 		}
 		b.relay.stop()
 		b.pool.wakeAll()
-		if _, _, err := e.conn.Read(e.ctx); websocket.CloseStatus(err) != websocket.StatusGoingAway {
-			t.Errorf("when the relay stops: %v, want 1001", err)
+		if _, _, err := e.conn.Read(e.ctx); websocket.CloseStatus(err) != websocket.StatusServiceRestart {
+			t.Errorf("when the relay stops: %v, want 1012", err)
 		}
 	})
 }
@@ -1825,8 +1825,8 @@ func TestAStreamEndsAtAJitteredAge(t *testing.T) {
 			c, _ := b.webSocketFrom("192.0.2.1", "/rooms/a/ws")
 			defer c.CloseNow()
 			readWebSocketUntil(t, c, `"type":"bye"`)
-			if _, _, err := c.Read(context.Background()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
-				t.Errorf("the socket closed with %v, want the code 1001", err)
+			if _, _, err := c.Read(context.Background()); websocket.CloseStatus(err) != websocket.StatusServiceRestart {
+				t.Errorf("the socket closed with %v, want the code 1012", err)
 			}
 			ended("ws")
 		})
