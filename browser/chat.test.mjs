@@ -1,43 +1,43 @@
-// The chat in real browsers, both at once: two users, every technique, and all that can go wrong on the way. After each
-// of these the page's log must be the relay's: no message lost, none twice, in order.
+// The chat in real browsers: two users, every technique, and what can go wrong in between. After each, the page's log
+// must be the same as the relay's: no message is lost or shown twice, and the order is right.
 
 import assert from 'node:assert/strict'
 import { mkdirSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, afterEach, before, describe, test } from 'node:test'
-import { missing, mortal, network, proxy } from './harm.mjs'
+import { missing, startRelay, network, proxy } from './harm.mjs'
 import { browse, open, sleep, until } from './relay.mjs'
 
 const files = { chromium: '/usr/bin/chromium', firefox: '/usr/bin/firefox-esr' }
-const ways = { ws: 'WebSocket', sse: 'server-sent events', stream: 'streaming', longpoll: 'long polling', poll: 'polling', jsonp: 'JSONP', iframe: 'the forever frame', multipart: 'multipart' }
+const techniques = { ws: 'WebSocket', sse: 'server-sent events', stream: 'streaming', longpoll: 'long polling', poll: 'polling', jsonp: 'JSONP', iframe: 'the forever frame', multipart: 'server push' }
 const limit = { timeout: 120e3 }
-const far = 45e3 // nothing needs so long, but machines are busy
+const slow = 45e3 // ms; more than anything needs, since test machines are busy
 
-// The lines with which a browser itself reports what was cut.
-const ofTheNetwork = /net::ERR_|WebSocket connection to|can.t establish a connection|was interrupted while|Cross-Origin Request Blocked|NetworkError|Failed to load resource/
-const wrong = page => page.errors.filter(line => !ofTheNetwork.test(line))
+// What a browser logs when a connection breaks.
+const networkErrors = /net::ERR_|WebSocket connection to|can.t establish a connection|was interrupted while|Cross-Origin Request Blocked|NetworkError|Failed to load resource/
+const unexpected = page => page.errors.filter(line => !networkErrors.test(line))
 
 const text = (page, selector) => page.evaluate(selector => document.querySelector(selector)?.textContent, selector)
 const press = (page, selector) => page.evaluate(selector => document.querySelector(selector).click(), selector)
 const state = page => page.evaluate(() => document.body.dataset.status)
-const gaps = page => page.evaluate(() => [...document.querySelectorAll('#log .gap')].map(gap => gap.textContent))
-const log = page => page.evaluate(() => [...document.querySelectorAll('#log .message')].map(p => `${p.dataset.id} ${p.querySelector('.text').textContent}`))
-const who = page => page.evaluate(() => Object.fromEntries([...document.querySelectorAll('#here li')].map(li => [li.querySelector('bdi').textContent, li.dataset.state])))
-const opened = page => until('connected', async () => await state(page) === 'open', far)
-const by = (page, via) => until('connected by ' + via, async () => await text(page, '#words') === 'connected by ' + ways[via], far)
+const gapLines = page => page.evaluate(() => [...document.querySelectorAll('#log .gap')].map(gap => gap.textContent))
+const logLines = page => page.evaluate(() => [...document.querySelectorAll('#log .message')].map(p => `${p.dataset.id} ${p.querySelector('.text').textContent}`))
+const people = page => page.evaluate(() => Object.fromEntries([...document.querySelectorAll('#here li')].map(li => [li.querySelector('bdi').textContent, li.dataset.state])))
+const connected = page => until('connected', async () => await state(page) === 'open', slow)
+const connectedBy = (page, via) => until('connected by ' + via, async () => await text(page, '#words') === 'connected by ' + techniques[via], slow)
 
-/** Opens the chat and comes in under a name. */
-async function chat(browser, url, room, name, size) {
+/** Opens the chat, and joins under a name. */
+async function openChat(browser, url, room, name, size) {
   const page = await open(browser, `${url}/?room=${room}`, size)
   await until('the chat is there', () => page.evaluate(() => document.querySelector('#app')?.hidden === false))
-  await opened(page) // who is asked for a name is listening already; Firefox complains of a socket closed before that
+  await connected(page) // a page without a name connects too; Firefox logs an error if the socket is closed before it is open
   await page.evaluate(name => {
     if (document.querySelector('#naming').hidden) return
     document.querySelector('#name').value = name
     document.querySelector('#naming').requestSubmit()
   }, name)
-  await opened(page)
+  await connected(page)
   return page
 }
 
@@ -46,26 +46,26 @@ const say = (page, message) => page.evaluate(message => {
   document.querySelector('#say').requestSubmit()
 }, message)
 
-/** Waits until the page has what the relay has, and checks that it has no more, and nothing on the way. */
-async function same(page, relay, room, before = []) {
-  await until('nothing is on the way', () => page.evaluate(() => document.querySelector('#outbox').hidden), far)
-  const should = [...before, ...await relay.truth(room)]
-  const newest = should.at(-1)
+/** Waits until the page shows the relay's newest message, and checks that its log is the same as the relay's. */
+async function expectSameLog(page, relay, room, before = []) {
+  await until('the outbox is empty', () => page.evaluate(() => document.querySelector('#outbox').hidden), slow)
+  const expected = [...before, ...await relay.messages(room)]
+  const newest = expected.at(-1)
   let is = []
-  await until('the newest is there', async () => (is = await log(page)).includes(newest), far)
+  await until('the newest is there', async () => (is = await logLines(page)).includes(newest), slow)
     .catch(error => { throw new Error(`${error.message}: ${newest}, but ${is.at(-1)}`) })
-  await until('nothing is on the way', () => page.evaluate(() => document.querySelector('#outbox').hidden), far)
-  is = await log(page)
-  const lost = should.filter(line => !is.includes(line)), odd = is.filter((line, i) => is.indexOf(line) < i || !should.includes(line))
-  assert.deepEqual({ lost, odd }, { lost: [], odd: [] })
-  assert.deepEqual(is, should)
+  await until('the outbox is empty', () => page.evaluate(() => document.querySelector('#outbox').hidden), slow)
+  is = await logLines(page)
+  const lost = expected.filter(line => !is.includes(line)), extra = is.filter((line, i) => is.indexOf(line) < i || !expected.includes(line))
+  assert.deepEqual({ lost, extra }, { lost: [], extra: [] })
+  assert.deepEqual(is, expected)
 }
 
-/** Somebody else talks all the time, until stopped. */
+/** Somebody else publishes all the time, until stopped. */
 function talk(t, relay, room, every = 40) {
   let on = true, n = 0
   const end = (async () => {
-    for (; on; await sleep(every)) await relay.say(room, `no. ${++n}`)
+    for (; on; await sleep(every)) await relay.publish(room, `no. ${++n}`)
   })()
   const stop = () => { on = false; return end }
   t.after(() => stop().catch(() => { }))
@@ -74,19 +74,19 @@ function talk(t, relay, room, every = 40) {
 
 describe('two users', { skip: missing(...Object.values(files)) }, () => {
   let relay, chromium, firefox
-  before(async () => [relay, chromium, firefox] = await Promise.all([mortal(), browse('chromium'), browse('firefox')]))
+  before(async () => [relay, chromium, firefox] = await Promise.all([startRelay(), browse('chromium'), browse('firefox')]))
   after(() => Promise.all([chromium?.close(), firefox?.close(), relay?.kill()]))
 
   const typing = (page, said) => until(`it says "${said}"`, async () => await text(page, '#typing') === said)
-  const seen = (page, name, is) => until(`${name} is ${is}`, async () => (await who(page))[name] === is)
+  const seen = (page, name, is) => until(`${name} is ${is}`, async () => (await people(page))[name] === is)
   async function type(page, words) {
     await page.bringToFront()
     await page.focus('#text')
     await page.keyboard.type(words, { delay: 20 })
   }
 
-  test('chat, and see who types, comes and goes', limit, async t => {
-    const ada = await chat(chromium, relay.url, 'pair', 'ada'), bob = await chat(firefox, relay.url, 'pair', 'bob')
+  test('chat, and see who is typing, joins and leaves', limit, async t => {
+    const ada = await openChat(chromium, relay.url, 'pair', 'ada'), bob = await openChat(firefox, relay.url, 'pair', 'bob')
     await Promise.all([seen(ada, 'bob', 'online'), seen(bob, 'ada', 'online'), seen(ada, 'ada', 'online')])
     assert.equal(await text(ada, '#count'), '2 here')
 
@@ -95,29 +95,29 @@ describe('two users', { skip: missing(...Object.values(files)) }, () => {
       await typing(other, name + ' is typing…')
       await seen(other, name, 'typing')
       await one.keyboard.press('Enter')
-      await until('it is said', async () => (await log(other)).some(line => line.endsWith(' I am ' + name)))
+      await until('the other sees it', async () => (await logLines(other)).some(line => line.endsWith(' I am ' + name)))
       await typing(other, '')
-      await same(one, relay, 'pair')
-      await same(other, relay, 'pair')
+      await expectSameLog(one, relay, 'pair')
+      await expectSameLog(other, relay, 'pair')
     }
-    assert.deepEqual((await log(ada)).map(line => line.replace(/^\d+ /, '')), ['I am ada', 'I am bob'])
+    assert.deepEqual((await logLines(ada)).map(line => line.replace(/^\d+ /, '')), ['I am ada', 'I am bob'])
 
-    await type(bob, 'I begin, and do not')
+    await type(bob, 'I start, and stop')
     await typing(ada, 'bob is typing…')
-    await typing(ada, '') // by itself
+    await typing(ada, '') // after a timeout
     await seen(ada, 'bob', 'online')
 
-    await bob.close() // says so
+    await bob.close() // the page tells the relay
     await seen(ada, 'bob', 'offline')
     assert.deepEqual(await relay.presence('pair'), { ada: 'online' })
-    await until('bob is no longer shown', async () => !('bob' in await who(ada)))
+    await until('bob is no longer shown', async () => !('bob' in await people(ada)))
     assert.equal(await text(ada, '#count'), '1 here')
 
-    const again = await chat(firefox, relay.url, 'pair', 'bob')
+    const again = await openChat(firefox, relay.url, 'pair', 'bob')
     await seen(ada, 'bob', 'online')
-    await same(again, relay, 'pair') // the history
+    await expectSameLog(again, relay, 'pair') // the history
     assert.deepEqual([ada.errors, bob.errors, again.errors], [[], [], []])
-    firefox.process().kill('SIGKILL') // says nothing
+    firefox.process().kill('SIGKILL') // nothing tells the relay
     await seen(ada, 'bob', 'offline')
     assert.deepEqual(ada.errors, [])
     await ada.close()
@@ -126,122 +126,122 @@ describe('two users', { skip: missing(...Object.values(files)) }, () => {
 
 describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name => describe('in ' + name, { concurrency: 1, skip: missing(files[name]) }, () => {
   let relay, browser
-  before(async () => [relay, browser] = await Promise.all([mortal(), browse(name)]))
+  before(async () => [relay, browser] = await Promise.all([startRelay(), browse(name)]))
   after(() => Promise.all([browser?.close(), relay?.kill()]))
-  afterEach(async () => { // a test that failed leaves pages
+  afterEach(async () => { // a failed test leaves pages open
     for (const page of (await browser.pages()).slice(1)) await page.close().catch(() => { })
   })
 
-  test('every technique, changed in mid-stream, loses nothing and says nothing twice', limit, async t => {
-    const page = await chat(browser, relay.url, 'ways', 'ada')
-    await by(page, 'ws')
+  test('changing the technique loses nothing and shows nothing twice, for every technique', limit, async t => {
+    const page = await openChat(browser, relay.url, 'ways', 'ada')
+    await connectedBy(page, 'ws')
     const others = talk(t, relay, 'ways')
-    for (const via of [...Object.keys(ways).slice(1), 'ws', 'poll', 'sse']) {
+    for (const via of [...Object.keys(techniques).slice(1), 'ws', 'poll', 'sse']) {
       await press(page, `#menu [value=${via}]`)
-      await by(page, via)
+      await connectedBy(page, via)
       await say(page, 'mine by ' + via)
-      const had = (await log(page)).length
-      await until('more by ' + via, async () => (await log(page)).length > had + 10, far)
+      const had = (await logLines(page)).length
+      await until('more by ' + via, async () => (await logLines(page)).length > had + 10, slow)
     }
     await others.stop()
-    await same(page, relay, 'ways')
-    assert.deepEqual(await gaps(page), [])
+    await expectSameLog(page, relay, 'ways')
+    assert.deepEqual(await gapLines(page), [])
     const tally = await text(page, '#tally')
-    for (const via of Object.values(ways)) assert.match(tally, new RegExp(`\\d+ by ${via}`))
+    for (const via of Object.values(techniques)) assert.match(tally, new RegExp(`\\d+ by ${via}`))
     assert.deepEqual(page.errors, [])
     await page.close()
   })
 
-  test('the relay is killed and started again: a gap is said, what was written meanwhile is said once', limit, async t => {
-    const page = await chat(browser, relay.url, 'killed', 'ada')
+  test('the relay is killed and restarted: the page shows a gap, and what was written meanwhile is published once', limit, async t => {
+    const page = await openChat(browser, relay.url, 'killed', 'ada')
     for (const round of [1, 2]) {
       await say(page, `before ${round}`)
-      await relay.say('killed', `also before ${round}`)
+      await relay.publish('killed', `also before ${round}`)
     }
-    await same(page, relay, 'killed')
-    const before = await log(page)
+    await expectSameLog(page, relay, 'killed')
+    const before = await logLines(page)
     await relay.kill()
-    await until('it is noticed', async () => await state(page) === 'reconnecting')
+    await until('the page notices', async () => await state(page) === 'reconnecting')
     await say(page, 'meanwhile')
     await say(page, 'and this')
     await until('it waits', async () => /waiting for the connection/.test(await text(page, '#outbox')))
-    await relay.begin()
-    await opened(page)
-    await until('a gap is said', async () => (await gaps(page)).length)
-    await until('both are said', async () => (await relay.truth('killed')).length >= 2, far)
-    await relay.say('killed', 'after')
-    await same(page, relay, 'killed', before)
-    assert.deepEqual((await relay.truth('killed')).map(line => line.replace(/^\d+ /, '')), ['meanwhile', 'and this', 'after'])
-    const [gap, ...more] = await gaps(page)
+    await relay.restart()
+    await connected(page)
+    await until('a gap is shown', async () => (await gapLines(page)).length)
+    await until('both are published', async () => (await relay.messages('killed')).length >= 2, slow)
+    await relay.publish('killed', 'after')
+    await expectSameLog(page, relay, 'killed', before)
+    assert.deepEqual((await relay.messages('killed')).map(line => line.replace(/^\d+ /, '')), ['meanwhile', 'and this', 'after'])
+    const [gap, ...more] = await gapLines(page)
     assert.match(gap, /restarted/)
     assert.deepEqual(more, [])
-    assert.deepEqual(wrong(page), [])
+    assert.deepEqual(unexpected(page), [])
     await page.close()
   })
 
-  test('the network is cut, and comes back; falls silent, and comes back: nothing is missing', limit, async t => {
+  test('the network is cut, and comes back; stalls, and comes back: nothing is missing', limit, async t => {
     const net = await network(relay.port)
     t.after(() => net.stop())
-    const page = await chat(browser, net.url, 'cut', 'ada')
+    const page = await openChat(browser, net.url, 'cut', 'ada')
     const others = talk(t, relay, 'cut', 100)
-    for (const how of ['cut', 'silence', 'cut']) {
+    for (const how of ['cut', 'stall', 'cut']) {
       await say(page, `before ${how}`)
-      net.is(how)
+      net.set(how)
       await say(page, `during ${how}`)
-      await until(`${how} is noticed`, async () => await state(page) !== 'open', far)
+      await until(`${how} is noticed`, async () => await state(page) !== 'open', slow)
       const said = others.said
-      await until('others go on', () => others.said > said + 5)
-      net.is('pass')
-      await opened(page)
+      await until('others continue', () => others.said > said + 5)
+      net.set('pass')
+      await connected(page)
     }
     await others.stop()
-    await same(page, relay, 'cut')
-    assert.equal((await log(page)).filter(line => /during/.test(line)).length, 3)
-    assert.deepEqual(await gaps(page), [])
-    assert.deepEqual(wrong(page), [])
+    await expectSameLog(page, relay, 'cut')
+    assert.equal((await logLines(page)).filter(line => /during/.test(line)).length, 3)
+    assert.deepEqual(await gapLines(page), [])
+    assert.deepEqual(unexpected(page), [])
     await page.close()
   })
 
-  test('a proxy holds answers back: the chat falls to long polling and goes on, and returns when it can', limit, async t => {
+  test('a proxy buffers responses: the chat continues with long polling, and returns to a better technique when it can', limit, async t => {
     const between = await proxy(relay.port)
     t.after(() => between.stop())
-    const page = await chat(browser, between.url, 'held', 'ada')
-    await by(page, 'sse') // it knows no WebSocket
+    const page = await openChat(browser, between.url, 'held', 'ada')
+    await connectedBy(page, 'sse') // the proxy supports no WebSocket
     const others = talk(t, relay, 'held', 100)
-    between.holds = true
+    between.buffers = true
     between.cut()
-    await by(page, 'longpoll')
-    await say(page, 'while it holds')
-    const had = (await log(page)).length
-    await until('more comes', async () => (await log(page)).length > had + 10, far)
-    between.holds = false
-    await by(page, 'sse')
+    await connectedBy(page, 'longpoll')
+    await say(page, 'while it buffers')
+    const had = (await logLines(page)).length
+    await until('more comes', async () => (await logLines(page)).length > had + 10, slow)
+    between.buffers = false
+    await connectedBy(page, 'sse')
     await say(page, 'when it does not')
     await others.stop()
-    await same(page, relay, 'held')
-    assert.deepEqual(await gaps(page), [])
-    assert.deepEqual(wrong(page), [])
+    await expectSameLog(page, relay, 'held')
+    assert.deepEqual(await gapLines(page), [])
+    assert.deepEqual(unexpected(page), [])
 
-    between.holds = true // from the beginning
-    const anew = await chat(browser, between.url, 'held-anew', 'ada')
-    await by(anew, 'longpoll')
-    await say(anew, 'hi')
-    await relay.say('held-anew', 'hi ada')
-    await same(anew, relay, 'held-anew')
-    assert.deepEqual(wrong(anew), [])
-    await Promise.all([page.close(), anew.close()])
+    between.buffers = true // from the beginning
+    const second = await openChat(browser, between.url, 'held-second', 'ada')
+    await connectedBy(second, 'longpoll')
+    await say(second, 'hi')
+    await relay.publish('held-second', 'hi ada')
+    await expectSameLog(second, relay, 'held-second')
+    assert.deepEqual(unexpected(second), [])
+    await Promise.all([page.close(), second.close()])
   })
 
-  test('ten tabs hold one connection; when the leading tab closes another goes on from the same cursor', limit, async t => {
+  test('ten tabs share one connection; when the leader closes, another tab continues from the same cursor', limit, async t => {
     const url = relay.url
-    await until('nobody is left of before', async () => await relay.connections() === 0)
-    let tabs = [await chat(browser, url, 'tabs', 'ada')]
-    while (tabs.length < 10) tabs.push(await chat(browser, url, 'tabs', 'ada'))
+    await until('no connection is left of earlier tests', async () => await relay.connections() === 0)
+    let tabs = [await openChat(browser, url, 'tabs', 'ada')]
+    while (tabs.length < 10) tabs.push(await openChat(browser, url, 'tabs', 'ada'))
     const leaders = async () => (await Promise.all(tabs.map(async page => await state(page) === 'open' && await text(page, '#more') === '' && page))).filter(Boolean)
     const others = talk(t, relay, 'tabs', 50)
     await until('one connection', async () => await relay.connections() === 1)
     await say(tabs[3], 'from the fourth tab')
-    await until('some is said', () => others.said > 20)
+    await until('there are messages', () => others.said > 20)
     assert.equal(await relay.connections(), 1)
     assert.equal((await leaders()).length, 1)
     for (const still of [9, 8]) {
@@ -250,22 +250,22 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
       tabs = tabs.filter(page => page !== leader)
       await leader.close()
       await until('another leads', async () => (await leaders()).length === 1)
-      await until('more is said', () => others.said > said + 20)
+      await until('there are more messages', () => others.said > said + 20)
       assert.equal(tabs.length, still)
     }
     await others.stop()
     for (const page of tabs) {
-      await same(page, relay, 'tabs')
-      assert.deepEqual(await gaps(page), [])
+      await expectSameLog(page, relay, 'tabs')
+      assert.deepEqual(await gapLines(page), [])
       assert.deepEqual(page.errors, [])
-      assert.deepEqual(await who(page), { ada: 'online' })
+      assert.deepEqual(await people(page), { ada: 'online' })
     }
     await until('one connection', async () => await relay.connections() === 1)
     await Promise.all(tabs.map(page => page.close()))
-    await until('the last tab says that ada is gone', async () => !Object.keys(await relay.presence('tabs')).length)
+    await until('the last tab reports that ada has left', async () => !Object.keys(await relay.presence('tabs')).length)
   })
 
-  /** Publishes what JSON can say. Without a user nobody said it. */
+  /** Publishes any JSON. */
   async function publish(room, data, query = {}) {
     const answer = await fetch(`${relay.url}/rooms/${room}?${new URLSearchParams(query)}`, { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(data) })
     assert.equal(answer.status, 201, await answer.clone().text())
@@ -280,8 +280,8 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
   const shapes = { 'text without a name': ['hi'], 'text with a name': ['hi', { user: 'bob' }], empty: [''], number: [5], null: [null], object: [{ a: [1, 'b'] }], list: [[]], false: [false],
     'another type': [{ choice: 2 }, { type: 'vote', user: 'bob' }], 'a type as properties are called': ['x', { type: 'constructor' }], long: ['long '.repeat(12e3)] }
 
-  test('the first event of a room, whatever it is, is shown: published before the page is there, and after; by any technique, behind any line', limit, async () => {
-    const page = await chat(browser, relay.url, 'first', 'ada')
+  test('the first event of a room is shown, whatever it is: published before or after the page enters, with any technique, below any line', limit, async () => {
+    const page = await openChat(browser, relay.url, 'first', 'ada')
     let n = 0
     for (const when of ['after', 'before']) for (const [name, [data, query]] of Object.entries(shapes)) {
       const room = 'first-' + ++n, text = typeof data === 'string' ? data : JSON.stringify(data)
@@ -291,23 +291,23 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
       assert.equal((await shown(page, id)).text, text, name)
       assert.equal(await page.evaluate(() => document.querySelector('#log .type')?.textContent), query?.type, name)
       await shown(page, await publish(room, 'next'))
-      assert.equal((await log(page)).length, 2)
+      assert.equal((await logLines(page)).length, 2)
     }
     await enter(page, 'first-lines')
     await shown(page, await publish('first-lines', 'behind a date'))
     for (const via of ['sse', 'poll']) {
       await press(page, `#menu [value=${via}]`)
-      await by(page, via)
-      await until('a line says so', async () => (await text(page, '#log .way:last-child'))?.endsWith(ways[via]))
+      await connectedBy(page, via)
+      await until('a line says so', async () => (await text(page, '#log .way:last-child'))?.endsWith(techniques[via]))
       await shown(page, await publish('first-lines', 'behind a line, ' + via))
     }
-    await same(page, relay, 'first-lines')
+    await expectSameLog(page, relay, 'first-lines')
     assert.deepEqual(page.errors, [])
     await page.close()
   })
 
-  test('an event that can not be shown is shown as it is; the rest of its batch, who is here and the scrolling are as they should be', limit, async () => {
-    const page = await chat(browser, relay.url, 'broken', 'ada')
+  test('an event that cannot be rendered is shown as JSON; the rest of its batch, presence and scrolling still work', limit, async () => {
+    const page = await openChat(browser, relay.url, 'broken', 'ada')
     await page.evaluate(async () => {
       const { techniques } = await import('./comet.js')
       techniques.multipart = link => {
@@ -328,42 +328,42 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
       }
       document.querySelector('#menu [value=multipart]').click()
     })
-    await until('the last is shown', async () => (await log(page)).at(-1)?.endsWith(' last'))
-    const texts = (await log(page)).map(line => line.replace(/^\S+ /, ''))
+    await until('the last is shown', async () => (await logLines(page)).at(-1)?.endsWith(' last'))
+    const texts = (await logLines(page)).map(line => line.replace(/^\S+ /, ''))
     assert.equal(texts[0], 'behind a gap, nobody')
     assert.match(texts[1], /^\{"id":\d+,"room":"broken","type":"message","time":"never".*"data":"no time"/)
     assert.match(texts[2], /"type":"presence".*"data":null/)
     assert.equal(texts[3], 'line 0')
     assert.equal(texts.length, 3 + 60 + 2)
-    assert.deepEqual(Object.entries(await who(page)).filter(([, is]) => is !== 'offline'), [['grace', 'online']])
+    assert.deepEqual(Object.entries(await people(page)).filter(([, is]) => is !== 'offline'), [['grace', 'online']])
     assert.ok(await page.evaluate(() => { const s = document.querySelector('#scroller'); return s.scrollHeight > s.clientHeight && s.scrollHeight - s.scrollTop - s.clientHeight < 40 }), 'it is at the bottom')
     assert.equal(page.errors.filter(line => /chat\.js$/.test(line)).length, 2, page.errors.join('\n'))
     await page.close()
   })
 
-  test('an operator erases the history: it is gone from the page too, which says so', limit, async () => {
-    const page = await chat(browser, relay.url, 'erased', 'ada')
+  test('an operator erases the history: the page removes it too, and says so', limit, async () => {
+    const page = await openChat(browser, relay.url, 'erased', 'ada')
     await publish('erased', 'a secret')
     await say(page, 'mine')
-    await same(page, relay, 'erased')
+    await expectSameLog(page, relay, 'erased')
     const answer = await fetch(relay.url + '/rooms/erased', { method: 'DELETE' })
     assert.equal(answer.status, 204)
-    await until('it says so', async () => (await gaps(page)).some(gap => /erased/.test(gap)))
-    assert.deepEqual(await log(page), [])
+    await until('it says so', async () => (await gapLines(page)).some(gap => /erased/.test(gap)))
+    assert.deepEqual(await logLines(page), [])
     await publish('erased', 'after')
-    await same(page, relay, 'erased')
-    assert.equal((await log(page)).length, 1)
+    await expectSameLog(page, relay, 'erased')
+    assert.equal((await logLines(page)).length, 1)
     assert.deepEqual(page.errors, [])
     await page.close()
   })
 
-  test('two tabs of one browser are two people; each keeps its name, and a new one proposes the last', limit, async t => {
+  test('two tabs of one browser are two users; each keeps its name, and a new tab suggests the last name', limit, async t => {
     const fresh = await browser.createBrowserContext()
     t.after(() => fresh.close())
     const name = page => text(page, '#me').then(text => text.replace('as ', ''))
-    const ada = await chat(fresh, relay.url, 'two', 'ada')
+    const ada = await openChat(fresh, relay.url, 'two', 'ada')
     const bob = await open(fresh, relay.url + '/?room=two')
-    await opened(bob)
+    await connected(bob)
     await until('ada is proposed', () => bob.evaluate(() => { const { value, selectionEnd, form } = document.querySelector('#name'); return !form.hidden && value === 'ada' && selectionEnd === 3 }))
     await until('it says that ada is here', async () => /^Somebody here is already called ada\. You will/.test(await text(bob, '#taken')))
     await bob.bringToFront()
@@ -374,11 +374,11 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await bob.keyboard.type('bob')
     await until('nobody is called bob', async () => await text(bob, '#taken') === '')
     await bob.keyboard.press('Enter')
-    await until('bob is here', async () => (await who(ada)).bob === 'online')
+    await until('bob is here', async () => (await people(ada)).bob === 'online')
     await bob.keyboard.type('hm', { delay: 20 })
     await until('ada sees bob typing', async () => await text(ada, '#typing') === 'bob is typing…')
     await bob.keyboard.press('Enter')
-    await same(ada, relay, 'two')
+    await expectSameLog(ada, relay, 'two')
     await ada.bringToFront()
     await ada.focus('#text')
     await ada.keyboard.type('yes', { delay: 20 })
@@ -387,29 +387,29 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
 
     for (const [page, is] of [[ada, 'ada'], [bob, 'bob']]) {
       await page.reload()
-      await opened(page)
+      await connected(page)
       assert.equal(await name(page), is)
     }
     const third = await open(fresh, relay.url + '/?room=two')
-    await opened(third)
+    await connected(third)
     assert.equal(await third.evaluate(() => document.querySelector('#name').value), 'bob')
     const grace = await open(fresh, relay.url + '/?room=two&user=grace')
-    await until('grace is here', async () => (await who(ada)).grace === 'online')
+    await until('grace is here', async () => (await people(ada)).grace === 'online')
     await press(grace, '#me')
     await grace.evaluate(() => {
       document.querySelector('#name').value = 'grace h.'
       document.querySelector('#naming').requestSubmit()
     })
     await until('grace is called otherwise', async () => await name(grace) === 'grace h.')
-    await until('nobody is called grace', async () => (await who(ada)).grace !== 'online', 5e3)
+    await until('nobody is called grace', async () => (await people(ada)).grace !== 'online', 5e3)
     await grace.reload()
-    await opened(grace)
+    await connected(grace)
     assert.equal(await name(grace), 'grace h.')
-    assert.deepEqual([ada, bob, third, grace].flatMap(wrong), [])
+    assert.deepEqual([ada, bob, third, grace].flatMap(unexpected), [])
   })
 
-  test('names and texts that run from right to left stay where they are', limit, async () => {
-    const page = await chat(browser, relay.url, 'bidi', 'ada'), other = 'אבג (1)'
+  test('right-to-left names and texts do not affect what is around them', limit, async () => {
+    const page = await openChat(browser, relay.url, 'bidi', 'ada'), other = 'אבג (1)'
     for (const user of [other, 'דה']) await fetch(`${relay.url}/rooms/bidi/presence?${new URLSearchParams({ user })}`, { method: 'POST', body: 'typing' })
     await publish('bidi', 'שלום', { user: other })
     await until('they type', async () => / are typing…$/.test(await text(page, '#typing')))
@@ -423,24 +423,24 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await page.close()
   })
 
-  test('links end where they end', limit, async () => {
-    const page = await chat(browser, relay.url, 'links', 'ada')
+  test('punctuation and brackets around a URL are not part of the link', limit, async () => {
+    const page = await openChat(browser, relay.url, 'links', 'ada')
     const links = { '(see https://x.org/a_(b))': 'https://x.org/a_(b)', '(https://x.org/)': 'https://x.org/', 'https://x.org/a_(b).': 'https://x.org/a_(b)', '[a](https://x.org/[b]), and': 'https://x.org/[b]',
       '“https://x.org/?a=(1)&b=[2]”!': 'https://x.org/?a=(1)&b=[2]', 'https://x.org/a, https': 'https://x.org/a', 'http://[::1]:8080/)': 'http://[::1]:8080/', ['https://x.org/' + '('.repeat(3e4)]: 'https://x.org/' + '('.repeat(3e4) }
     for (const line of Object.keys(links)) await publish('links', line)
-    await same(page, relay, 'links')
+    await expectSameLog(page, relay, 'links')
     assert.deepEqual(await page.evaluate(() => [...document.querySelectorAll('#log .text a')].map(a => a.textContent)), Object.values(links))
     assert.deepEqual(page.errors, [])
     await page.close()
   })
 
-  test('the pill with new messages is above what is written, however many lines', limit, async () => {
-    const page = await chat(browser, relay.url, 'pill', 'ada')
+  test('the button for new messages is above the input, however many lines it has', limit, async () => {
+    const page = await openChat(browser, relay.url, 'pill', 'ada')
     for (let i = 0; i < 60; i++) await publish('pill', 'line ' + i)
-    await same(page, relay, 'pill')
+    await expectSameLog(page, relay, 'pill')
     await page.evaluate(() => { document.querySelector('#scroller').scrollTop = 0 })
     await until('it no longer follows', () => page.evaluate(() => document.querySelector('#scroller').scrollTop === 0))
-    await sleep(200) // the scroll event
+    await sleep(200) // for the scroll event
     await publish('pill', 'news')
     await until('the pill is there', async () => await text(page, '#pill') === '1 new message ↓')
     for (const lines of [1, 3, 8, 30]) {
@@ -456,11 +456,11 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await page.close()
   })
 
-  test('names have colours that can be told apart and read', limit, async () => {
-    const page = await chat(browser, relay.url, 'colours', 'ada')
+  test('names have colours that are distinct and readable', limit, async () => {
+    const page = await openChat(browser, relay.url, 'colours', 'ada')
     const names = ['adb', 'ada1', 'ada2', 'Ada', 'adá', 'bob', 'bobby', 'rob', 'user1', 'user2', 'user3', 'user4', 'anna', 'anne', 'annie']
     for (const user of names) await publish('colours', 'hi', { user })
-    await same(page, relay, 'colours')
+    await expectSameLog(page, relay, 'colours')
     for (const scheme of ['light', 'dark']) {
       if (name === 'chromium') await page.emulateMediaFeatures([{ name: 'prefers-color-scheme', value: scheme }])
       else if (scheme === 'dark') continue
@@ -498,20 +498,20 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await page.close()
   })
 
-  test('after changes of technique nobody stays behind when the tab is closed, or renamed', limit, async t => {
+  test('after changes of technique, a user who closes the tab or changes the name is gone from presence', limit, async t => {
     const fresh = await browser.createBrowserContext()
     t.after(() => fresh.close())
-    const watch = await chat(fresh, relay.url, 'ghost', 'watcher')
-    const leave = page => { page.goto('about:blank').catch(() => { }) } // closed by WebDriver, Firefox drops the last request now and then
+    const watch = await openChat(fresh, relay.url, 'ghost', 'watcher')
+    const leave = page => { page.goto('about:blank').catch(() => { }) } // when WebDriver closes the page, Firefox sometimes drops the last request
     for (const vias of [['sse'], ['longpoll'], ['jsonp'], ['poll'], ['sse', 'ws'], ['stream', 'longpoll', 'iframe']]) {
       const user = vias.join('-')
       const page = await open(fresh, `${relay.url}/?room=ghost&user=${user}`)
-      await by(page, 'ws')
+      await connectedBy(page, 'ws')
       for (const via of vias) {
         await press(page, `#menu [value=${via}]`)
-        await by(page, via)
+        await connectedBy(page, via)
       }
-      await until(user + ' is seen', async () => (await who(watch))[user] === 'online')
+      await until(user + ' is seen', async () => (await people(watch))[user] === 'online')
       if (vias[1]) {
         await page.evaluate(() => {
           document.querySelector('#name').value = 'other'
@@ -529,12 +529,12 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await watch.close()
   })
 
-  test('a page that is left holds nothing, and goes on when it is back', limit, async () => {
-    await until('nobody is left of before', async () => await relay.connections() === 0)
-    const page = await chat(browser, relay.url, 'left', 'ada')
+  test('a page in the back/forward cache has no connection, and continues when it is shown again', limit, async () => {
+    await until('no connection is left of earlier tests', async () => await relay.connections() === 0)
+    const page = await openChat(browser, relay.url, 'left', 'ada')
     for (const via of ['ws', 'sse', 'stream', 'multipart', 'iframe', 'longpoll', 'jsonp']) {
       await press(page, `#menu [value=${via}]`)
-      await by(page, via)
+      await connectedBy(page, via)
       await until('it is held', async () => await relay.connections() === 1)
       page.goto(relay.url + '/comet.d.ts').catch(() => { })
       await until('it is left', () => page.evaluate(() => location.pathname === '/comet.d.ts').catch(() => false))
@@ -542,62 +542,62 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
       await publish('left', 'while away from ' + via)
       page.goBack().catch(() => { })
       await until('it is back', () => page.evaluate(() => document.body.dataset.status === 'open').catch(() => false))
-      await same(page, relay, 'left')
+      await expectSameLog(page, relay, 'left')
       await until('one is held', async () => await relay.connections() === 1)
     }
-    await press(page, '#menu [value=multipart]') // as the cache for going back does it
+    await press(page, '#menu [value=multipart]') // with the events of the back/forward cache
     for (const via of ['multipart', 'iframe', 'jsonp', 'sse']) {
       await press(page, `#menu [value=${via}]`)
-      await by(page, via)
+      await connectedBy(page, via)
       await page.evaluate(() => dispatchEvent(new PageTransitionEvent('pagehide', { persisted: true })))
       await until(`nothing is held by ${via}`, async () => await relay.connections() === 0, 5e3)
       await publish('left', 'while frozen by ' + via)
       await page.evaluate(() => dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true })))
-      await opened(page)
-      await same(page, relay, 'left')
+      await connected(page)
+      await expectSameLog(page, relay, 'left')
     }
-    assert.deepEqual(await gaps(page), [])
-    assert.deepEqual(wrong(page), [])
+    assert.deepEqual(await gapLines(page), [])
+    assert.deepEqual(unexpected(page), [])
     await page.close()
   })
 
-  test('the network goes: the chat says so at once; it is only another network: nothing changes', limit, async t => {
+  test('the browser goes offline: the chat says so at once; but if the relay is still reachable, nothing changes', limit, async t => {
     const net = await network(relay.port)
     t.after(() => net.stop())
-    const page = await chat(browser, net.url, 'offline', 'ada')
+    const page = await openChat(browser, net.url, 'offline', 'ada')
     const line = online => page.evaluate(online => {
       Object.defineProperty(navigator, 'onLine', { value: online, configurable: true })
       dispatchEvent(new Event(online ? 'online' : 'offline'))
     }, online)
     await line(false)
-    await sleep(5e3) // longer than it would take to find out
+    await sleep(5e3) // longer than the check takes
     assert.equal(await text(page, '#words'), 'connected by WebSocket')
-    net.is('silence')
+    net.set('stall')
     await line(false)
     await until('it says so', async () => await state(page) === 'offline', 6e3)
     assert.match(await text(page, '#state'), /^offline: what you write is kept for later/)
     await say(page, 'meanwhile')
-    net.is('pass')
+    net.set('pass')
     await line(true)
-    await opened(page)
-    await same(page, relay, 'offline')
-    assert.deepEqual(wrong(page), [])
+    await connected(page)
+    await expectSameLog(page, relay, 'offline')
+    assert.deepEqual(unexpected(page), [])
     await page.close()
   })
 
-  test('hostile names and messages are text, on every page', limit, async t => {
+  test('hostile names and messages are text on every page', limit, async t => {
     const names = ['<img src=x onerror="document.title=1">', '"><b class=owned>', '__proto__']
     const messages = ['<script>document.title=1</script>', '</p></script><b class=owned>', '<img src=x onerror=document.title=1>',
       'javascript:document.title=1', 'https://example.com/"onclick="document.title=1', '\u202Eright to left', '&lt;b&gt; &amp;', 'a\u2028b']
-    const fresh = await browser.createBrowserContext() // where no name is kept
+    const fresh = await browser.createBrowserContext() // without a stored name
     t.after(() => fresh.close())
-    const page = await chat(fresh, relay.url, 'hostile', names[0])
-    for (const user of names) for (const message of messages) await relay.say('hostile', message, user)
+    const page = await openChat(fresh, relay.url, 'hostile', names[0])
+    for (const user of names) for (const message of messages) await relay.publish('hostile', message, user)
     await fetch(`${relay.url}/rooms/hostile/presence?${new URLSearchParams({ user: names[1] })}`, { method: 'POST', body: 'typing' })
-    await same(page, relay, 'hostile')
-    assert.equal((await log(page)).length, names.length * messages.length)
-    await until('both are seen', async () => Object.keys(await who(page)).length >= 2)
-    assert.deepEqual(Object.keys(await who(page)).filter(one => names.includes(one)).sort(), names.slice(0, 2).sort())
+    await expectSameLog(page, relay, 'hostile')
+    assert.equal((await logLines(page)).length, names.length * messages.length)
+    await until('both are seen', async () => Object.keys(await people(page)).length >= 2)
+    assert.deepEqual(Object.keys(await people(page)).filter(one => names.includes(one)).sort(), names.slice(0, 2).sort())
     for (const from of names) assert.ok(await page.evaluate(from => [...document.querySelectorAll('.head bdi')].some(bdi => bdi.textContent === from), from))
     const harmless = page => page.evaluate(() => ({
       title: document.title, owned: document.querySelectorAll('.owned, img, script:not([src]), [onclick]').length,
@@ -619,14 +619,14 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     }
   })
 
-  test('without JavaScript: the page leads to a whole chat, presence included', limit, async t => {
+  test('without JavaScript the chat works, with presence', limit, async t => {
     const plain = name === 'firefox' ? await browse(name, { extraPrefsFirefox: { 'javascript.enabled': false } }) : browser
     const page = await plain.newPage()
     try {
       if (plain === browser) await page.setJavaScriptEnabled(false)
       const go = path => { page.goto(relay.url + path).catch(() => { }) }
-      const ask = (what, ...args) => page.evaluate(what, ...args).catch(() => false) // while pages change there may be none
-      const has = (what, words) => until(`${what} says ${words}`, () => ask((what, words) => [...document.querySelectorAll(what)].some(el => el.textContent.includes(words)), what, words), far)
+      const ask = (what, ...args) => page.evaluate(what, ...args).catch(() => false) // there may be no page while it changes
+      const has = (what, words) => until(`${what} says ${words}`, () => ask((what, words) => [...document.querySelectorAll(what)].some(el => el.textContent.includes(words)), what, words), slow)
       /** Clicks the middle of an element, which may be in the form's frame. */
       async function click(selector, frame) {
         const at = await until(selector, () => ask((selector, frame) => {
@@ -652,7 +652,7 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
 
       await fetch(relay.url + '/rooms/lobby/presence?user=bob', { method: 'POST', body: 'online' })
       await has('.note', 'bob is online')
-      await relay.say('lobby', 'hi eve', 'bob')
+      await relay.publish('lobby', 'hi eve', 'bob')
       await has('.message', 'bob hi eve')
       await fetch(relay.url + '/rooms/lobby/presence?user=bob', { method: 'POST', body: 'offline' })
       await has('.note', 'bob is offline')
@@ -661,29 +661,29 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
         await click('input[name=data]', 'iframe.form')
         await page.keyboard.type(message)
         await page.keyboard.press('Enter')
-        await has('.message', 'eve ' + message) // in the same page, that goes on
+        await has('.message', 'eve ' + message) // in the same page, which continues
         await until('the field is empty', () => ask(() => document.querySelector('iframe.form').contentDocument?.querySelector('input[name=data]')?.value === ''))
       }
-      await relay.say('lobby', 'still there?', 'bob')
+      await relay.publish('lobby', 'still there?', 'bob')
       await has('.message', 'bob still there?')
       const shown = await ask(() => [...document.querySelectorAll('.message span')].map(span => span.textContent))
       assert.deepEqual(shown, ['hi eve', 'hi, I have no scripts', 'and write again', 'still there?'])
 
       go('/rooms/lobby/refresh?user=eve&wait=2')
-      await has('header', 'comes anew every 2 seconds')
+      await has('header', 'refreshes itself every 2 seconds')
       await has('.message', 'still there?')
-      await relay.say('lobby', 'news', 'bob')
+      await relay.publish('lobby', 'news', 'bob')
       await has('.message', 'bob news')
       go('/rooms/lobby/refresh?user=eve')
-      await has('header', 'comes anew every 10 seconds')
-      go('/rooms/lobby/refresh?user=eve&wait=55') // lest it comes anew while we write, and what is written is lost
-      await has('header', 'comes anew every 55 seconds')
+      await has('header', 'refreshes itself every 10 seconds')
+      go('/rooms/lobby/refresh?user=eve&wait=55') // a refresh would lose what is typed
+      await has('header', 'refreshes itself every 55 seconds')
       await click('input[name=data]')
-      await page.keyboard.type('from the page that comes anew')
+      await page.keyboard.type('from the page that refreshes itself')
       await page.keyboard.press('Enter')
-      await has('.message', 'eve from the page that comes anew')
-      const texts = (await relay.truth('lobby')).map(line => line.replace(/^\d+ /, ''))
-      assert.deepEqual(texts, ['hi eve', 'hi, I have no scripts', 'and write again', 'still there?', 'news', 'from the page that comes anew'])
+      await has('.message', 'eve from the page that refreshes itself')
+      const texts = (await relay.messages('lobby')).map(line => line.replace(/^\d+ /, ''))
+      assert.deepEqual(texts, ['hi eve', 'hi, I have no scripts', 'and write again', 'still there?', 'news', 'from the page that refreshes itself'])
     } finally {
       await page.close().catch(() => { })
       if (plain !== browser) await plain.close()
@@ -691,30 +691,30 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await until('eve is gone', async () => !(await relay.presence('lobby')).eve)
   })
 
-  if (name === 'chromium') test('pictures of it, for people to look at', limit, async t => {
+  if (name === 'chromium') test('screenshots', limit, async t => {
     const shots = join(tmpdir(), 'cometes-shots')
     mkdirSync(shots, { recursive: true })
-    const page = await chat(browser, relay.url, 'pictures', 'ada')
+    const page = await openChat(browser, relay.url, 'pictures', 'ada')
     const lines = [['bob', 'Good morning! Did the relay survive the night?'], ['bob', 'I read https://en.wikipedia.org/wiki/Comet_(programming), it is all there.'],
       ['grace', 'שלום לכולם, זה עובד מימין לשמאל'], ['grace', '🎉🎉'], ['bob', 'One long word: ' + 'wwwwwwwwww'.repeat(15)], ['linus', 'A message of several lines:\n  1. first\n  2. second'],
       ['bob', 'Lorem ipsum dolor sit amet, consectetur adipiscing elit. '.repeat(40)]]
-    for (const [from, data] of lines) await relay.say('pictures', data, from)
+    for (const [from, data] of lines) await relay.publish('pictures', data, from)
     for (const [user, is] of [['bob', 'typing'], ['grace', 'away'], ['linus', 'online']]) await fetch(`${relay.url}/rooms/pictures/presence?user=${user}`, { method: 'POST', body: is })
     await say(page, 'All fine here. Long live the long poll!')
-    await same(page, relay, 'pictures')
+    await expectSameLog(page, relay, 'pictures')
     const shot = async (name, scheme, viewport) => {
       await page.setViewport(viewport)
       await page.emulateMediaFeatures([{ name: 'prefers-color-scheme', value: scheme }])
-      await until('ada is there', async () => await state(page) === 'open' && (await who(page)).ada === 'online') // to become a phone it loads anew
+      await until('ada is there', async () => await state(page) === 'open' && (await people(page)).ada === 'online') // emulating a phone reloads the page
       await sleep(200)
       await page.screenshot({ path: join(shots, name + '.png') })
-      assert.ok(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), name + ': nothing sticks out to the side')
+      assert.ok(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), name + ': no horizontal scrolling')
     }
-    const desk = { width: 1100, height: 800 }, phone = { width: 390, height: 780, deviceScaleFactor: 2, isMobile: true, hasTouch: true }
-    await shot('light', 'light', desk)
-    await shot('dark', 'dark', desk)
+    const desktop = { width: 1100, height: 800 }, phone = { width: 390, height: 780, deviceScaleFactor: 2, isMobile: true, hasTouch: true }
+    await shot('light', 'light', desktop)
+    await shot('dark', 'dark', desktop)
     await press(page, '#how')
-    await shot('menu', 'light', desk)
+    await shot('menu', 'light', desktop)
     await press(page, '#how')
     await shot('phone', 'light', phone)
     await shot('phone-dark', 'dark', phone)

@@ -116,16 +116,16 @@ async function survives({ wire, room }, seen, say = text => publish(room, text))
   await all()
 
   const { tries } = wire
-  wire.is('cut')
+  wire.set('cut')
   await more(3)
   await until('the client tries again', () => wire.tries > tries)
   await more(3)
-  wire.is('pass')
+  wire.set('pass')
   await all()
 
   await more(30)
-  wire.is('cut')
-  wire.is('pass')
+  wire.set('cut')
+  wire.set('pass')
   await more(30)
   await all()
 
@@ -319,10 +319,10 @@ describe('clients of others', together, () => {
       await say('two')
       await shows('two')
       const { tries } = wire
-      wire.is('cut')
+      wire.set('cut')
       await say('three')
       await until('it tries again', () => wire.tries > tries)
-      wire.is('pass')
+      wire.set('pass')
       await shows('three')
       await page.evaluate(() => document.querySelector('form').requestSubmit())
       await shows('from the page')

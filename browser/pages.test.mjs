@@ -1,4 +1,4 @@
-// Where the pages may be: below any path of a proxy, in a page of another site, and behind a token. In both browsers.
+// The chat under a proxy's prefix, comet.js in a page of another site, and a relay that requires a token. In both browsers.
 
 import assert from 'node:assert/strict'
 import { execFile } from 'node:child_process'
@@ -8,7 +8,7 @@ import { join } from 'node:path'
 import { after, before, describe, test } from 'node:test'
 import { promisify } from 'node:util'
 import { missing } from './harm.mjs'
-import { below, binary, browse, browsers, open, site, sleep, start, token, until } from './relay.mjs'
+import { binary, browse, browsers, open, prefixed, site, sleep, start, token, until } from './relay.mjs'
 
 const run = promisify(execFile)
 const limit = { timeout: 120e3 }
@@ -18,7 +18,7 @@ const says = (page, selector, what) => until(`${selector} says ${what}`, async (
 const unexpected = page => page.errors.filter(line => !/Failed to load resource|WebSocket connection to|can.t establish a connection/.test(line))
 const press = (page, selector) => page.evaluate(selector => document.querySelector(selector).click(), selector)
 
-/** Writes into the chat, and waits until it is in the log. */
+/** Sends a message in the chat, and waits until it is in the log. */
 async function say(page, words) {
   await page.evaluate(words => {
     document.querySelector('#text').value = words
@@ -33,17 +33,17 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
   before(async () => browser = await browse(name))
   after(() => browser?.close())
 
-  /** A browser that has no cookie and no name yet. */
+  /** A browser context without cookies and without a stored name. */
   async function fresh(t) {
     const context = await browser.createBrowserContext()
     t.after(() => context.close().catch(() => { }))
     return context
   }
 
-  for (const prefix of ['/relay/', '/my%20relay/', '/a:b/', "/it's(odd);&$HOME/"]) test(`the chat works below ${prefix}`, limit, async t => {
+  for (const prefix of ['/relay/', '/my%20relay/', '/a:b/', "/it's(odd);&$HOME/"]) test(`the chat works under the prefix ${prefix}`, limit, async t => {
     const relay = await start('-beat', '2s')
     t.after(() => relay.stop())
-    const proxy = await below(relay.port, prefix)
+    const proxy = await prefixed(relay.port, prefix)
     t.after(() => proxy.stop())
     const page = await open(await fresh(t), proxy.url + '/?room=lobby&user=ada')
     await opened(page)
@@ -72,33 +72,33 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
     await opened(page)
     assert.equal(page.url(), proxy.url + '/?room=a:b')
     await run('sh', ['-c', await text(page, '#curl')])
-    await until('what is published as the page says is shown', () => page.evaluate(() => document.querySelector('#log .text')?.textContent === 'hi'))
+    await until('what the command from the page publishes is shown', () => page.evaluate(() => document.querySelector('#log .text')?.textContent === 'hi'))
     await page.reload()
     await opened(page)
     await until('the history', () => page.evaluate(() => document.querySelector('#log .text')?.textContent === 'hi'))
     assert.deepEqual(page.errors, [])
   })
 
-  test('a page of another site takes a path from where comet.js came from, if it is listed; if not it is told of -origins', limit, async t => {
+  test('in a page of another site, a path is relative to comet.js; if -origins does not list the site, the error says so', limit, async t => {
     let from
-    const foreign = await site('') // its port is to be listed
+    const foreign = await site('') // started first, since -origins must list its port
     t.after(() => foreign.stop())
     const relay = await start('-origins', foreign.url), strict = await start()
     t.after(() => Promise.all([relay.stop(), strict.stop()]))
-    const proxy = await below(relay.port, '/some/where/')
+    const proxy = await prefixed(relay.port, '/some/where/')
     t.after(() => proxy.stop())
     for (from of [relay.url, proxy.url, strict.url]) for (const via of [undefined, ['ws'], ['sse'], ['longpoll']]) {
       foreign.html = `<!DOCTYPE html><p id="said"></p><p id="error"></p><script type="module">
         import { Comet } from '${from}/comet.js'
         const comet = new Comet('/rooms/lobby', { last: 1, via: ${JSON.stringify(via)} })
-        const tell = (id, text) => { document.getElementById(id).textContent = text }
-        comet.addEventListener('message', e => tell('said', e.detail.data))
-        comet.addEventListener('status', e => e.detail.error && tell('error', e.detail.error.message))
+        const show = (id, text) => { document.getElementById(id).textContent = text }
+        comet.addEventListener('message', e => show('said', e.detail.data))
+        comet.addEventListener('status', e => e.detail.error && show('error', e.detail.error.message))
         comet.send('${via} from ${from}')
       </script>`
       const page = await open(browser, foreign.url + '/')
       if (from === strict.url) await says(page, '#error', new RegExp(`likely its -origins does not list ${foreign.url}$`))
-      else await until('it is said', async () => await text(page, '#said') === `${via} from ${from}`)
+      else await until('it is published', async () => await text(page, '#said') === `${via} from ${from}`)
       await page.close()
     }
   })
@@ -110,20 +110,20 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
     const now = () => Math.floor(Date.now() / 1e3)
     const good = claims => token('secret', { exp: now() + 600, ...claims })
 
-    test('the chat asks for one, and says how it is made, and what is wrong with it', limit, async t => {
+    test('the chat asks for a token, and says how to make one and what is wrong with it', limit, async t => {
       const page = await open(await fresh(t), relay.url + '/?room=team')
       await says(page, '#token', /This relay asks for a token/)
       assert.ok(await page.evaluate(() => document.activeElement.name === 'token' || !matchMedia('(hover: hover)').matches))
       assert.match(await text(page, '#token'), /COMETES_SECRET.*cometes token -sub NAME -read team -write team.*Fly\.io.*fly ssh console -C "\/cometes token .*Cloud Run/)
       assert.doesNotMatch(await text(page, '#token'), /not accepted/)
-      assert.ok(await page.evaluate(() => !['naming', 'say', 'scroller'].some(id => document.getElementById(id).getBoundingClientRect().height)), 'nothing to write in')
+      assert.ok(await page.evaluate(() => !['naming', 'say', 'scroller'].some(id => document.getElementById(id).getBoundingClientRect().height)), 'no input')
       const give = async token => {
         await until('there is a form', () => page.evaluate(() => !!document.querySelector('#token input')).catch(() => false))
         await page.evaluate(token => {
           const input = document.querySelector('#token input')
           input.value = ` ${token}\n`
           input.form.requestSubmit()
-        }, token).catch(() => { }) // Firefox may be on its way already
+        }, token).catch(() => { }) // Firefox may have left the page already
       }
       for (const [bad, why] of [['nonsense', /Your token was not accepted: the token is no JWT/], [token('other', { sub: 'ada' }), /not signed with this relay's secret/], [good({ sub: 'ada', exp: now() - 5 }), /expired/]]) {
         await give(bad)
@@ -139,7 +139,7 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
       assert.equal(await text(page, '#log .head bdi'), 'ada b')
       assert.match(await text(page, '#curl'), /^curl -H "Authorization: Bearer \$TOKEN" -d hi /)
 
-      await press(page, '#another') // another token, or not
+      await press(page, '#another') // opens the form, and closes it again
       await until('the form', () => page.evaluate(() => !document.querySelector('#token').hidden))
       await press(page, '#another')
       assert.ok(await page.evaluate(() => document.querySelector('#token').hidden))
@@ -151,14 +151,14 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
       assert.deepEqual(unexpected(page), [])
     })
 
-    test('what a token does not allow is not offered', limit, async t => {
-      const reads = await open(await fresh(t), `${relay.url}/?room=lobby&token=${good({ sub: 'eve', read: ['lobby'] })}`, { leaves: true })
+    test('the chat disables what a token does not allow', limit, async t => {
+      const reads = await open(await fresh(t), `${relay.url}/?room=lobby&token=${good({ sub: 'eve', read: ['lobby'] })}`, { redirects: true })
       await until('eve reads', async () => await text(reads, '#me').catch(() => '') === 'as eve')
       await opened(reads)
       assert.equal(await reads.evaluate(() => location.search), '?room=lobby')
       assert.deepEqual(await reads.evaluate(() => { const { disabled, placeholder } = document.querySelector('#text'); return [disabled, placeholder, document.querySelector('#send').disabled] }), [true, 'Your token does not allow you to write here', true])
 
-      const anyone = await open(await fresh(t), `${relay.url}/?room=lobby&token=${good({ read: ['lobby'], write: ['lobby'] })}`, { leaves: true })
+      const anyone = await open(await fresh(t), `${relay.url}/?room=lobby&token=${good({ read: ['lobby'], write: ['lobby'] })}`, { redirects: true })
       await until('a name is asked for', () => anyone.evaluate(() => document.querySelector('#naming')?.hidden === false).catch(() => false))
       await anyone.evaluate(() => {
         document.querySelector('#name').value = 'bob'
@@ -168,18 +168,18 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
       await say(anyone, 'hi, eve')
       await until('eve reads it', () => reads.evaluate(() => document.querySelector('#log .text')?.textContent === 'hi, eve'))
 
-      const writes = await open(await fresh(t), `${relay.url}/?room=lobby&token=${good({ sub: 'mallory', write: ['lobby'] })}`, { leaves: true })
+      const writes = await open(await fresh(t), `${relay.url}/?room=lobby&token=${good({ sub: 'mallory', write: ['lobby'] })}`, { redirects: true })
       await says(writes, '#log', /does not allow you to read/)
       await writes.evaluate(() => {
-        document.querySelector('#text').value = 'unseen by me'
+        document.querySelector('#text').value = 'not shown to the sender'
         document.querySelector('#say').requestSubmit()
       })
-      await until('it is said', () => reads.evaluate(() => [...document.querySelectorAll('#log .text')].at(-1)?.textContent === 'unseen by me'))
+      await until('it is published', () => reads.evaluate(() => [...document.querySelectorAll('#log .text')].at(-1)?.textContent === 'not shown to the sender'))
       assert.deepEqual([reads, anyone, writes].flatMap(unexpected), [])
     })
 
-    test('when a token expires the chat asks for another, and keeps what was written', limit, async t => {
-      const page = await open(await fresh(t), `${relay.url}/?room=lobby&token=${good({ sub: 'ada', read: ['lobby'], write: ['lobby'], exp: now() + 6 })}`, { leaves: true })
+    test('when a token expires the chat asks for another, and keeps the input', limit, async t => {
+      const page = await open(await fresh(t), `${relay.url}/?room=lobby&token=${good({ sub: 'ada', read: ['lobby'], write: ['lobby'], exp: now() + 6 })}`, { redirects: true })
       await until('as ada', async () => await text(page, '#me').catch(() => '') === 'as ada')
       await opened(page)
       await page.evaluate(() => { document.querySelector('#text').value = 'not yet sent' })
@@ -193,7 +193,7 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
       assert.deepEqual(unexpected(page), [])
     })
 
-    if (name === 'chromium') test('pictures of it, for people to look at', limit, async t => {
+    if (name === 'chromium') test('screenshots', limit, async t => {
       const shots = join(tmpdir(), 'cometes-shots')
       mkdirSync(shots, { recursive: true })
       const page = await open(await fresh(t), relay.url + '/?room=team&token=bad')
@@ -203,7 +203,7 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
         await page.emulateMediaFeatures([{ name: 'prefers-color-scheme', value: scheme }])
         await sleep(200)
         await page.screenshot({ path: join(shots, name + '.png') })
-        assert.ok(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), name + ': nothing sticks out to the side')
+        assert.ok(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), name + ': no horizontal scrolling')
       }
     })
   })

@@ -1,5 +1,4 @@
-// What the browser tests share: the relay on a free port, a network in between that can be cut or held back, and the
-// two browsers.
+// What the browser tests share: the relay on a free port, networks and proxies in between, and the two browsers.
 
 import assert from 'node:assert/strict'
 import { execFileSync, spawn } from 'node:child_process'
@@ -17,7 +16,7 @@ import puppeteer from 'puppeteer-core'
 export const sleep = ms => new Promise(done => setTimeout(done, ms))
 const listen = server => new Promise(done => server.listen(0, '127.0.0.1', () => done(server.address().port)))
 
-/** Waits until what `ask` gives is true, and gives it. */
+/** Waits until `ask` returns something true, and returns that. */
 export async function until(what, ask, ms = 30e3) {
   const end = Date.now() + ms
   for (let got; ;) {
@@ -34,9 +33,9 @@ async function freePort() {
   return port
 }
 
-export let binary = process.env.COMETES // a relay that is built already
+export let binary = process.env.COMETES // a relay that has been built already
 
-/** Starts a relay, built from the repository around this folder. */
+/** Starts a relay, built from this repository. */
 export async function start(...args) {
   const folder = mkdtempSync(join(tmpdir(), 'cometes-'))
   process.once('exit', () => rmSync(folder, { recursive: true, force: true }))
@@ -69,10 +68,10 @@ export async function wire(to) {
 }
 
 /**
- * Makes a server a proxy; of an answer that takes long it may pass on what it has only every so often. It may have the
- * relay behind a prefix, which it takes off.
+ * Makes a server a proxy. With `interval` it passes the parts of a response on only that often (in ms). The relay is under
+ * a prefix, which the proxy removes.
  */
-async function proxy(server, to, clumps, prefix = '/') {
+async function proxy(server, to, interval, prefix = '/') {
   const path = url => url.startsWith(prefix) ? '/' + url.slice(prefix.length) : undefined
   server.on('request', (request, response) => {
     if (!path(request.url)) return response.writeHead(404).end('not the relay')
@@ -81,11 +80,11 @@ async function proxy(server, to, clumps, prefix = '/') {
     const ask = http.request({ port: to, host: '127.0.0.1', method: request.method, path: path(request.url), headers, agent: false }, answer => {
       for (const name of ['connection', 'keep-alive', 'transfer-encoding']) delete answer.headers[name]
       response.writeHead(answer.statusCode, answer.headers)
-      if (!clumps) return answer.pipe(response)
-      let kept = []
-      const pass = () => response.write(Buffer.concat(kept.splice(0)))
-      const timer = setInterval(pass, clumps)
-      answer.on('data', part => kept.push(part))
+      if (!interval) return answer.pipe(response)
+      let buffered = []
+      const pass = () => response.write(Buffer.concat(buffered.splice(0)))
+      const timer = setInterval(pass, interval)
+      answer.on('data', part => buffered.push(part))
       answer.on('end', () => { pass(); response.end() })
       answer.on('close', () => clearInterval(timer))
     })
@@ -107,33 +106,33 @@ async function proxy(server, to, clumps, prefix = '/') {
   return { port: await listen(server), stop: () => { server.close(); sockets.forEach(socket => socket.destroy()) } }
 }
 
-/** A proxy that holds back: what streams comes on in clumps. */
-export async function clumsy(to, clumps) {
-  const { port, stop } = await proxy(http.createServer(), to, clumps)
+/** A proxy that buffers: it passes the parts of a stream on at intervals. */
+export async function clumsy(to, interval) {
+  const { port, stop } = await proxy(http.createServer(), to, interval)
   return { url: `http://127.0.0.1:${port}`, stop }
 }
 
-/** A proxy that has the relay below a path, such as /relay/. */
-export async function below(to, prefix) {
+/** A proxy that serves the relay under a prefix, such as /relay/. */
+export async function prefixed(to, prefix) {
   const { port, stop } = await proxy(http.createServer(), to, 0, prefix)
   return { url: `http://127.0.0.1:${port}${prefix.slice(0, -1)}`, stop }
 }
 
-/** A site of its own, with one page. */
+/** Another site, with one page. */
 export async function site(html) {
   const server = http.createServer((_, response) => response.setHeader('Content-Type', 'text/html; charset=utf-8').end(self.html))
   const self = { html, url: `http://127.0.0.1:${await listen(server)}`, stop: () => { server.close(); server.closeAllConnections() } }
   return self
 }
 
-/** A token, as any backend would make it. */
+/** A token, made as any backend makes one. */
 export function token(secret, claims) {
   const part = value => Buffer.from(JSON.stringify(value)).toString('base64url')
   const signed = part({ alg: 'HS256', typ: 'JWT' }) + '.' + part(claims)
   return signed + '.' + createHmac('sha256', secret).update(signed).digest('base64url')
 }
 
-/** A proxy that speaks HTTP/2 (and HTTP/1.1, for WebSockets) with a certificate of its own making. */
+/** A proxy with HTTP/2, HTTP/1.1 for WebSockets, and a self-signed certificate. */
 export async function secure(to) {
   const folder = mkdtempSync(join(tmpdir(), 'cometes-'))
   execFileSync('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2', '-subj', '/CN=127.0.0.1', '-addext', 'subjectAltName=IP:127.0.0.1', '-keyout', 'key', '-out', 'cert'], { cwd: folder, stdio: 'ignore' })
@@ -154,21 +153,21 @@ export const browse = (name, options) => puppeteer.launch(name === 'firefox' ? {
   args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
 })
 
-// An exception that a page does not catch fails the test that opened it, whatever that looks at.
-const thrown = [], ofTheNetwork = /Cross-Origin Request Blocked|can.t establish a connection|was interrupted while/ // which Firefox reports in the same way
-afterEach(() => assert.deepEqual(thrown.splice(0), [], 'uncaught in a page'))
+// An exception that a page does not catch fails the test that opened the page. Firefox reports network errors in the same way.
+const uncaught = [], networkErrors = /Cross-Origin Request Blocked|can.t establish a connection|was interrupted while/
+afterEach(() => assert.deepEqual(uncaught.splice(0), [], 'uncaught in a page'))
 
-/** Opens a page; one that `leaves` is elsewhere at once. Its console's errors are collected in page.errors. */
-export async function open(browser, url, { width = 1280, height = 1000, leaves = false } = {}) {
+/** Opens a page, and collects its console's errors in page.errors. A page that `redirects` is not awaited. */
+export async function open(browser, url, { width = 1280, height = 1000, redirects = false } = {}) {
   const page = await browser.newPage()
   page.errors = []
   page.on('console', message => message.type() === 'error' && page.errors.push(`${message.text()} ${message.location()?.url ?? ''}`))
   page.on('pageerror', error => {
     page.errors.push(error.stack ?? String(error))
-    if (!ofTheNetwork.test(error)) thrown.push(error.stack ?? String(error))
+    if (!networkErrors.test(error)) uncaught.push(error.stack ?? String(error))
   })
   await page.setViewport({ width, height })
-  page.goto(url).catch(() => { }) // a page with an endless frame is never loaded
-  if (!leaves) await until('the page is there', () => page.evaluate(url => location.href === url && document.readyState !== 'loading', new URL(url).href).catch(() => false))
+  page.goto(url).catch(() => { }) // a page with a frame that never ends is never loaded
+  if (!redirects) await until('the page is there', () => page.evaluate(url => location.href === url && document.readyState !== 'loading', new URL(url).href).catch(() => false))
   return page
 }

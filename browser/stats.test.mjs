@@ -1,9 +1,9 @@
-// The lab and the stats page as parts of a site: below a proxy's path, behind a token, for operators; and what they
-// hold while they are seen is given back when they are not.
+// The lab and the stats page: under a proxy's prefix, with tokens, for operators; and that a hidden page closes its
+// connections.
 
 import assert from 'node:assert/strict'
 import { after, afterEach, before, describe, test } from 'node:test'
-import { below, browse, browsers, open, start, token, until } from './relay.mjs'
+import { browse, browsers, open, prefixed, start, token, until } from './relay.mjs'
 
 const secret = 'a-secret-for-tests-of-thirty-two-bytes'
 let relay, guarded
@@ -24,7 +24,7 @@ const publish = (room, data) => fetch(`${relay.url}/rooms/${room}`, { method: 'P
 const ready = page => until('the lab is ready', () => page.evaluate(() => 'ready' in document.body.dataset).catch(() => false), 60e3)
 const rows = page => page.evaluate(() => [...document.querySelectorAll('#list tbody tr')].map(row => row.cells[0].textContent))
 
-/** What the relay holds open, by technique. */
+/** The relay's open connections, by technique. */
 async function held() {
   const text = await (await fetch(relay.url + '/metrics')).text()
   return Object.fromEntries([...text.matchAll(/^cometes_connections\{technique="(\w+)"\} ([1-9]\d*)$/gm)].map(([, name, count]) => [name, +count]))
@@ -32,8 +32,8 @@ async function held() {
 const holds = (what, names) => until(what, async () => JSON.stringify(await held()) === JSON.stringify(names), 30e3)
   .catch(async error => { throw new Error(`${error.message}: ${JSON.stringify(await held())} instead of ${JSON.stringify(names)}`) })
 
-/** What is wrong beyond the line that a browser writes for each answer that is an error. */
-const beyond = page => page.errors.filter(error => !/^Failed to load resource/.test(error))
+/** Errors other than the line that a browser logs for each response with an error status. */
+const unexpected = page => page.errors.filter(error => !/^Failed to load resource/.test(error))
 
 for (const name of browsers) describe(name, () => {
   let browser
@@ -58,12 +58,12 @@ for (const name of browsers) describe(name, () => {
       }))
     }
     if (name === 'chromium') return holds('stats alone', { multipart: 1, ws: 2 })
-    let last // Firefox ends a pushed picture's request only when it collects garbage
+    let last // Firefox closes a pushed picture's request only when it collects garbage
     await until('stats, and few pictures', async () => (last = await held()).multipart <= 3 && last.ws === 2 && Object.keys(last).length === 2)
       .catch(error => { throw new Error(`${error.message}: ${JSON.stringify(last)}`) })
   })
 
-  test('back to a page that the browser kept: it goes on', async () => {
+  test('back to a page in the back/forward cache: it continues', async () => {
     const page = await open(browser, relay.url + '/stats.html?room=kept-' + name)
     await until('it counts', () => page.evaluate(() => !!document.querySelectorAll('#relay .graph')[1]?.querySelector('.curve')))
     await go(page, relay.url + '/plain.css', 'body')
@@ -78,7 +78,7 @@ for (const name of browsers) describe(name, () => {
     }))
   })
 
-  test('the lab, hidden, holds nothing, and another tab loads', async () => {
+  test('a hidden lab holds no connection, and another tab loads', async () => {
     const page = await open(browser, relay.url + '/lab.html')
     await ready(page)
     await press(page, '#more')
@@ -100,9 +100,9 @@ for (const name of browsers) describe(name, () => {
     assert.deepEqual(await page.evaluate(() => [...document.querySelectorAll('.card')].filter(card => card.dataset.lost !== '0').map(card => card.id)), [])
   })
 
-  test('below a path of a proxy: every link, script, stream and line to copy', async () => {
+  test('under a prefix of a proxy: every link, script, stream and command to copy works', async () => {
     for (const prefix of ['/relay/', '/my%20relay/', '/a:b/', '/it\'s/']) {
-      const proxy = await below(relay.port, prefix)
+      const proxy = await prefixed(relay.port, prefix)
       const page = await open(browser, proxy.url + '/stats.html')
       await until('it counts', () => page.evaluate(() => !!document.querySelectorAll('#relay .graph')[1]?.querySelector('.curve')))
       const feed = await say(page, '#feed'), address = `${proxy.url}/rooms/temp`
@@ -121,7 +121,7 @@ for (const name of browsers) describe(name, () => {
     }
   })
 
-  test('without a token, lab and stats ask for one; with one they work, and it is no longer in the address', async () => {
+  test('without a token, lab and stats ask for one; with one they work, and the URL no longer contains it', async () => {
     for (const [path, rights, is] of [['/lab.html', { read: ['lab-*', '_stats'], write: ['lab-*'] }, '#board'], ['/stats.html', { read: ['_stats', 'temp'] }, '#relay .curve']]) {
       const context = await browser.createBrowserContext(), page = await open(context, guarded.url + path)
       await until('it asks', () => shown(page, '#enter input'))
@@ -138,7 +138,7 @@ for (const name of browsers) describe(name, () => {
         await until('the verdict', async () => !/finding out/.test(await say(page, '#verdict')))
         await until('the relay shows its counts', async () => +await page.evaluate(() => document.querySelector('#ws [data-cost=held]').cells[2].textContent) > 0)
       }
-      assert.deepEqual(beyond(page), [])
+      assert.deepEqual(unexpected(page), [])
       await context.close()
     }
   })
@@ -162,7 +162,7 @@ for (const name of browsers) describe(name, () => {
     assert.doesNotMatch(await say(page, '#verdict'), /finding out/)
     assert.match(await say(page, '#uncounted'), /does not show its own counts/)
     assert.ok(await page.evaluate(() => document.querySelector('#one').disabled))
-    assert.deepEqual(beyond(page), [])
+    assert.deepEqual(unexpected(page), [])
     await page.close()
     page = await enter('/stats.html', { read: ['temp'] })
     await until('no numbers', async () => /does not name the room _stats/.test(await say(page, '#news')))
@@ -178,7 +178,7 @@ for (const name of browsers) describe(name, () => {
     assert.deepEqual(page.errors, [])
   })
 
-  test('an operator sees the rooms, finds one, and erases it after a question', async () => {
+  test('an operator sees the rooms, finds one, and erases it after a confirmation', async () => {
     const room = `busy-${name}`
     for (let i = 0; i < 5; i++) await publish(room, String(i))
     await publish(`idle-${name}`, 'hi')
@@ -220,21 +220,21 @@ for (const name of browsers) describe(name, () => {
     assert.deepEqual(page.errors, [])
   })
 
-  test('who is no operator is told why', async () => {
-    const proxy = await below(relay.port, '/') // a proxy of ours says nothing of where it comes from
+  test('the page says why somebody is not an operator', async () => {
+    const proxy = await prefixed(relay.port, '/') // this proxy adds no header about the client
     const page = await open(browser, 'about:blank')
     await page.setExtraHTTPHeaders({ 'X-Forwarded-For': '192.0.2.7' })
     page.goto(proxy.url + '/stats.html').catch(() => { })
-    await until('it is told', async () => /^The relay lists its rooms to operators only\./.test(await say(page, '#count').catch(() => '')))
+    await until('it says so', async () => /^The relay lists its rooms to operators only\./.test(await say(page, '#count').catch(() => '')))
     assert.ok(!await shown(page, '#list'))
     await until('the graphs', () => shown(page, '#relay .curve'))
-    assert.deepEqual(beyond(page), [])
+    assert.deepEqual(unexpected(page), [])
     assert.ok(page.errors.length <= 1, 'asked once')
     await page.setExtraHTTPHeaders({})
     proxy.stop()
   })
 
-  test('the lab: what was erased is not lost', async () => {
+  test('the lab: erased messages do not count as lost', async () => {
     const room = 'wiped-' + name
     const page = await open(browser, `${relay.url}/lab.html?room=${room}`)
     await ready(page)

@@ -1,10 +1,10 @@
-// The chat in lynx and w3m, which show a page when it is whole: they read and write on the page that comes anew.
+// The chat in lynx and w3m, which show a page only when it is complete: they use the page that refreshes itself.
 
 import assert from 'node:assert/strict'
 import { execFile, spawn } from 'node:child_process'
 import { after, before, describe, test } from 'node:test'
 import { promisify } from 'node:util'
-import { missing, mortal } from './harm.mjs'
+import { missing, startRelay } from './harm.mjs'
 import { until } from './relay.mjs'
 
 const run = promisify(execFile)
@@ -17,25 +17,25 @@ const browsers = {
 
 for (const [name, { file, dump, visit, field, write, send, quit }] of Object.entries(browsers)) describe(name, { skip: missing(file) }, () => {
   let relay
-  before(async () => relay = await mortal())
+  before(async () => relay = await startRelay())
   after(() => relay?.kill())
   const read = async path => (await run(file, dump(relay.url + path), { timeout: 20e3, env: { ...process.env, LANG: 'C.UTF-8' } })).stdout
 
-  test('reads what is said and who is here, and shows markup as text', limit, async () => {
-    await relay.say('lobby', 'first', 'ada')
-    await relay.say('lobby', '<b>bold</b> & <script>no</script>', '<i>bob</i>')
+  test('it shows messages and presence, with markup as text', limit, async () => {
+    await relay.publish('lobby', 'first', 'ada')
+    await relay.publish('lobby', '<b>bold</b> & <script>no</script>', '<i>bob</i>')
     await fetch(relay.url + '/rooms/lobby/presence?user=ada', { method: 'POST', body: 'typing' })
     const page = await read('/rooms/lobby/refresh?user=eve')
     assert.match(page, /ada \(typing\), eve are here/)
     assert.match(page, /<i>bob<\/i> <b>bold<\/b> & <script>no<\/script>[^]*ada first/, 'the newest is on top')
     assert.match(page, /Name[^]*eve[^]*Message[^]*Send/)
     const front = await read('/')
-    assert.match(front, /This is a chat\.[^]*Your name[^]*Join[^]*the page that reloads/)
-    assert.doesNotMatch(front, /<|Write to|connecting|Who is here|WebSocket|Send|If nothing appears/, 'the page with scripts')
+    assert.match(front, /This is a chat\.[^]*Your name[^]*Join[^]*the page that refreshes\s+itself/)
+    assert.doesNotMatch(front, /<|Write to|connecting|Who is here|WebSocket|Send|If nothing appears/, 'nothing of the page for JavaScript')
     assert.deepEqual(Object.keys(await relay.presence('lobby')).sort(), ['ada', 'eve'])
   })
 
-  test('writes by the form, and is shown the page with it', limit, async t => {
+  test('it sends a message with the form, and then shows the page with that message', limit, async t => {
     const url = relay.url + '/rooms/write/refresh?user=eve'
     const child = spawn('script', ['-qfc', 'stty rows 40 cols 120; ' + visit(url), '/dev/null'], { detached: true, env: { ...process.env, TERM: 'vt100', LANG: 'C.UTF-8' } })
     t.after(() => { try { process.kill(-child.pid, 'SIGKILL') } catch { } })
@@ -47,16 +47,16 @@ for (const [name, { file, dump, visit, field, write, send, quit }] of Object.ent
     const keys = async keys => {
       for (const key of keys.match(/\x1b\[.|[^]/g)) {
         child.stdin.write(key)
-        await new Promise(done => setTimeout(done, 60)) // as fingers do
+        await new Promise(done => setTimeout(done, 60)) // as fast as a person types
       }
     }
-    await shows(/comes anew/)
+    await shows(/refreshes itself/)
     await shows(/Send/)
     await keys(field + write(`hi from ${name}`))
     await shows(new RegExp('hi from ' + name))
     await keys(send)
-    await until('it is said', async () => (await relay.truth('write')).length)
-    assert.deepEqual((await relay.truth('write')).map(line => line.replace(/^\d+ /, '')), [`hi from ${name}`])
+    await until('it is published', async () => (await relay.messages('write')).length)
+    assert.deepEqual((await relay.messages('write')).map(line => line.replace(/^\d+ /, '')), [`hi from ${name}`])
     await shows(/eve hi from/)
     assert.equal((await relay.presence('write')).eve, 'online')
     await keys(quit)

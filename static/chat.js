@@ -1,23 +1,23 @@
 /**
- * chat.js: the chat, and an example of what comet.js is for.
+ * chat.js: the chat, and an example of how to use comet.js.
  *
- * One rule keeps it correct: only events of the relay get into the log, in the relay's order. What we write waits below
- * it, in the outbox, until its own event arrives: so it is seen at once, yet all see the same order, and nothing
- * twice. Another keeps it safe: no text of a user is ever HTML.
+ * Only events from the relay are added to the log, in the relay's order. A message that the user sends waits below the
+ * log, in the outbox, until its own event arrives. So it is visible at once, all users see the same order, and nothing
+ * is shown twice. Text of a user is never inserted as HTML.
  */
 import { Comet } from './comet.js'
 import { access, askForToken } from './token.js'
 
-const KEEP = 1000 // messages in the page; then the oldest go
-const TOGETHER = 5 * 60e3 // ms within which what somebody says stands under one name
-const AWAY = 60e3 // ms hidden, and we are away
-const FADE = 8e3 // ms for which who left is still shown; style.css knows it too
-const HISTORY = 1e3 // ms after connecting; what comes later is news
+const MAX_MESSAGES = 1000 // in the page; older ones are removed
+const GROUP_TIME = 5 * 60e3 // ms; within it a user's messages are shown under one name
+const AWAY_AFTER = 60e3 // ms that the page is hidden before the user is away
+const FADE_TIME = 8e3 // ms for which a user who left is still listed; also in style.css
+const HISTORY_TIME = 1e3 // ms after connecting; a message that arrives later is new
 
 const GAPS = {
   history: 'the relay keeps only the newest',
-  restart: 'the relay was restarted, and what it kept is gone',
-  future: 'the relay was restarted, and has less than this page',
+  restart: 'the relay was restarted, and its history is gone',
+  future: 'the relay was restarted, and has fewer messages than this page',
 }
 const STATES = { online: '', typing: 'typing…', away: 'away', offline: 'left' }
 
@@ -26,12 +26,12 @@ $('plain').remove()
 $('markup').insertAdjacentHTML('afterend', $('markup').textContent)
 $('markup').remove()
 
-const log = $('log'), scroller = $('scroller'), box = $('text')
+const log = $('log'), scroller = $('scroller'), input = $('text')
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'short' })
 const calendar = new Intl.DateTimeFormat([], { weekday: 'long', day: 'numeric', month: 'long' })
-const order = new Intl.Collator().compare
-const count = (n, one) => `${n} ${one}${n === 1 ? '' : 's'}`
-const called = via => $('menu').querySelector(`[value="${via}"] + b`)?.textContent
+const compare = new Intl.Collator().compare
+const plural = (n, one) => `${n} ${one}${n === 1 ? '' : 's'}`
+const techniqueName = via => $('menu').querySelector(`[value="${via}"] + b`)?.textContent
 const asText = data => typeof data === 'string' ? data : String(JSON.stringify(data))
 
 const make = (tag, className, ...content) => {
@@ -45,138 +45,143 @@ const button = (label, press) => {
   return Object.assign(el, { type: 'button', onclick: () => press(el) })
 }
 
-/** What is stored: in this tab, which keeps its name so (a duplicate of it is the same person), or in the browser. */
-const store = area => ({
+/** Values stored for this tab, such as the user's name (a duplicated tab is the same user), or for the whole browser. */
+const storage = area => ({
   get(key) { try { return window[area].getItem('cometes ' + key) || '' } catch { return '' } },
   set(key, value) { try { window[area].setItem('cometes ' + key, value) } catch { } },
 })
-const tab = store('sessionStorage'), kept = store('localStorage')
+const tabStorage = storage('sessionStorage'), browserStorage = storage('localStorage')
 
 // Colours.
 
 const COLOURS = 24 // 12 hues, light and dark
-const colours = new Map // by name
+const colourOf = new Map // by name
 
-/** A name's colour: the same in every browser, unless another name on the page has it already. */
-function colour(name) {
-  if (colours.has(name)) return colours.get(name)
+/** A name has the same colour in every browser, unless another name in the page has that colour already. */
+function colourIndex(name) {
+  if (colourOf.has(name)) return colourOf.get(name)
   let hash = 0
   for (const c of name) hash = Math.imul(hash ^ c.codePointAt(0), 0x5bd1e995) ^ hash >>> 15
   let n = (hash >>> 0) % COLOURS
-  if (colours.size === COLOURS) return n
-  for (const taken = [...colours.values()]; taken.includes(n);) n = (n + 7) % COLOURS
-  colours.set(name, n)
+  if (colourOf.size === COLOURS) return n
+  for (const taken = [...colourOf.values()]; taken.includes(n);) n = (n + 7) % COLOURS
+  colourOf.set(name, n)
   return n
 }
 
-function paint(el, name) {
-  const n = colour(name)
+function applyColour(el, name) {
+  const n = colourIndex(name)
   el.style.setProperty('--hue', n % 12 * 30 + 15)
   el.classList.toggle('second', n >= 12)
 }
 
 // Rooms and names.
 
-let comet, listening // the client, and what ends our listening to it
-let room, rights
-let me = clean(new URLSearchParams(location.search).get('user') ?? '') || tab.get('name')
+let comet
+let listeners // an AbortController for our listeners
+let room, rights // rights: what the token allows in the room
+let unread // messages since the page was hidden
+let newBelow // new messages below the visible part of the log
+let gapCount, countByVia // gaps; messages by technique
+let me = cleanName(new URLSearchParams(location.search).get('user') ?? '') || tabStorage.get('name')
 
-/** What the relay takes for a name: without control characters and those that change the direction of text. */
-function clean(name) {
+/** A name that the relay accepts: at most 64 characters, none that control the terminal or the direction of text. */
+function cleanName(name) {
   const plain = name.replace(/[\p{Cc}\u061C\u200E\u200F\u2028-\u202E\u2066-\u2069]/gu, '').trim()
   return [...plain].slice(0, 64).join('').trim()
 }
-let unread, below, gaps, tally // messages since the page was hidden; below what is seen; gaps; messages by technique
 
-/** The room in the address, /?room=lobby or #lobby. */
-function address() {
+/** The room in the URL: ?room=lobby or #lobby. */
+function roomInURL() {
   const { hash, searchParams } = new URL(location)
   const name = hash.slice(1) || searchParams.get('room') || ''
   return name.trim().replace(/[^A-Za-z0-9_.:-]+/g, '-').slice(0, 64) || 'lobby'
 }
 
-async function enter(name) {
-  box.value = draft() // what was not sent was meant for the other room: let us see it
-  outbox.forEach(drop)
+async function enterRoom(name) {
+  input.value = draft() // messages for the old room that were not sent: the user decides
+  outbox.forEach(discard)
   room = $('room').value = name
   $('room').size = Math.max(5, name.length)
-  box.placeholder = 'Write to #' + name
+  input.placeholder = 'Write to #' + name
   log.replaceChildren()
-  log.ariaBusy = true // nobody wants the history read out
-  group = day = way = undefined
-  unread = below = gaps = 0
-  tally = {}
-  due = []
+  log.ariaBusy = true // a screen reader does not read the history out
+  lastGroup = lastDay = lastVia = undefined
+  unread = newBelow = gapCount = 0
+  countByVia = {}
+  pending = []
   following = true
-  colours.clear()
+  colourOf.clear()
   if (!comet || rights.required) {
-    listening?.abort()
+    listeners?.abort()
     comet?.close()
-    nobody()
+    clearPeople()
     $('say').inert = true
     rights = await access(name)
     if (name !== room) return
     $('say').inert = false
   }
-  allowed()
+  applyRights()
 }
 
-/** Offers what the token allows, if the relay asks for one. */
-function allowed() {
+/** Enables what the token allows, if the relay requires one. */
+function applyRights() {
   const { required, refused, user, read, write, error } = rights
   me = user || me
   $('me').disabled = !!user
   $('token').hidden = !refused
   $('another').hidden = !required || refused
-  box.disabled = $('send').disabled = !write
-  box.placeholder = write ? 'Write to #' + room : 'Your token does not allow you to write here'
+  input.disabled = $('send').disabled = !write
+  input.placeholder = write ? 'Write to #' + room : 'Your token does not allow you to write here'
   const url = String(new URL('rooms/' + room, location)).replace('http://', '')
-  $('curl').textContent = `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${/^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", "'\\''")}'`}`
-  title()
-  links()
-  if (refused) ask(error)
-  else if (!read) line('gap', 'Your token does not allow you to read this room.')
+  const quoted = /^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", "'\\''")}'`
+  $('curl').textContent = `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${quoted}`
+  updateTitle()
+  updateLinks()
+  if (refused) showTokenForm(error)
+  else if (!read) addLine('gap', 'Your token does not allow you to read this room.')
   if (read || write) connect()
-  else told({ status: 'closed', error: new Error(refused ? 'this relay asks for a token' : 'your token is for other rooms') })
+  else onStatus({ status: 'closed', error: new Error(refused ? 'this relay asks for a token' : 'your token is for other rooms') })
 }
 
-function links() {
+function updateLinks() {
   const query = me && '?' + new URLSearchParams({ user: me })
   $('endless').href = `rooms/${room}/html${query}`
   $('anew').href = `rooms/${room}/refresh${query}`
 }
 
-const ask = error => askForToken($('token'), error, `-read ${room} -write ${room}`)
+const showTokenForm = error => askForToken($('token'), error, `-read ${room} -write ${room}`)
 $('another').onclick = () => {
   if ($('people').matches(':popover-open')) $('people').hidePopover()
-  if ($('token').hidden) ask()
+  if ($('token').hidden) showTokenForm()
   else $('token').hidden = true
 }
 
-/** Connects under our name; again when room or name change. With a cursor, what is on the page goes on. */
+/** Connects under the user's name; again when room or name change. With a cursor, the log continues. */
 function connect(after) {
-  listening?.abort()
+  listeners?.abort()
   comet?.close()
-  nobody()
+  clearPeople()
   comet = new Comet('/rooms/' + room, { user: me || undefined, presence: true, last: 100, after })
-  const { signal } = listening = new AbortController()
-  comet.addEventListener('status', e => told(e.detail), { signal })
-  comet.addEventListener('event', e => heard(e.detail), { signal })
+  const { signal } = listeners = new AbortController()
+  comet.addEventListener('status', e => onStatus(e.detail), { signal })
+  comet.addEventListener('event', e => onEvent(e.detail), { signal })
   const { value } = $('menu').elements.way
   if (value !== 'auto') comet.use(value)
-  named(!!me)
+  showNaming(!me)
   $('me').replaceChildren('as ', make('bdi', '', me))
   $('outbox').querySelector('bdi').textContent = me
-  paint($('outbox'), me)
-  look()
-  show()
+  applyColour($('outbox'), me)
+  updateVisibility()
+  render()
 }
 
-function named(is) {
-  if (!is && $('naming').hidden) $('name').value = me || kept.get('name')
-  $('naming').hidden = is
-  taken()
-  $('say').hidden = $('me').hidden = !is
+/** Shows the form for the name, or the form for messages. */
+function showNaming(show) {
+  if (show && $('naming').hidden) $('name').value = me || browserStorage.get('name')
+  $('naming').hidden = !show
+  warnIfTaken()
+  $('say').hidden = $('me').hidden = show
 }
 
 $('go').onsubmit = e => {
@@ -184,59 +189,59 @@ $('go').onsubmit = e => {
   const name = $('room').value
   if (name === room) return
   history.pushState(null, '', '?room=' + name)
-  enter(name)
+  enterRoom(name)
   focusOn()
 }
-$('room').onblur = () => { $('room').value = room } // only Enter goes there
-onpopstate = onhashchange = () => address() === room || enter(address())
+$('room').onblur = () => { $('room').value = room } // only Enter changes the room
+onpopstate = onhashchange = () => roomInURL() === room || enterRoom(roomInURL())
 
 $('me').onclick = () => {
-  named(false)
+  showNaming(true)
   $('name').select()
 }
 $('name').onkeydown = e => {
   if (e.key !== 'Escape' || !me) return
-  named(true)
-  box.focus()
+  showNaming(false)
+  input.focus()
 }
 $('naming').onsubmit = e => {
   e.preventDefault()
-  const name = clean($('name').value), url = new URL(location)
+  const name = cleanName($('name').value), url = new URL(location)
   if (!name) return
-  if (name === me) named(true)
+  if (name === me) showNaming(false)
   else {
     me = name
-    tab.set('name', me)
-    kept.set('name', me)
+    tabStorage.set('name', me)
+    browserStorage.set('name', me)
     url.searchParams.delete('user')
     history.replaceState(null, '', url)
-    links()
+    updateLinks()
     connect(comet.cursor)
   }
-  box.focus()
+  input.focus()
 }
-$('name').oninput = taken
+$('name').oninput = warnIfTaken
 
-/** A name is whoever uses it. */
-function taken() {
-  const name = clean($('name').value)
-  const is = name !== me && (people.get(name)?.dataset.state ?? 'offline') !== 'offline'
-  if ($('taken').querySelector('bdi')?.textContent === (is ? name : undefined)) return // it would be read out again
-  $('taken').replaceChildren(...is ? ['Somebody here is already called ', make('bdi', '', name), '. You will be taken for the same person.'] : [])
+/** Names are not reserved: two people with one name are one user. */
+function warnIfTaken() {
+  const name = cleanName($('name').value)
+  const taken = name !== me && (people.get(name)?.dataset.state ?? 'offline') !== 'offline'
+  if ($('taken').querySelector('bdi')?.textContent === (taken ? name : undefined)) return // or a screen reader reads it out again
+  $('taken').replaceChildren(...taken ? ['Somebody here is already called ', make('bdi', '', name), '. You will be taken for the same person.'] : [])
 }
 
 function focusOn() {
-  if (!matchMedia('(hover: hover)').matches || !$('token').hidden) return // on a phone it would bring up the keyboard
-  if (me) box.focus()
+  if (!matchMedia('(hover: hover)').matches || !$('token').hidden) return // on a phone the keyboard would appear
+  if (me) input.focus()
   else $('name').select()
 }
 
 // The connection.
 
-let ticking
-function told({ status, via, retryIn, error, leader }) {
-  const words = { connecting: 'connecting', open: 'connected by ' + called(via), closed: 'not connected' }[status] ?? status
-  if ($('words').textContent !== words) $('words').textContent = words // the same again would be read out again
+let countdown
+function onStatus({ status, via, retryIn, error, leader }) {
+  const words = { connecting: 'connecting', open: 'connected by ' + techniqueName(via), closed: 'not connected' }[status] ?? status
+  if ($('words').textContent !== words) $('words').textContent = words // or a screen reader reads it out again
   document.body.dataset.status = status
   const at = Date.now() + retryIn
   const more = () => $('more').textContent =
@@ -244,108 +249,108 @@ function told({ status, via, retryIn, error, leader }) {
     status === 'offline' ? ': what you write is kept for later' :
     status === 'closed' ? `: ${error?.status === 401 ? 'this relay asks for a token' : error?.message}` :
     retryIn ? ` in ${Math.max(1, Math.ceil((at - Date.now()) / 1e3))} s` : '…'
-  clearInterval(ticking)
-  if (status === 'reconnecting' && retryIn) ticking = setInterval(more, 1e3)
+  clearInterval(countdown)
+  if (status === 'reconnecting' && retryIn) countdown = setInterval(more, 1e3)
   more()
-  $('trouble').textContent = !error ? '' : `${status === 'open' ? 'That is not to be had' : 'Trouble'}: ${error.message}.`
-  for (const mine of outbox) if (mine.state === 'pending') mark(mine, 'pending')
-  if (status === 'closed' && error?.status === 401) ask(rights.exp * 1e3 < Date.now() ? 'it has expired' : error.message)
+  $('trouble').textContent = !error ? '' : `${status === 'open' ? 'That technique failed' : 'Trouble'}: ${error.message}.`
+  for (const mine of outbox) if (mine.state === 'pending') setState(mine, 'pending')
+  if (status === 'closed' && error?.status === 401) showTokenForm(rights.exp * 1e3 < Date.now() ? 'it has expired' : error.message)
   if (status !== 'open') return
-  if (log.ariaBusy === 'true') setTimeout(() => log.ariaBusy = false, HISTORY)
-  if (way && way !== via) later(way => line('way', 'from here on by ' + called(way)), via)
-  way = via
+  if (log.ariaBusy === 'true') setTimeout(() => log.ariaBusy = false, HISTORY_TIME)
+  if (lastVia && lastVia !== via) enqueue(() => addLine('way', 'from here on by ' + techniqueName(via)))
+  lastVia = via
 }
 
 $('menu').onchange = e => comet?.use(e.target.value === 'auto' ? null : e.target.value)
 $('menu').onsubmit = e => e.preventDefault()
 
-// The log. A burst is written at once, and costs one layout.
+// The log. Events that arrive within 20 ms are rendered together, with one layout.
 
-let due, timer // what is to be written, and when
-let group, day, way // the last of each: the messages under one name, the date, the technique
-let following // stay at the bottom
+let pending, renderTimer // [function, event] to render
+let lastGroup, lastDay, lastVia // at the log's end: the messages under one name, the date, the technique
+let following // the log is scrolled to its end, and stays there
 
-function later(write, event) {
-  due.push([write, event])
-  timer ??= setTimeout(show, 20)
+function enqueue(show, event) {
+  pending.push([show, event])
+  renderTimer ??= setTimeout(render, 20)
 }
 
-function show() {
-  clearTimeout(timer)
-  timer = undefined
-  for (const [write, event] of due.splice(0)) {
+function render() {
+  clearTimeout(renderTimer)
+  renderTimer = undefined
+  for (const [show, event] of pending.splice(0)) {
     try {
-      for (const mine of outbox) if (mine.id < event.id) message({ ...mine, data: mine.text, from: me }) // its own event is lost
-      write(event)
-    } catch (error) { // of this event nothing but the event itself can be shown
+      for (const mine of outbox) if (mine.id < event?.id) showMessage({ ...mine, data: mine.text, from: me }) // its own event was lost
+      show(event)
+    } catch (error) { // show the event as it is
       console.error(error)
-      group = undefined
-      const raw = make('div', 'message raw', words(event))
+      lastGroup = undefined
+      const raw = make('div', 'message raw', textElement(event))
       raw.dataset.id = event?.id
       log.append(raw)
     }
   }
-  while (log.getElementsByClassName('message').length > KEEP) oldest().remove()
-  standing()
-  follow()
+  while (log.getElementsByClassName('message').length > MAX_MESSAGES) oldestElement().remove()
+  updateSummary()
+  keepAtEnd()
 }
 
-/** A message, or a line, or a name with its last message; but not the day above what stays. */
-function oldest() {
+/** The oldest message or line, or a name with its last message; but not the date above the messages that remain. */
+function oldestElement() {
   const [first, second] = log.children
   const el = first.className === 'day' && second.className !== 'day' ? second : first
   return el.childElementCount > 2 ? el.children[1] : el
 }
 
-function gap({ data }) {
+function showGap({ data }) {
   if (data?.reason === 'erased') {
     log.replaceChildren()
-    day = undefined
-    below = 0
-    return line('gap', 'An operator erased what was here.')
+    lastDay = undefined
+    newBelow = 0
+    return addLine('gap', 'An operator erased the messages that were here.')
   }
-  gaps++
-  line('gap', `Some messages may be missing here: ${GAPS[data?.reason] ?? 'the relay lost them'}.`)
+  gapCount++
+  addLine('gap', `Some messages may be missing here: ${GAPS[data?.reason] ?? 'the relay lost them'}.`)
 }
 
-/** A line across the log. Of two of a kind with nothing between them, the newer counts. */
-function line(kind, text) {
-  group = undefined
+/** Adds a line across the log. It replaces a line of the same kind that is directly above. */
+function addLine(kind, text) {
+  lastGroup = undefined
   if (log.lastElementChild?.className === kind) log.lastElementChild.textContent = text
   else log.append(make('p', kind, text))
 }
 
-/** Whatever was published. A message's type goes without saying. */
-function message({ id, type = 'message', from, time, data }) {
-  const mine = ours({ id, from, data })
-  if (mine) drop(mine)
+/** Shows any published event. The type is shown unless it is message. */
+function showMessage({ id, type = 'message', from, time, data }) {
+  const mine = findInOutbox({ id, from, data })
+  if (mine) discard(mine)
   const at = new Date(time), minute = clock.format(at)
-  if (day !== at.toDateString()) line('day', calendar.format(at))
-  day = at.toDateString()
-  if (!group || group.from !== from || time - group.time > TOGETHER) {
-    group = { from, time, minute, el: make('section', from && from === me ? 'group mine' : 'group') }
-    group.el.append(make('p', 'head', make('bdi', '', from ?? 'somebody'), stamp(at, minute)))
-    paint(group.el, from ?? '')
-    log.append(group.el)
+  if (lastDay !== at.toDateString()) addLine('day', calendar.format(at))
+  lastDay = at.toDateString()
+  if (!lastGroup || lastGroup.from !== from || time - lastGroup.time > GROUP_TIME) {
+    lastGroup = { from, time, minute, el: make('section', from && from === me ? 'group mine' : 'group') }
+    lastGroup.el.append(make('p', 'head', make('bdi', '', from ?? 'somebody'), timeElement(at, minute)))
+    applyColour(lastGroup.el, from ?? '')
+    log.append(lastGroup.el)
   }
-  const p = make('div', 'message', words(data))
+  const p = make('div', 'message', textElement(data))
   p.dataset.id = id
   if (type !== 'message') p.prepend(make('code', 'type', type))
-  if (minute !== group.minute) p.append(stamp(at, group.minute = minute))
-  group.el.append(p)
-  tally[comet.via] = (tally[comet.via] ?? 0) + 1
-  if (!following && !mine) below++
+  if (minute !== lastGroup.minute) p.append(timeElement(at, lastGroup.minute = minute))
+  lastGroup.el.append(p)
+  countByVia[comet.via] = (countByVia[comet.via] ?? 0) + 1
+  if (!following && !mine) newBelow++
 }
 
-const stamp = (at, minute) => Object.assign(make('time', '', minute), { dateTime: at.toISOString(), title: at.toLocaleString() })
+const timeElement = (at, minute) => Object.assign(make('time', '', minute), { dateTime: at.toISOString(), title: at.toLocaleString() })
 
-/** A message's text: links are links, what is long is folded, emoji alone are big. */
-function words(data) {
+/** A message's text. URLs become links, long text is folded, and emoji alone are big. */
+function textElement(data) {
   const text = asText(data)
   const el = Object.assign(make('div', 'text'), { dir: 'auto' })
   let at = 0
   for (const { 0: match, index } of text.matchAll(/\bhttps?:\/\/[^\s<>"]+/gi)) {
-    const href = trimmed(match), end = href.length
+    const href = trimLink(match), end = href.length
     if (!URL.canParse(href)) continue
     const link = Object.assign(make('a', '', href), { href, target: '_blank', rel: 'noopener noreferrer' })
     el.append(text.slice(at, index), link)
@@ -361,8 +366,8 @@ function words(data) {
   }))
 }
 
-/** A link without what stands behind it: a bracket that was opened before it, a full stop. */
-function trimmed(link) {
+/** Removes what follows a URL in a sentence: a full stop, or a closing bracket that was opened before the URL. */
+function trimLink(link) {
   const open = [], pairs = { '(': ')', '[': ']', '{': '}' }
   let end = 0
   for (; end < link.length; end++) {
@@ -375,211 +380,212 @@ function trimmed(link) {
 
 const atBottom = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40
 
-function follow() {
+/** Scrolls to the end if the user has not scrolled up; otherwise shows the number of new messages below. */
+function keepAtEnd() {
   if (following) scroller.scrollTop = scroller.scrollHeight
-  if (following) below = 0
-  $('pill').hidden = !below
-  $('pill').textContent = count(below, 'new message') + ' ↓'
+  if (following) newBelow = 0
+  $('pill').hidden = !newBelow
+  $('pill').textContent = plural(newBelow, 'new message') + ' ↓'
 }
 scroller.onscroll = () => {
   following = atBottom()
-  if (following) follow()
+  if (following) keepAtEnd()
 }
 $('pill').onclick = () => {
   following = true
-  follow()
-  box.focus()
+  keepAtEnd()
+  input.focus()
 }
-new ResizeObserver(follow).observe(scroller) // a keyboard came in, or what is written takes another line
+new ResizeObserver(keepAtEnd).observe(scroller) // the phone's keyboard appears, or the input grows
 
-// What we write.
+// Messages of this user.
 
-const outbox = new Set // of { text, key, time, el, note, state }, and id as soon as the relay has it
+const outbox = new Set // of { text, key, time, el, note, state }; and id, once the relay has answered
 
-function say(text) {
+function submit(text) {
   const note = make('div', 'note'), time = Date.now()
-  const mine = { text, time, note, el: make('div', '', words(text), note), key: time.toString(36) + Math.random().toString(36) }
+  const mine = { text, time, note, el: make('div', '', textElement(text), note), key: time.toString(36) + Math.random().toString(36) }
   outbox.add(mine)
   $('outbox').append(mine.el)
   $('outbox').hidden = false
-  $('outbox').classList.toggle('more', group?.from === me)
-  deliver(mine)
-  comet.presence('online') // that is, not typing any more
+  $('outbox').classList.toggle('more', lastGroup?.from === me)
+  send(mine)
+  comet.presence('online') // no longer typing
   following = true
-  follow()
+  keepAtEnd()
 }
 
-/** Sends it; a second time with the same key, so that it can't be said twice. */
-async function deliver(mine) {
-  mark(mine, 'pending')
+/** Sends a message. A retry has the same key, so it is not published twice. */
+async function send(mine) {
+  setState(mine, 'pending')
   try {
     mine.id = await comet.send(mine.text, { key: mine.key })
-    show()
-    if (log.querySelector(`[data-id="${mine.id}"]`)) drop(mine) // it came already: only the first answer was lost
-    else mark(mine, 'sent')
+    render()
+    if (log.querySelector(`[data-id="${mine.id}"]`)) discard(mine) // its event has arrived already: only the first answer was lost
+    else setState(mine, 'sent')
   } catch (error) {
-    mark(mine, 'failed', error)
+    setState(mine, 'failed', error)
   }
-  follow()
+  keepAtEnd()
 }
 
-/** What an event is of ours. It may come before the relay's answer does: then it is known by its text. */
-function ours({ id, from, data }) {
+/** Finds the message in the outbox that an event belongs to. If the event arrives before the answer to POST, its text is compared. */
+function findInOutbox({ id, from, data }) {
   const all = [...outbox]
   return all.find(mine => mine.id === id) ?? all.find(mine => mine.state === 'pending' && mine.text === data && me === from)
 }
 
-function mark(mine, state, error) {
+function setState(mine, state, error) {
   mine.state = state
   mine.el.className = 'message ' + state
   mine.note.role = error ? 'alert' : null
   mine.note.replaceChildren(...error ?
-    [`Not sent: ${error.message}. `, button('Try again', () => deliver(mine)), ' ', button('Discard', () => drop(mine))] :
+    [`Not sent: ${error.message}. `, button('Try again', () => send(mine)), ' ', button('Discard', () => discard(mine))] :
     [state === 'sent' ? 'sent' : comet.status === 'open' ? 'sending…' : 'waiting for the connection…'])
 }
 
-function drop(mine) {
+function discard(mine) {
   outbox.delete(mine)
   mine.el.remove()
   $('outbox').hidden = !outbox.size
 }
 
-/** What is in the box, and before it what was not sent. */
-const draft = () => [...[...outbox].filter(mine => !mine.id).map(mine => mine.text), box.value].join('\n').trim()
-addEventListener('pagehide', () => tab.set('draft', draft()))
+/** Messages that were not sent, and the text in the input. */
+const draft = () => [...[...outbox].filter(mine => !mine.id).map(mine => mine.text), input.value].join('\n').trim()
+addEventListener('pagehide', () => tabStorage.set('draft', draft()))
 
-function fit() {
-  box.style.height = 'auto'
-  box.style.height = box.scrollHeight + 2 + 'px'
+function fitHeight() {
+  input.style.height = 'auto'
+  input.style.height = input.scrollHeight + 2 + 'px'
 }
-box.oninput = () => {
-  fit()
-  if (box.value) comet.typing()
+input.oninput = () => {
+  fitHeight()
+  if (input.value) comet.typing()
 }
-box.onkeydown = e => {
+input.onkeydown = e => {
   if (e.key !== 'Enter' || e.shiftKey || e.isComposing) return
   e.preventDefault()
   $('say').requestSubmit()
 }
 $('say').onsubmit = e => {
   e.preventDefault()
-  const text = box.value.trim()
-  box.value = ''
-  fit()
-  if (text) say(text)
+  const text = input.value.trim()
+  input.value = ''
+  fitHeight()
+  if (text) submit(text)
 }
 
 // Who is here.
 
-const people = new Map // by name: their line in the list
-let crowd // how many, where names are not told
+const people = new Map // name → list item
+let crowdCount // the number of users, if the roster has no names
 
-function presence({ from, data }) {
-  if (from) return person(from, data)
+function showPresence({ from, data }) {
+  if (from) return showPerson(from, data)
   const { users = {} } = data
-  crowd = data.users ? 0 : data.count
-  if (crowd) nobody()
-  for (const name of people.keys()) if (!Object.hasOwn(users, name)) person(name, 'offline')
-  for (const name in users) person(name, users[name])
+  crowdCount = data.users ? 0 : data.count
+  if (crowdCount) clearPeople()
+  for (const name of people.keys()) if (!Object.hasOwn(users, name)) showPerson(name, 'offline')
+  for (const name in users) showPerson(name, users[name])
 }
 
-function person(name, state) {
+function showPerson(name, state) {
   let li = people.get(name)
   if (!li && state === 'offline') return
   if (!li) {
     li = Object.assign(make('li', '', make('bdi', '', name), name === me ? ' (you)' : '', make('small')), { person: name })
-    paint(li, name)
-    const behind = ({ person }) => person !== me && (name === me || order(person, name) > 0)
-    $('here').insertBefore(li, [...$('here').children].find(behind) ?? null)
+    applyColour(li, name)
+    const comesAfter = ({ person }) => person !== me && (name === me || compare(person, name) > 0)
+    $('here').insertBefore(li, [...$('here').children].find(comesAfter) ?? null)
     people.set(name, li)
   }
   li.dataset.state = state
   li.lastChild.textContent = STATES[state]
-  clearTimeout(li.gone)
-  if (state === 'offline') li.gone = setTimeout(() => people.delete(name) && li.remove(), FADE)
+  clearTimeout(li.removeTimer)
+  if (state === 'offline') li.removeTimer = setTimeout(() => people.delete(name) && li.remove(), FADE_TIME)
 }
 
-function nobody() {
-  for (const li of people.values()) clearTimeout(li.gone)
+function clearPeople() {
+  for (const li of people.values()) clearTimeout(li.removeTimer)
   people.clear()
   $('here').replaceChildren()
 }
 
-/** What stands around the log and follows from it. */
-function standing() {
-  const those = state => [...people.values()].filter(li => li.dataset.state === state).map(li => li.person)
-  $('count').textContent = $('who').textContent = `${crowd || people.size - those('offline').length} here`
-  $('crowd').hidden = !crowd
-  const typing = those('typing').filter(name => name !== me)
+/** Updates what is shown around the log: counts, who is typing, whether the name is taken. */
+function updateSummary() {
+  const withState = state => [...people.values()].filter(li => li.dataset.state === state).map(li => li.person)
+  $('count').textContent = $('who').textContent = `${crowdCount || people.size - withState('offline').length} here`
+  $('crowd').hidden = !crowdCount
+  const typing = withState('typing').filter(name => name !== me)
   const who = typing.length > 3 ? [`${typing.length} people`] : typing
   const parts = new Intl.ListFormat('en').formatToParts(who).map(({ type, value }) => type === 'element' ? make('bdi', '', value) : value)
   $('typing').replaceChildren(...who[0] ? [...parts, typing[1] ? ' are typing…' : ' is typing…'] : [])
-  const by = Object.entries(tally).map(([via, n]) => `${n} by ${called(via)}`)
-  taken()
-  $('tally').textContent = `Messages so far: ${by.join(', ') || 'none'}. ${gaps ? count(gaps, 'gap') : 'No gap'}.`
+  const by = Object.entries(countByVia).map(([via, n]) => `${n} by ${techniqueName(via)}`)
+  $('tally').textContent = `Messages so far: ${by.join(', ') || 'none'}. ${gapCount ? plural(gapCount, 'gap') : 'No gap'}.`
+  warnIfTaken()
 }
 
-// Whether we are here.
+// Whether the user looks at the page.
 
-let leaving, unlock, looks = 0
-const lock = () => `cometes ${room} ${me}`
+let awayTimer, releaseLock, lockCount = 0
+const lockName = () => `cometes ${room} ${me}`
 
-/** A page that is seen holds a lock, so that a hidden one can tell that we are only looking at another. */
-function look() {
-  const now = ++looks
-  unlock?.()
-  clearTimeout(leaving)
-  if (document.hidden) leaving = setTimeout(async () => await elsewhere() || comet?.presence('away'), AWAY)
-  else navigator.locks?.request(lock(), { mode: 'shared' }, () => now === looks && new Promise(free => unlock = free))
+/** A visible page holds a lock. So a hidden page knows that the user looks at another page, and is not away. */
+function updateVisibility() {
+  const count = ++lockCount
+  releaseLock?.()
+  clearTimeout(awayTimer)
+  if (document.hidden) awayTimer = setTimeout(async () => await visibleElsewhere() || comet?.presence('away'), AWAY_AFTER)
+  else navigator.locks?.request(lockName(), { mode: 'shared' }, () => count === lockCount && new Promise(resolve => releaseLock = resolve))
 }
-const elsewhere = async () => (await navigator.locks?.query())?.held.some(({ name }) => name === lock())
+const visibleElsewhere = async () => (await navigator.locks?.query())?.held.some(({ name }) => name === lockName())
 
-function title() {
+function updateTitle() {
   document.title = `${unread ? `(${unread}) ` : ''}${room} · Cometes`
 }
 
 addEventListener('visibilitychange', () => {
-  look()
+  updateVisibility()
   if (document.hidden) return
   comet?.presence('online')
   unread = 0
-  title()
+  updateTitle()
 })
 
-function heard(event) {
+function onEvent(event) {
   const { type } = event
-  later(type === 'presence' ? presence : type === 'gap' ? gap : message, event)
+  enqueue(type === 'presence' ? showPresence : type === 'gap' ? showGap : showMessage, event)
   if (type !== 'message' || !document.hidden || log.ariaBusy === 'true' || event.from === me) return
   unread++
-  title()
+  updateTitle()
   notify(event)
 }
 
 async function notify({ from, data }) {
-  if (!kept.get('bell') || window.Notification?.permission !== 'granted' || await elsewhere()) return
-  try { // phones throw: they want a service worker for it
+  if (!browserStorage.get('bell') || window.Notification?.permission !== 'granted' || await visibleElsewhere()) return
+  try { // throws on phones, which require a service worker
     const options = { body: asText(data).slice(0, 200), tag: 'cometes ' + room, icon: 'icon.svg' }
     new Notification(`${from ?? 'Somebody'} in #${room}`, options).onclick = () => focus()
   } catch { }
 }
 
-function bell() {
+function updateBell() {
   const { permission } = window.Notification ?? {}
   $('bell').hidden = !permission
   $('bell').disabled = permission === 'denied'
-  $('bell').ariaPressed = permission === 'granted' && !!kept.get('bell')
+  $('bell').ariaPressed = permission === 'granted' && !!browserStorage.get('bell')
   $('bell').textContent = permission === 'denied' ? 'Notifications are blocked' : 'Notify me while I am away'
 }
 $('bell').onclick = async () => {
-  kept.set('bell', $('bell').ariaPressed === 'true' ? '' : 'on')
+  browserStorage.set('bell', $('bell').ariaPressed === 'true' ? '' : 'on')
   if (Notification.permission === 'default') await Notification.requestPermission()
-  bell()
+  updateBell()
 }
 
-tab.set('name', me)
-box.value = tab.get('draft')
-bell()
+tabStorage.set('name', me)
+input.value = tabStorage.get('draft')
+updateBell()
 $('app').hidden = false
-fit()
-await enter(address())
+fitHeight()
+await enterRoom(roomInURL())
 focusOn()

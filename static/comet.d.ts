@@ -1,8 +1,12 @@
-// Types of comet.js, by hand. What it is and how it works is told there.
+// The types of comet.js, written by hand. How it works is explained there.
+//
+//     const comet = new Comet('/rooms/lobby', { user: 'ada' })
+//     comet.addEventListener('message', e => console.log(e.detail.from, e.detail.data))
+//     await comet.send('hi')
 
-/** An event, the same whatever the technique. */
+/** An event. It is the same with every technique. */
 export interface RelayEvent<Data = any> {
-  /** Its place among all events of the relay: the cursor. A roster has none. */
+  /** Its position among all events of the relay, which is the cursor. A roster has none. */
   id?: number
   room?: string
   type: string
@@ -15,18 +19,22 @@ export interface RelayEvent<Data = any> {
 
 export type State = 'online' | 'typing' | 'away' | 'offline'
 
-/** One user's state (then the event is `from` them), or a room's roster. In a crowd a roster has no names. */
+/** The state of one user, who is `from`; or, without `from`, a room's roster. A roster of more than a hundred users has no names. */
 export type Presence = RelayEvent<State | { count: number, users?: Record<string, State> }>
 
 /**
- * Events between our cursor and `id` may be lost: they fell out of the history, or were from before a restart, or the
- * relay's ids went back. Or an operator erased the history of the room: then nothing before it exists any more.
+ * Events between the cursor and `id` may be lost. The reason is one of: the history no longer has them (`history`); the
+ * relay was restarted (`restart`), or its newest id is lower than the cursor (`future`); an operator erased the room's
+ * history (`erased`), so nothing before `id` exists any more.
  */
 export type Gap = RelayEvent<{ reason: 'history' | 'restart' | 'future' | 'erased' }> & { id: number }
 
 /**
- * connecting: for the first time. open: events come. reconnecting: it was lost, or not to be had yet. offline: and the
- * browser says that there is no network. closed: by close(), or refused for good (see the error); use() tries again.
+ * - connecting: for the first time.
+ * - open: events arrive.
+ * - reconnecting: there is no connection; another attempt follows.
+ * - offline: the same, and the browser reports that there is no network.
+ * - closed: by close(), or because the relay refuses for good (see the error). use() tries again after a refusal.
  */
 export type Status = 'connecting' | 'open' | 'reconnecting' | 'offline' | 'closed'
 
@@ -34,18 +42,18 @@ export interface StatusDetail {
   status: Status
   /** The technique in use, or being tried. */
   via?: string
-  /** Milliseconds until it is tried again. */
+  /** Milliseconds until the next attempt. */
   retryIn?: number
   /**
-   * Why it is not open, or what was tried before and failed. While open: what use() asked for is not to be had. A page of another
-   * origin can't see that the relay refuses it: the error then names the relay's flag `-origins` as the likely reason.
+   * Why the status is not open, or why the technique tried before failed. While open: why the technique that use() asked for failed.
+   * A page of another origin cannot see that the relay refuses it; the error then names the relay's flag `-origins` as the likely reason.
    */
   error?: CometError
-  /** Whether this tab has the connection; the others are told by it. */
+  /** Whether this tab has the connection, and passes events to the other tabs. */
   leader: boolean
 }
 
-/** A message that send() could not deliver. With its `key` it may be sent again, and will not be published twice. */
+/** A message that send() could not deliver. Sent again with the same `key`, it is not published twice. */
 export interface Undelivered extends How {
   data: any
   key: string
@@ -53,41 +61,41 @@ export interface Undelivered extends How {
 }
 
 export interface How {
-  /** `message`, if not given. */
+  /** The default is `message`. */
   type?: string
-  /** Seconds after which it is worth nothing: a signal, which is kept out of the history. */
+  /** Makes it a signal: it expires after so many seconds, and is kept out of the history. */
   ttl?: number
-  /** To be named if the Comet has several. */
+  /** Required if the Comet has several rooms. */
   room?: string
-  /** The same key in the same room is published once. One is made up if not given. */
+  /** The same key in the same room is published once. The default is a random one. */
   key?: string
   /**
-   * Publish only if the newest message that the room keeps has this id; 0: if it keeps none. Otherwise nothing is published, and send()
-   * rejects with an error whose `status` is 412 and whose `id` is the newest: read what is new, and try again with that.
+   * Publish only if the newest message in the room's history has this id; 0: if there is none. Otherwise nothing is published, and
+   * send() rejects with an error whose `status` is 412 and whose `id` is the newest: read the new messages, and try again with that id.
    */
   if?: number
 }
 
 export interface Options {
-  /** Techniques, the best first: ws, sse, stream, longpoll, poll if not given; jsonp, iframe and multipart work too. */
+  /** Techniques, the best first. The default is ws, sse, stream, longpoll, poll; jsonp, iframe and multipart work too. */
   via?: string[]
-  /** A cursor to go on from. */
+  /** The cursor to continue from. */
   after?: number
-  /** Without a cursor, begin with the newest so many messages. 0, from now on, if not given. */
+  /** Without a cursor: begin with this many of the newest messages. The default is 0: only new ones. */
   last?: number
-  /** Be seen under this name, and see presence. */
+  /** Be present under this name, and receive presence. */
   user?: string
-  /** See presence without being seen (true), or neither (false). */
+  /** Receive presence without being present (true), or neither (false). */
   presence?: boolean
   token?: string
-  /** One connection for all tabs with the same url, user and token. True if not given; needs navigator.locks, which need https or localhost. */
+  /** One connection for all tabs with the same url, user and token. The default is true. It needs navigator.locks, so https or localhost. */
   shared?: boolean
-  /** Seconds between two polls: 5 if not given. */
+  /** Seconds between two polls. The default is 5. */
   every?: number
 }
 
 export interface CometEvents {
-  /** Every event of the relay, also those whose type is one of our own names: status, undelivered, event. */
+  /** Every event of the relay, also those whose type is one of comet.js's own: status, undelivered, event. */
   event: CustomEvent<RelayEvent>
   message: CustomEvent<RelayEvent & { id: number, room: string, time: number }>
   presence: CustomEvent<Presence>
@@ -98,12 +106,13 @@ export interface CometEvents {
 
 export class Comet extends EventTarget {
   /**
-   * @param url of a room or several: '/rooms/lobby', 'https://relay.example/rooms/a,b'. A path is below the folder that comet.js came
-   * from: of the relay, whatever page it is in, and behind whatever prefix. In a bundle, or under another name, it is the page's.
+   * @param url of one room or several: '/rooms/lobby', 'https://relay.example/rooms/a,b'. A path is relative to the folder that comet.js
+   * was loaded from, so it works in pages of other origins and behind a proxy's prefix. If comet.js is in a bundle, or has another name, a
+   * path is relative to the page.
    */
   constructor(url: string, options?: Options)
 
-  /** All events up to here were dispatched. */
+  /** All events up to this id were dispatched. */
   readonly cursor: number | undefined
   readonly status: Status
   /** The technique in use. */
@@ -112,21 +121,22 @@ export class Comet extends EventTarget {
   readonly leader: boolean
   readonly rooms: string[]
   readonly user: string | undefined
-  /** May be replaced; it counts from the next request on. */
+  /** May be replaced; the next request uses it. */
   token: string | undefined
 
   /**
-   * Publishes, and resolves with the id. Messages go one after the other, in the order of the calls. Tried again until it works; rejects
-   * if it can't: refused for good, a newer message than `if`, a hundred waiting already, its ttl over, or closed. `undelivered` tells the same.
+   * Publishes, and resolves with the id. Messages are sent one after the other, in the order of the calls, and retried until they are
+   * published. Rejects, and dispatches `undelivered`, if the relay refuses for good, there is a newer message than `if`, a hundred messages
+   * are waiting already, the ttl is over, or the Comet is closed.
    */
   send(data: any, how?: How): Promise<number>
-  /** Says that the user is typing. May be called on every key: it is told every 2.5 s at most. */
+  /** Reports that the user is typing. May be called on every key: it is sent at most every 2.5 s. */
   typing(room?: string): void
-  /** Sets the user's state; away is told again after reconnecting. */
+  /** Sets the user's state. It is sent again after reconnecting. */
   presence(state: State, room?: string): void
-  /** Changes the technique in mid-stream, in all tabs; null or 'auto' goes back to the list of the options. */
+  /** Changes the technique in all tabs; no event is lost. null or 'auto' goes back to the list in the options. */
   use(via?: string | string[] | null): void
-  /** Ends it. What was not sent is given back by `undelivered`. */
+  /** Closes the connection for good. Messages that were not sent are dispatched as `undelivered`. */
   close(): void
 
   addEventListener<K extends keyof CometEvents>(type: K, listener: ((event: CometEvents[K]) => void) | EventListenerObject | null, options?: boolean | AddEventListenerOptions): void
@@ -135,48 +145,48 @@ export class Comet extends EventTarget {
   removeEventListener(type: string, listener: ((event: CustomEvent<RelayEvent>) => void) | EventListenerObject | null, options?: boolean | EventListenerOptions): void
 }
 
-/** What went wrong, in words. */
+/** An error whose message is written for people. */
 export class CometError extends Error {
   constructor(message: string, more?: Partial<Pick<CometError, 'status' | 'id' | 'retry' | 'final'>>)
   /** The HTTP status, if there was one. */
   status?: number
-  /** With status 412: the id of the newest message, 0 if the room keeps none. */
+  /** With status 412: the id of the newest message, 0 if there is none. */
   id?: number
-  /** Milliseconds after which to try again, if the relay said so. */
+  /** Milliseconds to wait before trying again, if the relay asked for it. */
   retry?: number
-  /** Whether trying again is of no use. */
+  /** Whether trying again is useless. */
   final?: boolean
 }
 
-/** What a technique is given: where to ask, and whom to tell. */
+/** What a technique is given: the URL to read, and what to call. */
 export interface Link {
-  /** The address, with the cursor and all else in it. */
+  /** The URL, with the cursor and all other parameters. */
   url(query?: Record<string, string | number>): string
-  /** A line came: an event as JSON, or anything else, which is only a sign of life. */
+  /** A line arrived: an event as JSON, or anything else, which only shows that the connection is alive. */
   line(text: string): void
-  /** An event came. */
+  /** An event arrived. */
   on(event: RelayEvent): void
-  /** All up to this cursor has come. */
+  /** All events up to this cursor have arrived. */
   at(cursor: number): void
-  /** It is over. */
+  /** The connection has ended. */
   done(error: Error): void
-  /** Sleep, or until the page wakes. */
-  nap(ms: number): Promise<void>
+  /** Sleeps; ends early when the page is visible again or the network is back. */
+  sleep(ms: number): Promise<void>
   /** Seconds between two polls. */
   every: number
-  /** In so many seconds there is a sign of life; hello sets it. */
+  /** Seconds between two heartbeats at most; hello sets it. */
   beat: number
-  /** Set by a technique that is not told, but asks: it is not sent rosters. */
+  /** Set by a technique that polls. The relay does not send it rosters, so comet.js asks for them. */
   asks?: boolean
-  /** Set by a technique that speaks both ways. */
-  speak?(text: string): void
+  /** Set by a technique that can send, too. */
+  send?(text: string): void
 }
 
-/** A technique opens a connection, tells the link what comes, and returns what closes it. One may be added. */
+/** A technique connects, calls the link for what arrives, and returns a function that disconnects. More may be added. */
 export const techniques: Record<string, (link: Link) => () => void>
 
-/** Cuts bytes into lines, and gives each to `line`. */
+/** Splits bytes into lines, and calls `line` with each. */
 export function lines(line: (text: string) => void): (bytes: Uint8Array) => void
 
-/** A random number of milliseconds to wait after so many tries. */
+/** Returns a random number of milliseconds to wait after this many tries. */
 export function backoff(tries: number): number

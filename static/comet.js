@@ -1,32 +1,28 @@
 /**
- *     const comet = new Comet('/rooms/lobby', { user: 'ada' })
- *     comet.addEventListener('message', e => console.log(e.detail.from, e.detail.data))
- *     await comet.send('hi')
- *
- * The ways in which a server can push differ only in how an event travels: each is one short function, see
- * `techniques`. The rest is what all of them need. Types, options and events: comet.d.ts.
+ * The client. Techniques differ only in how an event travels: each is one short function. The rest is what they share.
+ * An example, types, options and events: comet.d.ts.
  */
 
 /**
- * A technique opens link.url(query), the cursor is in it, and returns a function that closes it. It calls
+ * A technique connects to link.url(query), which contains the cursor, and returns what disconnects. It calls
  *
- *     link.line(text)   when a line came: an event, or just a sign of life
- *     link.on(event)    when an event came
- *     link.at(cursor)   when all up to there has come
- *     link.done(error)  when it is over
+ *     link.line(text)   for each line: an event, or only a sign of life
+ *     link.on(event)    for each event
+ *     link.at(cursor)   when all events up to there have arrived
+ *     link.done(error)  when the connection has ended
  */
 export const techniques = {
-  // 2011. Both ways. A frame is an event, or several, a line each.
+  // WebSocket, 2011. Both directions. A frame is one event or several, one per line.
   ws(link) {
     const socket = new WebSocket(link.url().replace(/^http/, 'ws'))
     socket.onmessage = e => e.data.split('\n').forEach(link.line)
     socket.onclose = e => link.done(new CometError(`the WebSocket closed (${e.code})`))
-    link.speak = text => socket.send(text)
+    link.send = text => socket.send(text)
     return () => socket.close()
   },
 
-  // 2006. It does not reconnect after every error, and a named event reaches only who knows the name: so we
-  // reconnect, and ask for events without names.
+  // Server-sent events, 2006. EventSource does not reconnect after every error, so we do. A named event needs a listener
+  // for its name, so we ask for events without names.
   sse({ url, line, done }) {
     const source = new EventSource(url({ names: 0 }))
     for (const name of ['message', 'beat']) source.addEventListener(name, e => line(e.data))
@@ -34,36 +30,36 @@ export const techniques = {
     return () => source.close()
   },
 
-  // ~2004. An answer that never ends, an event a line.
-  stream: link => read(link, link.url()),
+  // Streaming, about 2004. A response that never ends, one event per line.
+  stream: link => readLines(link, link.url()),
 
-  // 1995. The same, with a boundary and headers before each event; only the event begins with a {.
-  multipart: link => read(link, link.url({ as: 'json' })),
+  // Server push, 1995. The same, with headers between the events; only an event begins with a {.
+  multipart: link => readLines(link, link.url({ as: 'json' })),
 
-  // ~2000. A hidden page that never ends; its scripts post the events to us.
+  // The forever frame, about 2000. A hidden page that never ends; its scripts post the events to us.
   iframe({ url, on, done }) {
-    const hear = e => e.source === frame.contentWindow && on(e.data)
-    addEventListener('message', hear)
-    const frame = embed({ src: url() }, () => done(new CometError('the frame ended')))
+    const onMessage = e => e.source === frame.contentWindow && on(e.data)
+    addEventListener('message', onMessage)
+    const frame = addFrame({ src: url() }, () => done(new CometError('the frame ended')))
     return () => {
-      removeEventListener('message', hear)
+      removeEventListener('message', onMessage)
       frame.remove()
     }
   },
 
-  // ~2000. An answer that waits for news; then ask again.
-  longpoll: link => ask(link, (wait, signal) => json(link.url({ wait }), { signal })),
+  // Long polling, about 2000. The response waits for an event; then we ask again.
+  longpoll: link => pollLoop(link, (wait, signal) => getJSON(link.url({ wait }), { signal })),
 
-  // 2005. The same by a <script> that calls us. It's in a frame, for a script that is only removed is still loaded.
+  // JSONP, 2005. The same with a <script> that calls us. It is in a frame, because removing that ends the request.
   jsonp(link) {
     let stop
-    const frame = embed({ srcdoc: '<p>' }, () => {
+    const frame = addFrame({ srcdoc: '<p>' }, () => {
       const { contentDocument: page, contentWindow: view } = frame
-      stop = ask(link, wait => new Promise((answer, fail) => {
+      stop = pollLoop(link, wait => new Promise((resolve, reject) => {
         const script = page.createElement('script')
-        view.comet = data => answer(structuredClone(data))
+        view.comet = data => resolve(structuredClone(data))
         script.onload = script.onerror = () => {
-          fail(new CometError('the script did not call')) // no effect if it did
+          reject(new CometError('the script did not call')) // no effect if it did
           script.remove()
         }
         script.src = link.url({ wait, callback: 'comet' })
@@ -76,41 +72,40 @@ export const techniques = {
     }
   },
 
-  // Always.
-  poll: link => ask(link, (_, signal) => json(link.url(), { signal }), () => link.nap(hidden() ? 25e3 : link.every * 1e3)),
+  // Polling. Ask every few seconds.
+  poll: link => pollLoop(link, (_, signal) => getJSON(link.url(), { signal }), () => link.sleep(hidden() ? 25e3 : link.every * 1e3)),
 }
 
-/** Reads an answer that never ends. */
-const read = (link, url) => run(link, async signal => {
+const readLines = (link, url) => run(link, async signal => {
   const reader = (await get(url, { signal })).body.getReader()
-  for (let part, cut = lines(link.line); !(part = await reader.read()).done;) cut(part.value)
+  for (let part, split = lines(link.line); !(part = await reader.read()).done;) split(part.value)
   throw new CometError('the stream ended')
 })
 
-/** Asks again and again; first without waiting, to see whether it works. After news there may be more. */
-const ask = (link, question, pause) => run(link, async signal => {
+/** The first request does not wait: it shows whether the technique works. */
+const pollLoop = (link, request, pause) => run(link, async signal => {
   link.asks = true
   for (let wait = 0; !signal.aborted; wait = 25) {
-    const { cursor, events } = await question(wait, signal)
+    const { cursor, events } = await request(wait, signal)
     events.forEach(link.on)
     link.at(cursor)
-    if (!events.length) await pause?.()
+    if (!events.length) await pause?.() // after events there may be more
   }
 })
 
-function embed(what, onload) {
-  const frame = Object.assign(document.createElement('iframe'), { hidden: true, onload, ...what })
+function addFrame(attributes, onload) {
+  const frame = Object.assign(document.createElement('iframe'), { hidden: true, onload, ...attributes })
   document.body.append(frame)
   return frame
 }
 
-function run({ done }, go) {
+function run({ done }, task) {
   const abort = new AbortController()
-  go(abort.signal).catch(done)
+  task(abort.signal).catch(done)
   return () => abort.abort()
 }
 
-/** Cuts bytes into lines, wherever the network cut them. */
+/** Splits bytes into lines, wherever the network cut them. */
 export function lines(line) {
   const utf8 = new TextDecoder()
   let rest = ''
@@ -121,7 +116,7 @@ export function lines(line) {
   }
 }
 
-/** Full jitter: clients that were cut off together don't return together. */
+/** Full jitter: clients that were cut off together return one by one. */
 export const backoff = tries => Math.random() * Math.min(30e3, 1e3 * 2 ** tries)
 
 export class CometError extends Error {
@@ -132,7 +127,7 @@ export class CometError extends Error {
   }
 }
 
-/** fetch, but a refusal is an error, in the relay's words. */
+/** fetch, but throws HTTP errors. */
 async function get(url, options) {
   const response = await fetch(url, options)
   const { ok, status, headers } = response
@@ -145,100 +140,95 @@ async function get(url, options) {
   })
 }
 
-const json = async (url, options) => (await get(url, options)).json()
-const plain = error => error instanceof CometError ? error : new CometError(`the relay could not be reached: ${error?.message}`)
-const home = /^http[^?#]*\/(?=comet\.js([?#]|$))/.exec(import.meta.url)?.[0] // undefined in a bundle
+const getJSON = async (url, { signal = AbortSignal.timeout(15e3), ...options } = {}) => (await get(url, { signal, ...options })).json()
+const toCometError = error => error instanceof CometError ? error : new CometError(`the relay could not be reached: ${error?.message}`)
+const scriptFolder = /^http[^?#]*\/(?=comet\.js([?#]|$))/.exec(import.meta.url)?.[0] // not in a bundle
 const unique = () => Date.now().toString(36) + Math.random().toString(36).slice(2)
 const hidden = () => globalThis.document?.hidden
-const patient = () => AbortSignal.timeout(15e3)
 
-/** The technique that worked for a relay; or stores it. */
-function memory({ origin }, via) {
-  try {
-    return via ? localStorage.setItem('comet ' + origin, via) : localStorage.getItem('comet ' + origin)
-  } catch { } // there may be no storage
+/** The technique that worked the last time. */
+function remembered({ origin }, via) {
+  const key = 'comet ' + origin
+  try { return via ? localStorage.setItem(key, via) : localStorage.getItem(key) } catch { } // there may be no storage
 }
 
-function known(list) {
+function checked(list) {
   for (const via of list) if (!Object.hasOwn(techniques, via)) throw new CometError(`${via} is none of ${Object.keys(techniques)}`)
   return list
 }
 
 export class Comet extends EventTarget {
-  cursor // all up to here was dispatched
+  cursor // all events up to here were dispatched
   status = 'connecting'
   via // the technique in use
   leader = false // this tab has the connection
 
-  #base; #options; #list // the techniques to use
-  #link; #trial; #round // the connection; what may replace it; what to try next
-  #fails = 0; #waits = 0 // rounds that found nothing; that found nothing better
-  #timer; #pulse; #ticked; #due; #asked; #naps = new Set
-  #queue = []; #sending; #ack; #state; #typed = 0
-  #id = unique(); #client = this.#id; #session; #channel; #others = new Set; #behind; #missed = []
-  #detail; #closed
+  #base; #options; #closed; #lastStatus
+  #techniques; #untried // to use, best first; left in this round
+  #link; #trial // the connection; what may replace it
+  #failedRounds = 0; #upgradeTries = 0; #retryTimer
+  #deadline; #pinged; #checkTimer; #checkedAt; #sleepers = new Set
+  #queue = []; #sending; #onReply; #ownState; #typedAt = 0
+  #tabId = unique(); #clientId = this.#tabId; #session; #channel; #otherTabs = new Set; #catchingUp; #buffered = []
 
   constructor(url, { via = ['ws', 'sse', 'stream', 'longpoll', 'poll'], user, presence = !!user, shared = true, every = 5, ...options } = {}) {
     super()
-    const base = this.#base = new URL(home ? url.replace(/^\/(?!\/)/, '') : url, home ?? globalThis.location?.href)
+    const base = this.#base = new URL(scriptFolder ? url.replace(/^\/(?!\/)/, '') : url, scriptFolder ?? globalThis.location?.href)
     const path = base.pathname.replace(/\/$/, '').split('/')
     this.rooms = decodeURIComponent(path.pop()).split(',')
     base.pathname = path.join('/')
     this.#options = { via, presence, shared, every, ...options }
-    this.#list = known(via)
+    this.#techniques = checked(via)
     this.user = user
     this.token = options.token
     this.cursor = options.after
-    this.#listen('add')
+    this.#listenToPage('add')
     queueMicrotask(() => this.#closed || this.#start()) // the page adds its listeners first
   }
 
-  /**
-   * One message goes after the other, so their order is kept; each has a key, so it may be sent twice and is
-   * published once.
-   */
+  /** Messages are sent one after the other, in order. Each has a key, so a retry does not publish it twice. */
   send(data, { type, ttl, room, if: newest, key = unique() } = {}) {
     const promise = new Promise((resolve, reject) => {
       const body = JSON.stringify(data)
       const item = { data, body, room, query: { type, ttl, if: newest, key }, until: Date.now() + ttl * 1e3, resolve, reject }
-      const wrong = this.#closed ? 'this Comet is closed' : !body ? 'JSON can not say this' :
+      const problem = this.#closed ? 'this Comet is closed' : !body ? 'JSON cannot express this' :
         this.#queue.length >= 100 && '100 messages are waiting already'
-      if (wrong) return this.#undelivered(item, new CometError(wrong))
+      if (problem) return this.#fail(item, new CometError(problem))
       this.#queue.push(item)
-      this.#typed = 0
-      this.#pump()
+      this.#typedAt = 0
+      this.#sendQueue()
     })
-    promise.catch(() => { }) // an event tells it too
+    promise.catch(() => { }) // there is an event, too
     return promise
   }
 
   typing(room) {
-    if (Date.now() - this.#typed < 2500) return
-    this.#typed = Date.now()
+    if (Date.now() - this.#typedAt < 2500) return
+    this.#typedAt = Date.now()
     this.presence('typing', room)
   }
 
   presence(state, room) {
-    if (state !== 'typing') this.#state = state
+    if (state !== 'typing') this.#ownState = state
     if (!this.user || this.status !== 'open') return
     for (const r of room ? [room] : this.rooms) {
-      if (this.#link?.speak) this.#link.speak(JSON.stringify({ type: 'presence', room: r, data: state }))
-      else fetch(this.#url('/presence', { client: this.#client }, r), { method: 'POST', body: state }).catch(() => { })
+      if (this.#link?.send) this.#link.send(JSON.stringify({ type: 'presence', room: r, data: state }))
+      else fetch(this.#url('/presence', { client: this.#clientId }, r), { method: 'POST', body: state }).catch(() => { })
     }
   }
 
   use(via) {
-    this.#choose(via)
-    this.#post({ use: via || 'auto' })
+    this.#setTechniques(via)
+    this.#broadcast({ use: via || 'auto' })
   }
 
   close() {
     if (this.#closed) return
     this.#closed = true
-    this.#listen('remove')
+    this.#listenToPage('remove')
     this.#leave()
-    for (const item of this.#queue.splice(0)) this.#undelivered(item, new CometError('closed before it was sent'))
-    this.#say({}, 'closed')
+    for (const item of this.#queue.splice(0)) this.#fail(item, new CometError('closed before it was sent'))
+    this.#setStatus('closed')
   }
 
   #url(tail, query, rooms = this.rooms.join()) {
@@ -249,379 +239,391 @@ export class Comet extends EventTarget {
     return url.href
   }
 
-  /** Where to read. A browser asks for equal URLs one after the other, so none are. */
-  #source(via, { unseen, ...query } = {}) {
+  /** A URL to read from. Each is different: a browser loads equal URLs one after the other. */
+  #source(via, query) {
     const { presence, last } = this.#options
-    const seen = presence && this.user && !unseen // and who is seen sees
-    return this.#url('/' + via, { after: this.cursor, last, presence: seen ? undefined : +presence, client: this.#client, _: unique(), ...query })
+    return this.#url('/' + via, {
+      after: this.cursor, last, client: this.#clientId, _: unique(),
+      presence: presence && this.user ? undefined : +presence, // the relay implies it for a user
+      ...query,
+    })
   }
 
-  // Connecting. A round tries one technique after the other. Each is a trial until it shows that it works; only then
-  // it replaces the connection we have.
+  /** Reads new events, without being present. */
+  #poll(signal) {
+    return getJSON(this.#source('poll', { user: undefined, presence: +this.#options.presence }), { signal })
+  }
 
-  #choose(via) {
-    this.#list = via && via !== 'auto' ? known([via].flat()) : this.#options.via
-    this.#waits = 0
+  // Connecting. A round tries one technique after the other. Each is a trial until its first event arrives; only then it
+  // replaces the connection.
+
+  #setTechniques(via) {
+    this.#techniques = via && via !== 'auto' ? checked([via].flat()) : this.#options.via
+    this.#upgradeTries = 0
     this.#trial?.close()
     this.#trial = undefined
-    this.#seek()
+    this.#connect()
   }
 
-  /** Begins a round: of all techniques, or those better than what we have; `again` includes that. */
-  #seek(again = 0) {
-    clearTimeout(this.#timer)
+  /** Begins a round. If connected it tries only better techniques; `reconnect` includes the same. */
+  #connect(reconnect = false) {
+    clearTimeout(this.#retryTimer)
     if (!this.leader || this.#trial) return
-    const list = this.#list, at = list.indexOf(this.#link?.via), first = memory(this.#base)
-    this.#round = this.#link ? list.slice(0, at < 0 ? list.length : at + again) :
-      [...list].sort((a, b) => (b === first) - (a === first))
-    this.#next()
+    const list = [...this.#techniques], current = list.indexOf(this.#link?.via), worked = remembered(this.#base)
+    if (!this.#link) list.sort((a, b) => (b === worked) - (a === worked)) // what worked before is first
+    else if (current >= 0) list.length = reconnect ? current + 1 : current
+    this.#untried = list
+    this.#tryNext()
   }
 
-  /** Goes on with the round, unless the relay said when to come back. */
-  #next(error) {
-    const via = error?.retry ? undefined : this.#round.shift()
-    if (!via) return this.#rest(error)
-    const link = this.#try(via)
-    if (link === this.#trial && !this.#link) this.#say({ via, error })
+  /** If the relay said when to retry, this ends the round. */
+  #tryNext(error) {
+    const via = error?.retry ? undefined : this.#untried.shift()
+    if (!via) return this.#scheduleRetry(error)
+    const link = this.#attempt(via)
+    if (link === this.#trial && !this.#link) this.#setStatus(this.#unconnected, { via, error })
   }
 
-  #rest(error) {
+  #scheduleRetry(error) {
     const link = this.#link
-    if (link?.via === this.#list[0]) return
-    if (!link && error.final) return this.#say({ error }, 'closed')
-    const retryIn = link ? Math.min(5e3 * 2 ** this.#waits++, 300e3) : error.retry || backoff(this.#fails++)
-    this.#timer = setTimeout(() => this.#link && hidden() || this.#seek(), retryIn) // what is better can wait until we are seen
-    if (!link) this.#say({ error, retryIn })
-    else if (error && this.#list !== this.#options.via) this.#say({ error }, 'open') // asked for, and not to be had
+    if (link?.via === this.#techniques[0]) return // there is nothing better
+    if (!link && error.final) return this.#setStatus('closed', { error })
+    const retryIn = link ? Math.min(5e3 * 2 ** this.#upgradeTries++, 300e3) : error.retry || backoff(this.#failedRounds++)
+    this.#retryTimer = setTimeout(() => this.#link && hidden() || this.#connect(), retryIn) // no upgrade while hidden
+    if (!link) this.#setStatus(this.#unconnected, { error, retryIn })
+    else if (error && this.#techniques !== this.#options.via) this.#setStatus('open', { error }) // what use() asked for failed
   }
 
-  #try(via) {
+  #attempt(via) {
     const { every } = this.#options
-    let over, close
+    let ended, disconnect
     const link = this.#trial = {
-      via, every, beat: Math.max(15, every), nap: this.#nap,
+      via, every, beat: Math.max(15, every), sleep: this.#sleep,
       url: query => this.#source(via, query),
       line: text => {
-        if (text[0] !== '{') return link.seen()
+        if (text[0] !== '{') return link.alive()
         try { text = JSON.parse(text) } catch (error) { return link.done(error) }
         link.on(text)
       },
-      on: event => this.#on(link, event),
-      at: cursor => this.#open(link) && this.#take({ id: cursor }),
-      seen: () => { if (link === this.#link) this.#due = Date.now() + link.beat * 2e3 + 5e3 },
+      on: event => this.#onEvent(link, event),
+      at: cursor => this.#promote(link) && this.#deliver({ id: cursor }),
+      alive: () => { if (link === this.#link) this.#deadline = Date.now() + link.beat * 2e3 + 5e3 },
       close: () => {
-        over = true
-        link.cut?.()
-        close?.()
+        ended = true
+        link.abortSend?.()
+        disconnect?.()
       },
       done: error => {
-        if (over) return
+        if (ended) return
         link.close()
         const { origin } = globalThis.location ?? this.#base
-        error = plain(error)
+        error = toCometError(error)
         if (this.status === 'connecting' && !error.status && origin !== this.#base.origin) error.message += `; likely its -origins does not list ${origin}`
-        this.#lost(link, error)
+        this.#onEnd(link, error)
       },
     }
-    // What does not work by then is held back; if nothing works, the network may be slow.
-    link.patience = setTimeout(() => link.done(new CometError(`no hello by ${via}`)), 3e3 * 2 ** Math.min(this.#fails, 3))
-    try { close = techniques[via](link) } catch (error) { link.done(error) }
+    // A proxy may hold events back. If every technique fails the network may be slow, so wait longer.
+    link.timer = setTimeout(() => link.done(new CometError(`no hello by ${via}`)), 3e3 * 2 ** Math.min(this.#failedRounds, 3))
+    try { disconnect = techniques[via](link) } catch (error) { link.done(error) }
     return link
   }
 
-  /** There was a sign of life: a trial becomes the connection. */
-  #open(link) {
+  /** Something arrived, so a trial becomes the connection. */
+  #promote(link) {
     if (link === this.#trial) {
-      clearTimeout(link.patience)
+      clearTimeout(link.timer)
       this.#link?.close()
       this.#link = link
       this.#trial = undefined
       link.since = Date.now()
-      if (this.#list === this.#options.via) memory(this.#base, link.via)
-      if (link.asks) this.#rosters().catch(() => { })
-      this.#rest()
-      this.#say({}, 'open')
+      if (this.#techniques === this.#options.via) remembered(this.#base, link.via)
+      if (link.asks) this.#fetchRosters().catch(() => { })
+      this.#scheduleRetry()
+      this.#setStatus('open')
     }
-    link.seen()
+    link.alive()
     return link === this.#link
   }
 
-  #lost(link, error) {
+  #onEnd(link, error) {
     if (link === this.#trial) {
       this.#trial = undefined
-      return this.#next(error)
+      return this.#tryNext(error)
     }
     this.#link = undefined
-    this.#waits = 0
-    clearTimeout(this.#timer)
-    if (Date.now() - link.since > 10e3) this.#fails = 0
-    this.#trial ? this.#say({ error }) : this.#rest(error)
+    this.#upgradeTries = 0
+    clearTimeout(this.#retryTimer)
+    if (Date.now() - link.since > 10e3) this.#failedRounds = 0
+    this.#trial ? this.#setStatus(this.#unconnected, { error }) : this.#scheduleRetry(error)
   }
 
-  #say(more, status = globalThis.navigator?.onLine === false ? 'offline' : this.status === 'connecting' ? this.status : 'reconnecting') {
+  get #unconnected() {
+    return globalThis.navigator?.onLine === false ? 'offline' : this.status === 'connecting' ? this.status : 'reconnecting'
+  }
+
+  #setStatus(status, more) {
     const opens = status === 'open' && this.status !== status
     this.status = status
-    const detail = this.#detail = { status, via: this.#link?.via, leader: this.leader, ...more }
+    const detail = this.#lastStatus = { status, via: this.#link?.via, leader: this.leader, ...more }
     this.via = status === 'open' ? detail.via : undefined
-    if (this.leader) this.#post({ detail })
-    if (opens) this.#stir()
-    if (opens && this.#state) this.presence(this.#state) // the relay may have forgotten
-    this.#fire('status', detail)
+    if (this.leader) this.#broadcast({ detail })
+    if (opens) this.#wakeUp()
+    if (opens && this.#ownState) this.presence(this.#ownState) // the relay may have forgotten it
+    this.#dispatch('status', detail)
   }
 
-  // Taking events. Every source is in order and begins at our cursor or below: what is newer than the cursor is
-  // taken, the rest was taken before.
+  // Receiving. Every source is in order and begins at our cursor or before: what is after the cursor is new.
 
-  #on(link, event) {
+  #onEvent(link, event) {
     const { type, id, data } = event || {}
-    if (!type || type === 'beat') return link.seen()
-    if (type === 'ack' || type === 'error') return this.#ack?.(event)
+    if (!type || type === 'beat') return link.alive()
+    if (type === 'ack' || type === 'error') return this.#onReply?.(event)
     if (type === 'bye') return link.done(new CometError('the relay said bye', { retry: data?.retry || 1e3 }))
     if (type === 'hello') link.beat = data?.beat ?? link.beat
-    if (!this.#open(link)) return
-    if (type !== 'hello') this.#take(event)
-    else if (this.cursor === undefined) this.#take({ id })
+    if (!this.#promote(link)) return
+    if (type !== 'hello') this.#deliver(event)
+    else if (this.cursor === undefined) this.#deliver({ id })
   }
 
-  #take(event) {
+  #deliver(event) {
     const { id, type, data } = event
     const prev = this.cursor ?? -1
     if (this.#closed) return
     if (id !== undefined) { // a roster has none
-      // A gap's id is where to go on. When the relay's ids went back, so do we.
+      // A gap's id is the new cursor, even if the relay's ids went back.
       if (type === 'gap' ? id < prev && data?.reason !== 'future' : id <= prev) return
       this.cursor = id
     }
-    if (this.leader) this.#post({ prev, event })
+    if (this.leader) this.#broadcast({ prev, event })
     if (!type) return // only the cursor moves
-    if (!['status', 'undelivered', 'event'].includes(type)) this.#fire(type, event)
-    this.#fire('event', event)
+    if (!['status', 'undelivered', 'event'].includes(type)) this.#dispatch(type, event)
+    this.#dispatch('event', event)
   }
 
-  #fire(type, detail) {
+  #dispatch(type, detail) {
     this.dispatchEvent(new CustomEvent(type, { detail }))
   }
 
-  /** Who is here, when no stream tells. */
-  async #rosters() {
+  /** Only streams receive rosters. */
+  async #fetchRosters() {
     if (this.#options.presence) for (const room of this.rooms) {
-      const { count, users } = await json(this.#url('/presence', { _: unique() }, room), { signal: patient() })
-      this.#take({ type: 'presence', room, data: { count, users } })
+      const { count, users } = await getJSON(this.#url('/presence', { _: unique() }, room))
+      this.#deliver({ type: 'presence', room, data: { count, users } })
     }
   }
 
   // Sending.
 
-  async #pump() {
+  async #sendQueue() {
     if (this.#sending) return
     this.#sending = true
     for (let item, tries = 0; (item = this.#queue[0]);) {
       let id, error
-      try { id = await this.#deliver(item) } catch (e) { error = plain(e) }
+      try { id = await this.#sendOne(item) } catch (e) { error = toCometError(e) }
       if (item !== this.#queue[0]) continue // closed meanwhile
       if (error && !error.final) {
-        await this.#nap(error.retry || backoff(tries++))
+        await this.#sleep(error.retry || backoff(tries++))
         continue
       }
       tries = 0
       this.#queue.shift()
-      error ? this.#undelivered(item, error) : item.resolve(id)
+      error ? this.#fail(item, error) : item.resolve(id)
     }
     this.#sending = false
   }
 
-  /** What the WebSocket doesn't acknowledge is posted: with its key that is safe, and the answer says why. */
-  async #deliver({ body, room, query, until }) {
+  /** What the WebSocket does not acknowledge is posted. The key makes that safe; the answer has the reason. */
+  async #sendOne({ body, room, query, until }) {
     if (Date.now() > until) throw new CometError('its time was over before it was sent', { final: true })
     const link = this.#link
     let timer
-    if (link?.speak) try {
-      return await new Promise((heard, unheard) => {
-        timer = setTimeout(unheard, 10e3)
-        link.cut = unheard
-        this.#ack = ({ type, key, id }) => key === query.key && (type === 'ack' ? heard(id) : unheard())
-        link.speak(`${JSON.stringify({ room, ...query }).slice(0, -1)},"data":${body}}`)
+    if (link?.send) try {
+      return await new Promise((resolve, reject) => {
+        timer = setTimeout(reject, 10e3)
+        link.abortSend = reject
+        this.#onReply = ({ type, key, id }) => key === query.key && (type === 'ack' ? resolve(id) : reject())
+        link.send(`${JSON.stringify({ room, ...query }).slice(0, -1)},"data":${body}}`)
       })
     } catch { } finally { clearTimeout(timer) }
-    const { id } = await json(this.#url('', query, room), {
-      method: 'POST', body, headers: { 'Content-Type': 'application/json' }, signal: patient(),
-      keepalive: body.length < 1e4, // it arrives even if the page goes
+    const { id } = await getJSON(this.#url('', query, room), {
+      method: 'POST', body, headers: { 'Content-Type': 'application/json' },
+      keepalive: body.length < 1e4, // it arrives even if the page is closed
     })
     return id
   }
 
-  #undelivered({ data, room, query, reject }, error) {
-    this.#fire('undelivered', { data, room, ...query, error })
+  #fail({ data, room, query, reject }, error) {
+    this.#dispatch('undelivered', { data, room, ...query, error })
     reject(error)
   }
 
-  // Sharing. The tab that holds a lock leads: it has the connection, and tells the others what it takes, and what its
-  // cursor was before. If theirs is lower they have missed something, and ask the relay.
+  // Sharing. The tab that holds a lock is the leader. It has the connection, and broadcasts each event with the cursor
+  // before it. If a follower's cursor is lower it has missed something, and asks the relay.
 
   #start(how = { ifAvailable: true }) {
     this.#stop()
     const { signal } = this.#session = new AbortController()
     const { locks } = globalThis.navigator || {}
-    this.#ticked = Date.now()
-    this.#due = Infinity
-    this.#tick()
+    this.#checkedAt = Date.now()
+    this.#deadline = Infinity
+    this.#check()
     if (!this.#options.shared || !locks || !globalThis.BroadcastChannel) return this.#lead()
     const name = 'comet ' + this.#url('', { presence: this.#options.presence })
     this.#channel = new BroadcastChannel(name)
-    this.#channel.onmessage = e => this.#heard(e.data)
-    const end = new Promise(end => { signal.onabort = end })
-    const lead = () => signal.aborted || this.#lead() || end
+    this.#channel.onmessage = e => this.#onChannelMessage(e.data)
+    const ended = new Promise(resolve => { signal.onabort = resolve })
+    const lead = () => signal.aborted || this.#lead() || ended
     locks.request(name, how, lock => {
-      locks.request(this.#id, () => end) // as long as we have it we are here
+      locks.request(this.#tabId, () => ended) // while we hold it, we exist for the other tabs
       if (lock) return lead()
-      this.#due = this.#ticked + 10e3
-      this.#post({ here: true })
+      this.#deadline = this.#checkedAt + 10e3
+      this.#broadcast({ here: true })
       this.#catchUp()
       return locks.request(name, { signal }, lead)
     }).catch(error => {
       if (signal.aborted) return
-      this.#options.shared = error.name === 'AbortError' // another tab took us for dead; else there are no locks here
+      this.#options.shared = error.name === 'AbortError' // another tab stole our lock; otherwise locks do not work
       this.#start()
     })
   }
 
   #stop() {
     this.#session?.abort()
-    clearTimeout(this.#pulse)
+    clearTimeout(this.#checkTimer)
     this.#trial?.close()
     this.#link?.close()
     this.#channel?.close()
     this.#trial = this.#link = this.#channel = undefined
     this.leader = false
-    this.#missed = []
-    this.#stir()
+    this.#buffered = []
+    this.#wakeUp()
   }
 
   #lead() {
     this.leader = true
-    this.#seek()
+    this.#connect()
   }
 
-  #post(news) {
-    this.#channel?.postMessage({ from: this.#id, client: this.#client, ...news })
+  #broadcast(message) {
+    this.#channel?.postMessage({ from: this.#tabId, client: this.#clientId, ...message })
   }
 
-  #heard(news) {
-    const { from, client, use, here, detail, prev, event } = news
-    if (!this.#others.has(from)) navigator.locks.request(from, { signal: this.#session.signal }, () => this.#others.delete(from)).catch(() => { })
-    this.#others.add(from)
-    if (use) this.#choose(use)
+  #onChannelMessage(message) {
+    const { from, client, use, here, detail, prev, event } = message
+    if (!this.#otherTabs.has(from)) navigator.locks.request(from, { signal: this.#session.signal }, () => this.#otherTabs.delete(from)).catch(() => { })
+    this.#otherTabs.add(from)
+    if (use) this.#setTechniques(use)
     if (here && this.leader) {
-      this.#look() // hidden, we would not
-      this.#post({ detail: this.#detail, prev: this.cursor, event: { id: this.cursor } })
+      this.#checkAlive() // a hidden tab has no timer for it
+      this.#broadcast({ detail: this.#lastStatus, prev: this.cursor, event: { id: this.cursor } })
     }
     if (use || here || this.leader) return
-    this.#client = client // to the relay, tabs that share a connection are one
-    this.#due = Date.now() + 35e3
-    this.#asked = false
-    if (detail && (detail.status !== 'open' || detail.via !== this.via || detail.error)) this.#say({ ...detail, leader: false }, detail.status)
+    this.#clientId = client // to the relay, tabs that share a connection are one client
+    this.#deadline = Date.now() + 35e3
+    this.#pinged = false
+    if (detail && (detail.status !== 'open' || detail.via !== this.via || detail.error)) this.#setStatus(detail.status, { ...detail, leader: false })
     if (!event) return
-    if (this.#behind === this.#session || prev > this.cursor) {
-      if (this.#missed.push(news) > 1e3) this.#missed.shift()
+    if (this.#catchingUp === this.#session || prev > this.cursor) {
+      if (this.#buffered.push(message) > 1e3) this.#buffered.shift()
       return this.#catchUp()
     }
-    this.#take(event)
+    this.#deliver(event)
   }
 
-  /** Asks the relay for what was missed, and goes on with what was heard meanwhile. */
+  /** Asks the relay for what was missed, then goes on with what the leader sent meanwhile. */
   async #catchUp() {
     const session = this.#session
-    const past = () => session.signal.aborted || this.leader
-    if (this.#behind === session) return
-    this.#behind = session
-    for (let tries = 0, more; ; more || await this.#nap(backoff(tries++))) {
-      if (past()) return
+    const over = () => session.signal.aborted || this.leader
+    if (this.#catchingUp === session) return
+    this.#catchingUp = session
+    for (let tries = 0; !over();) {
       try {
-        const { cursor, events } = await json(this.#source('poll', { user: undefined, unseen: 1 }), { signal: patient() })
-        if (past()) return
-        events.forEach(event => this.#take(event))
-        this.#take({ id: cursor })
-        more = events.length
-        if (this.#missed[0] ? this.#missed[0].prev > this.cursor : more) continue
-        await this.#rosters()
-        break
-      } catch { more = 0 }
+        const { cursor, events } = await this.#poll()
+        if (over()) return
+        events.forEach(event => this.#deliver(event))
+        this.#deliver({ id: cursor })
+        const [next] = this.#buffered, behind = next ? next.prev > this.cursor : events.length
+        if (!behind) {
+          await this.#fetchRosters()
+          this.#catchingUp = undefined
+          return this.#buffered.splice(0).forEach(message => this.#onChannelMessage(message))
+        }
+        if (events.length) continue
+      } catch { }
+      await this.#sleep(backoff(tries++))
     }
-    this.#behind = undefined
-    this.#missed.splice(0).forEach(news => this.#heard(news))
   }
 
-  // The page's life.
+  // The page: hidden, closed, offline, asleep.
 
-  #listen(how) {
-    for (const type of ['online', 'offline', 'visibilitychange', 'pagehide', 'pageshow']) globalThis[how + 'EventListener']?.(type, this.#page)
+  #listenToPage(how) {
+    for (const type of ['online', 'offline', 'visibilitychange', 'pagehide', 'pageshow']) globalThis[how + 'EventListener']?.(type, this.#onPageEvent)
   }
 
-  #page = ({ type, persisted }) => {
+  #onPageEvent = ({ type, persisted }) => {
     if (type === 'pagehide') this.#leave()
     else if (type === 'pageshow') persisted && this.#start()
-    else if (type === 'offline') this.#probe()
-    else if (type === 'online' || !hidden()) this.#wake(type === 'online')
+    else if (type === 'offline') this.#checkNetwork()
+    else if (type === 'online' || !hidden()) this.#resume(type === 'online')
   }
 
-  /** Goes, and says so if no other tab stays. */
+  /** Stops. The last tab tells the relay. */
   #leave() {
-    const last = !this.#others.size
+    const last = !this.#otherTabs.size
     this.#stop()
-    if (last && this.user) for (const room of this.rooms) globalThis.navigator?.sendBeacon?.(this.#url('/presence', { client: this.#client }, room), 'offline')
+    if (last && this.user) for (const room of this.rooms) globalThis.navigator?.sendBeacon?.(this.#url('/presence', { client: this.#clientId }, room), 'offline')
   }
 
-  /** The page is seen again, the network is back, the machine has slept. */
-  #wake(again) {
-    this.#ticked = Date.now()
-    this.#fails = 0
-    this.#tick()
-    this.#stir()
-    if (!this.leader) this.#post({ here: true })
-    if (this.status !== 'closed') this.#seek(+again)
+  /** The page is visible, the network is back, or the machine has slept. */
+  #resume(reconnect) {
+    this.#checkedAt = Date.now()
+    this.#failedRounds = 0
+    this.#check()
+    this.#wakeUp()
+    if (!this.leader) this.#broadcast({ here: true })
+    if (this.status !== 'closed') this.#connect(reconnect)
   }
 
-  /** Looks; and goes on looking while the page is seen, also whether the clock jumped. */
-  #tick() {
-    clearTimeout(this.#pulse)
-    this.#look()
+  /** Runs every 5 s while the page is visible. If the clock jumps, the machine has slept. */
+  #check() {
+    clearTimeout(this.#checkTimer)
+    this.#checkAlive()
     if (hidden()) return
-    if (Math.abs(Date.now() - this.#ticked) > 15e3) return this.#wake(true)
-    this.#ticked = Date.now()
-    this.#pulse = setTimeout(() => this.#tick(), 5e3)
+    if (Math.abs(Date.now() - this.#checkedAt) > 15e3) return this.#resume(true)
+    this.#checkedAt = Date.now()
+    this.#checkTimer = setTimeout(() => this.#check(), 5e3)
   }
 
-  /** Is the connection dead? Or the leader? If it doesn't answer its lock is taken: it may be frozen. */
-  #look() {
-    if (Date.now() < this.#due) return
+  /** Ends a silent connection. A silent leader is asked once; then its lock is stolen, for it may be frozen. */
+  #checkAlive() {
+    if (Date.now() < this.#deadline) return
     if (this.#link) this.#link.done(new CometError('nothing came for too long'))
     else if (!this.#channel || this.leader) return
-    else if (this.#asked) this.#start({ steal: true })
+    else if (this.#pinged) this.#start({ steal: true })
     else {
-      this.#asked = true
-      this.#due = Date.now() + 4e3
-      this.#post({ here: true })
+      this.#pinged = true
+      this.#deadline = Date.now() + 4e3
+      this.#broadcast({ here: true })
     }
   }
 
-  /** The browser says that the network is gone; a relay on this machine may be heard all the same. */
-  #probe() {
+  /** The browser is offline; but a relay on this machine is still reachable. */
+  #checkNetwork() {
     const link = this.#link
-    if (link) json(this.#source('poll', { user: undefined, unseen: 1 }), { signal: AbortSignal.timeout(4e3) })
-      .catch(error => error.status || link.done(new CometError('the network is gone')))
+    if (link) this.#poll(AbortSignal.timeout(4e3)).catch(error => error.status || link.done(new CometError('the network is gone')))
   }
 
-  #nap = ms => new Promise(done => {
+  #sleep = ms => new Promise(resolve => {
     const wake = () => {
       clearTimeout(timer)
-      this.#naps.delete(wake)
-      done()
+      this.#sleepers.delete(wake)
+      resolve()
     }
     const timer = setTimeout(wake, ms)
-    this.#naps.add(wake)
+    this.#sleepers.add(wake)
   })
 
-  #stir() {
-    this.#naps.forEach(wake => wake())
+  #wakeUp() {
+    this.#sleepers.forEach(wake => wake())
   }
 }

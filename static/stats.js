@@ -1,28 +1,29 @@
-// The relay's own numbers, and any others, as graphs. A Graph is an SVG of the last ten minutes and, for those who
-// don't see it, the same in words; two rooms feed them, each read with comet.js. Below them, for operators, the rooms.
+// The relay's own numbers, and numbers that anybody publishes, as graphs. A Graph is an SVG of the last ten minutes, with
+// the values as text for screen readers. The numbers come from two rooms, each read with comet.js. Below the graphs,
+// operators see a list of the rooms.
 
 import { Comet } from './comet.js'
 import { access, askForToken } from './token.js'
 
-const asked = new URLSearchParams(location.search)
-const room = asked.get('room') || 'temp'
-const token = asked.get('token') || undefined
+const query = new URLSearchParams(location.search)
+const room = query.get('room') || 'temp'
+const token = query.get('token') || undefined
 
-const spans = [60e3, 120e3, 300e3, 600e3] // milliseconds shown, as many as there are numbers for
-const most = 3000 // rows kept
-const left = 46 // pixels, for the scale
-const torn = 5e3 // rows farther apart are not joined: nobody counted meanwhile
+const spans = [60e3, 120e3, 300e3, 600e3] // ms that a graph may show: the first that holds all numbers
+const MAX_ROWS = 3000 // older rows are removed
+const scaleWidth = 46 // pixels, left of the graph
+const maxGap = 5e3 // ms; rows farther apart are not joined, since nothing was counted between them
 
-const here = path => new URL(path, document.baseURI).href // a proxy may have put the relay below a path
+const absolute = path => new URL(path, document.baseURI).href // a proxy may serve the relay under a prefix
 const $ = selector => document.querySelector(selector)
-const clock = time => new Date(time).toLocaleTimeString()
-const count = n => n.toLocaleString('en', { maximumFractionDigits: n < 10 ? 1 : 0 })
-const plain = n => n.toLocaleString('en', { maximumSignificantDigits: 6 })
-const bytes = n => {
+const timeText = time => new Date(time).toLocaleTimeString()
+const formatNumber = n => n.toLocaleString('en', { maximumFractionDigits: n < 10 ? 1 : 0 })
+const formatExact = n => n.toLocaleString('en', { maximumSignificantDigits: 6 })
+const formatBytes = n => {
   const units = ['B', 'kB', 'MB', 'GB']
   let i = 0
   for (; n >= 1000 && i < 3; i++) n /= 1000
-  return `${count(n)} ${units[i]}`
+  return `${formatNumber(n)} ${units[i]}`
 }
 
 function make(tag, attributes = {}, ...inside) {
@@ -33,21 +34,21 @@ function make(tag, attributes = {}, ...inside) {
   return element
 }
 
-/** The next of 1, 2, 5, 10 … */
-function nice(n) {
+/** Rounds up to 1, 2, 5, 10, 20 … */
+function roundUp(n) {
   const ten = 10 ** Math.floor(Math.log10(n))
   return ten * [1, 2, 5, 10].find(step => step * ten >= n * 0.9999)
 }
 
-let marked // the time whose values are shown; undefined is now
-let paused // the time at which the graphs stand still
-let ahead // the relay's clock before ours
+let markedTime // the time whose values are shown; undefined: now
+let pausedAt // the time at which the user paused the graphs
+let clockOffset // ms that the relay's clock is ahead of ours
 const graphs = []
-const edge = () => paused ?? Date.now() + (ahead ?? 0)
+const rightEdge = () => pausedAt ?? Date.now() + (clockOffset ?? 0)
 
 class Graph {
-  /** @param series name → what it is called; @param rows [{ time, [name]: number }], oldest first */
-  constructor(parent, title, unit, rows, series, { format = count, stacked, wide, whole } = {}) {
+  /** @param series name → label; @param rows [{ time, [name]: number }], oldest first */
+  constructor(parent, title, unit, rows, series, { format = formatNumber, stacked, wide, whole } = {}) {
     Object.assign(this, { title, unit, rows, series, names: Object.keys(series), format, stacked, whole })
     this.time = make('span', { class: 'unit time' })
     this.values = this.names.map(() => make('b', {}, '–'))
@@ -59,26 +60,26 @@ class Graph {
     this.svg.onpointermove = this.svg.onpointerdown = e => mark(this.timeAt(e.clientX - this.svg.getBoundingClientRect().left))
     this.svg.onpointerleave = e => e.pointerType === 'mouse' && mark(undefined)
     this.svg.onkeydown = e => this.key(e)
-    this.svg.onfocus = () => this.say()
+    this.svg.onfocus = () => this.describe()
     new ResizeObserver(() => this.draw()).observe(this.svg)
     graphs.push(this)
-    this.say()
+    this.describe()
   }
 
   get span() {
-    const oldest = this.rows.find(row => row.time > edge() - spans.at(-1))
-    return spans.find(span => !oldest || oldest.time > edge() - span) || spans.at(-1)
+    const oldest = this.rows.find(row => row.time > rightEdge() - spans.at(-1))
+    return spans.find(span => !oldest || oldest.time > rightEdge() - span) || spans.at(-1)
   }
 
-  get shown() { return this.rows.filter(row => row.time > edge() - this.span && row.time <= edge()) }
+  get shown() { return this.rows.filter(row => row.time > rightEdge() - this.span && row.time <= rightEdge()) }
 
-  x(time) { return left + (this.svg.clientWidth - left - 6) * (1 - (edge() - time) / this.span) }
-  timeAt(x) { return edge() - this.span * (1 - (x - left) / (this.svg.clientWidth - left - 6)) }
+  x(time) { return scaleWidth + (this.svg.clientWidth - scaleWidth - 6) * (1 - (rightEdge() - time) / this.span) }
+  timeAt(x) { return rightEdge() - this.span * (1 - (x - scaleWidth) / (this.svg.clientWidth - scaleWidth - 6)) }
 
-  /** The row at the time that is marked. */
+  /** The row nearest to the marked time. */
   at(shown) {
-    if (marked === undefined) return shown.at(-1)
-    return shown.reduce((best, row) => !best || Math.abs(row.time - marked) < Math.abs(best.time - marked) ? row : best, undefined)
+    if (markedTime === undefined) return shown.at(-1)
+    return shown.reduce((best, row) => !best || Math.abs(row.time - markedTime) < Math.abs(best.time - markedTime) ? row : best, undefined)
   }
 
   key(e) {
@@ -88,13 +89,13 @@ class Graph {
     else if (to === undefined || !shown.length) return
     else mark(shown[Math.min(shown.length - 1, Math.max(0, to))].time)
     e.preventDefault()
-    this.say()
+    this.describe()
   }
 
-  /** Tells the values to who does not see them: on focus and on keys, not every second. */
-  say() {
+  /** Sets the values that a screen reader reads: on focus and on keys, not every second. */
+  describe() {
     const { shown } = this, row = this.at(shown)
-    const words = row ? `${clock(row.time)}: ${this.names.filter(name => row[name] !== undefined).map(name => `${this.series[name]} ${this.format(row[name])}`).join(', ')}` : 'nothing yet'
+    const words = row ? `${timeText(row.time)}: ${this.names.filter(name => row[name] !== undefined).map(name => `${this.series[name]} ${this.format(row[name])}`).join(', ')}` : 'nothing yet'
     for (const [name, value] of Object.entries({ valuemin: 0, valuemax: Math.max(0, shown.length - 1), valuenow: Math.max(0, shown.indexOf(row)), valuetext: words })) this.svg.setAttribute('aria-' + name, value)
   }
 
@@ -103,23 +104,23 @@ class Graph {
     if (!w) return
     const row = this.at(shown)
     names.forEach((name, i) => this.values[i].textContent = row?.[name] === undefined ? '–' : this.format(row[name]))
-    this.time.textContent = row ? (marked === undefined && !paused ? 'now' : clock(row.time)) : ''
+    this.time.textContent = row ? (markedTime === undefined && !pausedAt ? 'now' : timeText(row.time)) : ''
 
     const all = shown.flatMap(row => stacked ? names.reduce((sum, name) => sum + (row[name] || 0), 0) : names.map(name => row[name]).filter(n => n !== undefined))
     let low = Math.min(0, ...all), high = Math.max(0, ...all)
-    if (this.whole && all.length) [low, high] = [Math.min(...all), Math.max(...all)] // any numbers: not all begin at 0
-    const step = nice((high - low) / 3 || Math.abs(high) || 1)
+    if (this.whole && all.length) [low, high] = [Math.min(...all), Math.max(...all)] // any numbers need not begin at 0
+    const step = roundUp((high - low) / 3 || Math.abs(high) || 1)
     low = Math.floor(low / step) * step
     high = Math.max(Math.ceil(high / step) * step, low + step)
-    const end = edge(), x = time => this.x(time), y = n => bottom - (n - low) / (high - low) * (bottom - 8)
+    const end = rightEdge(), x = time => this.x(time), y = n => bottom - (n - low) / (high - low) * (bottom - 8)
     const marks = []
     for (let n = low; n < high + step / 2; n += step) {
-      marks.push(make('line', { class: 'grid', x1: left, x2: w, y1: y(n), y2: y(n) }), make('text', { x: left - 6, y: y(n) + 4, 'text-anchor': 'end' }, this.format(Math.abs(n) < step / 1e3 ? 0 : n)))
+      marks.push(make('line', { class: 'grid', x1: scaleWidth, x2: w, y1: y(n), y2: y(n) }), make('text', { x: scaleWidth - 6, y: y(n) + 4, 'text-anchor': 'end' }, this.format(Math.abs(n) < step / 1e3 ? 0 : n)))
     }
     const minutes = this.span / 60e3, parts = w < 420 ? 2 : minutes % 5 ? 4 : 5
     for (let i = 0; i <= parts; i++) {
       const back = minutes * (parts - i) / parts
-      const words = back >= 1 ? `−${count(back)} min` : back ? `−${count(back * 60)} s` : paused ? clock(paused) : 'now'
+      const words = back >= 1 ? `−${formatNumber(back)} min` : back ? `−${formatNumber(back * 60)} s` : pausedAt ? timeText(pausedAt) : 'now'
       marks.push(make('text', { x: x(end - back * 60e3), y: h - 1, 'text-anchor': i ? back ? 'middle' : 'end' : 'start' }, words))
     }
     const floor = shown.map(() => 0)
@@ -129,7 +130,7 @@ class Graph {
       shown.forEach((row, j) => {
         if (row[name] === undefined) return
         const to = `${x(row.time).toFixed(1)} ${y(row[name] + floor[j]).toFixed(1)}`
-        const joined = row.time - last < (this.whole ? Infinity : torn)
+        const joined = row.time - last < (this.whole ? Infinity : maxGap)
         if (!joined) close()
         path += (joined ? 'L' : 'M') + to
         last = row.time
@@ -139,8 +140,8 @@ class Graph {
       close()
       if (path) marks.push(make('path', { class: stacked ? 'area' : 'curve', d: path, 'data-n': i }))
     })
-    if (row && (marked !== undefined || !stacked)) {
-      if (marked !== undefined) marks.push(make('line', { class: 'cursor', x1: x(row.time), x2: x(row.time), y1: 4, y2: bottom }))
+    if (row && (markedTime !== undefined || !stacked)) {
+      if (markedTime !== undefined) marks.push(make('line', { class: 'cursor', x1: x(row.time), x2: x(row.time), y1: 4, y2: bottom }))
       if (!stacked) names.forEach((name, i) => row[name] !== undefined && marks.push(make('circle', { class: 'spot', cx: x(row.time), cy: y(row[name]), r: 3.5, 'data-n': i })))
     }
     svg.setAttribute('viewBox', `0 0 ${w} ${h}`)
@@ -149,144 +150,144 @@ class Graph {
 }
 
 function mark(time) {
-  marked = time
+  markedTime = time
   drawAll()
 }
 
 const drawAll = () => graphs.forEach(graph => graph.draw())
 
-function keep(rows, row) {
+function addRow(rows, row) {
   rows.push(row)
-  if (rows.length > most) rows.shift()
+  if (rows.length > MAX_ROWS) rows.shift()
 }
 
-// The relay. It counts from its start; what is shown is the difference, over the time that it took.
+// The relay's numbers. It counts from its start; the graphs show the difference per second.
 
 const techniques = { ws: 'ws', sse: 'sse', stream: 'stream', longpoll: 'longpoll', jsonp: 'jsonp', iframe: 'iframe', html: 'html', multipart: 'multipart', poll: 'poll', refresh: 'refresh' }
-const relay = []
-let before
+const relayRows = []
+let previous
 
-function counted({ time, data }) {
+function onCounts({ time, data }) {
   const ways = Object.entries(data.techniques)
   const sum = what => ways.reduce((sum, [, one]) => sum + one[what], 0)
   const totals = { published: data.published, delivered: sum('delivered'), in: data.in + sum('in'), out: sum('out'), dropped: data.dropped, gaps: data.gaps }
   const row = { time, rooms: data.rooms, users: data.users, memory: data.memory, kept: data.history, goroutines: data.goroutines }
   for (const [name, one] of ways) row[name] = one.connections
-  const seconds = (time - before?.time) / 1e3
-  if (seconds > 0 && seconds < torn / 1e3 && data.uptime >= before.uptime) for (const name in totals) row[name + '/s'] = (totals[name] - before[name]) / seconds
-  before = { time, uptime: data.uptime, ...totals }
-  keep(relay, row)
+  const seconds = (time - previous?.time) / 1e3
+  if (seconds > 0 && seconds < maxGap / 1e3 && data.uptime >= previous.uptime) for (const name in totals) row[name + '/s'] = (totals[name] - previous[name]) / seconds
+  previous = { time, uptime: data.uptime, ...totals }
+  addRow(relayRows, row)
 }
 
-const place = $('#relay')
-new Graph(place, 'Connections', 'held, by technique', relay, techniques, { stacked: true, wide: true })
-new Graph(place, 'Events', 'per second', relay, { 'published/s': 'published', 'delivered/s': 'delivered' })
-new Graph(place, 'Traffic', 'bytes per second, heads included', relay, { 'in/s': 'in', 'out/s': 'out' }, { format: bytes })
-new Graph(place, 'Rooms and users', 'how many', relay, { rooms: 'rooms', users: 'users' })
-new Graph(place, 'Memory', 'in bytes', relay, { memory: 'process', kept: 'kept events' }, { format: bytes })
-new Graph(place, 'Goroutines', 'how many', relay, { goroutines: 'goroutines' })
-new Graph(place, 'Readers in trouble', 'per second', relay, { 'dropped/s': 'dropped', 'gaps/s': 'told of a gap' })
+const relayGraphs = $('#relay')
+new Graph(relayGraphs, 'Connections', 'held, by technique', relayRows, techniques, { stacked: true, wide: true })
+new Graph(relayGraphs, 'Events', 'per second', relayRows, { 'published/s': 'published', 'delivered/s': 'delivered' })
+new Graph(relayGraphs, 'Traffic', 'bytes per second, headers included', relayRows, { 'in/s': 'in', 'out/s': 'out' }, { format: formatBytes })
+new Graph(relayGraphs, 'Rooms and users', 'how many', relayRows, { rooms: 'rooms', users: 'users' })
+new Graph(relayGraphs, 'Memory', 'in bytes', relayRows, { memory: 'process', kept: 'history' }, { format: formatBytes })
+new Graph(relayGraphs, 'Goroutines', 'how many', relayRows, { goroutines: 'goroutines' })
+new Graph(relayGraphs, 'Slow readers', 'per second', relayRows, { 'dropped/s': 'dropped', 'gaps/s': 'sent a gap' })
 
-let stats
+let statsComet
 
-function readStats() {
-  stats = new Comet(here('rooms/_stats'), { token, last: spans.at(-1) / 1e3 })
-  stats.addEventListener('stats', ({ detail }) => {
-    counted(detail)
-    ahead = Math.max(ahead ?? -Infinity, detail.time - Date.now()) // the history comes late
+function followStats() {
+  statsComet = new Comet(absolute('rooms/_stats'), { token, last: spans.at(-1) / 1e3 })
+  statsComet.addEventListener('stats', ({ detail }) => {
+    onCounts(detail)
+    clockOffset = Math.max(clockOffset ?? -Infinity, detail.time - Date.now()) // the history is older, so take the largest
   })
-  stats.addEventListener('gap', forget(relay))
-  stats.addEventListener('status', ({ detail }) => {
+  statsComet.addEventListener('gap', onErased(relayRows))
+  statsComet.addEventListener('status', ({ detail }) => {
     document.body.dataset.status = detail.status
-    news()
+    showState()
   })
 }
 
-/** An erased room's numbers are erased here too. */
-const forget = (rows, then) => ({ detail: { data } }) => {
+/** If a room was erased, its numbers are removed here too. */
+const onErased = (rows, then) => ({ detail: { data } }) => {
   if (data?.reason !== 'erased') return
   rows.length = 0
   drawAll()
   then?.()
 }
 
-function news() {
-  if (!stats) return
-  const words = { open: `live, by ${stats.via}`, closed: 'closed', connecting: 'connecting…' }[stats.status] || stats.status
-  $('#news').textContent = paused ? `stands still at ${clock(paused)}; the numbers are kept meanwhile` : words
+function showState() {
+  if (!statsComet) return
+  const words = { open: `live, by ${statsComet.via}`, closed: 'closed', connecting: 'connecting…' }[statsComet.status] || statsComet.status
+  $('#news').textContent = pausedAt ? `paused at ${timeText(pausedAt)}; new numbers are kept` : words
 }
 
 $('#pause').onclick = e => {
-  paused = paused ? undefined : edge()
-  e.target.ariaPressed = !!paused
-  e.target.textContent = paused ? 'Go on' : 'Pause'
-  news()
+  pausedAt = pausedAt ? undefined : rightEdge()
+  e.target.ariaPressed = !!pausedAt
+  e.target.textContent = pausedAt ? 'Resume' : 'Pause'
+  showState()
   drawAll()
 }
 
 // Any numbers.
 
-const numbers = []
-let skipped = 0
+const numberRows = []
+let skippedCount = 0
 
-/** What is meant as a number: 42, "42", and what `curl -d 42` says. */
+/** A number, or text that is one: `curl -d 42` publishes text. */
 const asNumber = data => typeof data === 'number' ? data : typeof data === 'string' && data.trim() ? Number(data) : NaN
 
 $('#which').value = room
-const address = tail => here(`rooms/${encodeURIComponent(room)}${tail}`)
-const shell = url => /^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", '%27')}'` // what a person may paste there
-const picture = address('/multipart?') + new URLSearchParams({ as: 'svg', w: 640, h: 200 })
-$('#img').textContent = `<img src="${picture}">`
+const roomURL = tail => absolute(`rooms/${encodeURIComponent(room)}${tail}`)
+const quoteForShell = url => /^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", '%27')}'` // safe to paste into a shell
+const pictureURL = roomURL('/multipart?') + new URLSearchParams({ as: 'svg', w: 640, h: 200 })
+$('#img').textContent = `<img src="${pictureURL}">`
 $('#live').alt = `The room ${room} as a live graph`
 
-function skip(words) {
-  $('#skipped').textContent = words ?? (skipped ? `${skipped} ${skipped === 1 ? 'message was no number, and is' : 'messages were no numbers, and are'} left out` : '')
+function showSkipped(words) {
+  $('#skipped').textContent = words ?? (skippedCount ? `${skippedCount} ${skippedCount === 1 ? 'message was no number and is' : 'messages were no numbers and are'} left out` : '')
 }
 
-function readNumbers() {
-  new Graph($('#numbers'), room, 'as published', numbers, { n: 'value' }, { format: plain, whole: true, wide: true })
+function followNumbers() {
+  new Graph($('#numbers'), room, 'as published', numberRows, { n: 'value' }, { format: formatExact, whole: true, wide: true })
   try {
-    const any = new Comet(address(''), { token, last: most, presence: false })
+    const any = new Comet(roomURL(''), { token, last: MAX_ROWS, presence: false })
     any.addEventListener('message', ({ detail: { time, data } }) => {
       const n = asNumber(data)
-      if (Number.isFinite(n)) keep(numbers, { time, n })
-      else skipped++
-      skip()
+      if (Number.isFinite(n)) addRow(numberRows, { time, n })
+      else skippedCount++
+      showSkipped()
     })
-    any.addEventListener('gap', forget(numbers, () => {
-      skipped = 0
-      skip('the room was erased')
+    any.addEventListener('gap', onErased(numberRows, () => {
+      skippedCount = 0
+      showSkipped('the room was erased')
     }))
-    any.addEventListener('status', ({ detail: { status, error } }) => status === 'closed' && error && skip(`not to be read: ${error.message}`))
+    any.addEventListener('status', ({ detail: { status, error } }) => status === 'closed' && error && showSkipped(`the room cannot be read: ${error.message}`))
   } catch (error) {
-    skip(error.message)
+    showSkipped(error.message)
   }
 }
 
-// The picture. It is one of the few connections that all tabs share, and a page that was left would go on receiving it.
+// The picture. It holds a connection, of which a browser has few per site, so a hidden page gives it up.
 
-function look(seen) {
-  if (!seen) $('#live').removeAttribute('src')
-  else if (!$('#live').src) $('#live').src = `${picture}&${new URLSearchParams({ ...token && { token }, _: Math.random() })}` // one that is still held would make an equal one wait
+function showPicture(visible) {
+  if (!visible) $('#live').removeAttribute('src')
+  else if (!$('#live').src) $('#live').src = `${pictureURL}&${new URLSearchParams({ ...token && { token }, _: Math.random() })}` // a browser would load an equal URL after the other
 }
 
 // The rooms, for operators.
 
 const columns = { room: 'Room', readers: 'Readers', users: 'Users', messages: 'Messages', bytes: 'Size', time: 'Last published' }
-const shownMost = 100 // rooms; a prefix finds the others
-const rows = new Map // room → its row
-let order = 'time', first = true, timer, asking
+const MAX_ROOMS = 100 // rooms in the list; the others are found by prefix
+const rowOf = new Map // room → table row
+let sortBy = 'time', first = true, listTimer, currentRequest
 
-const ago = new Intl.RelativeTimeFormat('en', { numeric: 'always', style: 'narrow' })
-function since(time) {
-  const seconds = Math.min(0, (time - Date.now() - (ahead ?? 0)) / 1e3)
-  for (const [unit, size] of [['day', 86400], ['hour', 3600], ['minute', 60]]) if (-seconds >= size) return ago.format(Math.round(seconds / size), unit)
-  return -seconds < 5 ? 'just now' : ago.format(Math.round(seconds), 'second')
+const relativeTime = new Intl.RelativeTimeFormat('en', { numeric: 'always', style: 'narrow' })
+function agoText(time) {
+  const seconds = Math.min(0, (time - Date.now() - (clockOffset ?? 0)) / 1e3)
+  for (const [unit, size] of [['day', 86400], ['hour', 3600], ['minute', 60]]) if (-seconds >= size) return relativeTime.format(Math.round(seconds / size), unit)
+  return -seconds < 5 ? 'just now' : relativeTime.format(Math.round(seconds), 'second')
 }
 
-/** Asks the relay, as an operator. */
-async function operate(path, options) {
-  const url = new URL(here(path))
+/** Sends a request that only operators may send. */
+async function requestAsOperator(path, options) {
+  const url = new URL(absolute(path))
   if (token) url.searchParams.set('token', token)
   const answer = await fetch(url, { cache: 'no-store', signal: AbortSignal.timeout(15e3), ...options })
   if (answer.ok) return answer.status === 204 ? {} : answer.json()
@@ -294,51 +295,51 @@ async function operate(path, options) {
   throw Object.assign(new Error(error || `the relay answered ${answer.status}`), { status: answer.status })
 }
 
-/** Lists them, and again in a while. */
+/** Lists the rooms, and again every 4 s. */
 async function listRooms() {
-  clearTimeout(timer)
-  const mine = asking = {}, prefix = $('#prefix').value.trim()
+  clearTimeout(listTimer)
+  const mine = currentRequest = {}, prefix = $('#prefix').value.trim()
   let list, error
-  try { list = await operate('rooms?' + new URLSearchParams({ prefix })) } catch (e) { error = e }
-  if (mine !== asking) return // asked again meanwhile, or nobody looks any more
-  if (location.hash === '#rooms' && first) setTimeout(() => $('#rooms').scrollIntoView()) // what is above has grown since the page came
+  try { list = await requestAsOperator('rooms?' + new URLSearchParams({ prefix })) } catch (e) { error = e }
+  if (mine !== currentRequest) return // there is a newer request, or the page is hidden
+  if (location.hash === '#rooms' && first) setTimeout(() => $('#rooms').scrollIntoView()) // the content above has grown since the page loaded
   first = false
-  if ([401, 403].includes(error?.status)) return noOperator()
-  timer = setTimeout(listRooms, 4000)
-  if (error) return say(`The rooms could not be listed: ${error.message}.`)
+  if ([401, 403].includes(error?.status)) return showNoOperator()
+  listTimer = setTimeout(listRooms, 4000)
+  if (error) return showRoomCount(`The rooms could not be listed: ${error.message}.`)
   $('#listing').hidden = false
   showRooms(list, prefix)
 }
 
-function noOperator() {
-  say(may.required ? 'Your token does not name the room _stats in its read right, so the relay does not list its rooms to you. A token that does would be right: cometes token -sub NAME -read \'_stats,*\' -write \'*\'.'
-    : 'The relay lists its rooms to operators only. Without a secret, that is whoever opens this page on the machine that the relay runs on, through no proxy. With one (-secret), it is a token that names the room _stats in its read right.')
+function showNoOperator() {
+  showRoomCount(allowed.required ? 'Your token does not name the room _stats in its read right, so the relay does not list its rooms to you. You need a token that does: cometes token -sub NAME -read \'_stats,*\' -write \'*\'.'
+    : 'The relay lists its rooms to operators only. Without a secret, an operator is anybody who opens this page on the relay’s own machine, and not through a proxy. With a secret (-secret), an operator needs a token that names the room _stats in its read right.')
 }
 
-const say = words => { if ($('#count').textContent !== words) $('#count').textContent = words }
+const showRoomCount = words => { if ($('#count').textContent !== words) $('#count').textContent = words }
 
 function showRooms({ rooms, more }, prefix) {
-  rooms.sort((a, b) => order === 'room' ? (a.room < b.room ? -1 : 1) : b[order] - a[order])
-  say(!rooms.length ? prefix ? `No room begins with ${prefix}.` : 'There is no room yet.'
-    : rooms.length > shownMost || more ? `${Math.min(rooms.length, shownMost)} of ${more ? 'more than ' : ''}${count(rooms.length)} rooms. The beginning of a name finds the others.`
+  rooms.sort((a, b) => sortBy === 'room' ? (a.room < b.room ? -1 : 1) : b[sortBy] - a[sortBy])
+  showRoomCount(!rooms.length ? prefix ? `No room starts with ${prefix}.` : 'There are no rooms yet.'
+    : rooms.length > MAX_ROOMS || more ? `${Math.min(rooms.length, MAX_ROOMS)} of ${more ? 'more than ' : ''}${formatNumber(rooms.length)} rooms. Type the start of a name to find the others.`
       : rooms.length === 1 ? 'One room.' : `${rooms.length} rooms.`)
-  const shown = rooms.slice(0, shownMost), body = $('#list tbody')
+  const shown = rooms.slice(0, MAX_ROOMS), body = $('#list tbody')
   $('#list').hidden = !shown.length
-  const still = body.matches(':hover, :focus-within') // what somebody points at does not move
-  for (const [name, row] of rows) if (!shown.some(({ room }) => room === name)) {
+  const pointedAt = body.matches(':hover, :focus-within') // a row does not move under the pointer
+  for (const [name, row] of rowOf) if (!shown.some(({ room }) => room === name)) {
     row.remove()
-    rows.delete(name)
+    rowOf.delete(name)
   }
   shown.forEach((room, i) => {
-    const row = rows.get(room.room) ?? makeRow(room.room)
+    const row = rowOf.get(room.room) ?? makeRow(room.room)
     Object.keys(columns).slice(1).forEach((name, j) => {
-      const text = name === 'time' ? room.time ? since(room.time) : '–' : name === 'bytes' ? bytes(room.bytes) : count(room[name])
+      const text = name === 'time' ? room.time ? agoText(room.time) : '–' : name === 'bytes' ? formatBytes(room.bytes) : formatNumber(room[name])
       if (row.cells[j + 1].textContent !== text) row.cells[j + 1].textContent = text
     })
     row.cells[5].title = room.time ? new Date(room.time).toLocaleString() : ''
     row.messages = room.messages
     if (!row.isConnected) body.append(row)
-    if (!still && body.rows[i] !== row) body.insertBefore(row, body.rows[i])
+    if (!pointedAt && body.rows[i] !== row) body.insertBefore(row, body.rows[i])
   })
 }
 
@@ -347,14 +348,14 @@ function makeRow(room) {
   const erase = make('button', { type: 'button', 'aria-label': `Erase ${room}` }, 'Erase')
   erase.onclick = () => askToErase(room, row.messages)
   row.append(make('th', { scope: 'row' }, make('a', { href: './?' + new URLSearchParams({ room }) }, make('bdi', {}, room))), ...Array.from({ length: 5 }, () => make('td')), make('td', {}, erase))
-  rows.set(room, row)
+  rowOf.set(room, row)
   return row
 }
 
 function askToErase(room, messages) {
   const dialog = $('#erase')
   $('#what').replaceChildren('Erase the room ', make('bdi', {}, room), '?')
-  $('#warning').textContent = `${messages === 1 ? 'Its one message is' : `Its ${count(messages)} messages are`} forgotten, for everyone. This cannot be undone.`
+  $('#warning').textContent = `${messages === 1 ? 'Its one message is' : `Its ${formatNumber(messages)} messages are`} deleted for everybody. This cannot be undone.`
   dialog.returnValue = ''
   dialog.onclose = () => dialog.returnValue === 'erase' && eraseRoom(room)
   dialog.showModal()
@@ -363,27 +364,27 @@ function askToErase(room, messages) {
 async function eraseRoom(room) {
   let words
   try {
-    await operate('rooms/' + encodeURIComponent(room), { method: 'DELETE' })
+    await requestAsOperator('rooms/' + encodeURIComponent(room), { method: 'DELETE' })
     words = ' is erased.'
   } catch (error) {
     words = ` could not be erased: ${error.message}.`
   }
   $('#answer').replaceChildren('The room ', make('bdi', {}, room), words)
   await listRooms()
-  if (document.activeElement === document.body) $('#rooms h2').focus() // its button went with its row
+  if (document.activeElement === document.body) $('#rooms h2').focus() // its button was removed with its row
 }
 
 $('#filter').onsubmit = e => e.preventDefault()
 $('#prefix').oninput = () => {
-  clearTimeout(timer)
-  asking = undefined
-  timer = setTimeout(listRooms, 250)
+  clearTimeout(listTimer)
+  currentRequest = undefined
+  listTimer = setTimeout(listRooms, 250)
 }
 for (const name in columns) {
   const button = make('button', { type: 'button' }, columns[name]), head = make('th', { scope: 'col', 'data-by': name }, button)
-  if (name === order) head.ariaSort = 'descending'
+  if (name === sortBy) head.ariaSort = 'descending'
   button.onclick = () => {
-    order = name
+    sortBy = name
     for (const other of $('#list thead').querySelectorAll('th')) other.ariaSort = other === head ? name === 'room' ? 'ascending' : 'descending' : null
     listRooms()
   }
@@ -391,25 +392,25 @@ for (const name in columns) {
 }
 $('#list thead tr').append(make('th', { scope: 'col' }, make('span', { class: 'unseen' }, 'Erase')))
 
-// The page. Who does not see it needs neither its picture nor its list; the rest is small, and comet.js's to hold.
+// The page. While it is hidden it loads neither the picture nor the list of rooms; comet.js keeps its connections.
 
-let may = {}, away = false
+let allowed = {}, pageLeft = false
 
 function update() {
-  const seen = !away && !document.hidden
-  look(seen && may.read)
-  clearTimeout(timer)
-  asking = undefined
-  if (seen && may.operates) listRooms()
+  const visible = !pageLeft && !document.hidden
+  showPicture(visible && allowed.read)
+  clearTimeout(listTimer)
+  currentRequest = undefined
+  if (visible && allowed.operates) listRooms()
 }
-addEventListener('pagehide', () => { away = true; update() })
-addEventListener('pageshow', () => { away = false; update() })
+addEventListener('pagehide', () => { pageLeft = true; update() })
+addEventListener('pageshow', () => { pageLeft = false; update() })
 document.addEventListener('visibilitychange', update)
 
 addEventListener('pointerdown', e => e.target.closest('.graph svg') || mark(undefined))
-setInterval(() => paused || drawAll(), 1000)
+setInterval(() => pausedAt || drawAll(), 1000)
 
-async function begin() {
+async function start() {
   const [ours, theirs] = await Promise.all([access('_stats'), access(room)])
   const { required, refused, error } = ours, rights = "-read '_stats,*' -write '*'"
   if (refused) {
@@ -419,19 +420,19 @@ async function begin() {
   }
   $('#another').ontoggle = () => askForToken($('#another div'), undefined, rights)
   $('#another').hidden = ours.read && theirs.read
-  may = { required, read: theirs.read, operates: ours.read }
-  $('#feed').textContent = `while sleep 1; do curl -s ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d $((RANDOM % 100)) ${shell(address(''))}; done`
-  if (ours.read) readStats()
+  allowed = { required, read: theirs.read, operates: ours.read }
+  $('#feed').textContent = `while sleep 1; do curl -s ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d $((RANDOM % 100)) ${quoteForShell(roomURL(''))}; done`
+  if (ours.read) followStats()
   else {
     document.body.dataset.status = 'closed'
     $('#relay').hidden = $('#pause').hidden = $('#keys').hidden = true
     $('#news').textContent = 'Your token does not name the room _stats in its read right, so the relay does not show you its numbers.'
-    noOperator()
+    showNoOperator()
   }
-  if (theirs.read) readNumbers()
-  else skip(`your token does not let this page read the room ${room}`)
+  if (theirs.read) followNumbers()
+  else showSkipped(`your token does not let this page read the room ${room}`)
   $('#live').hidden = !theirs.read
   update()
 }
 
-begin()
+start()
