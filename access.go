@@ -40,10 +40,14 @@ type access struct {
 
 // wrap returns a handler that gives requests their permit, and answers those about tokens.
 func (a *access) wrap(s *server, next http.Handler) http.Handler {
+	usual := &accessRights{a: a} // without a token, from the relay's own pages or from programs
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r, p := withPermit(r)
-		rights := &accessRights{a: a, r: r}
-		p.rights, p.ancestors = rights, a.ancestors
+		rights := accessRights{a: a}
+		if r.Method == http.MethodDelete || r.URL.Path == "/rooms" {
+			rights.local = a.isLocal(r)
+		}
+		p.rights, p.ancestors = usual, a.ancestors
 		if a.secrets != nil {
 			token, err := a.token(r)
 			switch {
@@ -64,9 +68,13 @@ func (a *access) wrap(s *server, next http.Handler) http.Handler {
 				w = preflightWriter{w, a.origins, r}
 			}
 		}
-		if rights.inURL() {
-			s.answer(w, r, rights.moveToCookie)
-			return
+		if rights != *usual {
+			own := rights
+			p.rights = &own
+			if own.inURL(r) {
+				s.answer(w, r, own.moveToCookie)
+				return
+			}
 		}
 		if r.URL.Path == "/token" {
 			s.answer(w, r, func(w http.ResponseWriter, r *http.Request) error { return a.describeToken(w, r, p) })
@@ -79,7 +87,7 @@ func (a *access) wrap(s *server, next http.Handler) http.Handler {
 // accessRights are the rights of one request.
 type accessRights struct {
 	a         *access
-	r         *http.Request
+	local     bool // from this machine; known only where it matters
 	originErr error
 	tokenErr  error
 	claims    *claims // nil without a token
@@ -104,20 +112,25 @@ func (ar *accessRights) check(room string, write bool) error {
 // proxyHeaders are set by proxies.
 var proxyHeaders = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Forwarded", "Via", "Fly-Client-Ip", "Cf-Connecting-Ip", "True-Client-Ip"}
 
-// isLocal reports whether a Host is a name of the machine for itself.
-func isLocal(host string) bool {
-	name := (&url.URL{Host: host}).Hostname()
+// isLocal reports whether a request is from this machine and came through no proxy, as far
+// as one can know: nginx speaks HTTP/1.0 by default, and a page that the name of another
+// site leads here (DNS rebinding) asks for that name.
+func (a *access) isLocal(r *http.Request) bool {
+	from, _ := netip.ParseAddrPort(r.RemoteAddr)
+	if !from.Addr().Unmap().IsLoopback() || a.trustProxy || !r.ProtoAtLeast(1, 1) {
+		return false
+	}
+	name := (&url.URL{Host: r.Host}).Hostname()
 	ip, err := netip.ParseAddr(name)
-	return name == "localhost" || err == nil && ip.IsLoopback()
+	return (name == "localhost" || err == nil && ip.IsLoopback()) &&
+		!slices.ContainsFunc(proxyHeaders, func(name string) bool { return r.Header[name] != nil })
 }
 
 // statsRoom is the room that only operators read.
 const statsRoom = "_stats"
 
 // operate allows an operator: a client whose token names the room _stats; or, without a
-// secret, one on this machine that came through no proxy, as far as one can know: nginx
-// speaks HTTP/1.0 unless told otherwise, and a page that the name of another site leads
-// here (DNS rebinding) asks for that name.
+// secret, one on this machine.
 func (ar *accessRights) operate() error {
 	if ar.a.secrets != nil {
 		if ar.tokenErr != nil {
@@ -128,9 +141,7 @@ func (ar *accessRights) operate() error {
 		}
 		return tokenError(http.StatusForbidden, "this is for operators, whose token may read "+statsRoom)
 	}
-	from, _ := netip.ParseAddrPort(ar.r.RemoteAddr)
-	proxied := ar.a.trustProxy || !ar.r.ProtoAtLeast(1, 1) || slices.ContainsFunc(proxyHeaders, func(name string) bool { return ar.r.Header[name] != nil })
-	if from.Addr().Unmap().IsLoopback() && !proxied && isLocal(ar.r.Host) {
+	if ar.local {
 		return nil
 	}
 	return newError(http.StatusForbidden, "this is for operators: ask from the machine itself, or give the relay a -secret and bring a token that may read "+statsRoom)
@@ -396,11 +407,11 @@ func (a *access) token(r *http.Request) (string, error) {
 }
 
 // inURL reports whether a good token is in the URL of a page.
-func (ar *accessRights) inURL() bool {
-	if ar.claims == nil || ar.originErr != nil || !wantsHTML(ar.r) || !isPage(ar.r.URL.Path) || ar.r.URL.Query().Get("token") == "" {
+func (ar *accessRights) inURL(r *http.Request) bool {
+	if ar.claims == nil || ar.originErr != nil || !wantsHTML(r) || !isPage(r.URL.Path) || r.URL.Query().Get("token") == "" {
 		return false
 	}
-	path, isRoom := strings.CutPrefix(ar.r.URL.EscapedPath(), "/rooms/")
+	path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
 	if !isRoom {
 		return true
 	}

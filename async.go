@@ -174,7 +174,7 @@ func (ses *session) hijack(w http.ResponseWriter) error {
 	h.Write(&head)
 	head.WriteString("\r\n")
 	ses.conn, ses.head = conn, head.Bytes()
-	ses.headroom, ses.send = chunkHeadSize, ses.sendChunk
+	ses.headroom, ses.out = chunkHeadSize, ses
 	ses.pool.add(ses)
 	go ses.watch()
 	return nil
@@ -226,6 +226,15 @@ func (ses *session) closeWhenSent() {
 // Leading zeros are allowed, so the size can be filled in last.
 const chunkHeadSize = len("00000000\r\n")
 
+func (ses *session) send(sc *scratch, b []byte) error {
+	if ses.ws {
+		return ses.sendMessage(sc, b)
+	}
+	return ses.sendChunk(sc, b)
+}
+
+func (ses *session) busy() bool { return ses.replyDue }
+
 // sendChunk writes b, whose first chunkHeadSize bytes are free, as a chunk.
 func (ses *session) sendChunk(sc *scratch, b []byte) error {
 	const hex = "0123456789abcdef"
@@ -239,9 +248,9 @@ func (ses *session) sendChunk(sc *scratch, b []byte) error {
 	if ses.closed {
 		b = append(b, "0\r\n\r\n"...)
 	}
-	sc.count(ses.technique, nil, chunkHeadSize+len("\r\n"))
+	sc.count(ses.technique, nil, chunkHeadSize+len("\r\n"), 0)
 	if ses.head != nil {
-		sc.count(ses.technique, nil, len(ses.head))
+		sc.count(ses.technique, nil, len(ses.head), 0)
 		b = append(ses.head, b...)
 		ses.head = nil
 	}
@@ -473,7 +482,7 @@ func (p *writerPool) run() {
 			ses.state.Store(stateWriting)
 			ses.afterWrite(ses.writeDue(sc, now))
 		}
-		sc.count(nil, nil, 0)
+		sc.count(nil, nil, 0, 0)
 		clear(batch)
 	}
 }
@@ -595,9 +604,7 @@ func (ses *session) release(byeSent bool) {
 
 // upgrade begins a stream over a WebSocket: the pool writes, and a goroutine reads.
 func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) error {
-	ses.headroom, ses.send = maxFrameHead, ses.sendMessage
-	ses.ping = ses.sendPing
-	ses.busy = func() bool { return ses.replyDue }
+	ses.headroom, ses.out = maxFrameHead, ses
 	ses.proxied = ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
 	options := acceptOptions(r)
 	options.OnPongReceived = func(context.Context, []byte) { ses.awaitingPong.Store(false) }
@@ -643,11 +650,13 @@ func appendClose(b []byte, code websocket.StatusCode, reason string) []byte {
 
 // sendMessage writes b, whose first maxFrameHead bytes are free, as a message.
 func (ses *session) sendMessage(sc *scratch, b []byte) error {
+	size := len(b) - maxFrameHead
 	if len(b) > maxFrameHead || len(sc.encoded) > 0 {
 		b = textFrame(b)
 	} else {
 		b = b[:0] // a bye that this client does not see
 	}
+	sc.count(ses.technique, nil, len(b)-size, 0)
 	if ses.pingDue {
 		ses.pingDue = false
 		b = append(pingFrame[:2:2], b...)
@@ -659,9 +668,12 @@ func (ses *session) sendMessage(sc *scratch, b []byte) error {
 	return ses.write(b, sc.encoded)
 }
 
-// sendPing asks now and then whether the client is still there. A client that has not
-// answered the last ping is gone.
-func (ses *session) sendPing() error {
+// ping asks the client of a WebSocket now and then whether it is still there. A client that
+// has not answered the last ping is gone.
+func (ses *session) ping() error {
+	if !ses.ws {
+		return nil
+	}
 	ses.heartbeats++
 	due := ses.heartbeats%pingEvery == 1
 	if ses.kernelTimeout && !ses.proxied {

@@ -299,15 +299,15 @@ func TestHowManyPings(t *testing.T) {
 		kernelTimeout, proxied bool
 		pings                  int
 	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
-		st := &session{stream: &stream{server: b.server, enc: frames(b.server, &request{})}, fd: -1}
+		st := &session{stream: &stream{server: b.server, enc: frames(b.server, &request{})}, ws: true, fd: -1}
 		st.kernelTimeout, st.proxied = test.kernelTimeout, test.proxied
 		pings := 0
 		for range 48 {
 			st.pending = nil
-			if err := st.sendPing(); err != nil {
+			if err := st.ping(); err != nil {
 				t.Fatal(err)
 			}
-			if st.sendMessage(new(scratch), append(make([]byte, maxFrameHead), beatJSON...)); st.pending[0][0] == 0x89 {
+			if st.sendMessage(b.scratches.New().(*scratch), append(make([]byte, maxFrameHead), beatJSON...)); st.pending[0][0] == 0x89 {
 				pings++
 			}
 			st.awaitingPong.Store(false)
@@ -392,7 +392,7 @@ func TestHelloComesBeforeAnyReply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
 		st := &session{ws: true, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), headroom: maxFrameHead, expiresAt: math.MaxInt64}}
-		st.send = st.sendMessage
+		st.out = st
 		if err := b.relay.subscribe(&st.sub, subscribeRequest{rooms: []string{"a"}, cursor: -1, maxBatchBytes: 1, driver: st}); err != nil {
 			t.Fatal(err)
 		}

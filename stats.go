@@ -63,7 +63,7 @@ func newStats(s *server) *stats {
 	for _, reason := range reasons {
 		st.refused[reason] = &atomic.Int64{}
 	}
-	s.counter = func() func(*technique, []*event, int) { return (&statsBatch{all: st}).add }
+	s.counter = func() func(*technique, []*event, int, int64) { return (&statsBatch{all: st}).add }
 	s.refused = st.countRefusal
 	s.dropped = func() { st.dropped.Add(1) }
 	publish := s.publish
@@ -96,24 +96,20 @@ type statsBatch struct {
 	delaySum    int64
 }
 
-// add counts events of a technique that were written in so many bytes. Without a
-// technique it ends the batch.
-func (b *statsBatch) add(t *technique, events []*event, bytes int) {
+// add counts events of a technique that were written in so many bytes at the time now,
+// in Unix milliseconds. Without a technique it ends the batch.
+func (b *statsBatch) add(t *technique, events []*event, bytes int, now int64) {
 	if b.t != t {
 		b.flush()
 		b.t, b.of = t, b.all.techniques[t]
 	}
 	b.out += int64(bytes)
-	now := int64(0)
 	for _, e := range events {
 		if e.publishedAt == 0 {
 			if e.kind == "gap" {
 				b.gaps++
 			}
 			continue
-		}
-		if now == 0 {
-			now = time.Now().UnixMilli()
 		}
 		b.events++
 		delay := now - e.publishedAt

@@ -426,7 +426,7 @@ type server struct {
 	pageHead  func(q *request, refresh string) string
 	eventHTML func(*event) []byte
 	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
-	counter   func() func(t *technique, events []*event, bytes int)                               // counts what is written; without a technique it ends a batch
+	counter   func() func(t *technique, events []*event, bytes int, now int64)                    // counts what is written; without a technique it ends a batch
 	dropped   func()                                                                              // counts clients that are too slow
 	refused   func(reason string)                                                                 // counts what is refused
 
@@ -445,7 +445,7 @@ func newServer(r *relay) *server {
 		publish:    r.publish,
 		pageHead:   plainHead,
 		eventHTML:  plainHTML,
-		counter:    func() func(*technique, []*event, int) { return func(*technique, []*event, int) {} },
+		counter:    func() func(*technique, []*event, int, int64) { return func(*technique, []*event, int, int64) {} },
 		refused:    func(string) {},
 		dropped:    func() {},
 	}
@@ -458,14 +458,14 @@ type scratch struct {
 	events  []*event
 	buf     []byte
 	encoded []*event // those in buf
-	count   func(t *technique, events []*event, bytes int)
+	count   func(t *technique, events []*event, bytes int, now int64)
 }
 
 // withScratch calls do with a scratch from the pool.
 func (s *server) withScratch(do func(*scratch) error) error {
 	sc := s.scratches.Get().(*scratch)
 	defer s.scratches.Put(sc)
-	defer sc.count(nil, nil, 0)
+	defer sc.count(nil, nil, 0, 0)
 	return do(sc)
 }
 
@@ -499,11 +499,11 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 	if t.mode == immediate {
 		return s.serveOnce(w, r, q, t, &enc)
 	}
-	err := s.hold(q.permit, t)
+	err := s.hold(q.permit.quota, t)
 	switch {
 	case err != nil:
 	case t.mode == longPoll:
-		defer s.release(q.permit, t)
+		defer s.release(q.permit.quota, t)
 		err = s.serveOnce(w, r, q, t, &enc)
 	default:
 		err = s.serveStream(w, r, q, t, enc)
@@ -517,20 +517,20 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 }
 
 // hold takes a place for a request that is held; release gives it back.
-func (s *server) hold(p *permit, t *technique) error {
+func (s *server) hold(quota quota, t *technique) error {
 	if s.relay.isStopping() {
 		return errStopping
 	}
-	if err := p.quota.hold(); err != nil {
+	if err := quota.hold(); err != nil {
 		return err
 	}
 	t.open.Add(1)
 	return nil
 }
 
-func (s *server) release(p *permit, t *technique) {
+func (s *server) release(quota quota, t *technique) {
 	t.open.Add(-1)
-	p.quota.release()
+	quota.release()
 }
 
 // active is how many requests are held.
@@ -559,7 +559,7 @@ func (s *server) serveOnce(w http.ResponseWriter, r *http.Request, q *request, t
 	}
 	b := enc.encode(nil, sub.cursor, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	s.withScratch(func(sc *scratch) error { sc.count(t, events, len(b)); return nil })
+	s.withScratch(func(sc *scratch) error { sc.count(t, events, len(b), time.Now().UnixMilli()); return nil })
 	return writer(w)(b)
 }
 
@@ -569,25 +569,24 @@ type stream struct {
 	technique      *technique
 	enc            encoder
 	sub            subscriber
-	permit         *permit
+	quota          quota
 	opened, closed bool         // hello, and bye, were sent
-	expiresAt      int64        // when its permit or its age ends it, Unix nanoseconds
+	tokenExpiresAt int64        // Unix nanoseconds
+	expiresAt      int64        // when its token or its age ends it, Unix nanoseconds
 	heartbeatAt    atomic.Int64 // when a heartbeat is due, Unix nanoseconds
 	heartbeatEvery int64        // nanoseconds
 
-	send         func(sc *scratch, b []byte) error
-	headroom     int          // free bytes that send needs at the front of b
-	unsubscribed func()       // see encoder.subscribe
-	ping         func() error // of a WebSocket, before a heartbeat
-	busy         func() bool  // of a WebSocket: a message is being answered, so it must not end yet
+	out          sender
+	headroom     int    // free bytes that send needs at the front of b
+	unsubscribed func() // see encoder.subscribe
 }
 
 // serveStream sends events for ever.
 func (s *server) serveStream(w http.ResponseWriter, r *http.Request, q *request, t *technique, enc encoder) error {
-	st := &stream{server: s, technique: t, enc: enc, permit: q.permit}
+	st := &stream{server: s, technique: t, enc: enc, quota: q.permit.quota}
 	if t.name == "ws" {
 		if err := checkUpgrade(w, r); err != nil {
-			s.release(q.permit, t)
+			s.release(st.quota, t)
 			return err
 		}
 	}
@@ -603,20 +602,38 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request, q *request,
 	if t.name == "ws" {
 		return st.webSocket(w, r, q)
 	}
-	write, rc := writer(w), http.NewResponseController(w)
-	st.send = func(_ *scratch, b []byte) error {
-		defer s.unsentBytes.Add(-int64(len(b)))
-		if err := s.reserveUnsent(len(b)); err != nil {
-			return err
-		}
-		err := write(b)
-		if err == nil && rc.Flush() != nil {
-			err = errClientGone
-		}
-		return cmp.Or(err, rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline would end a silent stream, too
-	}
+	st.out = &responseSender{s, writer(w), http.NewResponseController(w)}
 	return st.loop(r.Context())
 }
+
+// A sender is what a stream writes to.
+type sender interface {
+	send(sc *scratch, b []byte) error // the first headroom bytes of b are free
+	ping() error                      // before a heartbeat
+	busy() bool                       // a reply is due, so the stream must not end yet
+}
+
+// A responseSender writes to the answer of a request.
+type responseSender struct {
+	s     *server
+	write func([]byte) error
+	rc    *http.ResponseController
+}
+
+func (o *responseSender) send(_ *scratch, b []byte) error {
+	defer o.s.unsentBytes.Add(-int64(len(b)))
+	if err := o.s.reserveUnsent(len(b)); err != nil {
+		return err
+	}
+	err := o.write(b)
+	if err == nil && o.rc.Flush() != nil {
+		err = errClientGone
+	}
+	return cmp.Or(err, o.rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline would end a silent stream, too
+}
+
+func (o *responseSender) ping() error { return nil }
+func (o *responseSender) busy() bool  { return false }
 
 // open subscribes the stream. After an error it holds nothing any more; otherwise the
 // caller calls close.
@@ -631,11 +648,12 @@ func (st *stream) open(q *request, driver any) error {
 		err = s.relay.subscribe(&st.sub, req)
 	}
 	if err != nil {
-		s.release(st.permit, st.technique)
+		s.release(st.quota, st.technique)
 		return err
 	}
 	st.heartbeatEvery = int64(s.heartbeat*14/15 - mathrand.N(s.heartbeat/6)) // not the same for all
-	st.expiresAt = st.permit.expiresAt
+	st.tokenExpiresAt = q.permit.expiresAt
+	st.expiresAt = st.tokenExpiresAt
 	if age := s.maxAge; age > 0 {
 		age -= mathrand.N(age/10 + 1) // not all at once
 		st.expiresAt = min(st.expiresAt, time.Now().Add(age).UnixNano())
@@ -648,7 +666,7 @@ func (st *stream) close() {
 	if st.unsubscribed != nil {
 		st.unsubscribed()
 	}
-	st.server.release(st.permit, st.technique)
+	st.server.release(st.quota, st.technique)
 }
 
 // loop drives a stream: it writes what is due, and waits.
@@ -691,7 +709,7 @@ func (st *stream) step(sc *scratch, now int64) error {
 			return err
 		}
 	}
-	if expired || stopping && (st.busy == nil || !st.busy()) {
+	if expired || stopping && !st.out.busy() {
 		st.closed = true
 		return cmp.Or(st.emit(sc, now, "", st.server.bye()), io.EOF)
 	}
@@ -699,10 +717,8 @@ func (st *stream) step(sc *scratch, now int64) error {
 		return nil
 	}
 	st.heartbeatAt.Store(now + st.heartbeatEvery)
-	if st.ping != nil {
-		if err := st.ping(); err != nil {
-			return err
-		}
+	if err := st.out.ping(); err != nil {
+		return err
 	}
 	return st.emit(sc, now, st.enc.heartbeat)
 }
@@ -755,9 +771,9 @@ func (st *stream) emit(sc *scratch, now int64, text string, events ...*event) er
 	}
 	sc.buf = b
 	st.heartbeatAt.Store(now + st.heartbeatEvery)
-	sc.count(st.technique, events, len(b))
+	sc.count(st.technique, events, len(b)-st.headroom, now/1e6)
 	sc.encoded = events
-	err := st.send(sc, b)
+	err := st.out.send(sc, b)
 	sc.encoded = nil
 	return err
 }
@@ -861,55 +877,69 @@ func (st *stream) webSocket(w http.ResponseWriter, r *http.Request, q *request) 
 	conn.SetReadLimit(st.server.maxBody)
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
-	write := func(b []byte) error {
-		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
-		defer cancel()
-		if conn.Write(ctx, websocket.MessageText, b) != nil {
-			return errClientGone
-		}
-		return nil
-	}
-	var mu sync.Mutex // held while a message is answered
-	st.busy = func() bool { mu.Lock(); defer mu.Unlock(); return false }
+	out := &webSocketSender{ctx: ctx, conn: conn}
+	st.out = out
 	author := st.author(q)
 	go func() {
 		defer cancel()
 		for {
 			kind, message, err := conn.Read(ctx)
-			if err != nil {
+			if err != nil || out.reply(func() *notice { return st.server.handleMessage(author, kind, message) }) != nil {
 				return
 			}
-			mu.Lock()
-			reply := st.server.handleMessage(author, kind, message)
-			if reply != nil && write(reply.event().json) != nil {
-				cancel()
-			}
-			mu.Unlock()
 		}
 	}()
-	st.ping = func() error {
-		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
-		defer cancel()
-		if conn.Ping(ctx) != nil {
-			return errClientGone
-		}
-		return nil
-	}
-	st.send = func(sc *scratch, b []byte) error {
-		if len(b) == 0 && len(sc.encoded) == 0 { // a bye that this client does not see
-			return nil
-		}
-		return write(b)
-	}
 	if err = st.loop(ctx); err == nil && st.closed {
 		conn.Close(st.closeCode())
 	}
 	return err
 }
 
+// A webSocketSender writes messages.
+type webSocketSender struct {
+	ctx  context.Context
+	conn *websocket.Conn
+	mu   sync.Mutex // held while a message is answered
+}
+
+func (o *webSocketSender) send(sc *scratch, b []byte) error {
+	if len(b) == 0 && len(sc.encoded) == 0 { // a bye that this client does not see
+		return nil
+	}
+	return o.within(func(ctx context.Context) error { return o.conn.Write(ctx, websocket.MessageText, b) })
+}
+
+func (o *webSocketSender) ping() error { return o.within(o.conn.Ping) }
+
+func (o *webSocketSender) busy() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return false
+}
+
+// reply sends what handle returns, if anything.
+func (o *webSocketSender) reply(handle func() *notice) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if n := handle(); n != nil {
+		return o.within(func(ctx context.Context) error { return o.conn.Write(ctx, websocket.MessageText, n.event().json) })
+	}
+	return nil
+}
+
+// within gives what a client has to take writeTimeout.
+func (o *webSocketSender) within(do func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(o.ctx, writeTimeout)
+	defer cancel()
+	if do(ctx) != nil {
+		return errClientGone
+	}
+	return nil
+}
+
 // closeCode says why the relay ends a WebSocket.
 func (st *stream) closeCode() (websocket.StatusCode, string) {
-	if time.Now().UnixNano() >= st.permit.expiresAt {
+	if time.Now().UnixNano() >= st.tokenExpiresAt {
 		return websocket.StatusPolicyViolation, "the token has expired"
 	}
 	return websocket.StatusServiceRestart, "come back in a moment"
