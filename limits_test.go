@@ -1,21 +1,16 @@
-// The limits: what is met at each, what is counted, when it is over. In
-// virtual time, in the hall of access_test.go; running out of descriptors
-// takes a process of its own.
+// Tests of the limits: what a client is sent at each, what is counted, and when it is
+// over, in virtual time. Floods and a lack of descriptors need a process of their own;
+// see limits_linux_test.go.
 
 package main
 
 import (
-	"bufio"
-	"bytes"
-	"context"
-	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http/httptest"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -28,7 +23,7 @@ func TestABucketHoldsTwoSecondsWorthAndFillsAtItsRate(t *testing.T) {
 	for _, tc := range []struct {
 		rate  float64
 		at    []time.Duration
-		taken string // y or n for each
+		taken string // y or n for each request
 	}{
 		{2, []time.Duration{0, 0, 0, 0, 0, 499 * time.Millisecond, 500 * time.Millisecond, 500 * time.Millisecond}, "yyyynnyn"},
 		{2, []time.Duration{0, time.Hour, time.Hour, time.Hour, time.Hour, time.Hour}, "yyyyyn"},
@@ -99,25 +94,25 @@ func TestTheAddressOfAClient(t *testing.T) {
 	}
 }
 
-func TestNobodyBehindAProxyCanSayThatTheyAreTheMachineItself(t *testing.T) {
+func TestNoClientBehindAProxyCanClaimALocalAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-trust-proxy", "-rate", "1", "-room-rate", "5")
+		b := newLimitedTestbed(t, "-trust-proxy", "-rate", "1", "-room-rate", "5")
 		published := 0
 		for i := range 20 {
-			r, _ := h.ask("10.0.0.1", "POST /rooms/a", "hi", "X-Forwarded-For: 198.51.100.1", fmt.Sprintf("Fly-Client-IP: 127.0.0.%d", i+1))
+			r, _ := b.ask("10.0.0.1", "POST /rooms/a", "hi", "X-Forwarded-For: 198.51.100.1", fmt.Sprintf("Fly-Client-IP: 127.0.0.%d", i+1))
 			if r.StatusCode == 201 {
 				published++
 			}
 		}
 		if published != 2 {
-			t.Errorf("the client of one address published %d messages at once, want 2", published)
+			t.Errorf("a client of one address published %d messages at once, want 2", published)
 		}
 	})
 }
 
-// streamsFrom opens n streams, each from an address of its own.
-func streamsFrom(h *hall, n int, from, what string, headers func(i int) []string) (all []*hallReply) {
-	h.t.Helper()
+// openStreams opens n streams, each from an address of its own.
+func openStreams(b *testbed, n int, from, what string, headers func(i int) []string) (all []*response) {
+	b.t.Helper()
 	for i := range n {
 		addr := from
 		if strings.Contains(from, "%") {
@@ -127,134 +122,134 @@ func streamsFrom(h *hall, n int, from, what string, headers func(i int) []string
 		if headers != nil {
 			with = headers(i)
 		}
-		r := h.open(addr, what, "", with...)
+		r := b.open(addr, what, "", with...)
 		if r.StatusCode != 200 {
-			h.t.Fatalf("stream %d is refused with %d", i+1, r.StatusCode)
+			b.t.Fatalf("stream %d is refused with %d", i+1, r.StatusCode)
 		}
 		all = append(all, r)
 	}
 	return all
 }
 
-func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
+func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 	forwarded := func(addr string) []string { return []string{"X-Forwarded-For: 203.0.113.7, " + addr} }
-	var held []*hallReply
-	leave := func(*hall) { held[0].stop(); time.Sleep(time.Second) }
-	wait := func(d time.Duration) func(*hall) { return func(*hall) { time.Sleep(d) } }
-	post := func(h *hall, from string, rooms ...string) {
+	var held []*response
+	leave := func(*testbed) { held[0].stop(); time.Sleep(time.Second) }
+	wait := func(d time.Duration) func(*testbed) { return func(*testbed) { time.Sleep(d) } }
+	post := func(b *testbed, from string, rooms ...string) {
 		for _, room := range rooms {
-			if r, body := h.ask(from, "POST /rooms/"+room, "hi"); r.StatusCode != 201 {
-				h.t.Fatalf("%d %s", r.StatusCode, body)
+			if r, body := b.ask(from, "POST /rooms/"+room, "hi"); r.StatusCode != 201 {
+				b.t.Fatalf("%d %s", r.StatusCode, body)
 			}
 		}
 	}
-	const a, b = "192.0.2.1", "192.0.2.2"
-	covered := map[string]bool{"descriptors": true} // TestOutOfDescriptors…
+	const first, second = "192.0.2.1", "192.0.2.2"
+	covered := map[string]bool{"descriptors": true} // see TestOutOfDescriptors…
 	for _, tc := range []struct {
 		name, reason string
 		args         []string
-		fill         func(*hall)
-		from, what   string // is refused then
+		fill         func(*testbed)
+		from, what   string // is refused after fill
 		body         string
 		headers      []string
 		status       int
 		retry        string
-		other        string      // another address, if it is not
-		relief       func(*hall) // and nobody then
+		other        string         // another address that the limit concerns, if it does
+		relief       func(*testbed) // after it, requests are accepted again
 	}{
 		{"streams in all", "streams", []string{"-streams", "3"},
-			func(h *hall) { held = streamsFrom(h, 3, "192.0.2.%d", "GET /rooms/a/stream", nil) },
-			b, "GET /rooms/b/multipart", "", nil, 503, "10", "", leave},
+			func(b *testbed) { held = openStreams(b, 3, "192.0.2.%d", "GET /rooms/a/stream", nil) },
+			second, "GET /rooms/b/multipart", "", nil, 503, "10", "", leave},
 		{"waiting polls in all", "streams", []string{"-streams", "3"},
-			func(h *hall) { held = streamsFrom(h, 3, "192.0.2.%d", "GET /rooms/a/sse", nil) },
-			b, "GET /rooms/b/longpoll?wait=1", "", nil, 503, "10", "", leave},
+			func(b *testbed) { held = openStreams(b, 3, "192.0.2.%d", "GET /rooms/a/sse", nil) },
+			second, "GET /rooms/b/longpoll?wait=1", "", nil, 503, "10", "", leave},
 		{"a picture is a stream", "streams", []string{"-streams", "3"},
-			func(h *hall) { held = streamsFrom(h, 3, "192.0.2.%d", "GET /rooms/a/multipart?as=svg", nil) },
-			b, "GET /rooms/b/jsonp?callback=f&wait=1", "", nil, 503, "10", "", leave},
+			func(b *testbed) { held = openStreams(b, 3, "192.0.2.%d", "GET /rooms/a/multipart?as=svg", nil) },
+			second, "GET /rooms/b/jsonp?callback=f&wait=1", "", nil, 503, "10", "", leave},
 		{"connections of an IPv4 address", "address", []string{"-per-addr", "3"},
-			func(h *hall) { held = streamsFrom(h, 3, a, "GET /rooms/a/html", nil) },
-			a, "GET /healthz", "", nil, 503, "10", b, leave},
+			func(b *testbed) { held = openStreams(b, 3, first, "GET /rooms/a/html", nil) },
+			first, "GET /healthz", "", nil, 503, "10", second, leave},
 		{"connections of an IPv6 /64", "address", []string{"-per-addr", "3"},
-			func(h *hall) { held = streamsFrom(h, 3, "2001:db8:1:2::%d", "GET /rooms/a/iframe", nil) },
+			func(b *testbed) { held = openStreams(b, 3, "2001:db8:1:2::%d", "GET /rooms/a/iframe", nil) },
 			"2001:db8:1:2:9::9", "GET /rooms/a/poll", "", nil, 503, "10", "2001:db8:1:3::1", leave},
 		{"streams of an address behind a proxy", "address", []string{"-per-addr", "3", "-trust-proxy"},
-			func(h *hall) {
-				held = streamsFrom(h, 3, "10.0.0.1", "GET /rooms/a/stream", func(int) []string { return forwarded("192.0.2.1") })
+			func(b *testbed) {
+				held = openStreams(b, 3, "10.0.0.1", "GET /rooms/a/stream", func(int) []string { return forwarded("192.0.2.1") })
 			},
 			"10.0.0.1", "GET /rooms/a/stream", "", forwarded("192.0.2.1"), 429, "10", "", leave},
 		{"streams of a /64 behind a proxy", "address", []string{"-per-addr", "3", "-trust-proxy"},
-			func(h *hall) {
-				held = streamsFrom(h, 3, "10.0.0.1", "GET /rooms/a/stream", func(i int) []string { return forwarded(fmt.Sprintf("2001:db8::%d", i)) })
+			func(b *testbed) {
+				held = openStreams(b, 3, "10.0.0.1", "GET /rooms/a/stream", func(i int) []string { return forwarded(fmt.Sprintf("2001:db8::%d", i)) })
 			},
 			"10.0.0.1", "GET /rooms/a/longpoll?wait=1", "", forwarded("2001:db8::9:9:9"), 429, "10", "", leave},
-		{"connections in all, silent ones", "connections", []string{"-streams", "3"},
-			func(h *hall) {
+		{"connections in all, idle ones", "connections", []string{"-streams", "3"},
+			func(b *testbed) {
 				for i := range 103 {
-					if _, err := h.dial(fmt.Sprintf("192.0.2.%d", i+1)); err != nil {
-						h.t.Fatal(err)
+					if _, err := b.dialFrom(fmt.Sprintf("192.0.2.%d", i+1)); err != nil {
+						b.t.Fatal(err)
 					}
 				}
 			},
 			"198.51.100.1", "GET /healthz", "", nil, 503, "10", "", wait(headTimeout)},
 		{"publishes of an address", "rate", []string{"-rate", "2"},
-			func(h *hall) { post(h, a, "a", "b", "c", "a") },
-			a, "POST /rooms/a", "hi", nil, 429, "1", b, wait(500 * time.Millisecond)},
+			func(b *testbed) { post(b, first, "a", "b", "c", "a") },
+			first, "POST /rooms/a", "hi", nil, 429, "1", second, wait(500 * time.Millisecond)},
 		{"publishes of a /64", "rate", []string{"-rate", "2"},
-			func(h *hall) { post(h, "2001:db8::1", "a", "b"); post(h, "2001:db8::2", "a", "b") },
+			func(b *testbed) { post(b, "2001:db8::1", "a", "b"); post(b, "2001:db8::2", "a", "b") },
 			"2001:db8::3", "POST /rooms/a", "hi", nil, 429, "1", "2001:db8:0:1::", wait(500 * time.Millisecond)},
 		{"presence of an address", "rate", []string{"-rate", "2"},
-			func(h *hall) { post(h, a, "a", "b", "c", "a") },
-			a, "POST /rooms/a/presence?user=ada", "away", nil, 429, "1", b, wait(500 * time.Millisecond)},
-		{"publishes that X-Forwarded-For says are another's", "rate", []string{"-rate", "2"},
-			func(h *hall) { post(h, a, "a", "b", "c", "a") },
-			a, "POST /rooms/a", "hi", append(forwarded(b), "Fly-Client-IP: "+b), 429, "1", b, wait(500 * time.Millisecond)},
+			func(b *testbed) { post(b, first, "a", "b", "c", "a") },
+			first, "POST /rooms/a/presence?user=ada", "away", nil, 429, "1", second, wait(500 * time.Millisecond)},
+		{"publishes with the X-Forwarded-For of another address", "rate", []string{"-rate", "2"},
+			func(b *testbed) { post(b, first, "a", "b", "c", "a") },
+			first, "POST /rooms/a", "hi", append(forwarded(second), "Fly-Client-IP: "+second), 429, "1", second, wait(500 * time.Millisecond)},
 		{"publishes of a slow address", "rate", []string{"-rate", "0.1"},
-			func(h *hall) { post(h, a, "a") },
-			a, "POST /rooms/a", "hi", nil, 429, "1", b, wait(10 * time.Second)},
+			func(b *testbed) { post(b, first, "a") },
+			first, "POST /rooms/a", "hi", nil, 429, "1", second, wait(10 * time.Second)},
 		{"publishes to a room", "room", []string{"-room-rate", "2"},
-			func(h *hall) { post(h, a, "a", "a"); post(h, b, "a", "a") },
+			func(b *testbed) { post(b, first, "a", "a"); post(b, second, "a", "a") },
 			"192.0.2.3", "POST /rooms/a", "hi", nil, 429, "1", "", wait(500 * time.Millisecond)},
 		{"rooms", "rooms", []string{"-rooms", "2", "-idle", "10m"},
-			func(h *hall) { post(h, a, "b", "c") },
-			a, "POST /rooms/a", "hi", nil, 503, "60", "", wait(11 * time.Minute)},
-		{"users who declare", "users", []string{"-users", "2", "-present", "1m"},
-			func(h *hall) {
-				h.ask(a, "POST /rooms/a/presence?user=bob", "away")
-				h.ask(a, "POST /rooms/b/presence?user=bob", "away")
+			func(b *testbed) { post(b, first, "b", "c") },
+			first, "POST /rooms/a", "hi", nil, 503, "60", "", wait(11 * time.Minute)},
+		{"users who set presence", "users", []string{"-users", "2", "-present", "1m"},
+			func(b *testbed) {
+				b.ask(first, "POST /rooms/a/presence?user=bob", "away")
+				b.ask(first, "POST /rooms/b/presence?user=bob", "away")
 			},
-			a, "POST /rooms/a/presence?user=ada", "away", nil, 503, "60", "", wait(63 * time.Second)},
+			first, "POST /rooms/a/presence?user=ada", "away", nil, 503, "60", "", wait(63 * time.Second)},
 		{"users who read", "users", []string{"-users", "2"},
-			func(h *hall) { held = streamsFrom(h, 1, a, "GET /rooms/a,b/stream?user=bob", nil) },
-			a, "GET /rooms/a/stream?user=ada", "", nil, 503, "60", "", func(h *hall) { leave(h); time.Sleep(leaveGrace + announceInterval) }},
-		{"a big body", "body", []string{"-body", "10"}, func(h *hall) { h.ask(a, "POST /rooms/a", "0123456789") },
-			a, "POST /rooms/a", "0123456789a", nil, 413, "", "", nil},
-		{"a big form", "body", []string{"-body", "10"}, func(h *hall) {},
-			a, "POST /rooms/a", "data=678901", []string{"Content-Type: application/x-www-form-urlencoded"}, 413, "", "", nil},
-		{"a big state", "body", []string{"-body", "10"}, func(h *hall) {},
-			a, "POST /rooms/a/presence?user=ada", "away          ", nil, 413, "", "", nil},
+			func(b *testbed) { held = openStreams(b, 1, first, "GET /rooms/a,b/stream?user=bob", nil) },
+			first, "GET /rooms/a/stream?user=ada", "", nil, 503, "60", "", func(b *testbed) { leave(b); time.Sleep(leaveGrace + announceInterval) }},
+		{"a big body", "body", []string{"-body", "10"}, func(b *testbed) { b.ask(first, "POST /rooms/a", "0123456789") },
+			first, "POST /rooms/a", "0123456789a", nil, 413, "", "", nil},
+		{"a big form", "body", []string{"-body", "10"}, func(b *testbed) {},
+			first, "POST /rooms/a", "data=678901", []string{"Content-Type: application/x-www-form-urlencoded"}, 413, "", "", nil},
+		{"a big state", "body", []string{"-body", "10"}, func(b *testbed) {},
+			first, "POST /rooms/a/presence?user=ada", "away          ", nil, 413, "", "", nil},
 		{"pictures", "pictures", nil,
-			func(h *hall) {
+			func(b *testbed) {
 				held = nil
 				for i := range maxPictures {
-					held = append(held, streamsFrom(h, 1, a, fmt.Sprintf("GET /rooms/a/multipart?as=svg&w=%d", 100+i), nil)...)
+					held = append(held, openStreams(b, 1, first, fmt.Sprintf("GET /rooms/a/multipart?as=svg&w=%d", 100+i), nil)...)
 				}
 			},
-			a, "GET /rooms/a/multipart?as=svg&w=99", "", nil, 503, "10", "", leave},
-		{"an origin", "origin", nil, func(*hall) {}, a, "POST /rooms/a", "hi", []string{"Origin: https://evil.example"}, 403, "", "", nil},
-		{"a token", "token", []string{"-secret", firstSecret}, func(*hall) {}, a, "POST /rooms/a", "hi", nil, 401, "", "", nil},
+			first, "GET /rooms/a/multipart?as=svg&w=99", "", nil, 503, "10", "", leave},
+		{"an origin", "origin", nil, func(*testbed) {}, first, "POST /rooms/a", "hi", []string{"Origin: https://evil.example"}, 403, "", "", nil},
+		{"a token", "token", []string{"-secret", firstSecret}, func(*testbed) {}, first, "POST /rooms/a", "hi", nil, 401, "", "", nil},
 	} {
 		covered[tc.reason] = true
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := openHall(t, tc.args...)
-				tc.fill(h)
-				before := h.refusals(tc.reason)
-				// A fresh connection: the one that the filling left open would be let in.
-				h.client(tc.from).CloseIdleConnections()
+				b := newLimitedTestbed(t, tc.args...)
+				tc.fill(b)
+				before := b.refusals(tc.reason)
+				// A new connection: the one that fill left open would be accepted.
+				b.clientFrom(tc.from).CloseIdleConnections()
 				synctest.Wait()
-				r, body := h.ask(tc.from, tc.what, tc.body, tc.headers...)
-				var said struct{ Error string }
-				if err := json.Unmarshal([]byte(body), &said); r.StatusCode != tc.status || r.Header.Get("Retry-After") != tc.retry || said.Error == "" {
+				r, body := b.ask(tc.from, tc.what, tc.body, tc.headers...)
+				var answer struct{ Error string }
+				if err := json.Unmarshal([]byte(body), &answer); r.StatusCode != tc.status || r.Header.Get("Retry-After") != tc.retry || answer.Error == "" {
 					t.Errorf("%s is answered %d, Retry-After %q, %s %v; want %d and %q", tc.what, r.StatusCode, r.Header.Get("Retry-After"), body, err, tc.status, tc.retry)
 				}
 				for _, reason := range reasons {
@@ -262,13 +257,13 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 					if reason == tc.reason {
 						want = 1
 					}
-					if got := h.refusals(reason); got != want || before != 0 {
+					if got := b.refusals(reason); got != want || before != 0 {
 						t.Errorf("%d refusals are counted under %s, want %d; before it were %d", got, reason, want, before)
 					}
 				}
 				ok := func(name, from string) {
 					t.Helper()
-					r := h.open(from, tc.what, tc.body, tc.headers...)
+					r := b.open(from, tc.what, tc.body, tc.headers...)
 					if r.StatusCode > 201 {
 						t.Errorf("%s %s is answered %d", tc.what, name, r.StatusCode)
 					}
@@ -281,7 +276,7 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 					tc.headers = headers
 				}
 				if tc.relief != nil {
-					tc.relief(h)
+					tc.relief(b)
 					ok("when the limit has gone", tc.from)
 				}
 				for _, r := range held {
@@ -293,20 +288,20 @@ func TestEveryRefusalIsCountedSaysWhenToComeBackAndEnds(t *testing.T) {
 	}
 	for _, reason := range reasons {
 		if !covered[reason] {
-			t.Errorf("nothing is refused for %s", reason)
+			t.Errorf("no test is refused for %s", reason)
 		}
 	}
 }
 
-func TestTheMachineItselfIsNotLimited(t *testing.T) {
+func TestLocalClientsAreNotLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-per-addr", "2", "-rate", "1", "-room-rate", "1")
+		b := newLimitedTestbed(t, "-per-addr", "2", "-rate", "1", "-room-rate", "1")
 		for _, from := range []string{"127.0.0.1", "::1", "::ffff:127.0.0.2"} {
-			for _, r := range streamsFrom(h, 5, from, "GET /rooms/a/stream", nil) {
+			for _, r := range openStreams(b, 5, from, "GET /rooms/a/stream", nil) {
 				defer r.stop()
 			}
 			for range 10 {
-				if r, body := h.ask(from, "POST /rooms/a", "hi"); r.StatusCode != 201 {
+				if r, body := b.ask(from, "POST /rooms/a", "hi"); r.StatusCode != 201 {
 					t.Fatalf("%s publishes: %d %s", from, r.StatusCode, body)
 				}
 			}
@@ -314,7 +309,7 @@ func TestTheMachineItselfIsNotLimited(t *testing.T) {
 	})
 }
 
-func TestAnEventSourceThatIsRefusedIsSentAwayToComeBack(t *testing.T) {
+func TestAnEventSourceThatIsRefusedIsSentByeAndReconnects(t *testing.T) {
 	for _, tc := range []struct{ name, args, reason string }{
 		{"at the limit of all", "-streams 1", "streams"},
 		{"at the limit of its address", "-per-addr 1 -trust-proxy", "address"},
@@ -322,22 +317,22 @@ func TestAnEventSourceThatIsRefusedIsSentAwayToComeBack(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := openHall(t, strings.Fields(tc.args)...)
-				first := h.open("192.0.2.1", "GET /rooms/a/stream", "")
+				b := newLimitedTestbed(t, strings.Fields(tc.args)...)
+				first := b.open("192.0.2.1", "GET /rooms/a/stream", "")
 				defer first.stop()
-				first.until("hello")
+				first.readUntil("hello")
 				if tc.reason == "" {
-					h.relay.stop()
+					b.relay.stop()
 				}
-				r, body := h.ask("192.0.2.1", "GET /rooms/a/sse", "")
+				r, body := b.ask("192.0.2.1", "GET /rooms/a/sse", "")
 				if r.StatusCode != 200 || r.Header.Get("Content-Type") != "text/event-stream; charset=utf-8" ||
 					!strings.HasPrefix(body, "retry: ") || !strings.Contains(body, "\nevent: bye\ndata: {\"type\":\"bye\",\"data\":{\"retry\":") || strings.Contains(body, "hello") {
 					t.Errorf("it is answered %d %v\n%s", r.StatusCode, r.Header, body)
 				}
-				if tc.reason != "" && h.refusals(tc.reason) != 1 {
-					t.Errorf("%d refusals are counted under %s", h.refusals(tc.reason), tc.reason)
+				if tc.reason != "" && b.refusals(tc.reason) != 1 {
+					t.Errorf("%d refusals are counted under %s", b.refusals(tc.reason), tc.reason)
 				}
-				if held := h.active(); held > 1 {
+				if held := b.active(); held > 1 {
 					t.Errorf("%d streams are held", held)
 				}
 			})
@@ -345,493 +340,180 @@ func TestAnEventSourceThatIsRefusedIsSentAwayToComeBack(t *testing.T) {
 	}
 }
 
-func TestWhatASocketIsRefusedIsSaidAndCounted(t *testing.T) {
+func TestWhatAWebSocketIsRefusedIsSentAndCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-rate", "3", "-room-rate", "2", "-rooms", "1", "-users", "1", "-body", "200")
-		c, _ := h.socket("192.0.2.1", "/rooms/a,b/ws")
+		b := newLimitedTestbed(t, "-rate", "3", "-room-rate", "2", "-rooms", "1", "-users", "1", "-body", "200")
+		c, _ := b.webSocketFrom("192.0.2.1", "/rooms/a,b/ws")
 		defer c.CloseNow()
-		said := func(want string) {
+		wantReply := func(want string) {
 			t.Helper()
-			got := tellSocket(t, c, `{"type":"message","room":"a","data":"hi","key":"`+want+`"}`)
+			got := exchange(t, c, `{"type":"message","room":"a","data":"hi","key":"`+want+`"}`)
 			if !strings.Contains(got, want) {
 				t.Errorf("answered %s, want %s", got, want)
 			}
 		}
 		for range 4 {
-			tellSocket(t, c, `{"room":"a","data":"hi","key":"`+fmt.Sprint(time.Now().UnixNano())+`"}`)
+			exchange(t, c, `{"room":"a","data":"hi","key":"`+fmt.Sprint(time.Now().UnixNano())+`"}`)
 			time.Sleep(time.Millisecond)
 		}
-		said("room is published to too fast")
+		wantReply("room is published to too fast")
 		time.Sleep(time.Second)
-		if got := tellSocket(t, c, `{"room":"b","data":"hi","key":"k"}`); !strings.Contains(got, "too many rooms") {
+		if got := exchange(t, c, `{"room":"b","data":"hi","key":"k"}`); !strings.Contains(got, "too many rooms") {
 			t.Errorf("a second room: %s", got)
 		}
 		for range 9 {
-			tellSocket(t, c, `{"type":"hello","room":"a","key":"x"}`)
+			exchange(t, c, `{"type":"hello","room":"a","key":"x"}`)
 		}
-		said("address publishes too fast")
-		if n := h.refusals("rate"); n == 0 {
+		wantReply("address publishes too fast")
+		if n := b.refusals("rate"); n == 0 {
 			t.Error("what came too fast is not counted under rate")
 		}
 		for _, reason := range []string{"room", "rooms"} {
-			if n := h.refusals(reason); n != 1 {
+			if n := b.refusals(reason); n != 1 {
 				t.Errorf("%d refusals are counted under %s, want 1", n, reason)
 			}
 		}
 	})
 }
 
-func TestAFrameThatIsTooBigEndsItsSocket(t *testing.T) {
+func TestTheLimitListenerAcceptsNoMoreThanItMay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-body", "100")
-		c, _ := h.socket("192.0.2.1", "/rooms/a/ws")
-		defer c.CloseNow()
-		if err := c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("x"), 100)); err != nil {
-			t.Fatal(err)
-		}
-		hearSocket(t, c, strings.Repeat("x", 100))
-		c.Write(context.Background(), websocket.MessageText, bytes.Repeat([]byte("y"), 101))
-		for {
-			_, b, err := c.Read(context.Background())
-			if err == nil && !strings.Contains(string(b), "yy") {
-				continue
-			}
-			if websocket.CloseStatus(err) != websocket.StatusMessageTooBig {
-				t.Errorf("%s %v, want the code 1009", b, err)
-			}
-			break
-		}
-	})
-}
-
-func TestAStreamIsSentAwayAtAJitteredAge(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		const age = 100 * time.Second
-		h := openHall(t, "-age", age.String(), "-beat", "15s")
-		start := time.Now()
-		var mu sync.Mutex
-		ends := map[time.Duration]int{}
-		var wg sync.WaitGroup
-		ended := func(name string) {
-			mu.Lock()
-			defer mu.Unlock()
-			d := time.Since(start)
-			if ends[d]++; d < age*9/10 || d > age+h.heartbeat/15 {
-				t.Errorf("%s ended after %v, want 90 to 100 s", name, d)
-			}
-		}
-		for i := range 40 {
-			tech := []string{"sse", "stream", "multipart", "iframe", "html"}[i%5]
-			wg.Go(func() {
-				r := h.open("192.0.2.1", "GET /rooms/a/"+tech, "")
-				defer r.stop()
-				if body := r.rest(); !strings.Contains(body, `"type":"bye","data":{"retry":`) && !strings.Contains(body, "this page comes back by itself") {
-					t.Errorf("%s ended without a bye:\n%s", tech, body)
-				}
-				ended(tech)
-			})
-		}
-		wg.Go(func() {
-			c, _ := h.socket("192.0.2.1", "/rooms/a/ws")
-			defer c.CloseNow()
-			hearSocket(t, c, `"type":"bye"`)
-			if _, _, err := c.Read(context.Background()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
-				t.Errorf("the socket closed with %v, want the code 1001", err)
-			}
-			ended("ws")
-		})
-		wg.Wait()
-		if len(ends) < 5 {
-			t.Errorf("they ended at %v; not all at once", ends)
-		}
-		if got := h.status("192.0.2.1", "GET /rooms/a/sse"); got != 200 {
-			t.Errorf("coming back: %d", got)
-		}
-	})
-}
-
-func TestWithoutAnAgeAStreamLasts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		r := h.open("192.0.2.1", "GET /rooms/a/stream", "")
-		defer r.stop()
-		r.until("hello")
-		go func() {
-			time.Sleep(12 * time.Hour)
-			h.ask("192.0.2.1", "POST /rooms/a", "still there?")
-		}()
-		r.until("still there?")
-	})
-}
-
-func TestOverHTTP2AStreamLasts(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-h2c")
-		get := hallH2(h)
-		for _, tech := range []string{"sse", "stream", "multipart", "iframe", "html"} {
-			resp := get("/rooms/a/" + tech)
-			r := &hallReply{resp, t, bufio.NewReader(resp.Body), func() { resp.Body.Close() }}
-			read := make(chan struct{})
-			go func() {
-				defer close(read)
-				r.until("still there?")
-			}()
-			time.Sleep(3 * time.Minute)
-			h.ask("192.0.2.1", "POST /rooms/a", "still there?")
-			<-read
-			r.stop()
-		}
-	})
-}
-
-// Slow clients.
-
-// dribble writes text a byte each pause, and returns what came back and how
-// long the connection lived.
-func dribble(t *testing.T, h *hall, first, rest string, pause time.Duration) (string, time.Duration) {
-	t.Helper()
-	c, err := h.dial("192.0.2.1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	start := time.Now()
-	go func() {
-		if _, err := io.WriteString(c, first); err != nil {
-			return
-		}
-		for i := range len(rest) {
-			time.Sleep(pause)
-			if _, err := io.WriteString(c, rest[i:i+1]); err != nil {
-				return
-			}
-		}
-	}()
-	c.SetReadDeadline(start.Add(time.Hour))
-	b, _ := io.ReadAll(c)
-	return string(b), time.Since(start)
-}
-
-func TestASlowHeadIsNotWaitedFor(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		for _, first := range []string{"", "G", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\nX-A: "} {
-			if said, d := dribble(t, h, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
-				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headTimeout, said)
-			}
-		}
-		// Nor a second one, after an answer.
-		ok := "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-		if _, d := dribble(t, h, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
-			t.Errorf("a second head that never ends is given %v", d)
-		}
-		if _, d := dribble(t, h, ok, "", 0); d > idleTimeout+time.Second {
-			t.Errorf("a connection without a second request is kept for %v, want %v", d, idleTimeout)
-		}
-		if said, d := dribble(t, h, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10)+"\r\n\r\n", "", 0); !strings.HasPrefix(said, "HTTP/1.1 431 ") || d > time.Second {
-			t.Errorf("a head of 30 KiB is answered after %v: %.100s", d, said)
-		}
-	})
-}
-
-func TestASlowBodyIsNotWaitedFor(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		for _, first := range []string{
-			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhi",
-			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\nhi",
-			"POST /rooms/a/presence?user=ada HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\naw",
-		} {
-			before := h.refusals("body")
-			said, d := dribble(t, h, first, strings.Repeat("x", 500), time.Second)
-			if !strings.HasPrefix(said, "HTTP/1.1 408 ") || !strings.Contains(said, "Connection: close") || d < requestTimeout || d > requestTimeout+2*time.Second {
-				t.Errorf("%q and then a byte a second is answered after %v: %s", first, d, said)
-			}
-			if n := h.refusals("body"); n != before+1 {
-				t.Errorf("%d are counted under body, want %d", n, before+1)
-			}
-		}
-		if n := h.stats.published.Load(); n != 0 {
-			t.Errorf("%d messages were published", n)
-		}
-	})
-}
-
-func TestABodyThatNobodyAskedForIsNotWaitedFor(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-rate", "0.001")
-		h.ask("192.0.2.1", "POST /rooms/a", "hi") // the second is too fast
-		for _, first := range []string{"GET /rooms/a/poll", "GET /healthz", "POST /healthz", "GET /rooms/a/refresh", "POST /rooms/a", "POST /rooms/a,b", "PUT /rooms/a", "GET /rooms/a/longpoll?wait=1"} {
-			if _, d := dribble(t, h, first+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", "", 0); d > idleTimeout+time.Minute {
-				t.Errorf("%s with a body that does not come keeps its connection for %v", first, d)
-			}
-		}
-	})
-}
-
-// Over HTTP/2 a body ends when its stream does, whatever length its head gave.
-func TestABodyThatIsLongerThanItSaidIsNotPublished(t *testing.T) {
-	frame := func(kind, flags byte, payload string) string { // of stream 1 (RFC 9113, 4.1)
-		return string([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, 1}) + payload
-	}
-	synctest.Test(t, func(t *testing.T) {
-		for _, length := range []string{"0", "2", "abc"} {
-			h := openHall(t, "-h2c")
-			c, err := h.dial("192.0.2.1")
-			if err != nil {
-				t.Fatal(err)
-			}
-			go io.Copy(io.Discard, c)
-			var head string // literals without indexing (RFC 7541, 6.2.2)
-			for _, field := range []string{":method", "POST", ":scheme", "http", ":authority", "x", ":path", "/rooms/a", "content-length", length} {
-				if field[0] == ':' || field[0] == 'c' {
-					head += "\x00"
-				}
-				head += string(byte(len(field))) + field
-			}
-			io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+"\x00\x00\x00\x04\x00\x00\x00\x00\x00") // and no settings
-			io.WriteString(c, frame(1, 4, head)+frame(0, 0, "hi"))
-			synctest.Wait()
-			io.WriteString(c, frame(0, 1, "more"))
-			synctest.Wait()
-			if n := h.stats.published.Load(); n != 0 {
-				t.Errorf("a body longer than %s is published", length)
-			}
-			c.Close()
-		}
-	})
-}
-
-// sip reads n bytes each pause, until it is told to stop.
-func sip(t *testing.T, c net.Conn, n int, pause time.Duration) (stop func()) {
-	enough, done := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		for b := make([]byte, n); ; {
-			if _, err := c.Read(b); err != nil {
-				return
-			}
-			select {
-			case <-time.After(pause):
-			case <-enough:
-				return
-			}
-		}
-	}()
-	return func() { close(enough); c.Close(); <-done }
-}
-
-func TestWhoLeavesWithAFullSocketIsNotCountedAsDropped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		h.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
-		stream, err := h.dial("192.0.2.1")
-		if err != nil {
-			t.Fatal(err)
-		}
-		io.WriteString(stream, "GET /rooms/a/stream?last=1 HTTP/1.1\r\nHost: x\r\n\r\n")
-		socket := rawSocket(t, h, "/rooms/a/ws?last=1")
-		synctest.Wait()
-		for _, st := range h.pool.sessions {
-			if st.state.Load() != stateBlocked {
-				t.Fatalf("a socket that nobody reads is not full: %d", st.state.Load())
-			}
-		}
-		time.Sleep(writeTimeout - time.Second)
-		stream.Close()
-		socket.Close()
-		time.Sleep(time.Minute)
-		if n, held := h.metric("dropped_total"), h.active(); n != 0 || held != 0 {
-			t.Errorf("%v are counted as dropped, %d are still there", n, held)
-		}
-	})
-}
-
-func TestAReaderThatTakesNothingIsDroppedAndASlowOneIsNot(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		ask := func(tech string) net.Conn {
-			c, err := h.dial("192.0.2.1")
-			if err != nil {
-				t.Fatal(err)
-			}
-			fmt.Fprintf(c, "GET /rooms/a/%s?last=100 HTTP/1.1\r\nHost: x\r\n\r\n", tech)
-			return c
-		}
-		h.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 10<<10))
-		var stuck []net.Conn
-		for _, tech := range []string{"stream", "poll", "refresh"} {
-			stuck = append(stuck, ask(tech))
-		}
-		slow := ask("stream")
-		defer sip(t, slow, 100, 9*time.Second)()
-		time.Sleep(writeTimeout - time.Second)
-		if n := h.metric(`connections{technique="stream"}`); n != 2 {
-			t.Errorf("after 9 s %v streams are open, want 2", n)
-		}
-		time.Sleep(3 * time.Second)
-		if n := h.metric(`connections{technique="stream"}`); n != 1 {
-			t.Errorf("after 12 s %v streams are open, want the one that reads", n)
-		}
-		if n := h.metric("dropped_total"); n != 1 {
-			t.Errorf("%v are counted as dropped, want 1", n)
-		}
-		if n := h.metric(`connections{technique="poll"}`) + h.metric(`connections{technique="refresh"}`); n != 0 {
-			t.Errorf("%v polls that are not read are still open", n)
-		}
-		for _, c := range stuck {
-			c.SetReadDeadline(time.Now().Add(time.Second))
-			if _, err := io.ReadAll(c); err != nil {
-				t.Errorf("a reader that took nothing is still connected: %v", err)
-			}
-		}
-		time.Sleep(time.Minute)
-		if n := h.metric(`connections{technique="stream"}`); n != 1 {
-			t.Errorf("after a minute %v streams are open, want the one that reads", n)
-		}
-		slow.Close()
-	})
-}
-
-// rawSocket opens a WebSocket of which the test writes every byte.
-func rawSocket(t *testing.T, h *hall, path string) net.Conn {
-	t.Helper()
-	c, err := h.dial("192.0.2.1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", path)
-	for head := ""; !strings.HasSuffix(head, "\r\n\r\n"); {
-		var b [1]byte
-		if _, err := c.Read(b[:]); err != nil {
-			t.Fatalf("%v after %q", err, head)
-		}
-		head += string(b[:])
-	}
-	return c
-}
-
-// maskedFrame is a text frame of a client.
-func maskedFrame(opcode byte, text string) []byte {
-	b := []byte{0x80 | opcode, 0x80 | byte(len(text))}
-	if len(text) > 125 {
-		b = binary.BigEndian.AppendUint16([]byte{0x80 | opcode, 0x80 | 126}, uint16(len(text)))
-	}
-	return append(append(b, 0, 0, 0, 0), text...)
-}
-
-// Behind a frame that closes nothing may come (RFC 6455, 5.5.1), though the
-// library has not closed the connection yet.
-func TestNothingFollowsAGoodbye(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		c := rawSocket(t, h, "/rooms/a/ws")
-		defer c.Close()
-		synctest.Wait()
-		h.pool.mu.Lock()
-		st := h.pool.sessions[0]
-		h.pool.mu.Unlock()
-		go io.CopyN(io.Discard, c, 16) // let it begin
-		synctest.Wait()
-		st.enqueueFrames(appendClose(nil, websocket.StatusNormalClosure, ""))
-		h.status("192.0.2.2", "POST /rooms/a")
-		c.SetReadDeadline(time.Now().Add(time.Minute))
-		b, err := io.ReadAll(c)
-		if err != nil || !bytes.HasSuffix(b, appendClose(nil, websocket.StatusNormalClosure, "")) {
-			t.Errorf("the socket ended with %v after %q", err, b)
-		}
-	})
-}
-
-func TestASocketThatReadsSlowlyIsNotListenedToWhenItsTokenHasExpired(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
-		c := rawSocket(t, h, "/rooms/a/ws?token="+signedToken(`{"read":["a"],"write":["a"],"exp":`+unixIn(20*time.Second)+`}`))
-		defer c.Close()
-		defer sip(t, c, 1, 5*time.Second)()
-		time.Sleep(time.Second)
-		c.Write(maskedFrame(1, "in time"))
-		time.Sleep(time.Minute)
-		c.SetWriteDeadline(time.Now().Add(time.Second))
-		c.Write(maskedFrame(1, "40 s after it expired"))
-		time.Sleep(time.Second)
-		if n := h.stats.published.Load(); n != 1 {
-			t.Errorf("%d messages were published, want the one in time", n)
-		}
-	})
-}
-
-func TestNothingIsToldThatWasPublishedAfterATokenExpired(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-secret", firstSecret)
-		write := "Authorization: Bearer " + signedToken(`{"write":["a"]}`)
-		time.Sleep(300 * time.Millisecond)
-		r := h.open("192.0.2.1", "GET /rooms/a/stream?token="+signedToken(`{"read":["a"],"exp":`+unixIn(10*time.Second)+`}`), "")
-		defer r.stop()
-		time.Sleep(9900 * time.Millisecond)
-		h.ask("192.0.2.2", "POST /rooms/a", "too late", write)
-		if body := r.rest(); strings.Contains(body, "too late") {
-			t.Errorf("200 ms after the token expired:\n%s", body)
-		}
-	})
-}
-
-func TestASocketThatIsSilentAndDoesNotAnswerPingsIsDropped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t)
-		c := rawSocket(t, h, "/rooms/a/ws")
-		defer c.Close()
-		start := time.Now()
-		io.Copy(io.Discard, c) // takes all, and says nothing
-		if d := time.Since(start); d < 3*h.heartbeat || d > 5*h.heartbeat {
-			t.Errorf("it was dropped after %v; the second ping is due after four beats, 60 s", d)
-		}
-	})
-}
-
-func TestTheDoormanLetsInNoMoreThanItMay(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		h := openHall(t, "-streams", "1000", "-per-addr", "20")
+		b := newLimitedTestbed(t, "-streams", "1000", "-per-addr", "20")
 		const most = 1100
 		var in, out int
 		var conns []net.Conn
 		for i := range 2000 {
-			c, err := h.dial(fmt.Sprintf("198.51.%d.%d", i/20/256, i/20%256)) // 20 of each address
+			c, err := b.dialFrom(fmt.Sprintf("198.51.%d.%d", i/20/256, i/20%256)) // 20 from each address
 			if err != nil {
 				t.Fatal(err)
 			}
 			c.SetWriteDeadline(time.Now().Add(time.Millisecond))
 			go io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
 			c.SetReadDeadline(time.Now().Add(5 * time.Second))
-			b := make([]byte, 1024)
-			n, _ := c.Read(b)
+			data := make([]byte, 1024)
+			n, _ := c.Read(data)
 			switch {
-			case strings.HasPrefix(string(b[:n]), "HTTP/1.1 503 "):
+			case strings.HasPrefix(string(data[:n]), "HTTP/1.1 503 "):
 				out++
 				c.Close()
-			case strings.HasPrefix(string(b[:n]), "HTTP/1.1 200 "):
+			case strings.HasPrefix(string(data[:n]), "HTTP/1.1 200 "):
 				in++
 				conns = append(conns, c)
 			default:
-				t.Fatalf("connection %d is answered %q", i, b[:n])
+				t.Fatalf("connection %d is answered %q", i, data[:n])
 			}
 		}
-		if in != most || out != 2000-most || h.refusals("connections") != out {
-			t.Errorf("%d came in, %d were refused and %d counted; want %d and %d", in, out, h.refusals("connections"), most, 2000-most)
+		if in != most || out != 2000-most || b.refusals("connections") != out {
+			t.Errorf("%d were accepted, %d refused and %d counted; want %d and %d", in, out, b.refusals("connections"), most, 2000-most)
 		}
 		for _, c := range conns[:100] {
 			c.Close()
 		}
 		time.Sleep(time.Second)
-		if got := h.status("192.0.2.1", "GET /healthz"); got != 200 {
+		if got := b.status("192.0.2.1", "GET /healthz"); got != 200 {
 			t.Errorf("when some have gone: %d", got)
 		}
 		time.Sleep(idleTimeout)
-		for range 3 { // and their places are given back, once each
-			for _, r := range streamsFrom(h, 20, "198.51.0.0", "GET /rooms/a/stream", nil) {
+		for range 3 { // and each releases its place once
+			for _, r := range openStreams(b, 20, "198.51.0.0", "GET /rooms/a/stream", nil) {
 				r.stop()
 			}
 			time.Sleep(time.Second)
+		}
+	})
+}
+
+// At the limit of streams, others are answered 503, and are accepted again when
+// somebody has left.
+func TestStreamLimit(t *testing.T) {
+	for _, network := range []string{pipe, pipeH2} {
+		t.Run(network, func(t *testing.T) {
+			runOnNetwork(t, network, func(t *testing.T) {
+				b := newTestbed(t, network, func(c *config) { c.streams, c.maxUsers = 2, 1 })
+				if res, body := b.do("GET", "/rooms/a,b/stream?user=ada", ""); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body) {
+					t.Errorf("two users where the bound is one: %s %s", res.Status, body)
+				}
+				b.checkIdle() // a refused request holds nothing
+				one, two := b.subscribe(variantOf("stream"), "a").begin(), b.subscribe(variantOf("sse"), "a").begin()
+				for _, v := range variants {
+					path := "/rooms/a/" + v.technique + "?" + v.query
+					if v.technique == "ws" {
+						continue
+					}
+					res, body := b.do("GET", path, "")
+					switch {
+					case v.technique == "sse":
+						if res.StatusCode != 200 || !strings.Contains(body, "event: bye") || !strings.HasPrefix(body, "retry: ") {
+							t.Errorf("sse: %s %q, want 200, retry and bye", res.Status, body)
+						}
+					case v.technique == "poll" || v.technique == "refresh":
+						if res.StatusCode != 200 {
+							t.Errorf("%s: %s", v.name, res.Status)
+						}
+					case res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body):
+						t.Errorf("%s: %s %q, want 503 and Retry-After", v.name, res.Status, body)
+					}
+				}
+				if _, _, err := websocket.Dial(t.Context(), "ws://cometes.test/rooms/a/ws", &websocket.DialOptions{HTTPClient: b.newClient(b.dial, false)}); err == nil || !strings.Contains(err.Error(), "503") {
+					t.Errorf("ws: %v, want 503", err)
+				}
+				b.post("a", "hi")
+				one.expect("message hi")
+				two.expect("message hi")
+				two.close()
+				b.settle()
+				b.subscribe(variantOf("multipart"), "a").begin()
+			})
+		})
+	}
+}
+
+// A room accepts a number of publishes a second, and two seconds' worth at once.
+// Presence has bounds of its own, and a retry with a known key is not counted.
+func TestARoomsRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newTestRelay(limits{})
+		quota := &clientQuota{l: &limiter{roomRate: 5}}
+		put := func(room, key string) error {
+			allow := func() error { return quota.publishTo(room) }
+			_, _, err := r.publish(publishRequest{room: room, kind: "message", key: key, data: []byte("1"), allow: allow})
+			return err
+		}
+		for i := range 10 {
+			if err := put("a", fmt.Sprint("k", i)); err != nil {
+				t.Errorf("publish %d: %v", i, err)
+			}
+		}
+		for i := range 3 {
+			head := r.lastID.Load()
+			before := fmt.Sprint(head, r.bytes)
+			if err := put("a", "k10"); err != errRoomTooFast {
+				t.Errorf("one too many: %v", err)
+			}
+			if after := fmt.Sprint(r.lastID.Load(), r.bytes); after != before {
+				t.Errorf("a refused publish made %s of %s", after, before)
+			}
+			checkAccounting(t, r)
+			if err := put("a", "k9"); err != nil {
+				t.Errorf("a retry: %v", err)
+			}
+			if err := r.setPresence("a", fmt.Sprint("user", i), "", "online"); err != nil || r.lastID.Load() == head {
+				t.Errorf("presence was refused: %v", err)
+			}
+			if err := put("b", ""); err != nil {
+				t.Errorf("another room: %v", err)
+			}
+			time.Sleep(200 * time.Millisecond)
+			if err := put("a", ""); err != nil {
+				t.Errorf("a fifth of a second later: %v", err)
+			}
+		}
+		time.Sleep(time.Hour)
+		for range 10 {
+			put("a", "")
+		}
+		if err := put("a", ""); err != errRoomTooFast {
+			t.Errorf("after an hour, the eleventh at once: %v", err)
 		}
 	})
 }

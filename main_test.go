@@ -1,4 +1,4 @@
-// Tests of the program: its settings, its files, and how it ends.
+// Tests of the program: its flags, how it starts, and how it stops.
 
 package main
 
@@ -8,13 +8,13 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"path"
 	"regexp"
 	"strings"
 	"testing"
@@ -24,8 +24,8 @@ import (
 	"github.com/coder/websocket"
 )
 
-// fromMap is a getenv.
-func fromMap(env ...string) func(string) string {
+// testEnv returns a getenv with these variables.
+func testEnv(env ...string) func(string) string {
 	return func(name string) string {
 		for _, e := range env {
 			if v, ok := strings.CutPrefix(e, name+"="); ok {
@@ -36,8 +36,8 @@ func fromMap(env ...string) func(string) string {
 	}
 }
 
-// A flag goes before its environment variable, and that before the default.
-func TestSettings(t *testing.T) {
+// A flag overrides its environment variable, and that the default.
+func TestFlags(t *testing.T) {
 	for _, test := range []struct {
 		args, env []string
 		get       func(config) any
@@ -61,18 +61,18 @@ func TestSettings(t *testing.T) {
 		{nil, nil, func(c config) any { return c.roomIdle }, 10 * time.Minute},
 		{[]string{"-idle=1s", "-present", "1h"}, nil, func(c config) any { return c.presenceTTL }, time.Hour},
 	} {
-		c, err := parseFlags(test.args, fromMap(test.env...))
+		c, err := parseFlags(test.args, testEnv(test.env...))
 		if err != nil || test.get(c) != test.want {
 			t.Errorf("%q %q: %v %v, want %v", test.args, test.env, test.get(c), err, test.want)
 		}
 	}
 }
 
-func TestSettingsRefused(t *testing.T) {
-	quiet(t)
+func TestFlagsRefused(t *testing.T) {
+	silence(t)
 	for _, test := range []struct {
 		args, env []string
-		names     string // what is wrong is said
+		names     string // part of the error
 	}{
 		{[]string{"-beat", "999ms"}, nil, "-beat"},
 		{[]string{"-beat", "-15s"}, nil, "-beat"},
@@ -91,29 +91,29 @@ func TestSettingsRefused(t *testing.T) {
 		{nil, []string{"COMETES_ROOM_BYTES=1e6"}, "COMETES_ROOM_BYTES"},
 		{nil, []string{"COMETES_ALL_BYTES=1"}, "-all-bytes"},
 	} {
-		if _, err := parseFlags(test.args, fromMap(test.env...)); err == nil || !strings.Contains(err.Error(), test.names) {
+		if _, err := parseFlags(test.args, testEnv(test.env...)); err == nil || !strings.Contains(err.Error(), test.names) {
 			t.Errorf("%q %q: %v, want an error that names %s", test.args, test.env, err, test.names)
 		}
 	}
 	stopped, stop := context.WithCancel(t.Context())
 	stop()
 	for _, secret := range []string{" ", ",", " , "} {
-		if err := run(stopped, []string{"-addr", "127.0.0.1:0", "-secret", secret}, fromMap()); err == nil || !strings.Contains(err.Error(), "-secret") {
-			t.Errorf("-secret %q: %v; whoever sets one does not want an open relay", secret, err)
+		if err := run(stopped, []string{"-addr", "127.0.0.1:0", "-secret", secret}, testEnv()); err == nil || !strings.Contains(err.Error(), "-secret") {
+			t.Errorf("-secret %q: %v; want an error, not an open relay", secret, err)
 		}
 	}
-	if _, err := parseFlags([]string{"-help"}, fromMap()); !errors.Is(err, flag.ErrHelp) {
+	if _, err := parseFlags([]string{"-help"}, testEnv()); !errors.Is(err, flag.ErrHelp) {
 		t.Errorf("-help: %v", err)
 	}
 	for _, list := range []string{"example.com", "https://", "https://a.example/", "https://a.example/path", "ftp:a", "null", "https://a.example,b"} {
-		if err := run(t.Context(), []string{"-addr", "127.0.0.1:0", "-origins", list}, fromMap()); err == nil || !strings.Contains(err.Error(), "origin") {
+		if err := run(t.Context(), []string{"-addr", "127.0.0.1:0", "-origins", list}, testEnv()); err == nil || !strings.Contains(err.Error(), "origin") {
 			t.Errorf("-origins %s: %v", list, err)
 		}
 	}
 }
 
-// quiet keeps what flag says of wrong flags, and the log, to itself.
-func quiet(t *testing.T) {
+// silence discards the messages of package flag, and the log.
+func silence(t *testing.T) {
 	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -124,7 +124,7 @@ func quiet(t *testing.T) {
 	t.Cleanup(func() { os.Stderr = was; slog.SetDefault(log); null.Close() })
 }
 
-// Every flag has a line of help that names its environment variable.
+// Every flag has a line of help with its environment variable.
 func TestHelp(t *testing.T) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -132,13 +132,13 @@ func TestHelp(t *testing.T) {
 	}
 	was := os.Stderr
 	os.Stderr = w
-	parseFlags([]string{"-help"}, fromMap())
+	parseFlags([]string{"-help"}, testEnv())
 	os.Stderr = was
 	w.Close()
 	help, _ := io.ReadAll(r)
 	flags := regexp.MustCompile(`(?m)^  -(\S+)`).FindAllStringSubmatch(string(help), -1)
 	if len(flags) < 9 {
-		t.Errorf("%d flags are helped with:\n%s", len(flags), help)
+		t.Errorf("the help has %d flags:\n%s", len(flags), help)
 	}
 	for _, f := range flags {
 		if name := "(COMETES_" + strings.ToUpper(strings.ReplaceAll(f[1], "-", "_")) + ")"; !strings.Contains(string(help), name) {
@@ -147,14 +147,15 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// A listening is a log that tells where run listens.
-type listening struct {
+// An addrLog is a log handler that reports where run listens.
+type addrLog struct {
 	slog.Handler
 	addr chan string
 }
 
-func (l listening) Enabled(context.Context, slog.Level) bool { return true }
-func (l listening) Handle(_ context.Context, r slog.Record) error {
+func (l addrLog) Enabled(context.Context, slog.Level) bool { return true }
+
+func (l addrLog) Handle(_ context.Context, r slog.Record) error {
 	r.Attrs(func(a slog.Attr) bool {
 		if r.Message == "listening" && a.Key == "addr" {
 			l.addr <- a.Value.String()
@@ -164,17 +165,17 @@ func (l listening) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// The whole program over loopback: it answers, streams, and when it is told to
-// stop says bye and returns.
+// The whole program over loopback: it answers, streams, and on a signal sends bye and
+// returns.
 func TestRun(t *testing.T) {
 	before := slog.Default()
 	defer slog.SetDefault(before)
-	log := listening{addr: make(chan string, 1)}
+	log := addrLog{addr: make(chan string, 1)}
 	slog.SetDefault(slog.New(log))
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, []string{"-addr", "127.0.0.1:0"}, fromMap()) }()
+	go func() { done <- run(ctx, []string{"-addr", "127.0.0.1:0"}, testEnv()) }()
 	var addr string
 	select {
 	case addr = <-log.addr:
@@ -195,7 +196,7 @@ func TestRun(t *testing.T) {
 	says := func(what string) {
 		t.Helper()
 		if !lines.Scan() || !strings.Contains(lines.Text(), what) {
-			t.Fatalf("the stream says %q, want %s (%v)", lines.Text(), what, lines.Err())
+			t.Fatalf("the stream sends %q, want %s (%v)", lines.Text(), what, lines.Err())
 		}
 	}
 	says(`"hello"`)
@@ -204,7 +205,7 @@ func TestRun(t *testing.T) {
 	}
 	res.Body.Close()
 	says(`"data":"hi"`)
-	if err := run(ctx, []string{"-addr", addr}, fromMap()); err == nil {
+	if err := run(ctx, []string{"-addr", addr}, testEnv()); err == nil {
 		t.Error("two listen on one address")
 	}
 	stop()
@@ -222,102 +223,35 @@ func TestRun(t *testing.T) {
 	http.DefaultClient.CloseIdleConnections()
 }
 
-// The files of static/ come with their type and an ETag, and nothing else does.
-func TestFiles(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		names, _ := os.ReadDir("static")
-		etags := map[string]string{}
-		for _, name := range append([]string{"/"}, func() (paths []string) {
-			for _, n := range names {
-				paths = append(paths, "/"+n.Name())
-			}
-			return paths
-		}()...) {
-			file := "static" + name
-			if name == "/" {
-				file = "static/index.html"
-			}
-			want, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			res, body := b.do("GET", name, "")
-			h := res.Header
-			if res.StatusCode != 200 || body != string(want) {
-				t.Errorf("%s: %s, %d bytes, want %d", name, res.Status, len(body), len(want))
-			}
-			kind := map[string]string{".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}[path.Ext(file)]
-			if h.Get("Access-Control-Allow-Origin") != "*" {
-				t.Errorf("%s: %v; a page of another origin could not import it", name, h)
-			}
-			if kind != "" && h.Get("Content-Type") != kind || h.Get("Content-Type") == "" || h.Get("X-Content-Type-Options") != "nosniff" {
-				t.Errorf("%s: %v, want %s and nosniff", name, h, kind)
-			}
-			etag := h.Get("ETag")
-			if other, ok := etags[etag]; ok && other != string(want) {
-				t.Errorf("%s: the ETag %s is another file's", name, etag)
-			}
-			etags[etag] = string(want)
-			if !regexp.MustCompile(`^"[0-9a-f]{16,}"$`).MatchString(etag) || h.Get("Cache-Control") == "" || h.Get("Content-Security-Policy") == "" {
-				t.Errorf("%s: %v", name, h)
-			}
-			res, body = b.do("GET", name, "", "If-None-Match: "+etag)
-			if res.StatusCode != 304 || body != "" || res.Header.Get("ETag") != etag {
-				t.Errorf("%s again: %s, %d bytes, want 304", name, res.Status, len(body))
-			}
-			if res, _ = b.do("GET", name, "", `If-None-Match: "other"`); res.StatusCode != 200 {
-				t.Errorf("%s, changed: %s", name, res.Status)
-			}
-			if res, body = b.do("HEAD", name, ""); res.StatusCode != 200 || body != "" || res.ContentLength != int64(len(want)) || res.Header.Get("ETag") != etag {
-				t.Errorf("HEAD %s: %s", name, res.Status)
-			}
-			if res, _ = b.do("POST", name, "hi"); res.StatusCode != 405 || !strings.Contains(res.Header.Get("Allow"), "GET") {
-				t.Errorf("POST %s: %s, Allow: %s", name, res.Status, res.Header.Get("Allow"))
-			}
-		}
-		for _, name := range []string{"/..", "/../main.go", "/static/index.html", "/static/../main.go", "/%2e%2e/main.go", "/..%2fmain.go", "//index.html", "/index.html/", "/index.html%00", "/.", "/main.go", "/\\index.html", "/static", "/favicon.ico2", "/.git/config"} {
-			res, body := b.raw1("GET", name, "")
-			if res.StatusCode != 404 || !isError(body) {
-				t.Errorf("%s: %s %.60s, want 404", name, res.Status, body)
-			}
-		}
-		res, body := b.do("GET", "/healthz", "")
-		if res.StatusCode != 200 || !json.Valid([]byte(body)) || res.Header.Get("Cache-Control") != "no-store" {
-			t.Errorf("healthz: %s %s %v", res.Status, body, res.Header)
-		}
-	})
-}
-
 // Stopping.
 
-// A thousand streams are sent away at once, to return at different times, as
-// many as can be in each second.
-func TestStopSpreadsTheReturn(t *testing.T) {
+// A thousand streams are ended at once, and their clients return spread over time, a
+// bounded number in each second.
+func TestStopSpreadsReconnects(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		const n = 1000
-		var ears []*ear
+		var readers []*eventReader
 		for i := range n {
-			ears = append(ears, b.listen(kindOf([]string{"sse", "stream", "ws"}[i%3]), "a").begin())
+			readers = append(readers, b.subscribe(variantOf([]string{"sse", "stream", "ws"}[i%3]), "a").begin())
 		}
-		b.say("a", "last")
+		b.post("a", "last")
 		start := time.Now()
 		b.stop()
 		perSecond := map[int]int{}
-		for _, e := range ears {
+		for _, e := range readers {
 			bye := e.expect("message last", "bye")[1]
-			var said struct{ Data struct{ Retry int } }
-			json.Unmarshal([]byte(bye.json), &said)
-			perSecond[said.Data.Retry/1000]++
-			if said.Data.Retry < 1000 || said.Data.Retry > 31_000 {
-				t.Errorf("retry in %d ms", said.Data.Retry)
+			var parsed struct{ Data struct{ Retry int } }
+			json.Unmarshal([]byte(bye.json), &parsed)
+			perSecond[parsed.Data.Retry/1000]++
+			if parsed.Data.Retry < 1000 || parsed.Data.Retry > 31_000 {
+				t.Errorf("retry in %d ms", parsed.Data.Retry)
 			}
 			if e.conn != nil {
-				e.ends()
+				e.expectEnd()
 			}
 		}
-		inNoTime(t, start)
+		checkImmediate(t, start)
 		for second, n := range perSecond {
 			if n > 400 {
 				t.Errorf("%d return in second %d", n, second)
@@ -329,10 +263,10 @@ func TestStopSpreadsTheReturn(t *testing.T) {
 	})
 }
 
-// A stop takes 5 s at most, whoever does not go; what was asked before is answered.
+// A stop takes at most 5 s, whatever clients do; earlier requests are still answered.
 func TestStopWithin5s(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		polling := make(chan *http.Response, 1)
 		go func() {
 			res, err := b.client.Get(b.url + "/rooms/a/longpoll?wait=55")
@@ -351,14 +285,14 @@ func TestStopWithin5s(t *testing.T) {
 			publishing <- res
 		}()
 		send.Write([]byte("begun "))
-		for _, k := range earKinds { // who stand still
-			if k.streams() {
-				b.listen(k, "a").begin()
+		for _, v := range variants { // clients that stall
+			if v.streams() {
+				b.subscribe(v, "a").begin()
 			}
 		}
-		dead, _ := b.raw("/rooms/a/ws") // never reads, never says goodbye
+		dead, _ := b.rawWebSocket("/rooms/a/ws") // never reads, never closes
 		defer dead.Close()
-		half, _ := b.dial(t.Context()) // half a head
+		half, _ := b.dial(t.Context()) // an unfinished request head
 		io.WriteString(half, "GET /rooms/a/po")
 		var idle net.Conn
 		idle, _ = b.dial(t.Context())
@@ -388,7 +322,7 @@ func TestStopWithin5s(t *testing.T) {
 		if d := time.Since(start); d > 5*time.Second {
 			t.Errorf("it took %v to stop", d)
 		}
-		b.served <- nil // for the cleanup
+		b.served <- nil // the cleanup reads it again
 		if err != nil {
 			t.Errorf("serve: %v", err)
 		}
@@ -396,12 +330,12 @@ func TestStopWithin5s(t *testing.T) {
 	})
 }
 
-// With nobody there, a stop takes no time.
-func TestStopAtOnce(t *testing.T) {
+// Without clients, a stop is immediate.
+func TestStopIsImmediateWithoutClients(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
+		b := newTestbed(t, pipe)
 		for _, name := range []string{"sse", "ws", "stream"} {
-			b.listen(kindOf(name), "a").begin().close()
+			b.subscribe(variantOf(name), "a").begin().close()
 		}
 		b.do("GET", "/healthz", "")
 		synctest.Wait()
@@ -415,114 +349,60 @@ func TestStopAtOnce(t *testing.T) {
 	})
 }
 
-// An EventSource that asks while the relay stops is told to come back: it
-// would give up for ever on any status but 200.
+// An EventSource that connects while the relay stops is sent a bye: with any status
+// but 200 it would give up for good.
 func TestSSEWhileStopping(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		b.say("a", "before")
+		b := newTestbed(t, pipe)
+		b.post("a", "before")
 		b.relay.stop()
-		b.saysBye(b.whileStopping("GET", "/rooms/a/sse?last=1", ""))
+		b.wantBye(b.record("GET", "/rooms/a/sse?last=1", ""))
 	})
 }
 
-// A recorder is an answer without a connection.
-type recorder struct{ *httptest.ResponseRecorder }
-
-func newRecorder() recorder { return recorder{httptest.NewRecorder()} }
-
-func (recorder) SetReadDeadline(time.Time) error  { return nil }
-func (recorder) SetWriteDeadline(time.Time) error { return nil }
-
-func (b *testbed) whileStopping(method, path, body string) recorder {
-	w := newRecorder()
+func (b *testbed) record(method, path, body string) deadlineRecorder {
+	w := newDeadlineRecorder()
 	b.ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
 	return w
 }
 
-func (b *testbed) saysBye(w recorder) {
+func (b *testbed) wantBye(w deadlineRecorder) {
 	b.t.Helper()
 	if w.Code != 200 || w.Header().Get("Content-Type") != "text/event-stream; charset=utf-8" || !regexp.MustCompile(`^retry: \d{4}\nevent: bye\ndata: \{"type":"bye","data":\{"retry":\d+\}\}\n\n$`).MatchString(w.Body.String()) {
 		b.t.Errorf("sse: %d %q, want 200, retry and bye", w.Code, w.Body)
 	}
 }
 
-// The same at the limit of streams; others are answered 503, and have a place
-// when somebody left.
-func TestStreamLimit(t *testing.T) {
-	for _, network := range []string{pipe, pipeH2} {
-		t.Run(network, func(t *testing.T) {
-			onNetwork(t, network, func(t *testing.T) {
-				b := newBed(t, network, func(c *config) { c.streams, c.maxUsers = 2, 1 })
-				if res, body := b.do("GET", "/rooms/a,b/stream?user=ada", ""); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body) {
-					t.Errorf("two users where one may be: %s %s", res.Status, body)
-				}
-				b.idle() // what was refused holds nothing
-				one, two := b.listen(kindOf("stream"), "a").begin(), b.listen(kindOf("sse"), "a").begin()
-				for _, k := range earKinds {
-					path := "/rooms/a/" + k.technique + "?" + k.query
-					if k.technique == "ws" {
-						continue
-					}
-					res, body := b.do("GET", path, "")
-					switch {
-					case k.technique == "sse":
-						if res.StatusCode != 200 || !strings.Contains(body, "event: bye") || !strings.HasPrefix(body, "retry: ") {
-							t.Errorf("sse: %s %q, want 200, retry and bye", res.Status, body)
-						}
-					case k.technique == "poll" || k.technique == "refresh":
-						if res.StatusCode != 200 {
-							t.Errorf("%s: %s", k.name, res.Status)
-						}
-					case res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body):
-						t.Errorf("%s: %s %q, want 503 and Retry-After", k.name, res.Status, body)
-					}
-				}
-				if _, _, err := websocket.Dial(t.Context(), "ws://cometes.test/rooms/a/ws", &websocket.DialOptions{HTTPClient: b.newClient(b.dial, false)}); err == nil || !strings.Contains(err.Error(), "503") {
-					t.Errorf("ws: %v, want 503", err)
-				}
-				b.say("a", "hi")
-				one.expect("message hi")
-				two.expect("message hi")
-				two.close()
-				b.settle()
-				b.listen(kindOf("multipart"), "a").begin()
-			})
-		})
-	}
-}
-
-// Who asks while the relay stops is sent away in the way that their client
-// understands.
-func TestAskedWhileStopping(t *testing.T) {
+// A request while the relay stops is refused in the way that its client understands.
+func TestRequestsWhileStopping(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		b := newBed(t, pipe)
-		b.say("a", "before")
+		b := newTestbed(t, pipe)
+		b.post("a", "before")
 		b.relay.stop()
 		for _, r := range [][3]string{{"POST", "/rooms/a", "hi"}, {"POST", "/rooms/new", "hi"}, {"POST", "/rooms/a/presence?user=ada", "online"}, {"GET", "/healthz", ""}} {
-			w := b.whileStopping(r[0], r[1], r[2])
+			w := b.record(r[0], r[1], r[2])
 			if w.Code != 503 || w.Header().Get("Retry-After") == "" || !isError(w.Body.String()) {
 				t.Errorf("%s: %d %q %v, want 503 and Retry-After", r[1], w.Code, w.Body, w.Header())
 			}
 		}
-		for _, k := range earKinds {
-			if k.technique == "sse" || k.technique == "ws" {
+		for _, v := range variants {
+			if v.technique == "sse" || v.technique == "ws" {
 				continue
 			}
 			start := time.Now()
-			w := b.whileStopping("GET", "/rooms/a/"+k.technique+"?"+k.query, "")
+			w := b.record("GET", "/rooms/a/"+v.technique+"?"+v.query, "")
 			refused := w.Code == 503 && w.Header().Get("Retry-After") != "" && isError(w.Body.String())
-			bye := w.Code == 200 && (!k.streams() || strings.Contains(w.Body.String(), "bye") || strings.Contains(w.Body.String(), "going away"))
+			bye := w.Code == 200 && (!v.streams() || strings.Contains(w.Body.String(), "bye") || strings.Contains(w.Body.String(), "going away"))
 			if !refused && !bye {
-				t.Errorf("%s: %d %q, want 503 or a bye", k.name, w.Code, w.Body)
+				t.Errorf("%s: %d %q, want 503 or a bye", v.name, w.Code, w.Body)
 			}
-			inNoTime(t, start)
+			checkImmediate(t, start)
 		}
 		_, _, err := websocket.Dial(t.Context(), "ws://cometes.test/rooms/a/ws", &websocket.DialOptions{HTTPClient: b.client})
 		if err == nil || !strings.Contains(err.Error(), "503") {
 			t.Errorf("ws: %v, want 503", err)
 		}
-		if n := b.readers(); n != 0 {
+		if n := b.subscriptions(); n != 0 {
 			t.Errorf("%d readers are left", n)
 		}
 		b.relay.mu.Lock()
@@ -533,7 +413,7 @@ func TestAskedWhileStopping(t *testing.T) {
 	})
 }
 
-// Somebody at a terminal is told an address to open, and who may.
+// A person at a terminal is shown an address to open, and who may use it.
 func TestGreeting(t *testing.T) {
 	for _, tc := range []struct {
 		addr   string
@@ -548,4 +428,180 @@ func TestGreeting(t *testing.T) {
 			t.Errorf("%s: %q, want %q", tc.addr, got, tc.want)
 		}
 	}
+}
+
+// A body has 20 s to arrive, a request head 10 s.
+func TestSlowRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		for name, test := range map[string]struct {
+			request string
+			trickle bool
+			status  int
+		}{
+			"half a body":         {"POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 100\r\n\r\nhi", false, 408},
+			"a trickle":           {"POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 100\r\n\r\nhi", true, 408},
+			"half a chunk":        {"POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhi", false, 408},
+			"half a presence":     {"POST /rooms/a/presence?user=ada HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 100\r\n\r\nhi", false, 408},
+			"half a head":         {"POST /rooms/a HTTP/1.1\r\nHost: come", false, 0},
+			"nothing but silence": {"", false, 0},
+		} {
+			conn, _ := b.dial(t.Context())
+			start := time.Now()
+			asked := make(chan struct{})
+			go func() {
+				defer close(asked)
+				conn.Write([]byte(test.request))
+				for test.trickle {
+					time.Sleep(time.Second)
+					if _, err := conn.Write([]byte("x")); err != nil {
+						return
+					}
+				}
+			}()
+			answer, _ := io.ReadAll(conn)
+			d := time.Since(start)
+			if d != 20*time.Second && !(test.status == 0 && len(answer) == 0 && d <= 10*time.Second) {
+				t.Errorf("%s: ended after %v", name, d)
+			}
+			if want := fmt.Sprintf("HTTP/1.1 %d", test.status); test.status != 0 && !strings.HasPrefix(string(answer), want) {
+				t.Errorf("%s: %q, want %s", name, answer, want)
+			}
+			if b.relay.lastID.Load() != b.relay.epoch {
+				t.Errorf("%s: something was published", name)
+			}
+			conn.Close()
+			<-asked
+		}
+		// A body that ends early publishes nothing.
+		conn, _ := b.dial(t.Context())
+		io.WriteString(conn, "POST /rooms/a HTTP/1.1\r\nHost: cometes.test\r\nContent-Length: 100\r\n\r\nhi")
+		conn.Close()
+		synctest.Wait()
+		if b.relay.lastID.Load() != b.relay.epoch {
+			t.Error("half a body was published")
+		}
+		// A request head of 32 KB is too big.
+		if res, _ := b.do("GET", "/rooms/a/poll", "", "X: "+strings.Repeat("x", 32<<10)); res.StatusCode != 431 {
+			t.Errorf("a head of 32 KB: %s", res.Status)
+		}
+	})
+}
+
+// Slow clients.
+
+// sendSlowly sends text, a byte per pause, and returns the answer and how long the
+// connection lived.
+func sendSlowly(t *testing.T, b *testbed, first, rest string, pause time.Duration) (string, time.Duration) {
+	t.Helper()
+	c, err := b.dialFrom("192.0.2.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	start := time.Now()
+	go func() {
+		if _, err := io.WriteString(c, first); err != nil {
+			return
+		}
+		for i := range len(rest) {
+			time.Sleep(pause)
+			if _, err := io.WriteString(c, rest[i:i+1]); err != nil {
+				return
+			}
+		}
+	}()
+	c.SetReadDeadline(start.Add(time.Hour))
+	data, _ := io.ReadAll(c)
+	return string(data), time.Since(start)
+}
+
+func TestASlowHeadIsNotWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		for _, first := range []string{"", "G", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\nX-A: "} {
+			if answer, d := sendSlowly(t, b, first, strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
+				t.Errorf("a head that begins %q and never ends is given %v, want %v: %q", first, d, headTimeout, answer)
+			}
+		}
+		// Nor is a second head, after an answer.
+		ok := "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+		if _, d := sendSlowly(t, b, ok+"GET /he", strings.Repeat("x", 1000), time.Second); d > headTimeout+time.Second {
+			t.Errorf("a second head that never ends is given %v", d)
+		}
+		if _, d := sendSlowly(t, b, ok, "", 0); d > idleTimeout+time.Second {
+			t.Errorf("a connection without a second request is kept for %v, want %v", d, idleTimeout)
+		}
+		if answer, d := sendSlowly(t, b, "GET / HTTP/1.1\r\nHost: x\r\nX: "+strings.Repeat("x", 30<<10)+"\r\n\r\n", "", 0); !strings.HasPrefix(answer, "HTTP/1.1 431 ") || d > time.Second {
+			t.Errorf("a head of 30 KiB is answered after %v: %.100s", d, answer)
+		}
+	})
+}
+
+func TestASlowBodyIsNotWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		for _, first := range []string{
+			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhi",
+			"POST /rooms/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\nhi",
+			"POST /rooms/a/presence?user=ada HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\naw",
+		} {
+			before := b.refusals("body")
+			answer, d := sendSlowly(t, b, first, strings.Repeat("x", 500), time.Second)
+			if !strings.HasPrefix(answer, "HTTP/1.1 408 ") || !strings.Contains(answer, "Connection: close") || d < requestTimeout || d > requestTimeout+2*time.Second {
+				t.Errorf("%q and then a byte a second is answered after %v: %s", first, d, answer)
+			}
+			if n := b.refusals("body"); n != before+1 {
+				t.Errorf("%d are counted under body, want %d", n, before+1)
+			}
+		}
+		if n := b.stats.published.Load(); n != 0 {
+			t.Errorf("%d messages were published", n)
+		}
+	})
+}
+
+func TestABodyThatNobodyAskedForIsNotWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t, "-rate", "0.001")
+		b.ask("192.0.2.1", "POST /rooms/a", "hi") // the rate allows no second publish
+		for _, first := range []string{"GET /rooms/a/poll", "GET /healthz", "POST /healthz", "GET /rooms/a/refresh", "POST /rooms/a", "POST /rooms/a,b", "PUT /rooms/a", "GET /rooms/a/longpoll?wait=1"} {
+			if _, d := sendSlowly(t, b, first+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", "", 0); d > idleTimeout+time.Minute {
+				t.Errorf("%s with a body that does not come keeps its connection for %v", first, d)
+			}
+		}
+	})
+}
+
+// Over HTTP/2 a body ends with its stream, whatever length its header gave.
+func TestABodyThatIsLongerThanItSaidIsNotPublished(t *testing.T) {
+	frame := func(kind, flags byte, payload string) string { // of stream 1 (RFC 9113, 4.1)
+		return string([]byte{0, 0, byte(len(payload)), kind, flags, 0, 0, 0, 1}) + payload
+	}
+	synctest.Test(t, func(t *testing.T) {
+		for _, length := range []string{"0", "2", "abc"} {
+			b := newLimitedTestbed(t, "-h2c")
+			c, err := b.dialFrom("192.0.2.1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			go io.Copy(io.Discard, c)
+			var head string // literals without indexing (RFC 7541, 6.2.2)
+			for _, field := range []string{":method", "POST", ":scheme", "http", ":authority", "x", ":path", "/rooms/a", "content-length", length} {
+				if field[0] == ':' || field[0] == 'c' {
+					head += "\x00"
+				}
+				head += string(byte(len(field))) + field
+			}
+			io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"+"\x00\x00\x00\x04\x00\x00\x00\x00\x00") // without settings
+			io.WriteString(c, frame(1, 4, head)+frame(0, 0, "hi"))
+			synctest.Wait()
+			io.WriteString(c, frame(0, 1, "more"))
+			synctest.Wait()
+			if n := b.stats.published.Load(); n != 0 {
+				t.Errorf("a body longer than %s is published", length)
+			}
+			c.Close()
+		}
+	})
 }

@@ -27,7 +27,7 @@ import (
 	"time"
 )
 
-//go:embed static
+//go:embed static transports.go
 var embedded embed.FS
 
 // fileTypes replaces the system's table, which takes .ts for video.
@@ -37,9 +37,10 @@ var fileTypes = map[string]string{
 	".js":   "text/javascript; charset=utf-8",
 	".ts":   "text/plain; charset=utf-8",
 	".svg":  "image/svg+xml",
+	".go":   "text/plain; charset=utf-8",
 }
 
-// A file is one of static/.
+// A file is one of static/, or transports.go, whose encoders the lab shows.
 type file struct {
 	contentType, etag string
 	data              string
@@ -49,13 +50,13 @@ var files = readFiles()
 
 func readFiles() map[string]file {
 	files := map[string]file{}
-	fs.WalkDir(embedded, "static", func(name string, d fs.DirEntry, err error) error {
+	fs.WalkDir(embedded, ".", func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
 		b, err := embedded.ReadFile(name)
 		sum := sha256.Sum256(b)
-		files[strings.TrimPrefix(name, "static")] = file{
+		files["/"+strings.TrimPrefix(name, "static/")] = file{
 			contentType: fileTypes[path.Ext(name)],
 			etag:        `"` + hex.EncodeToString(sum[:8]) + `"`,
 			data:        string(b),

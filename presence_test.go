@@ -1,13 +1,18 @@
-// Presence's tests: who does what at which time, and what the room is told
-// when. The clock is virtual, so both are exact.
+// Tests of presence: who does what at which time, and which events the room gets when.
+// The clock is virtual, so all times are exact.
 
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -15,483 +20,485 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
-// A house is a relay whose room a is watched.
-type house struct {
+// A presenceTest is a relay whose room a is watched.
+type presenceTest struct {
 	*testing.T
 	*relay
 	start time.Time
 	stop  func()
 
-	mu   sync.Mutex
-	told []string // what the watcher was told, and when
+	mu     sync.Mutex
+	events []string // the events of the room, each with its time
 }
 
-// newHouse opens a house, whose watcher sees presence and is not seen.
-func newHouse(t *testing.T, l limits) *house {
-	h := &house{T: t, relay: testRelay(l), start: time.Now()}
-	rd := openReader(t, h.relay, "a", -1, subscribeRequest{seesPresence: true, longLived: true})
-	rd.wantRoster()
+// newPresenceTest subscribes a watcher that sees presence and is not present itself.
+func newPresenceTest(t *testing.T, l limits) *presenceTest {
+	p := &presenceTest{T: t, relay: newTestRelay(l), start: time.Now()}
+	sub := openSubscriber(t, p.relay, "a", -1, subscribeRequest{seesPresence: true, longLived: true})
+	sub.wantRoster()
 	ctx, cancel := context.WithCancel(context.Background())
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
-		defer rd.unsubscribe()
+		defer sub.unsubscribe()
 		for {
-			for _, e := range readAll(rd) {
-				h.mu.Lock()
-				h.told = append(h.told, fmt.Sprint(time.Since(h.start), " ", testWords(h.relay, []*event{e})))
-				h.mu.Unlock()
+			for _, e := range readAll(sub) {
+				p.mu.Lock()
+				p.events = append(p.events, fmt.Sprint(time.Since(p.start), " ", summarize(p.relay, []*event{e})))
+				p.mu.Unlock()
 			}
-			if !rd.wait(ctx, nil) {
+			if !sub.wait(ctx, nil) {
 				return
 			}
 		}
 	}()
-	h.stop = sync.OnceFunc(func() { cancel(); <-watching })
-	t.Cleanup(h.stop)
+	p.stop = sync.OnceFunc(func() { cancel(); <-watching })
+	t.Cleanup(p.stop)
 	synctest.Wait()
-	return h
+	return p
 }
 
-// stream opens a stream that names the user; who calls leave closes it.
-func (h *house) stream(user string) *subscriber {
-	h.Helper()
-	return openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, seesPresence: true, longLived: true})
+// stream opens a stream that names the user; unsubscribe closes it.
+func (p *presenceTest) stream(user string) *subscriber {
+	p.Helper()
+	return openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: user, seesPresence: true, longLived: true})
 }
 
-func (h *house) poll(user string) {
-	h.Helper()
-	openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, seesPresence: true}).unsubscribe()
+func (p *presenceTest) poll(user string) {
+	p.Helper()
+	openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: user, seesPresence: true}).unsubscribe()
 }
 
 // client opens a stream of one of the user's clients.
-func (h *house) client(user, client string) *subscriber {
-	h.Helper()
-	return openReader(h.T, h.relay, "a", -1, subscribeRequest{user: user, client: client, seesPresence: true, longLived: true})
+func (p *presenceTest) client(user, client string) *subscriber {
+	p.Helper()
+	return openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: user, client: client, seesPresence: true, longLived: true})
 }
 
-// goodbye says that one of the user's clients leaves.
-func (h *house) goodbye(user, client string) {
-	h.Helper()
-	if err := h.setPresence("a", user, client, "offline"); err != nil {
-		h.Error(err)
+// goodbye sets one of the user's clients offline.
+func (p *presenceTest) goodbye(user, client string) {
+	p.Helper()
+	if err := p.setPresence("a", user, client, "offline"); err != nil {
+		p.Error(err)
 	}
 }
 
-// says posts a state.
-func (h *house) says(user, state string) {
-	h.Helper()
-	if err := h.setPresence("a", user, "", state); err != nil {
-		h.Error(err)
+// setState sets a state, as POST does.
+func (p *presenceTest) setState(user, state string) {
+	p.Helper()
+	if err := p.setPresence("a", user, "", state); err != nil {
+		p.Error(err)
 	}
 }
 
-// at sleeps until so long after the beginning.
-func (h *house) at(s string) {
+// at sleeps until a time after the start.
+func (p *presenceTest) at(s string) {
 	d, err := time.ParseDuration(s)
 	if err != nil {
-		h.Fatal(err)
+		p.Fatal(err)
 	}
-	time.Sleep(d - time.Since(h.start))
+	time.Sleep(d - time.Since(p.start))
 	synctest.Wait()
 }
 
-// wantTold checks all that was told so far.
-func (h *house) wantTold(want ...string) {
-	h.Helper()
+// wantEvents checks all events so far.
+func (p *presenceTest) wantEvents(want ...string) {
+	p.Helper()
 	synctest.Wait()
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if !slices.Equal(h.told, want) {
-		h.Errorf("the room was told\n\t%s\nwant\n\t%s", strings.Join(h.told, "\n\t"), strings.Join(want, "\n\t"))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !slices.Equal(p.events, want) {
+		p.Errorf("the events are\n\t%s\nwant\n\t%s", strings.Join(p.events, "\n\t"), strings.Join(want, "\n\t"))
 	}
 }
 
-// wantHere checks who asks is told.
-func (h *house) wantHere(want string) {
-	h.Helper()
-	ros := h.roster("a")
-	if got := testNames(ros.Users); got != want || ros.Count != len(ros.Users) {
-		h.Errorf("after %v %d are here: %s; want %s", time.Since(h.start), ros.Count, got, want)
+// wantRoster checks the roster that a request returns.
+func (p *presenceTest) wantRoster(want string) {
+	p.Helper()
+	ros := p.roster("a")
+	if got := summarizeUsers(ros.Users); got != want || ros.Count != len(ros.Users) {
+		p.Errorf("after %v %d are present: %s; want %s", time.Since(p.start), ros.Count, got, want)
 	}
 }
 
-// wantGone checks that in time nothing is left of presence.
-func (h *house) wantGone() {
-	h.Helper()
-	h.stop()
+// wantNothingLeft checks that presence leaves nothing behind.
+func (p *presenceTest) wantNothingLeft() {
+	p.Helper()
+	p.stop()
 	for range 2 {
 		time.Sleep(time.Hour)
 		synctest.Wait()
-		h.sweep(time.Now())
+		p.sweep(time.Now())
 	}
-	checkBooks(h.T, h.relay)
-	if h.leases != 0 || len(h.rooms) != 0 {
-		h.Errorf("%d leases and %d rooms are left of an empty house", h.leases, len(h.rooms))
+	checkAccounting(p.T, p.relay)
+	if p.leases != 0 || len(p.rooms) != 0 {
+		p.Errorf("%d leases and %d rooms are left, want none", p.leases, len(p.rooms))
 	}
-	mark := h.lastID.Load()
+	head := p.lastID.Load()
 	time.Sleep(time.Hour)
 	synctest.Wait()
-	if h.lastID.Load() != mark {
-		h.Error("a timer is left of an empty house, and told something")
+	if p.lastID.Load() != head {
+		p.Error("a timer is left, and published something")
 	}
 }
 
 func TestPresence(t *testing.T) {
 	for _, tc := range []struct {
 		what string
-		do   func(h *house)
+		do   func(p *presenceTest)
 		want []string
 	}{
-		{"a stream holds its user while it lasts, and 10 s more", func(h *house) {
-			ada := h.stream("ada")
-			h.at("5m")
+		{"a stream holds its user while it lasts, and 10 s more", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("5m")
 			ada.unsubscribe()
-			h.at("5m9.999999999s")
-			h.wantHere("ada:online")
-			h.at("5m10s")
-			h.wantHere("")
+			p.at("5m9.999999999s")
+			p.wantRoster("ada:online")
+			p.at("5m10s")
+			p.wantRoster("")
 		}, []string{"0s ada:online", "5m10s ada:offline"}},
-		{"a reload tells nothing", func(h *house) {
-			ada := h.stream("ada")
-			h.at("1m")
+		{"a reload is not announced", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1m")
 			ada.unsubscribe()
-			h.at("1m9.999s")
-			ada = h.stream("ada")
-			h.at("2m")
-			ada.unsubscribe()
-		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"nor does one whose new stream comes before the old is gone", func(h *house) {
-			old := h.stream("ada")
-			h.at("1m")
-			ada := h.stream("ada")
-			h.at("1m5s")
-			old.unsubscribe()
-			h.at("2m")
+			p.at("1m9.999s")
+			ada = p.stream("ada")
+			p.at("2m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"a client's goodbye is for the stream it has, though another of it has just been replaced", func(h *house) {
-			old := h.client("ada", "tab1")
-			h.at("1m")
-			ada := h.client("ada", "tab1")
+		{"nor is one whose new stream opens before the old one closes", func(p *presenceTest) {
+			old := p.stream("ada")
+			p.at("1m")
+			ada := p.stream("ada")
+			p.at("1m5s")
 			old.unsubscribe()
-			h.at("1m1s")
-			h.goodbye("ada", "tab1")
-			h.wantHere("")
-			h.at("1m2s")
+			p.at("2m")
+			ada.unsubscribe()
+		}, []string{"0s ada:online", "2m10s ada:offline"}},
+		{"a client's goodbye is for the stream it has, though another of it was just replaced", func(p *presenceTest) {
+			old := p.client("ada", "tab1")
+			p.at("1m")
+			ada := p.client("ada", "tab1")
+			old.unsubscribe()
+			p.at("1m1s")
+			p.goodbye("ada", "tab1")
+			p.wantRoster("")
+			p.at("1m2s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m1s ada:offline"}},
-		{"and so it is when the stream is gone before the goodbye comes", func(h *house) {
-			old := h.client("ada", "tab1")
-			h.at("1m")
-			ada := h.client("ada", "tab1")
+		{"the same when the stream closes before the goodbye comes", func(p *presenceTest) {
+			old := p.client("ada", "tab1")
+			p.at("1m")
+			ada := p.client("ada", "tab1")
 			old.unsubscribe()
 			ada.unsubscribe()
-			h.at("1m1s")
-			h.goodbye("ada", "tab1")
+			p.at("1m1s")
+			p.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "1m1s ada:offline"}},
-		{"and when it long-polls", func(h *house) {
+		{"the same when the client long-polls", func(p *presenceTest) {
 			for range 3 {
-				ada := h.client("ada", "tab1")
+				ada := p.client("ada", "tab1")
 				time.Sleep(time.Second)
 				ada.unsubscribe()
 			}
-			ada := h.client("ada", "tab1")
-			h.goodbye("ada", "tab1")
+			ada := p.client("ada", "tab1")
+			p.goodbye("ada", "tab1")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:offline"}},
-		{"and when it polls", func(h *house) {
-			openReader(h.T, h.relay, "a", -1, subscribeRequest{user: "ada", client: "tab1", seesPresence: true}).unsubscribe()
-			h.at("2s")
-			h.goodbye("ada", "tab1")
+		{"the same when the client polls", func(p *presenceTest) {
+			openSubscriber(p.T, p.relay, "a", -1, subscribeRequest{user: "ada", client: "tab1", seesPresence: true}).unsubscribe()
+			p.at("2s")
+			p.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "2s ada:offline"}},
-		{"a client's goodbye leaves the user's others alone", func(h *house) {
-			one, two := h.client("ada", "tab1"), h.client("ada", "tab2")
-			nameless := h.stream("ada")
-			h.at("1m")
-			h.goodbye("ada", "tab1")
-			h.goodbye("ada", "tab1")
+		{"a client's goodbye does not concern the user's other clients", func(p *presenceTest) {
+			one, two := p.client("ada", "tab1"), p.client("ada", "tab2")
+			nameless := p.stream("ada")
+			p.at("1m")
+			p.goodbye("ada", "tab1")
+			p.goodbye("ada", "tab1")
 			one.unsubscribe()
-			h.goodbye("ada", "tab1")
-			h.goodbye("ada", "tab3")
-			h.at("2m")
+			p.goodbye("ada", "tab1")
+			p.goodbye("ada", "tab3")
+			p.at("2m")
 			two.unsubscribe()
-			h.goodbye("ada", "tab2")
-			h.at("3m")
+			p.goodbye("ada", "tab2")
+			p.at("3m")
 			nameless.unsubscribe()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
-		{"a request that a client made just before its goodbye, and that comes just after, gets no grace", func(h *house) {
-			ada := h.client("ada", "tab1")
-			h.at("1m")
-			h.goodbye("ada", "tab1")
+		{"a request that a client made just before its goodbye, and that comes just after, gets no grace", func(p *presenceTest) {
+			ada := p.client("ada", "tab1")
+			p.at("1m")
+			p.goodbye("ada", "tab1")
 			ada.unsubscribe()
-			h.at("1m0.1s")
-			h.client("ada", "tab1").unsubscribe()
-			h.wantHere("")
+			p.at("1m0.1s")
+			p.client("ada", "tab1").unsubscribe()
+			p.wantRoster("")
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m0.1s ada:online", "1m0.1s ada:offline"}},
-		{"a client that says goodbye and comes back is here", func(h *house) {
-			h.client("ada", "tab1").unsubscribe()
-			h.goodbye("ada", "tab1")
-			h.at("2s")
-			ada := h.client("ada", "tab1")
-			h.at("1m")
+		{"a client that says goodbye and comes back is present", func(p *presenceTest) {
+			p.client("ada", "tab1").unsubscribe()
+			p.goodbye("ada", "tab1")
+			p.at("2s")
+			ada := p.client("ada", "tab1")
+			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:offline", "2s ada:online", "1m10s ada:offline"}},
-		{"a goodbye that names no client is the user's, whatever their clients are called", func(h *house) {
-			ada := h.client("ada", "tab1")
-			h.at("1m")
-			h.says("ada", "offline")
+		{"a goodbye without a client is for the whole user", func(p *presenceTest) {
+			ada := p.client("ada", "tab1")
+			p.at("1m")
+			p.setState("ada", "offline")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
-		{"of more clients than are kept apart, those without a connection are here together", func(h *house) {
+		{"above the bound of clients, those without a connection are kept as one", func(p *presenceTest) {
 			for i := range 3 * maxClients {
-				h.client("ada", fmt.Sprint("tab", i)).unsubscribe()
+				p.client("ada", fmt.Sprint("tab", i)).unsubscribe()
 			}
-			if n := len(h.rooms["a"].leases["ada"].clients); n > maxClients+1 {
-				h.Errorf("%d clients are kept", n)
+			if n := len(p.rooms["a"].leases["ada"].clients); n > maxClients+1 {
+				p.Errorf("%d clients are kept", n)
 			}
-			h.goodbye("ada", "tab1")
+			p.goodbye("ada", "tab1")
 		}, []string{"0s ada:online", "10s ada:offline"}},
-		{"who returns too late has been offline", func(h *house) {
-			h.stream("ada").unsubscribe()
-			h.at("12s")
-			h.stream("ada").unsubscribe()
+		{"a user who returns too late was offline", func(p *presenceTest) {
+			p.stream("ada").unsubscribe()
+			p.at("12s")
+			p.stream("ada").unsubscribe()
 		}, []string{"0s ada:online", "10s ada:offline", "12s ada:online", "22s ada:offline"}},
-		{"who returns just too late, as at a reload, is told at once", func(h *house) {
-			h.stream("ada").unsubscribe()
-			h.at("10.5s")
-			ada := h.stream("ada")
-			h.wantHere("ada:online")
-			h.at("20s")
+		{"a user who returns just too late is announced at once", func(p *presenceTest) {
+			p.stream("ada").unsubscribe()
+			p.at("10.5s")
+			ada := p.stream("ada")
+			p.wantRoster("ada:online")
+			p.at("20s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "10s ada:offline", "10.5s ada:online", "30s ada:offline"}},
-		{"several streams are one user", func(h *house) {
-			one, two := h.stream("ada"), h.stream("ada")
-			h.at("1m")
+		{"several streams are one user", func(p *presenceTest) {
+			one, two := p.stream("ada"), p.stream("ada")
+			p.at("1m")
 			one.unsubscribe()
-			h.at("2m")
-			three := h.stream("ada")
+			p.at("2m")
+			three := p.stream("ada")
 			two.unsubscribe()
-			h.at("3m")
+			p.at("3m")
 			three.unsubscribe()
 		}, []string{"0s ada:online", "3m10s ada:offline"}},
-		{"who polls is here for a minute after", func(h *house) {
-			h.poll("ada")
-			h.at("59s")
-			h.poll("ada")
-			h.at("1m58.999s")
-			h.wantHere("ada:online")
+		{"a user who polls is present for a minute after", func(p *presenceTest) {
+			p.poll("ada")
+			p.at("59s")
+			p.poll("ada")
+			p.at("1m58.999s")
+			p.wantRoster("ada:online")
 		}, []string{"0s ada:online", "1m59s ada:offline"}},
-		{"the longer of poll and grace counts", func(h *house) {
-			h.poll("ada")
-			h.at("1s")
-			h.stream("ada").unsubscribe()
-			h.poll("bob")
-			h.at("55s")
-			h.stream("bob").unsubscribe()
+		{"the longer of poll and grace counts", func(p *presenceTest) {
+			p.poll("ada")
+			p.at("1s")
+			p.stream("ada").unsubscribe()
+			p.poll("bob")
+			p.at("55s")
+			p.stream("bob").unsubscribe()
 		}, []string{"0s ada:online", "1s bob:online", "1m0s ada:offline", "1m5s bob:offline"}},
-		{"long-polls with pauses between them tell nothing", func(h *house) {
+		{"long-polls with pauses between them are not announced", func(p *presenceTest) {
 			for range 10 {
-				ada := h.stream("ada")
+				ada := p.stream("ada")
 				time.Sleep(25 * time.Second)
 				ada.unsubscribe()
 				time.Sleep(9 * time.Second)
 			}
 		}, []string{"0s ada:online", "5m41s ada:offline"}},
-		{"typing falls back after 5 s", func(h *house) {
-			h.poll("ada")
-			h.at("2s")
-			h.says("ada", "typing")
-			h.at("6.999s")
-			h.wantHere("ada:typing")
-			h.at("7s")
-			h.wantHere("ada:online")
+		{"typing falls back after 5 s", func(p *presenceTest) {
+			p.poll("ada")
+			p.at("2s")
+			p.setState("ada", "typing")
+			p.at("6.999s")
+			p.wantRoster("ada:typing")
+			p.at("7s")
+			p.wantRoster("ada:online")
 		}, []string{"0s ada:online", "2s ada:typing", "7s ada:online", "1m2s ada:offline"}},
-		{"typing lasts while it goes on", func(h *house) {
-			ada := h.stream("ada")
+		{"typing lasts while it goes on", func(p *presenceTest) {
+			ada := p.stream("ada")
 			for range 10 {
 				time.Sleep(3 * time.Second)
-				h.says("ada", "typing")
+				p.setState("ada", "typing")
 			}
-			h.at("1m")
+			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "3s ada:typing", "35s ada:online", "1m10s ada:offline"}},
-		{"typing ends when its user says so", func(h *house) {
-			ada := h.stream("ada")
-			h.at("2s")
-			h.says("ada", "typing")
-			h.at("4s")
-			h.says("ada", "online")
-			h.at("1m")
+		{"typing ends when the user sets another state", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("2s")
+			p.setState("ada", "typing")
+			p.at("4s")
+			p.setState("ada", "online")
+			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2s ada:typing", "4s ada:online", "1m10s ada:offline"}},
-		{"typing may follow on coming at once", func(h *house) {
-			ada := h.stream("ada")
-			h.says("ada", "typing")
-			h.at("1m")
+		{"typing may follow joining at once", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.setState("ada", "typing")
+			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:typing", "5s ada:online", "1m10s ada:offline"}},
-		{"away lasts, until something else is said", func(h *house) {
-			ada := h.stream("ada")
-			h.at("2s")
-			h.says("ada", "away")
-			h.at("1h")
-			h.wantHere("ada:away")
-			h.says("ada", "online")
-			h.at("1h2s")
-			h.says("ada", "away")
-			h.at("1h4s")
-			h.says("ada", "typing")
-			h.at("2h")
+		{"away lasts until another state is set", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("2s")
+			p.setState("ada", "away")
+			p.at("1h")
+			p.wantRoster("ada:away")
+			p.setState("ada", "online")
+			p.at("1h2s")
+			p.setState("ada", "away")
+			p.at("1h4s")
+			p.setState("ada", "typing")
+			p.at("2h")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "2s ada:away", "1h0m0s ada:online", "1h0m2s ada:away", "1h0m4s ada:typing", "1h0m9s ada:online", "2h0m10s ada:offline"}},
-		{"away outlasts a reload, and not a stay", func(h *house) {
-			ada := h.stream("ada")
-			h.at("2s")
-			h.says("ada", "away")
+		{"away outlasts a reload, but not an absence", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("2s")
+			p.setState("ada", "away")
 			ada.unsubscribe()
-			h.at("5s")
-			h.stream("ada").unsubscribe()
-			h.at("20s")
-			h.stream("ada").unsubscribe()
+			p.at("5s")
+			p.stream("ada").unsubscribe()
+			p.at("20s")
+			p.stream("ada").unsubscribe()
 		}, []string{"0s ada:online", "2s ada:away", "15s ada:offline", "20s ada:online", "30s ada:offline"}},
-		{"offline is at once", func(h *house) {
-			ada := h.stream("ada")
-			h.at("1m")
-			h.says("ada", "offline")
-			h.wantHere("")
-			h.at("1m1s")
+		{"offline is announced at once", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
+			p.wantRoster("")
+			p.at("1m1s")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline"}},
-		{"offline is at once, in the middle of typing too", func(h *house) {
-			ada := h.stream("ada")
-			h.at("1m")
-			h.says("ada", "typing")
-			h.at("1m0.1s")
-			h.says("ada", "offline")
+		{"offline is announced at once, even while typing", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "typing")
+			p.at("1m0.1s")
+			p.setState("ada", "offline")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:typing", "1m0.1s ada:offline"}},
-		{"offline is at once for who polls", func(h *house) {
-			h.poll("ada")
-			h.at("3s")
-			h.says("ada", "offline")
+		{"offline is announced at once for a user who polls", func(p *presenceTest) {
+			p.poll("ada")
+			p.at("3s")
+			p.setState("ada", "offline")
 		}, []string{"0s ada:online", "3s ada:offline"}},
-		{"a tab that says offline leaves the other", func(h *house) {
-			one, two := h.stream("ada"), h.stream("ada")
-			h.at("1m")
-			h.says("ada", "offline")
+		{"a tab that goes offline leaves the other", func(p *presenceTest) {
+			one, two := p.stream("ada"), p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
 			one.unsubscribe()
-			h.wantHere("ada:online")
-			h.at("2m")
+			p.wantRoster("ada:online")
+			p.at("2m")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m10s ada:offline"}},
-		{"the last tab's offline is at once", func(h *house) {
-			one, two := h.stream("ada"), h.stream("ada")
-			h.at("1m")
-			h.says("ada", "offline")
+		{"the offline of the last tab is announced at once", func(p *presenceTest) {
+			one, two := p.stream("ada"), p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
 			one.unsubscribe()
-			h.at("2m")
-			h.says("ada", "offline")
+			p.at("2m")
+			p.setState("ada", "offline")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
-		{"a tab's offline that comes when the tab has gone is not the other's", func(h *house) {
-			one, two := h.stream("ada"), h.stream("ada")
-			h.at("1m")
+		{"an offline from a closed tab does not concern the other tab", func(p *presenceTest) {
+			one, two := p.stream("ada"), p.stream("ada")
+			p.at("1m")
 			one.unsubscribe()
-			h.says("ada", "offline")
-			h.at("2m")
-			h.wantHere("ada:online")
-			h.says("ada", "offline")
+			p.setState("ada", "offline")
+			p.at("2m")
+			p.wantRoster("ada:online")
+			p.setState("ada", "offline")
 			two.unsubscribe()
 		}, []string{"0s ada:online", "2m0s ada:offline"}},
-		{"offline from a tab while another polls is the poller's, who asks again", func(h *house) {
-			ada := h.stream("ada")
-			h.poll("ada")
-			h.says("ada", "offline")
-			h.at("2s")
-			h.wantHere("ada:online")
+		{"an offline while one tab streams and another polls concerns the one that polls", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.poll("ada")
+			p.setState("ada", "offline")
+			p.at("2s")
+			p.wantRoster("ada:online")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "12s ada:offline"}},
-		{"who said offline and polls is back, though their stream closes later", func(h *house) {
-			ada := h.stream("ada")
-			h.at("1m")
-			h.says("ada", "offline")
-			h.at("1m2s")
-			h.poll("ada")
+		{"a user who went offline and polls is back, though the stream closes later", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
+			p.at("1m2s")
+			p.poll("ada")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m2s ada:offline"}},
-		{"a reload that says offline is a moment's", func(h *house) {
-			old := h.stream("ada")
-			h.at("1m")
-			h.says("ada", "offline")
-			h.at("1m2s")
-			ada := h.stream("ada")
-			h.at("1m3s")
+		{"a reload that goes offline is announced as offline and online", func(p *presenceTest) {
+			old := p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
+			p.at("1m2s")
+			ada := p.stream("ada")
+			p.at("1m3s")
 			old.unsubscribe()
-			h.at("2m")
+			p.at("2m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:online", "2m10s ada:offline"}},
-		{"who said offline and comes again is back", func(h *house) {
-			ada := h.stream("ada")
-			h.at("1m")
-			h.says("ada", "offline")
+		{"a user who went offline and returns is back", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1m")
+			p.setState("ada", "offline")
 			ada.unsubscribe()
-			h.at("2m")
-			h.poll("ada")
-			h.says("ada", "offline")
-			h.at("3m")
-			h.says("ada", "online")
-			h.says("ada", "offline")
+			p.at("2m")
+			p.poll("ada")
+			p.setState("ada", "offline")
+			p.at("3m")
+			p.setState("ada", "online")
+			p.setState("ada", "offline")
 		}, []string{"0s ada:online", "1m0s ada:offline", "2m0s ada:online", "2m0s ada:offline", "3m0s ada:online", "3m0s ada:offline"}},
-		{"a state without a stream is a visit of a minute", func(h *house) {
-			h.says("ada", "online")
-			h.says("bob", "away")
-			h.says("cyd", "typing")
-			h.wantHere("ada:online bob:away cyd:typing")
+		{"a state without a stream lasts a minute", func(p *presenceTest) {
+			p.setState("ada", "online")
+			p.setState("bob", "away")
+			p.setState("cyd", "typing")
+			p.wantRoster("ada:online bob:away cyd:typing")
 		}, []string{"0s ada:online", "0s bob:away", "0s cyd:typing", "5s cyd:online"}}, // and offline, in any order
-		{"offline from who is not here says nothing", func(h *house) {
-			h.says("ada", "offline")
-			h.wantHere("")
+		{"offline for a user who is not present does nothing", func(p *presenceTest) {
+			p.setState("ada", "offline")
+			p.wantRoster("")
 		}, nil},
-		{"two users", func(h *house) {
-			ada := h.stream("ada")
-			h.at("1s")
-			bob := h.stream("bob")
-			h.at("2s")
+		{"two users", func(p *presenceTest) {
+			ada := p.stream("ada")
+			p.at("1s")
+			bob := p.stream("bob")
+			p.at("2s")
 			ada.unsubscribe()
-			h.at("3s")
-			h.says("bob", "typing")
-			h.at("1m")
+			p.at("3s")
+			p.setState("bob", "typing")
+			p.at("1m")
 			bob.unsubscribe()
 		}, []string{"0s ada:online", "1s bob:online", "3s bob:typing", "8s bob:online", "12s ada:offline", "1m10s bob:offline"}},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t, limits{})
-				tc.do(h)
+				p := newPresenceTest(t, limits{})
+				tc.do(p)
 				time.Sleep(5 * time.Minute)
 				synctest.Wait()
 				if strings.HasPrefix(tc.what, "a state without") {
-					last := h.told[len(h.told)-3:]
+					last := p.events[len(p.events)-3:]
 					slices.Sort(last)
 					tc.want = append(tc.want, "1m0s ada:offline", "1m0s bob:offline", "1m0s cyd:offline")
 				}
-				h.wantTold(append([]string{"0s {}"}, tc.want...)...)
-				h.wantGone()
+				p.wantEvents(append([]string{"0s {}"}, tc.want...)...)
+				p.wantNothingLeft()
 			})
 		})
 	}
 }
 
-func TestAUserIsSeenInEachRoomOfTheirStream(t *testing.T) {
+func TestAUserIsPresentInEachRoomOfTheirStream(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{})
-		watcher := openReader(t, r, "a,b,c", -1, subscribeRequest{seesPresence: true})
+		r := newTestRelay(limits{})
+		watcher := openSubscriber(t, r, "a,b,c", -1, subscribeRequest{seesPresence: true})
 		watcher.wantRoster()
 		wantRead(t, watcher, "{} {} {}")
-		ada := openReader(t, r, "a,b", -1, subscribeRequest{user: "ada", seesPresence: true, longLived: true})
+		ada := openSubscriber(t, r, "a,b", -1, subscribeRequest{user: "ada", seesPresence: true, longLived: true})
 		wantRead(t, watcher, "ada:online ada:online")
 		if a, c := r.roster("a").Count, r.roster("c").Count; a != 1 || c != 0 {
 			t.Errorf("%d in a and %d in c, want 1 and 0", a, c)
@@ -505,136 +512,136 @@ func TestAUserIsSeenInEachRoomOfTheirStream(t *testing.T) {
 	})
 }
 
-// Who sees presence, and how: a stream by the roster and what follows, a poller
-// by what was told since the cursor, and some not at all.
+// Who sees presence, and how: a stream by the roster and the events after it, a poll
+// by the events since its cursor, and some not at all.
 func TestWhoSeesPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
-		mark := h.lastID.Load() - h.relay.epoch
-		h.stream("ada")
-		publishText(t, h.relay, "a", "hi")
+		p := newPresenceTest(t, limits{})
+		head := p.lastID.Load() - p.relay.epoch
+		p.stream("ada")
+		publishText(t, p.relay, "a", "hi")
 
-		blind := openReader(t, h.relay, "a", mark, subscribeRequest{longLived: true})
+		blind := openSubscriber(t, p.relay, "a", head, subscribeRequest{longLived: true})
 		wantRead(t, blind, "2:a:hi")
-		poller := openReader(t, h.relay, "a", mark, subscribeRequest{user: "pol", seesPresence: true})
+		poller := openSubscriber(t, p.relay, "a", head, subscribeRequest{user: "pol", seesPresence: true})
 		wantRead(t, poller, "ada:online 2:a:hi pol:online")
-		unseen := openReader(t, h.relay, "a", mark, subscribeRequest{seesPresence: true, longLived: true})
+		unseen := openSubscriber(t, p.relay, "a", head, subscribeRequest{seesPresence: true, longLived: true})
 		unseen.wantRoster()
 		wantRead(t, unseen, "2:a:hi {ada:online pol:online}")
-		eve := openReader(t, h.relay, "a", mark, subscribeRequest{user: "eve", seesPresence: true, longLived: true})
+		eve := openSubscriber(t, p.relay, "a", head, subscribeRequest{user: "eve", seesPresence: true, longLived: true})
 		eve.wantRoster()
 		wantRead(t, eve, "2:a:hi {ada:online eve:online pol:online}")
 
-		h.says("ada", "away")
+		p.setState("ada", "away")
 		wantRead(t, blind, "")
 		wantRead(t, poller, "eve:online ada:away")
 		wantRead(t, unseen, "eve:online ada:away")
 		wantRead(t, eve, "ada:away")
-		h.wantHere("ada:away eve:online pol:online")
+		p.wantRoster("ada:away eve:online pol:online")
 	})
 }
 
-// With a backlog that takes several batches, the roster comes behind it, and
-// presence that happened before is not told.
-func TestTheRosterComesBehindTheBacklog(t *testing.T) {
+// With a backlog of several batches, the roster comes after it, and earlier presence
+// events are left out.
+func TestTheRosterComesAfterTheBacklog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
+		p := newPresenceTest(t, limits{})
 		const n = maxBatchEvents + 10
 		for range n {
-			publishText(t, h.relay, "a", "x")
+			publishText(t, p.relay, "a", "x")
 		}
-		h.stream("ada")
-		rd := openReader(t, h.relay, "a", 0, subscribeRequest{seesPresence: true, longLived: true})
-		rd.wantRoster()
-		batch := rd.next(nil)
-		h.stream("bob")
-		rest := testWords(h.relay, readAll(rd))
+		p.stream("ada")
+		sub := openSubscriber(t, p.relay, "a", 0, subscribeRequest{seesPresence: true, longLived: true})
+		sub.wantRoster()
+		batch := sub.next(nil)
+		p.stream("bob")
+		rest := summarize(p.relay, readAll(sub))
 		if len(batch) != maxBatchEvents || !strings.HasSuffix(rest, fmt.Sprintf("%d:a:x {ada:online bob:online}", n)) || strings.Contains(rest, " ada:") {
-			t.Errorf("behind %d events came %s", len(batch), rest)
+			t.Errorf("after %d events came %s", len(batch), rest)
 		}
-		h.stream("cyd")
-		wantRead(t, rd, "cyd:online")
+		p.stream("cyd")
+		wantRead(t, sub, "cyd:online")
 	})
 }
 
-// Who comes between a stream's last read and its roster is in the roster, and
-// not told again; a message of that time is not lost.
-func TestNoneIsTwiceBetweenRosterAndEvents(t *testing.T) {
+// A user who joins between a stream's last read and its roster is in the roster, and
+// not announced again. A message of that moment is not lost.
+func TestNoPresenceEventRepeatsTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
-		rd := openReader(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		rd.next(nil)
-		h.stream("ada")
-		publishText(t, h.relay, "a", "hi")
-		if opening := testWords(h.relay, rd.appendRosters(nil)); opening != "{ada:online}" {
+		p := newPresenceTest(t, limits{})
+		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		sub.next(nil)
+		p.stream("ada")
+		publishText(t, p.relay, "a", "hi")
+		if opening := summarize(p.relay, sub.appendRosters(nil)); opening != "{ada:online}" {
 			t.Errorf("the roster is %s", opening)
 		}
-		h.stream("bob")
-		wantRead(t, rd, "2:a:hi bob:online")
+		p.stream("bob")
+		wantRead(t, sub, "2:a:hi bob:online")
 	})
 }
 
-// Timers only announce what the clock has decided. Here they are stopped, as
-// Cloud Run does with a whole machine.
+// Timers only announce what the clock has decided. Here they are late, as on a machine
+// that Cloud Run pauses.
 func TestTheClockDecidesThoughTimersAreLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
-		h.poll("ada")
-		bob := h.stream("bob")
-		h.says("bob", "typing")
-		h.relay.mu.Lock()
-		for _, l := range h.rooms["a"].leases {
+		p := newPresenceTest(t, limits{})
+		p.poll("ada")
+		bob := p.stream("bob")
+		p.setState("bob", "typing")
+		p.relay.mu.Lock()
+		for _, l := range p.rooms["a"].leases {
 			l.timer.Stop()
 		}
-		h.relay.mu.Unlock()
+		p.relay.mu.Unlock()
 
-		h.at("4.999s")
-		h.wantHere("ada:online bob:typing")
-		h.at("5s")
-		h.wantHere("ada:online bob:online")
-		h.at("59.999s")
-		h.wantHere("ada:online bob:online")
-		h.at("1m")
-		h.wantHere("bob:online")
-		rd := openReader(t, h.relay, "a", -1, subscribeRequest{seesPresence: true})
-		rd.wantRoster()
-		wantRead(t, rd, "{bob:online}")
-		h.wantTold("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing")
+		p.at("4.999s")
+		p.wantRoster("ada:online bob:typing")
+		p.at("5s")
+		p.wantRoster("ada:online bob:online")
+		p.at("59.999s")
+		p.wantRoster("ada:online bob:online")
+		p.at("1m")
+		p.wantRoster("bob:online")
+		sub := openSubscriber(t, p.relay, "a", -1, subscribeRequest{seesPresence: true})
+		sub.wantRoster()
+		wantRead(t, sub, "{bob:online}")
+		p.wantEvents("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing")
 
-		h.at("2m")
-		h.relay.mu.Lock()
-		h.rooms["a"].leases["ada"].timer.Reset(0)
-		h.relay.mu.Unlock()
-		h.wantTold("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing", "2m0s ada:offline")
+		p.at("2m")
+		p.relay.mu.Lock()
+		p.rooms["a"].leases["ada"].timer.Reset(0)
+		p.relay.mu.Unlock()
+		p.wantEvents("0s {}", "0s ada:online", "0s bob:online", "0s bob:typing", "2m0s ada:offline")
 		bob.unsubscribe()
-		rd.unsubscribe()
-		h.wantGone()
+		sub.unsubscribe()
+		p.wantNothingLeft()
 	})
 }
 
-// A lease that is over by the clock is over, though no timer has said so: who
-// comes then is online, whatever they were.
+// A lease that has expired is over, even if no timer has announced that. A user who
+// then returns is online, whatever the state was before.
 func TestAnOldStateDoesNotOutliveItsLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
-		h.poll("ada")
-		h.says("ada", "away")
-		h.rooms["a"].leases["ada"].timer.Stop()
-		h.at("2m")
-		h.poll("ada")
-		h.wantHere("ada:online")
-		h.wantTold("0s {}", "0s ada:online", "0s ada:away", "2m0s ada:online")
-		h.wantGone()
+		p := newPresenceTest(t, limits{})
+		p.poll("ada")
+		p.setState("ada", "away")
+		p.rooms["a"].leases["ada"].timer.Stop()
+		p.at("2m")
+		p.poll("ada")
+		p.wantRoster("ada:online")
+		p.wantEvents("0s {}", "0s ada:online", "0s ada:away", "2m0s ada:online")
+		p.wantNothingLeft()
 	})
 }
 
-// mostInASecond counts what the room was told in a second of the clock.
-func (h *house) mostInASecond() (most int) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
+// mostInASecond returns the highest number of events in one second of the clock.
+func (p *presenceTest) mostInASecond() (most int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	count := map[time.Duration]int{}
-	for _, line := range h.told {
+	for _, line := range p.events {
 		at, _, _ := strings.Cut(line, " ")
 		d, _ := time.ParseDuration(at)
 		count[d.Truncate(time.Second)]++
@@ -652,27 +659,27 @@ func TestAFloodOfTypingIsOneEventASecond(t *testing.T) {
 		{[]string{"typing"}, 1, "online"},
 		{[]string{"typing", "online"}, 1, "online"},
 		{[]string{"typing", "online", "away"}, 1, "online"},
-		// Leaving is told at once, so it is not held to that.
+		// Leaving is announced at once, so that limit does not apply.
 		{[]string{"typing", "offline"}, 2, "offline"},
 		{[]string{"online", "typing", "offline"}, 3, "online"},
 	} {
 		t.Run(strings.Join(tc.states, " "), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				h := newHouse(t, limits{})
-				h.at("1s")
+				p := newPresenceTest(t, limits{})
+				p.at("1s")
 				for i := range 2000 {
-					h.says("ada", tc.states[i%len(tc.states)])
+					p.setState("ada", tc.states[i%len(tc.states)])
 					time.Sleep(10 * time.Millisecond)
 				}
 				synctest.Wait()
-				if n, most := len(h.told), h.mostInASecond(); n > 2+20*tc.rate || most > tc.rate+1 {
+				if n, most := len(p.events), p.mostInASecond(); n > 2+20*tc.rate || most > tc.rate+1 {
 					t.Errorf("20 s of flood were %d events, up to %d in a second", n, most)
 				}
-				h.at("25.99s")
-				if last := h.told[len(h.told)-1]; !strings.HasSuffix(last, " ada:"+tc.last) {
-					t.Errorf("the room was last told %s, want %s", last, tc.last)
+				p.at("25.99s")
+				if last := p.events[len(p.events)-1]; !strings.HasSuffix(last, " ada:"+tc.last) {
+					t.Errorf("the last event is %s, want %s", last, tc.last)
 				}
-				h.wantGone()
+				p.wantNothingLeft()
 			})
 		})
 	}
@@ -680,100 +687,100 @@ func TestAFloodOfTypingIsOneEventASecond(t *testing.T) {
 
 func TestACrowdIsOnlyCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
+		p := newPresenceTest(t, limits{})
 		var streams []*subscriber
 		var want []string
-		told := func(format string, args ...any) { want = append(want, fmt.Sprintf(format, args...)) }
-		told("0s {}")
+		expect := func(format string, args ...any) { want = append(want, fmt.Sprintf(format, args...)) }
+		expect("0s {}")
 		for i := range 150 { // one every 10 ms
 			if i < maxRosterUsers {
-				told("%v u%03d:online", time.Since(h.start), i)
+				expect("%v u%03d:online", time.Since(p.start), i)
 			}
-			streams = append(streams, h.stream(fmt.Sprintf("u%03d", i)))
+			streams = append(streams, p.stream(fmt.Sprintf("u%03d", i)))
 			time.Sleep(10 * time.Millisecond)
 			synctest.Wait()
 		}
-		told("1s {101}")
-		told("2s {150}")
-		h.at("3s")
-		h.wantTold(want...)
+		expect("1s {101}")
+		expect("2s {150}")
+		p.at("3s")
+		p.wantEvents(want...)
 
-		// Nobody's typing is told, but who asks for everyone is told of it.
-		h.says("u007", "typing")
-		if ros := h.roster("a"); ros.Count != 150 || ros.Users["u007"] != "typing" {
-			t.Errorf("%d are here, u007 is %s", ros.Count, ros.Users["u007"])
+		// Typing is not announced in a crowd, but is in the full roster.
+		p.setState("u007", "typing")
+		if ros := p.roster("a"); ros.Count != 150 || ros.Users["u007"] != "typing" {
+			t.Errorf("%d are present, u007 is %s", ros.Count, ros.Users["u007"])
 		}
-		rd := openReader(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		wantRead(t, rd, "{150}")
-		rd.unsubscribe()
-		h.at("9s")
-		h.wantTold(want...)
+		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		wantRead(t, sub, "{150}")
+		sub.unsubscribe()
+		p.at("9s")
+		p.wantEvents(want...)
 
-		// 49 leave, and it still is a crowd; then one more, and it is told who is left.
-		for _, rd := range streams[:49] {
-			rd.unsubscribe()
+		// 49 leave, and it is still a crowd; after one more the roster has names.
+		for _, sub := range streams[:49] {
+			sub.unsubscribe()
 		}
-		told("19s {149}")
-		told("20s {101}")
-		h.at("30s")
-		h.wantTold(want...)
+		expect("19s {149}")
+		expect("20s {101}")
+		p.at("30s")
+		p.wantEvents(want...)
 		streams[49].unsubscribe()
 		var left []string
 		for i := 50; i < 150; i++ {
 			left = append(left, fmt.Sprintf("u%03d:online", i))
 		}
-		told("40s {%s}", strings.Join(left, " "))
-		h.at("50s")
-		h.wantTold(want...)
-		rd = openReader(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		wantRead(t, rd, "{"+strings.Join(left, " ")+"}")
-		rd.unsubscribe()
+		expect("40s {%s}", strings.Join(left, " "))
+		p.at("50s")
+		p.wantEvents(want...)
+		sub = openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		wantRead(t, sub, "{"+strings.Join(left, " ")+"}")
+		sub.unsubscribe()
 
-		// From there on, singly.
+		// From there on, users are announced one by one.
 		streams[50].unsubscribe()
-		h.says("u149", "away")
-		told("50s u149:away")
-		told("1m0s u050:offline")
-		h.at("2m")
-		h.wantTold(want...)
-		for _, rd := range streams[51:] {
-			rd.unsubscribe()
+		p.setState("u149", "away")
+		expect("50s u149:away")
+		expect("1m0s u050:offline")
+		p.at("2m")
+		p.wantEvents(want...)
+		for _, sub := range streams[51:] {
+			sub.unsubscribe()
 		}
-		h.wantGone()
+		p.wantNothingLeft()
 	})
 }
 
 var wantPresence = subscribeRequest{seesPresence: true, longLived: true}
 
-// Everybody comes, and goes, and the room is told of it a few hundred times.
-func TestTenThousandComeAndGo(t *testing.T) {
+// Ten thousand join and leave, and the room gets a few hundred events.
+func TestTenThousandUsersJoinAndLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const n = 10_000
-		r := testRelay(limits{})
+		r := newTestRelay(limits{})
 		var streams []*subscriber
-		for i := range n { // over 20 s
-			streams = append(streams, openReader(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), seesPresence: true, longLived: true}))
+		for i := range n { // within 20 s
+			streams = append(streams, openSubscriber(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), seesPresence: true, longLived: true}))
 			time.Sleep(2 * time.Millisecond)
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()
-		if told := r.lastID.Load() - r.epoch; told > maxRosterUsers+22 {
-			t.Errorf("%d joins in 21 s were %d events", n, told)
+		if events := r.lastID.Load() - r.epoch; events > maxRosterUsers+22 {
+			t.Errorf("%d joins in 21 s were %d events", n, events)
 		}
 		if c := r.roster("a").Count; c != n {
-			t.Errorf("%d of %d are here", c, n)
+			t.Errorf("%d of %d are present", c, n)
 		}
-		checkBooks(t, r)
+		checkAccounting(t, r)
 		before := r.lastID.Load()
-		for _, rd := range streams {
-			rd.unsubscribe()
+		for _, sub := range streams {
+			sub.unsubscribe()
 		}
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		if told := r.lastID.Load() - before; told > 5 {
-			t.Errorf("%d left at once, which was %d events", n, told)
+		if events := r.lastID.Load() - before; events > 5 {
+			t.Errorf("%d left at once, which was %d events", n, events)
 		}
 		r.sweep(time.Now().Add(time.Hour))
 		if r.leases != 0 || len(r.rooms) != 0 || r.bytes != 0 {
@@ -784,27 +791,27 @@ func TestTenThousandComeAndGo(t *testing.T) {
 
 func TestTooManyUsers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxUsers: 1000})
+		r := newTestRelay(limits{maxUsers: 1000})
 		for i := range r.limits.maxUsers {
 			if err := r.setPresence("a", fmt.Sprint("user", i), "", "online"); err != nil {
 				t.Fatal(i, err)
 			}
 		}
-		mark, rooms := r.lastID.Load(), len(r.rooms)
+		head, rooms := r.lastID.Load(), len(r.rooms)
 		if err := r.setPresence("b", "one more", "", "online"); err != errTooManyUsers {
 			t.Errorf("a user too many: %v", err)
 		}
-		if _, err := tryReader(r, subscribeRequest{rooms: []string{"a", "b"}, user: "one more", longLived: true}); err != errTooManyUsers {
+		if _, err := trySubscriber(r, subscribeRequest{rooms: []string{"a", "b"}, user: "one more", longLived: true}); err != errTooManyUsers {
 			t.Errorf("a reader too many: %v", err)
 		}
-		if len(r.rooms) != rooms || r.lastID.Load() != mark || len(r.rooms["a"].subscriptions) != 0 {
+		if len(r.rooms) != rooms || r.lastID.Load() != head || len(r.rooms["a"].subscriptions) != 0 {
 			t.Error("a refused user has changed something")
 		}
 		if err := r.setPresence("a", "user7", "", "away"); err != nil {
-			t.Errorf("one who is here: %v", err)
+			t.Errorf("a user who is present: %v", err)
 		}
-		openReader(t, r, "a", 0, subscribeRequest{seesPresence: true}).unsubscribe() // who is not seen may read
-		checkBooks(t, r)
+		openSubscriber(t, r, "a", 0, subscribeRequest{seesPresence: true}).unsubscribe() // a client without a user may still read
+		checkAccounting(t, r)
 		time.Sleep(time.Minute + time.Second)
 		synctest.Wait()
 		if err := r.setPresence("b", "one more", "", "online"); err != nil {
@@ -816,114 +823,114 @@ func TestTooManyUsers(t *testing.T) {
 	})
 }
 
-// A stream that could not read a presence event in time, for its room had many
-// signals, is sent the roster.
-func TestWhoMissedPresenceIsSentTheRoster(t *testing.T) {
+// A stream that missed a presence event, since its room had many signals, is sent the
+// roster.
+func TestASubscriberThatMissedPresenceIsSentTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{maxEvents: 2})
-		rd := openReader(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		wantRead(t, rd, "{}")
+		p := newPresenceTest(t, limits{maxEvents: 2})
+		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		wantRead(t, sub, "{}")
 		for _, user := range []string{"ada", "bob"} {
-			h.stream(user)
+			p.stream(user)
 		}
-		wantRead(t, rd, "ada:online bob:online")
+		wantRead(t, sub, "ada:online bob:online")
 		for _, user := range []string{"cyd", "dan", "eve"} {
-			h.stream(user)
+			p.stream(user)
 		}
-		wantRead(t, rd, "dan:online eve:online {ada:online bob:online cyd:online dan:online eve:online}")
-		h.stream("flo")
-		wantRead(t, rd, "flo:online")
+		wantRead(t, sub, "dan:online eve:online {ada:online bob:online cyd:online dan:online eve:online}")
+		p.stream("flo")
+		wantRead(t, sub, "flo:online")
 
-		// Or for the room's history was forgotten.
-		h.stream("gus")
-		h.relay.mu.Lock()
-		h.dropHistory(h.rooms["a"])
-		h.relay.mu.Unlock()
-		wantRead(t, rd, "{ada:online bob:online cyd:online dan:online eve:online flo:online gus:online}")
+		// Likewise if the history of its room was dropped.
+		p.stream("gus")
+		p.relay.mu.Lock()
+		p.dropHistory(p.rooms["a"])
+		p.relay.mu.Unlock()
+		wantRead(t, sub, "{ada:online bob:online cyd:online dan:online eve:online flo:online gus:online}")
 	})
 }
 
-// The same when it read so late that the event had expired, as one does whose
-// client takes a piece now and then.
-func TestWhoReadsPresenceLateIsSentTheRoster(t *testing.T) {
+// Likewise if it read so late that the event had expired, like a stream whose client
+// reads slowly.
+func TestASubscriberThatReadsPresenceLateIsSentTheRoster(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
-		rd := openReader(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		wantRead(t, rd, "{}")
-		h.stream("ada")
+		p := newPresenceTest(t, limits{})
+		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		wantRead(t, sub, "{}")
+		p.stream("ada")
 		time.Sleep(presenceEventTTL)
-		wantRead(t, rd, "{ada:online}")
+		wantRead(t, sub, "{ada:online}")
 
-		h.stream("bob")
+		p.stream("bob")
 		time.Sleep(presenceEventTTL)
-		h.stream("cyd") // lets bob's event go
-		wantRead(t, rd, "cyd:online {ada:online bob:online cyd:online}")
+		p.stream("cyd") // drops the event about bob
+		wantRead(t, sub, "cyd:online {ada:online bob:online cyd:online}")
 	})
 }
 
-// Who returned within a second of being told offline is told when the second
-// is over; a stream that opens in between has them in its roster already.
-func TestAJoinHeldBackIsNotToldTwice(t *testing.T) {
+// A user who returns within a second of being announced offline is announced after
+// that second. A stream that opens in between has the user in its roster already.
+func TestADelayedJoinIsNotSentTwice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		h := newHouse(t, limits{})
-		h.says("ada", "online")
-		h.says("ada", "offline")
-		h.stream("ada")
-		rd := openReader(t, h.relay, "a", -1, wantPresence)
-		rd.wantRoster()
-		opening := testWords(h.relay, readAll(rd))
-		h.at("2s")
-		after := testWords(h.relay, readAll(rd))
+		p := newPresenceTest(t, limits{})
+		p.setState("ada", "online")
+		p.setState("ada", "offline")
+		p.stream("ada")
+		sub := openSubscriber(t, p.relay, "a", -1, wantPresence)
+		sub.wantRoster()
+		opening := summarize(p.relay, readAll(sub))
+		p.at("2s")
+		after := summarize(p.relay, readAll(sub))
 		if strings.Count(opening+after, "ada:online") != 1 {
-			t.Errorf("told %s and then %s", opening, after)
+			t.Errorf("received %s and then %s", opening, after)
 		}
 	})
 }
 
-// A room may be forgotten while its crowd's next count is due. That is not the
-// count of the room that then has its name.
+// A room may be forgotten while an announcement of its count is due. The announcement
+// does not go to a new room of the same name.
 func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxBytes: 64 << 10, roomIdle: time.Minute})
+		r := newTestRelay(limits{maxBytes: 64 << 10, roomIdle: time.Minute})
 		var streams []*subscriber
 		for i := range maxRosterUsers + 2 {
-			streams = append(streams, openReader(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), longLived: true}))
+			streams = append(streams, openSubscriber(t, r, "a", -1, subscribeRequest{user: fmt.Sprint("user", i), longLived: true}))
 		}
-		for i, rd := range streams {
+		for i, sub := range streams {
 			r.setPresence("a", fmt.Sprint("user", i), "", "offline")
-			rd.unsubscribe()
+			sub.unsubscribe()
 		}
 		publishText(t, r, "b", strings.Repeat("x", 64<<10))
 		if r.rooms["a"] != nil {
 			t.Fatal("room a was not forgotten")
 		}
-		openReader(t, r, "a", -1, subscribeRequest{user: "ada", longLived: true})
-		rd := openReader(t, r, "a", -1, wantPresence)
-		rd.wantRoster()
-		wantRead(t, rd, "{ada:online}")
+		openSubscriber(t, r, "a", -1, subscribeRequest{user: "ada", longLived: true})
+		sub := openSubscriber(t, r, "a", -1, wantPresence)
+		sub.wantRoster()
+		wantRead(t, sub, "{ada:online}")
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		wantRead(t, rd, "")
+		wantRead(t, sub, "")
 	})
 }
 
-// A guest reads a room's presence as a page does: by the roster, and what
-// follows.
-type guest struct {
+// A watcher follows a room's presence like a page: by the roster and the events after
+// it.
+type watcher struct {
 	*testing.T
-	rd     *subscriber
-	users  map[string]string
-	count  int
-	crowd  bool
-	opened int64 // when it had its last roster, in milliseconds
-	misses bool  // it may miss events, and so be told what it knows
+	rd       *subscriber
+	users    map[string]string
+	count    int
+	crowd    bool
+	rosterAt int64 // time of the last roster, in milliseconds
+	mayMiss  bool  // it may miss events, and then get a roster with nothing new
 }
 
-func (g *guest) read() {
-	g.Helper()
-	for _, e := range readAll(g.rd) {
+func (w *watcher) read() {
+	w.Helper()
+	for _, e := range readAll(w.rd) {
 		var c struct {
 			From string
 			Time int64
@@ -933,58 +940,58 @@ func (g *guest) read() {
 		if c.From == "" {
 			var ros roster
 			json.Unmarshal(c.Data, &ros)
-			g.users, g.count, g.crowd = ros.Users, ros.Count, ros.Users == nil
-			g.opened = time.Now().UnixMilli()
+			w.users, w.count, w.crowd = ros.Users, ros.Count, ros.Users == nil
+			w.rosterAt = time.Now().UnixMilli()
 			if c.Time != 0 {
-				g.opened = c.Time
+				w.rosterAt = c.Time
 			}
-			if !g.crowd && ros.Count != len(ros.Users) {
-				g.Errorf("a roster of %d has %d names", ros.Count, len(ros.Users))
+			if !w.crowd && ros.Count != len(ros.Users) {
+				w.Errorf("a roster of %d has %d names", ros.Count, len(ros.Users))
 			}
 			continue
 		}
-		if g.crowd {
-			g.Errorf("in a crowd of %d it was told %s", g.count, e.json)
+		if w.crowd {
+			w.Errorf("in a crowd of %d it received %s", w.count, e.json)
 			continue
 		}
 		var state string
 		json.Unmarshal(c.Data, &state)
-		known, here := g.users[c.From]
-		if !here {
+		known, present := w.users[c.From]
+		if !present {
 			known = "offline"
 		}
-		// What is held back for its rate is in the roster before it is told.
-		if !g.misses && known == state && c.Time-g.opened >= announceInterval.Milliseconds() {
-			g.Errorf("%s was %s already", c.From, state)
+		// A delayed announcement is in the roster before it is sent.
+		if !w.mayMiss && known == state && c.Time-w.rosterAt >= announceInterval.Milliseconds() {
+			w.Errorf("%s was %s already", c.From, state)
 		}
-		if g.users[c.From] = state; state == "offline" {
-			delete(g.users, c.From)
+		if w.users[c.From] = state; state == "offline" {
+			delete(w.users, c.From)
 		}
-		g.count = len(g.users)
+		w.count = len(w.users)
 	}
 }
 
-// Users come, go and change as they like, while guests open and read at their
-// own pace. In the end each guest knows who is here, and none was told
-// anything twice.
+// Users join, leave and change at random, while watchers subscribe and read at their
+// own pace. In the end each watcher knows who is present, and none was sent anything
+// twice.
 func TestRostersAndWhatFollowsAgree(t *testing.T) {
 	for _, tc := range []struct {
-		what         string
-		users, guest int
-		stay         int // users in the end
-		limits       limits
+		what            string
+		users, watchers int
+		stay            int // users who stay
+		limits          limits
 	}{
 		{"a few", 12, 12, 5, limits{}},
-		{"nobody in the end", 12, 6, 0, limits{}},
+		{"no user in the end", 12, 6, 0, limits{}},
 		{"so many signals that some are missed", 30, 12, 15, limits{maxEvents: 4}},
-		{"a room that is forgotten time and again", 12, 6, 5, limits{maxBytes: 1500}},
+		{"a room that is forgotten repeatedly", 12, 6, 5, limits{maxBytes: 1500}},
 		{"a crowd at times", 130, 12, 90, limits{}},
 		{"a crowd in the end", 130, 12, 105, limits{}},
 		{"a crowd, with signals missed", 130, 12, 99, limits{maxEvents: 4}},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := testRelay(tc.limits)
+				r := newTestRelay(tc.limits)
 				var done atomic.Bool
 				var acting, reading sync.WaitGroup
 				pause := func(rnd *rand.Rand, most time.Duration) { time.Sleep(time.Duration(rnd.Int64N(int64(most)))) }
@@ -994,19 +1001,19 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 					acting.Go(func() {
 						rnd := rand.New(rand.NewPCG(uint64(i), 4))
 						var streams []*subscriber
-						w := subscribeRequest{user: user, seesPresence: true}
+						req := subscribeRequest{user: user, seesPresence: true}
 						for range 40 {
 							pause(rnd, 4*time.Second)
 							switch n := rnd.IntN(8); {
 							case n < 2 && len(streams) < 3:
-								w.longLived = true
-								streams = append(streams, openReader(t, r, "a", -1, w))
+								req.longLived = true
+								streams = append(streams, openSubscriber(t, r, "a", -1, req))
 							case n < 5 && len(streams) > 0:
 								streams[0].unsubscribe()
 								streams = streams[1:]
 							case n == 5:
-								w.longLived = false
-								openReader(t, r, "a", -1, w).unsubscribe()
+								req.longLived = false
+								openSubscriber(t, r, "a", -1, req).unsubscribe()
 							default:
 								r.setPresence("a", user, "", []string{"online", "typing", "away", "offline"}[rnd.IntN(4)])
 							}
@@ -1015,34 +1022,34 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 							}
 						}
 						if i < tc.stay {
-							w.longLived = true
-							openReader(t, r, "a", -1, w)
+							req.longLived = true
+							openSubscriber(t, r, "a", -1, req)
 						}
-						for _, rd := range streams {
-							rd.unsubscribe()
+						for _, sub := range streams {
+							sub.unsubscribe()
 						}
 					})
 				}
-				guests := make([]*guest, tc.guest)
-				for i := range guests {
+				watchers := make([]*watcher, tc.watchers)
+				for i := range watchers {
 					reading.Go(func() {
 						rnd := rand.New(rand.NewPCG(uint64(i), 5))
 						for !done.Load() {
 							pause(rnd, 20*time.Second)
-							g := &guest{T: t, rd: openReader(t, r, "a", -1, wantPresence), misses: tc.limits != limits{}}
+							g := &watcher{T: t, rd: openSubscriber(t, r, "a", -1, wantPresence), mayMiss: tc.limits != limits{}}
 							g.rd.wantRoster()
 							for turns := 50 + rnd.IntN(200); turns > 0 && !done.Load(); turns-- {
 								g.read()
-								if i%2 == 0 { // the others come when it suits them
+								if i%2 == 0 { // the others read now and then
 									g.rd.wait(t.Context(), time.After(time.Second))
 								} else {
 									pause(rnd, 2*time.Second)
 								}
 							}
-							if old := guests[i]; old != nil {
+							if old := watchers[i]; old != nil {
 								old.rd.unsubscribe()
 							}
-							guests[i] = g
+							watchers[i] = g
 						}
 					})
 				}
@@ -1050,27 +1057,128 @@ func TestRostersAndWhatFollowsAgree(t *testing.T) {
 				time.Sleep(2 * time.Minute) // leases end
 				done.Store(true)
 				reading.Wait()
-				checkBooks(t, r)
+				checkAccounting(t, r)
 
 				truth := r.roster("a")
 				if truth.Count != tc.stay {
-					t.Errorf("%d are here, want %d", truth.Count, tc.stay)
+					t.Errorf("%d are present, want %d", truth.Count, tc.stay)
 				}
 				for i := range tc.stay {
 					if truth.Users[fmt.Sprint("user", i)] == "" {
-						t.Errorf("user%d stays, and is not here", i)
+						t.Errorf("user%d stays, and is not present", i)
 					}
 				}
-				for i, g := range guests {
+				for i, g := range watchers {
 					g.read()
 					if g.count != truth.Count || g.crowd != (truth.Count > maxRosterUsers) {
-						t.Errorf("guest %d counts %d, a crowd %v; there are %d", i, g.count, g.crowd, truth.Count)
+						t.Errorf("watcher %d counts %d, a crowd %v; there are %d", i, g.count, g.crowd, truth.Count)
 					}
 					if !g.crowd && fmt.Sprint(g.users) != fmt.Sprint(truth.Users) {
-						t.Errorf("guest %d knows  %v\nhere are %v", i, g.users, truth.Users)
+						t.Errorf("watcher %d has %v\nwant %v", i, g.users, truth.Users)
 					}
 				}
 			})
 		})
 	}
+}
+
+// Presence by HTTP: set by text, JSON or a form, read as JSON.
+func TestPresenceByHTTP(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		_, body := b.do("GET", "/rooms/a/presence", "")
+		if body != `{"room":"a","count":0,"users":{}}`+"\n" {
+			t.Errorf("nobody: %s", body)
+		}
+		for _, test := range []struct{ query, kind, body, want string }{
+			{"?user=ada", textType, "online", `{"ada":"online"}`},
+			{"?user=ada", "Content-Type: text/plain;charset=UTF-8", "away", `{"ada":"away"}`}, // as sendBeacon does
+			{"?user=ada", jsonType, `{"state":"typing"}`, `{"ada":"typing"}`},
+			{"?user=ada", textType, `{"state":"online"}`, `{"ada":"online"}`},
+			{"?user=ada", formType, "state=away", `{"ada":"away"}`},
+			{"", formType, "user=bob&state=online", `{"ada":"away","bob":"online"}`},
+			{"?user=%3Cb%3E", textType, "typing\n", `{"\u003cb\u003e":"typing","ada":"away","bob":"online"}`},
+			{"?user=%3Cb%3E", textType, "offline", `{"ada":"away","bob":"online"}`},
+			{"?user=bob", textType, "offline", `{"ada":"away"}`},
+			{"?user=nobody", textType, "offline", `{"ada":"away"}`},
+		} {
+			if res, body := b.do("POST", "/rooms/a/presence"+test.query, test.body, test.kind); res.StatusCode != 200 || !json.Valid([]byte(body)) {
+				t.Errorf("%s %s: %s %s", test.query, test.body, res.Status, body)
+			}
+			_, body := b.do("GET", "/rooms/a/presence", "")
+			if want := fmt.Sprintf(`{"room":"a","count":%d,"users":%s}`+"\n", strings.Count(test.want, `":"`), test.want); body != want {
+				t.Errorf("%s %s: %s, want %s", test.query, test.body, body, want)
+			}
+		}
+		// A user who polls is present for a minute.
+		b.do("GET", "/rooms/p/poll?user=eve", "")
+		time.Sleep(time.Minute - time.Millisecond)
+		if _, body := b.do("GET", "/rooms/p/presence", ""); !strings.Contains(body, `"eve":"online"`) {
+			t.Errorf("after 59.999 s: %s", body)
+		}
+		time.Sleep(time.Millisecond)
+		if _, body := b.do("GET", "/rooms/p/presence", ""); !strings.Contains(body, `"count":0`) {
+			t.Errorf("after a minute: %s", body)
+		}
+		// A user with a stream is present while it is open, and 10 s more.
+		ctx, leave := context.WithCancel(t.Context())
+		e, err := b.trySubscribe(ctx, b.client, variantOf("sse"), "s", "user=eve")
+		if err != nil {
+			t.Fatal(err)
+		}
+		go io.Copy(io.Discard, e.body)
+		time.Sleep(time.Hour)
+		leave()
+		synctest.Wait()
+		time.Sleep(10*time.Second - time.Millisecond)
+		if _, body := b.do("GET", "/rooms/s/presence", ""); !strings.Contains(body, `"eve":"online"`) {
+			t.Errorf("9.999 s after leaving: %s", body)
+		}
+		time.Sleep(time.Millisecond)
+		if _, body := b.do("GET", "/rooms/s/presence", ""); !strings.Contains(body, `"count":0`) {
+			t.Errorf("10 s after leaving: %s", body)
+		}
+	})
+}
+
+// A state is set, or refused; the roster is JSON with valid states.
+func FuzzPresence(f *testing.F) {
+	for _, seed := range []struct{ kind, user, body string }{
+		{"text/plain", "ada", "online"}, {"text/plain", "ada", " offline\n"}, {"application/json", "ada", `{"state":"typing"}`}, {"", "ada", `{"state":"away"}`},
+		{"application/x-www-form-urlencoded", "", "state=typing&user=bob"}, {"application/x-www-form-urlencoded", "ada", "state=a&state=b"}, {"application/json", "", `{"state":null}`},
+		{"text/plain", "\xff", "online"}, {"text/plain", "<b>", "online"}, {"application/json", "ada", "{"}, {"text/plain; charset=latin1", "ada", "online"},
+	} {
+		f.Add(seed.kind, seed.user, []byte(seed.body))
+	}
+	f.Fuzz(func(t *testing.T, kind, user string, body []byte) {
+		s := newTestApp(t)
+		s.relay.presenceTTL = 1
+		r := httptest.NewRequest("POST", "/rooms/a/presence?"+url.Values{"user": {user}}.Encode(), bytes.NewReader(body))
+		r.Header.Set("Content-Type", kind)
+		before := s.relay.lastID.Load()
+		w := newDeadlineRecorder()
+		s.ServeHTTP(w, r)
+		if w.Code != http.StatusOK {
+			if w.Code < 400 || w.Code > 499 || !isError(w.Body.String()) || s.relay.lastID.Load() != before || len(s.relay.rooms) != 0 {
+				t.Errorf("%d %q", w.Code, w.Body)
+			}
+			return
+		}
+		var answer struct{ Room, User, State string }
+		if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil || !slices.Contains([]string{"online", "typing", "away", "offline"}, answer.State) || answer.Room != "a" {
+			t.Errorf("%q", w.Body)
+		}
+		if !utf8.ValidString(answer.User) || answer.User == "" || utf8.RuneCountInString(answer.User) > 64 || strings.ContainsFunc(answer.User, unicode.IsControl) {
+			t.Errorf("the user %q", answer.User)
+		}
+		w = newDeadlineRecorder()
+		s.ServeHTTP(w, httptest.NewRequest("GET", "/rooms/a/presence", nil))
+		var roster struct {
+			Count int
+			Users map[string]string
+		}
+		if err := json.Unmarshal(w.Body.Bytes(), &roster); err != nil || roster.Count != len(roster.Users) {
+			t.Errorf("%q", w.Body)
+		}
+	})
 }

@@ -1,6 +1,6 @@
-// The log's tests. Time is virtual, so it stands still unless a test sleeps; an
-// event's id is the relay's start and its number, and the tests speak of the
-// number alone.
+// Tests of the log: the ones to read first. Most speak of an event by its number: its
+// id is the start of the relay in microseconds, plus that number. Where time matters
+// it is virtual (testing/synctest): it stands still unless a test sleeps.
 
 package main
 
@@ -23,8 +23,9 @@ import (
 	"weak"
 )
 
-// testRelay makes a relay with room enough for everything but what l limits.
-func testRelay(l limits) *relay {
+// newTestRelay returns a relay whose bounds are out of reach, except those that l
+// sets.
+func newTestRelay(l limits) *relay {
 	set := func(v *int, absent int) {
 		if *v == 0 {
 			*v = absent
@@ -47,11 +48,11 @@ func testRelay(l limits) *relay {
 // publishText publishes a message, and returns its number.
 func publishText(t testing.TB, r *relay, room, text string) int64 {
 	t.Helper()
-	return publishPost(t, r, publishRequest{room: room, kind: "message", data: []byte(text)})
+	return publishEvent(t, r, publishRequest{room: room, kind: "message", data: []byte(text)})
 }
 
-// publishPost publishes p, its data as a string.
-func publishPost(t testing.TB, r *relay, p publishRequest) int64 {
+// publishEvent publishes p with its data as a JSON string.
+func publishEvent(t testing.TB, r *relay, p publishRequest) int64 {
 	t.Helper()
 	p.data, _ = json.Marshal(string(p.data))
 	id, _, err := r.publish(p)
@@ -61,7 +62,7 @@ func publishPost(t testing.TB, r *relay, p publishRequest) int64 {
 	return id - r.epoch
 }
 
-// publishScript publishes messages named as testWords names them: a:hi b:ho.
+// publishScript publishes messages written as summarize writes them: a:hi b:ho.
 func publishScript(t *testing.T, r *relay, script string) {
 	t.Helper()
 	for word := range strings.FieldsSeq(script) {
@@ -70,35 +71,35 @@ func publishScript(t *testing.T, r *relay, script string) {
 	}
 }
 
-// openReader subscribes; after is a number, or -1.
-func openReader(t testing.TB, r *relay, rooms string, after int64, w subscribeRequest) *subscriber {
+// openSubscriber subscribes; after is the number of an event, or -1.
+func openSubscriber(t testing.TB, r *relay, rooms string, after int64, req subscribeRequest) *subscriber {
 	t.Helper()
-	w.rooms, w.cursor = strings.Split(rooms, ","), after
+	req.rooms, req.cursor = strings.Split(rooms, ","), after
 	if after >= 0 {
-		w.cursor += r.epoch
+		req.cursor += r.epoch
 	}
-	rd, err := tryReader(r, w)
+	sub, err := trySubscriber(r, req)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return rd
+	return sub
 }
 
-// tryReader subscribes with a batch of 64 KiB, unless w says otherwise.
-func tryReader(r *relay, w subscribeRequest) (*subscriber, error) {
-	if w.maxBatchBytes == 0 {
-		w.maxBatchBytes = 64 << 10
+// trySubscriber subscribes with batches of 64 KiB, unless req says otherwise.
+func trySubscriber(r *relay, req subscribeRequest) (*subscriber, error) {
+	if req.maxBatchBytes == 0 {
+		req.maxBatchBytes = 64 << 10
 	}
-	rd := new(subscriber)
-	return rd, r.subscribe(rd, w)
+	sub := new(subscriber)
+	return sub, r.subscribe(sub, req)
 }
 
-// readAll reads as a stream does, with the rosters that are due.
-func readAll(rd *subscriber) (all []*event) {
+// readAll reads like a stream, with the rosters that are due.
+func readAll(sub *subscriber) (all []*event) {
 	for {
-		events := rd.next(nil)
-		if rd.needsRoster && !rd.more {
-			events = rd.appendRosters(events)
+		events := sub.next(nil)
+		if sub.needsRoster && !sub.more {
+			events = sub.appendRosters(events)
 		}
 		if len(events) == 0 {
 			return all
@@ -107,10 +108,10 @@ func readAll(rd *subscriber) (all []*event) {
 	}
 }
 
-// testWords is events in short: 3:a:hi is the third, said in room a; gaps are
-// 3:a:gap(history). Presence has no number: ada:online, or {ada:online bob:away},
-// or {150} for a crowd.
-func testWords(r *relay, events []*event) string {
+// summarize returns events in short form: 3:a:hi is the third event, "hi" in room a; a
+// gap is 3:a:gap(history). Presence has no number: ada:online, a roster is {ada:online
+// bob:away}, or {150} in a crowd.
+func summarize(r *relay, events []*event) string {
 	var words []string
 	for _, e := range events {
 		var c struct {
@@ -135,7 +136,7 @@ func testWords(r *relay, events []*event) string {
 			json.Unmarshal(c.Data, &ros)
 			text = fmt.Sprintf("{%d}", ros.Count)
 			if ros.Users != nil {
-				text = "{" + testNames(ros.Users) + "}"
+				text = "{" + summarizeUsers(ros.Users) + "}"
 			}
 		default:
 			json.Unmarshal(c.Data, &text)
@@ -150,25 +151,25 @@ func testWords(r *relay, events []*event) string {
 	return strings.Join(words, " ")
 }
 
-// testNames is a roster in short: ada:online bob:away.
-func testNames(users map[string]string) string {
+// summarizeUsers returns a roster in short form: ada:online bob:away.
+func summarizeUsers(users map[string]string) string {
 	return strings.TrimSuffix(strings.TrimPrefix(fmt.Sprint(users), "map["), "]")
 }
 
-// wantRead checks what lies behind a reader's cursor.
-func wantRead(t *testing.T, rd *subscriber, want string) {
+// wantRead checks what lies after a subscriber's cursor.
+func wantRead(t *testing.T, sub *subscriber, want string) {
 	t.Helper()
-	if got := testWords(rd.relay, readAll(rd)); got != want {
+	if got := summarize(sub.relay, readAll(sub)); got != want {
 		t.Errorf("read %q, want %q", got, want)
 	}
-	if mark := rd.relay.lastID.Load(); rd.cursor != mark {
-		t.Errorf("the cursor is %d after everything was read, want %d", rd.cursor-rd.relay.epoch, mark-rd.relay.epoch)
+	if head := sub.relay.lastID.Load(); sub.cursor != head {
+		t.Errorf("the cursor is %d after everything was read, want %d", sub.cursor-sub.relay.epoch, head-sub.relay.epoch)
 	}
 }
 
-// checkBooks walks the relay and compares what it finds with what the relay
-// has counted, and with its bounds.
-func checkBooks(t *testing.T, r *relay) {
+// checkAccounting counts what the relay keeps, and compares that with the relay's own
+// counters and bounds.
+func checkAccounting(t *testing.T, r *relay) {
 	t.Helper()
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -209,7 +210,7 @@ func checkBooks(t *testing.T, r *relay) {
 			}
 		}
 		if here != rm.online {
-			t.Errorf("%s has %d users here, and counted %d", name, here, rm.online)
+			t.Errorf("%s has %d users present, and counted %d", name, here, rm.online)
 		}
 		users += len(rm.leases)
 		if rm.lruElem != nil {
@@ -217,7 +218,7 @@ func checkBooks(t *testing.T, r *relay) {
 		} else if len(v.messages)+len(v.signals) > 0 {
 			t.Errorf("%s has a history and no place", name)
 		} else if len(rm.subscriptions)+len(rm.leases) == 0 {
-			t.Errorf("%s is kept for nobody", name)
+			t.Errorf("%s is kept without a history, subscriber or user", name)
 		}
 	}
 	if bytes != r.bytes || users != r.leases || placed != r.lru.Len() {
@@ -233,9 +234,9 @@ func checkBooks(t *testing.T, r *relay) {
 
 func TestIDsBeginAtTheStartInMicroseconds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		// The bubble's clock begins with the year 2000.
+		// The clock of a bubble starts with the year 2000.
 		const start = 946684800_000000
-		r := testRelay(limits{})
+		r := newTestRelay(limits{})
 		for i := range 5 {
 			id, fresh, err := r.publish(publishRequest{room: fmt.Sprint("room", i%2), kind: "message", data: []byte("1")})
 			if want := int64(start + 1 + i); id != want || !fresh || err != nil {
@@ -243,7 +244,7 @@ func TestIDsBeginAtTheStartInMicroseconds(t *testing.T) {
 			}
 		}
 		time.Sleep(time.Millisecond)
-		if again := testRelay(limits{}); again.epoch != start+1000 {
+		if again := newTestRelay(limits{}); again.epoch != start+1000 {
 			t.Errorf("a restart 1 ms later begins at %d, want %d", again.epoch, start+1000)
 		}
 	})
@@ -262,13 +263,13 @@ func TestAnEventsJSON(t *testing.T) {
 			`{"id":946684800000001,"room":"lobby","type":"typing","from":"\u003c/script\u003e\u2028\"\n","time":946684800123,"data":true}`},
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			r := testRelay(limits{})
-			rd := openReader(t, r, tc.post.room, -1, subscribeRequest{})
+			r := newTestRelay(limits{})
+			sub := openSubscriber(t, r, tc.post.room, -1, subscribeRequest{})
 			time.Sleep(123 * time.Millisecond)
 			if _, _, err := r.publish(tc.post); err != nil {
 				t.Fatal(err)
 			}
-			if got := string(rd.next(nil)[0].json); got != tc.want {
+			if got := string(sub.next(nil)[0].json); got != tc.want {
 				t.Errorf("got  %s\nwant %s", got, tc.want)
 			}
 		})
@@ -299,17 +300,17 @@ func TestReading(t *testing.T) {
 		{"a,c", -1, 2, "3:a:three 4:c:four"},
 		{"a,b,c", -1, 1000, "1:a:one 2:b:two 3:a:three 4:c:four 5:b:five 6:b:six"},
 		{"nobody", -1, 10, ""},
-		{"a", 4, 10, ""}, // with a cursor, last says nothing
+		{"a", 4, 10, ""}, // with a cursor, last is ignored
 	} {
 		t.Run(fmt.Sprintf("%s after %d last %d", tc.rooms, tc.after, tc.last), func(t *testing.T) {
-			r := testRelay(limits{})
+			r := newTestRelay(limits{})
 			publishScript(t, r, "a:one b:two a:three c:four b:five b:six")
-			rd := openReader(t, r, tc.rooms, tc.after, subscribeRequest{last: tc.last})
-			defer rd.unsubscribe()
-			wantRead(t, rd, tc.want)
+			sub := openSubscriber(t, r, tc.rooms, tc.after, subscribeRequest{last: tc.last})
+			defer sub.unsubscribe()
+			wantRead(t, sub, tc.want)
 			first, _, _ := strings.Cut(tc.rooms, ",")
 			publishScript(t, r, "z:seven "+first+":eight")
-			wantRead(t, rd, "8:"+first+":eight")
+			wantRead(t, sub, "8:"+first+":eight")
 		})
 	}
 }
@@ -320,7 +321,7 @@ func TestGaps(t *testing.T) {
 	const script = "a:x b:x a:x b:x a:x c:x c:x c:x c:x"
 	for _, tc := range []struct {
 		what, rooms string
-		after       int64 // a number; absolute if it is below
+		after       int64 // a number; absolute if negative
 		want        string
 	}{
 		{"nothing lost", "a", 1, "3:a:x 5:a:x"},
@@ -328,19 +329,19 @@ func TestGaps(t *testing.T) {
 		{"lost in another room", "b", 0, "2:b:x 4:b:x"},
 		{"lost in one of two rooms", "b,a", 0, "1:a:gap(history) 2:b:x 3:a:x 4:b:x 5:a:x"},
 		{"lost in two of three rooms", "c,b,a", 0, "1:a:gap(history) 2:b:x 3:a:x 4:b:x 5:a:x 7:c:gap(history) 8:c:x 9:c:x"},
-		{"lost in one, behind the cursor in the other", "a,c", 4, "5:a:x 7:c:gap(history) 8:c:x 9:c:x"},
+		{"lost in one, before the cursor in the other", "a,c", 4, "5:a:x 7:c:gap(history) 8:c:x 9:c:x"},
 		{"everything read", "a,b,c", 9, ""},
-		{"beyond the mark", "a", 10, "1:a:gap(future) 3:a:x 5:a:x"},
-		{"beyond the mark, in a room that lost nothing", "b", 10, "0:b:gap(future) 2:b:x 4:b:x"},
-		{"beyond the mark, two rooms", "a,c", 10, "1:a:gap(future) 3:a:x 5:a:x 7:c:gap(future) 8:c:x 9:c:x"},
-		{"beyond the mark, an empty room", "nobody", 10, "0:nobody:gap(future)"},
+		{"beyond the head", "a", 10, "1:a:gap(future) 3:a:x 5:a:x"},
+		{"beyond the head, in a room that lost nothing", "b", 10, "0:b:gap(future) 2:b:x 4:b:x"},
+		{"beyond the head, two rooms", "a,c", 10, "1:a:gap(future) 3:a:x 5:a:x 7:c:gap(future) 8:c:x 9:c:x"},
+		{"beyond the head, an empty room", "nobody", 10, "0:nobody:gap(future)"},
 		{"the largest integer", "b", math.MaxInt64, "0:b:gap(future) 2:b:x 4:b:x"},
 		{"before the start", "b", -2, "0:b:gap(restart) 2:b:x 4:b:x"},
 		{"before the start, two rooms", "b,c", -2, "0:b:gap(restart) 2:b:x 4:b:x 7:c:gap(restart) 8:c:x 9:c:x"},
 		{"zero", "a", math.MinInt64, "1:a:gap(restart) 3:a:x 5:a:x"},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
-			r := testRelay(limits{maxEvents: 2})
+			r := newTestRelay(limits{maxEvents: 2})
 			publishScript(t, r, script)
 			after := r.epoch + tc.after
 			switch tc.after {
@@ -349,171 +350,174 @@ func TestGaps(t *testing.T) {
 			case math.MinInt64:
 				after = 0
 			}
-			rd, err := tryReader(r, subscribeRequest{rooms: strings.Split(tc.rooms, ","), cursor: after})
+			sub, err := trySubscriber(r, subscribeRequest{rooms: strings.Split(tc.rooms, ","), cursor: after})
 			if err != nil {
 				t.Fatal(err)
 			}
-			wantRead(t, rd, tc.want)
-			wantRead(t, rd, "") // a gap is told once
+			wantRead(t, sub, tc.want)
+			wantRead(t, sub, "") // a gap is sent once
 			first, _, _ := strings.Cut(tc.rooms, ",")
 			publishText(t, r, first, "x")
-			rd.next(nil)
+			sub.next(nil)
 			publishText(t, r, first, "x")
-			wantRead(t, rd, "11:"+first+":x")
+			wantRead(t, sub, "11:"+first+":x")
 		})
 	}
 }
 
-// To erase is to forget a history: all who read it are told, and go on.
+// erase forgets a history. Subscribers are sent a gap, and go on.
 func TestErase(t *testing.T) {
-	r := testRelay(limits{})
+	r := newTestRelay(limits{})
 	publishScript(t, r, "a:one b:two a:three")
-	rd := openReader(t, r, "a,b", 0, subscribeRequest{})
-	wantRead(t, rd, "1:a:one 2:b:two 3:a:three")
+	sub := openSubscriber(t, r, "a,b", 0, subscribeRequest{})
+	wantRead(t, sub, "1:a:one 2:b:two 3:a:three")
 	if err := r.erase("a"); err != nil {
 		t.Fatal(err)
 	}
-	wantRead(t, rd, "4:a:gap(erased)")
-	wantRead(t, rd, "")
+	wantRead(t, sub, "4:a:gap(erased)")
+	wantRead(t, sub, "")
 	publishScript(t, r, "a:five")
-	wantRead(t, rd, "5:a:five")
-	wantRead(t, openReader(t, r, "a", -1, subscribeRequest{last: 10}), "5:a:five")
+	wantRead(t, sub, "5:a:five")
+	wantRead(t, openSubscriber(t, r, "a", -1, subscribeRequest{last: 10}), "5:a:five")
 	for after, read := range map[int64]string{0: "4:a:gap(erased) 5:a:five", 3: "4:a:gap(erased) 5:a:five", 4: "5:a:five"} {
-		wantRead(t, openReader(t, r, "a", after, subscribeRequest{}), read)
+		wantRead(t, openSubscriber(t, r, "a", after, subscribeRequest{}), read)
 	}
-	wantRead(t, openReader(t, r, "b", 0, subscribeRequest{}), "2:b:two")
+	wantRead(t, openSubscriber(t, r, "b", 0, subscribeRequest{}), "2:b:two")
 
-	// What is lost later is lost as ever.
+	// What is dropped later is an ordinary loss.
 	for range r.maxEvents {
 		publishScript(t, r, "a:x")
 	}
-	late := openReader(t, r, "a", 0, subscribeRequest{})
-	if got := testWords(r, late.next(nil)[:1]); got != "5:a:gap(history)" {
+	late := openSubscriber(t, r, "a", 0, subscribeRequest{})
+	if got := summarize(r, late.next(nil)[:1]); got != "5:a:gap(history)" {
 		t.Errorf("got %s", got)
 	}
-	checkBooks(t, r)
+	checkAccounting(t, r)
 
-	// A room that nobody reads is erased too, and one that there is none of.
+	// Rooms without subscribers are erased too; erasing a room that does not exist
+	// does nothing.
 	publishScript(t, r, "c:secret")
 	n := r.lastID.Load() - r.epoch
 	if r.erase("c") != nil || r.erase("nobody") != nil || r.rooms["c"] != nil || r.rooms["nobody"] != nil {
-		t.Error("erase made a room, or kept one")
+		t.Error("erase created a room, or kept one")
 	}
-	wantRead(t, openReader(t, r, "c", n-1, subscribeRequest{}), fmt.Sprintf("%d:c:gap(erased)", n+1))
-	checkBooks(t, r)
+	wantRead(t, openSubscriber(t, r, "c", n-1, subscribeRequest{}), fmt.Sprintf("%d:c:gap(erased)", n+1))
+	checkAccounting(t, r)
 	r.stop()
 	if err := r.erase("a"); err != errStopping {
 		t.Errorf("while stopping: %v", err)
 	}
 }
 
-func TestAGapIsToldWhileReading(t *testing.T) {
-	r := testRelay(limits{maxEvents: 2})
-	rd := openReader(t, r, "a,b", -1, subscribeRequest{})
+func TestAGapIsSentWhileReading(t *testing.T) {
+	r := newTestRelay(limits{maxEvents: 2})
+	sub := openSubscriber(t, r, "a,b", -1, subscribeRequest{})
 	publishScript(t, r, "a:x a:x a:x b:x")
-	wantRead(t, rd, "1:a:gap(history) 2:a:x 3:a:x 4:b:x")
+	wantRead(t, sub, "1:a:gap(history) 2:a:x 3:a:x 4:b:x")
 	publishScript(t, r, "a:x b:x")
-	wantRead(t, rd, "5:a:x 6:b:x")
+	wantRead(t, sub, "5:a:x 6:b:x")
 	publishScript(t, r, "b:x b:x b:x a:x")
-	wantRead(t, rd, "7:b:gap(history) 8:b:x 9:b:x 10:a:x")
+	wantRead(t, sub, "7:b:gap(history) 8:b:x 9:b:x 10:a:x")
 }
 
-// What was lost before the reader came is no gap to who has no cursor.
-func TestWhoHasNoCursorIsToldOfNoGap(t *testing.T) {
+// Losses before its time are no gap for a subscriber without a cursor.
+func TestASubscriberWithoutACursorIsSentNoGap(t *testing.T) {
 	for _, last := range []int{0, 1, 3, 1000} {
-		r := testRelay(limits{maxEvents: 2})
+		r := newTestRelay(limits{maxEvents: 2})
 		publishScript(t, r, "b:x a:x a:x a:x a:x")
-		rd := openReader(t, r, "a,b", -1, subscribeRequest{last: last})
-		if got := testWords(r, readAll(rd)); strings.Contains(got, "gap") {
+		sub := openSubscriber(t, r, "a,b", -1, subscribeRequest{last: last})
+		if got := summarize(r, readAll(sub)); strings.Contains(got, "gap") {
 			t.Errorf("last %d: %s", last, got)
 		}
 		publishScript(t, r, "a:x a:x a:x")
-		wantRead(t, rd, "6:a:gap(history) 7:a:x 8:a:x")
+		wantRead(t, sub, "6:a:gap(history) 7:a:x 8:a:x")
 	}
 }
 
-// A publisher may drop what lies behind the mark while a reader is between
-// loading the mark and the views. Here the mark stands for one loaded early.
-func TestAGapBeyondTheMarkIsToldAtTheMark(t *testing.T) {
-	r := testRelay(limits{maxEvents: 2})
-	rd := openReader(t, r, "a", 0, subscribeRequest{})
+// A publisher may drop events below the head while a subscriber is between loading the
+// head and loading the histories. The test sets the head back to stand for one that
+// was loaded early.
+func TestAGapBeyondTheHeadIsSentAtTheHead(t *testing.T) {
+	r := newTestRelay(limits{maxEvents: 2})
+	sub := openSubscriber(t, r, "a", 0, subscribeRequest{})
 	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
 	r.lastID.Store(r.epoch + 3)
-	wantRead(t, rd, "3:a:gap(history)")
+	wantRead(t, sub, "3:a:gap(history)")
 	r.lastID.Store(r.epoch + 6)
-	wantRead(t, rd, "4:a:gap(history) 5:a:x 6:a:x")
+	wantRead(t, sub, "4:a:gap(history) 5:a:x 6:a:x")
 }
 
-// Such a gap has the mark's id, which is also that of an event. The event comes
-// first: who is cut off between the two goes on from that id, and must have it.
+// Such a gap has the id of the head, which is also the id of an event. The event comes
+// first: a client that disconnects between the two goes on from that id, and must have
+// the event.
 func TestAnEventComesBeforeAGapOfItsID(t *testing.T) {
 	for _, rooms := range []string{"a,b", "b,a"} {
-		r := testRelay(limits{maxEvents: 2})
-		rd := openReader(t, r, rooms, 0, subscribeRequest{})
+		r := newTestRelay(limits{maxEvents: 2})
+		sub := openSubscriber(t, r, rooms, 0, subscribeRequest{})
 		publishScript(t, r, "b:x a:x b:x b:x b:x")
 		r.lastID.Store(r.epoch + 2)
-		wantRead(t, rd, "2:a:x 2:b:gap(history)")
+		wantRead(t, sub, "2:a:x 2:b:gap(history)")
 	}
 }
 
-// Who then reads other rooms will not come to that next read.
-func TestAGapBeyondTheMarkIsToldToWhoChangesRooms(t *testing.T) {
-	r := testRelay(limits{maxEvents: 2})
-	rd := openReader(t, r, "a", 0, subscribeRequest{})
+// A client that then reads other rooms never makes the read that would send the gap.
+func TestAGapBeyondTheHeadIsSentToAClientThatChangesRooms(t *testing.T) {
+	r := newTestRelay(limits{maxEvents: 2})
+	sub := openSubscriber(t, r, "a", 0, subscribeRequest{})
 	publishScript(t, r, "a:x a:x a:x a:x a:x a:x")
 	r.lastID.Store(r.epoch + 3)
-	told := testWords(r, readAll(rd))
+	got := summarize(r, readAll(sub))
 	r.lastID.Store(r.epoch + 6)
-	rd = openReader(t, r, "b", rd.cursor-r.epoch, subscribeRequest{})
-	told += testWords(r, readAll(rd))
-	rd = openReader(t, r, "a", rd.cursor-r.epoch, subscribeRequest{})
-	told += testWords(r, readAll(rd))
-	if !strings.Contains(told, "gap") {
-		t.Errorf("events 1 to 3 were asked for and lost, and the reader was told %q", told)
+	sub = openSubscriber(t, r, "b", sub.cursor-r.epoch, subscribeRequest{})
+	got += summarize(r, readAll(sub))
+	sub = openSubscriber(t, r, "a", sub.cursor-r.epoch, subscribeRequest{})
+	got += summarize(r, readAll(sub))
+	if !strings.Contains(got, "gap") {
+		t.Errorf("events 1 to 3 were requested and lost, and the subscriber received %q", got)
 	}
 }
 
-// The newest N of the history may go before they are read, as of a room in a
-// hurry while hello is written.
-func TestWhatIsLostOfTheNewestIsToldByAGap(t *testing.T) {
-	r := testRelay(limits{maxEvents: 3})
+// The newest messages, which last asks for, may be dropped before they are read: a
+// busy room can do that while hello is written.
+func TestTheLossOfTheNewestMessageIsAGap(t *testing.T) {
+	r := newTestRelay(limits{maxEvents: 3})
 	publishScript(t, r, "a:x a:x a:x a:x")
-	rd := openReader(t, r, "a", -1, subscribeRequest{last: 3})
+	sub := openSubscriber(t, r, "a", -1, subscribeRequest{last: 3})
 	publishScript(t, r, "a:x a:x")
-	wantRead(t, rd, "3:a:gap(history) 4:a:x 5:a:x 6:a:x")
+	wantRead(t, sub, "3:a:gap(history) 4:a:x 5:a:x 6:a:x")
 }
 
 func TestABatchCutShortMovesTheCursorToItsEnd(t *testing.T) {
-	r := testRelay(limits{})
-	rd := openReader(t, r, "a,b", 0, subscribeRequest{})
+	r := newTestRelay(limits{})
+	sub := openSubscriber(t, r, "a,b", 0, subscribeRequest{})
 	const n = 2*maxBatchEvents + 10
 	for i := range n {
 		publishText(t, r, "ab"[i%2:][:1], "x")
 	}
 	for _, step := range []struct{ first, last int64 }{{1, 256}, {257, 512}, {513, n}} {
-		batch := rd.next(nil)
+		batch := sub.next(nil)
 		if first, last := batch[0].id-r.epoch, batch[len(batch)-1].id-r.epoch; first != step.first || last != step.last {
 			t.Errorf("read %d to %d, want %d to %d", first, last, step.first, step.last)
 		}
-		if rd.cursor != r.epoch+step.last || rd.more != (step.last < n) {
-			t.Errorf("after %d the cursor is %d, cut short %v", step.last, rd.cursor-r.epoch, rd.more)
+		if sub.cursor != r.epoch+step.last || sub.more != (step.last < n) {
+			t.Errorf("after %d the cursor is %d, cut short %v", step.last, sub.cursor-r.epoch, sub.more)
 		}
 	}
 
-	big := strings.Repeat("x", rd.maxBatchBytes/2)
+	big := strings.Repeat("x", sub.maxBatchBytes/2)
 	publishText(t, r, "a", big)
 	publishText(t, r, "b", big)
 	publishText(t, r, "a", "small")
-	if batch := rd.next(nil); len(batch) != 2 || !rd.more || rd.cursor != r.epoch+n+2 {
-		t.Errorf("two events of half a batch: read %d, cut short %v", len(batch), rd.more)
+	if batch := sub.next(nil); len(batch) != 2 || !sub.more || sub.cursor != r.epoch+n+2 {
+		t.Errorf("two events of half a batch: read %d, cut short %v", len(batch), sub.more)
 	}
-	// Whoever goes on elsewhere from a cut batch has the rest.
-	wantRead(t, openReader(t, r, "a,b", rd.cursor-r.epoch, subscribeRequest{}), fmt.Sprintf("%d:a:small", n+3))
+	// A client that goes on from a short batch in another way gets the rest.
+	wantRead(t, openSubscriber(t, r, "a,b", sub.cursor-r.epoch, subscribeRequest{}), fmt.Sprintf("%d:a:small", n+3))
 }
 
 func TestAFloorOutlivesItsRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{roomIdle: time.Minute})
+		r := newTestRelay(limits{roomIdle: time.Minute})
 		publishScript(t, r, "a:x a:x b:x")
 		time.Sleep(time.Minute - 1)
 		r.sweep(time.Now())
@@ -526,34 +530,34 @@ func TestAFloorOutlivesItsRoom(t *testing.T) {
 		if r.rooms["a"] != nil || r.rooms["b"] == nil {
 			t.Errorf("after a minute without a publish, a is %v, and b, which had one, is %v", r.rooms["a"], r.rooms["b"])
 		}
-		checkBooks(t, r)
+		checkAccounting(t, r)
 
-		for range 2 { // reading opens the room and closes it again
-			rd := openReader(t, r, "a", 1, subscribeRequest{})
-			wantRead(t, rd, "2:a:gap(history)")
-			rd.unsubscribe()
-			rd = openReader(t, r, "a", 2, subscribeRequest{})
-			wantRead(t, rd, "")
-			rd.unsubscribe()
+		for range 2 { // subscribing opens the room, and unsubscribing closes it again
+			sub := openSubscriber(t, r, "a", 1, subscribeRequest{})
+			wantRead(t, sub, "2:a:gap(history)")
+			sub.unsubscribe()
+			sub = openSubscriber(t, r, "a", 2, subscribeRequest{})
+			wantRead(t, sub, "")
+			sub.unsubscribe()
 			if len(r.rooms) != 1 {
 				t.Error("reading made a room")
 			}
 		}
 		publishText(t, r, "a", "again")
-		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), "2:a:gap(history) 5:a:again")
-		wantRead(t, openReader(t, r, "a", 2, subscribeRequest{}), "5:a:again")
+		wantRead(t, openSubscriber(t, r, "a", 0, subscribeRequest{}), "2:a:gap(history) 5:a:again")
+		wantRead(t, openSubscriber(t, r, "a", 2, subscribeRequest{}), "5:a:again")
 	})
 }
 
 func TestARoomThatIsReadIsNotIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{roomIdle: time.Minute})
+		r := newTestRelay(limits{roomIdle: time.Minute})
 		publishScript(t, r, "a:x b:x")
-		rd := openReader(t, r, "a", 0, subscribeRequest{})
+		sub := openSubscriber(t, r, "a", 0, subscribeRequest{})
 		time.Sleep(time.Hour)
 		r.sweep(time.Now())
-		wantRead(t, rd, "1:a:x")
-		rd.unsubscribe()
+		wantRead(t, sub, "1:a:x")
+		sub.unsubscribe()
 		time.Sleep(time.Minute - 1)
 		r.sweep(time.Now())
 		if len(r.rooms) != 1 {
@@ -562,53 +566,53 @@ func TestARoomThatIsReadIsNotIdle(t *testing.T) {
 		time.Sleep(time.Nanosecond)
 		r.sweep(time.Now())
 		if len(r.rooms) != 0 || r.bytes != 0 {
-			t.Errorf("%d rooms and %d bytes are kept of what nobody reads", len(r.rooms), r.bytes)
+			t.Errorf("%d rooms and %d bytes are kept without a reader", len(r.rooms), r.bytes)
 		}
 	})
 }
 
-// More floors than there may be rooms become one, which may tell of a gap
-// too many, but hides none.
+// With too many floors, one stands for all. It may cause a gap too many, but hides
+// none.
 func TestFloorsBeyondTheirBoundHideNoGap(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxRooms: 3, roomIdle: time.Minute})
+		r := newTestRelay(limits{maxRooms: 3, roomIdle: time.Minute})
 		for i := range 20 {
 			publishText(t, r, fmt.Sprint("room", i), "x")
 			time.Sleep(time.Minute)
 			r.sweep(time.Now())
-			checkBooks(t, r)
+			checkAccounting(t, r)
 		}
 		for i := range 20 {
 			name := fmt.Sprint("room", i)
-			rd := openReader(t, r, name, int64(i), subscribeRequest{})
-			if got := testWords(r, readAll(rd)); !strings.HasSuffix(got, name+":gap(history)") {
-				t.Errorf("%s lost event %d, and its reader was told %q", name, i+1, got)
+			sub := openSubscriber(t, r, name, int64(i), subscribeRequest{})
+			if got := summarize(r, readAll(sub)); !strings.HasSuffix(got, name+":gap(history)") {
+				t.Errorf("%s lost event %d, and its subscriber received %q", name, i+1, got)
 			}
-			rd.unsubscribe()
-			rd = openReader(t, r, name, 20, subscribeRequest{})
-			wantRead(t, rd, "")
-			rd.unsubscribe()
+			sub.unsubscribe()
+			sub = openSubscriber(t, r, name, 20, subscribeRequest{})
+			wantRead(t, sub, "")
+			sub.unsubscribe()
 		}
 	})
 }
 
 func TestReadingCreatesNoRoom(t *testing.T) {
-	r := testRelay(limits{maxRooms: 1})
+	r := newTestRelay(limits{maxRooms: 1})
 	var readers []*subscriber
 	for i := range 100 {
-		rd := openReader(t, r, fmt.Sprintf("room%d,room%d", i, i+1), int64(i%2)-1, subscribeRequest{seesPresence: true})
-		rd.wantRoster()
-		readAll(rd)
-		readers = append(readers, rd)
+		sub := openSubscriber(t, r, fmt.Sprintf("room%d,room%d", i, i+1), int64(i%2)-1, subscribeRequest{seesPresence: true})
+		sub.wantRoster()
+		readAll(sub)
+		readers = append(readers, sub)
 	}
 	r.roster("room")
 	if err := r.setPresence("room", "ada", "", "offline"); err != nil {
 		t.Error(err)
 	}
 	publishText(t, r, "one", "readers' rooms do not count")
-	checkBooks(t, r)
-	for _, rd := range readers {
-		rd.unsubscribe()
+	checkAccounting(t, r)
+	for _, sub := range readers {
+		sub.unsubscribe()
 	}
 	if len(r.rooms) != 1 || len(r.trimmedByRoom) != 0 || r.lru.Len() != 1 {
 		t.Errorf("%d rooms and %d floors are left of reading", len(r.rooms)-1, len(r.trimmedByRoom))
@@ -616,7 +620,7 @@ func TestReadingCreatesNoRoom(t *testing.T) {
 }
 
 func TestBounds(t *testing.T) {
-	measure := testRelay(limits{})
+	measure := newTestRelay(limits{})
 	publishScript(t, measure, "a:x")
 	size := measure.bytes
 	for _, tc := range []struct {
@@ -636,21 +640,21 @@ func TestBounds(t *testing.T) {
 		{"and then the next", limits{maxBytes: 2 * size}, "a:x b:x a:x c:x c:x", "a,b,c", "2:b:gap(history) 3:a:gap(history) 4:c:x 5:c:x"},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
-			r := testRelay(tc.limits)
-			reading := openReader(t, r, tc.rooms, 0, subscribeRequest{})
+			r := newTestRelay(tc.limits)
+			reading := openSubscriber(t, r, tc.rooms, 0, subscribeRequest{})
 			publishScript(t, r, tc.script)
-			checkBooks(t, r)
+			checkAccounting(t, r)
 			wantRead(t, reading, tc.want)
-			wantRead(t, openReader(t, r, tc.rooms, 0, subscribeRequest{}), tc.want)
+			wantRead(t, openSubscriber(t, r, tc.rooms, 0, subscribeRequest{}), tc.want)
 		})
 	}
 }
 
 func TestTooManyRooms(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxRooms: 2, roomIdle: time.Minute})
+		r := newTestRelay(limits{maxRooms: 2, roomIdle: time.Minute})
 		publishScript(t, r, "a:x b:x")
-		rd := openReader(t, r, "c", 0, subscribeRequest{})
+		sub := openSubscriber(t, r, "c", 0, subscribeRequest{})
 		before := fmt.Sprint(len(r.rooms), r.bytes, r.lastID.Load())
 		for _, room := range []string{"c", "d"} {
 			if id, fresh, err := r.publish(publishRequest{room: room, kind: "message", key: "k", data: []byte("1")}); err != errTooManyRooms || id != 0 || fresh {
@@ -660,23 +664,23 @@ func TestTooManyRooms(t *testing.T) {
 		if after := fmt.Sprint(len(r.rooms), r.bytes, r.lastID.Load()); after != before {
 			t.Errorf("a refused publish made %s of %s", after, before)
 		}
-		checkBooks(t, r)
-		publishScript(t, r, "a:x b:x") // those that exist go on
-		wantRead(t, rd, "")
+		checkAccounting(t, r)
+		publishScript(t, r, "a:x b:x") // existing rooms still accept messages
+		wantRead(t, sub, "")
 
 		time.Sleep(time.Minute)
 		r.sweep(time.Now())
 		publishScript(t, r, "c:x d:x")
-		wantRead(t, rd, "5:c:x")
+		wantRead(t, sub, "5:c:x")
 	})
 }
 
-// After every step of a random history the books are right.
-func TestBooksAreRight(t *testing.T) {
+// The counters are right after every step of a random history.
+func TestAccountingMatchesWhatIsKept(t *testing.T) {
 	for seed := range uint64(4) {
 		synctest.Test(t, func(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(seed, 1))
-			r := testRelay(limits{maxEvents: 1 + rnd.IntN(20), maxRoomBytes: 5000, maxBytes: 20_000, maxRooms: 8, roomIdle: time.Minute})
+			r := newTestRelay(limits{maxEvents: 1 + rnd.IntN(20), maxRoomBytes: 5000, maxBytes: 20_000, maxRooms: 8, roomIdle: time.Minute})
 			name := func() string { return fmt.Sprint("room", rnd.IntN(12)) }
 			var readers []*subscriber
 			for range 1500 {
@@ -693,18 +697,18 @@ func TestBooksAreRight(t *testing.T) {
 						t.Fatal(err)
 					}
 				case 0:
-					w := subscribeRequest{rooms: []string{name()}, cursor: r.lastID.Load() - rnd.Int64N(50), seesPresence: true}
-					if other := name(); other != w.rooms[0] {
-						w.rooms = append(w.rooms, other)
+					req := subscribeRequest{rooms: []string{name()}, cursor: r.lastID.Load() - rnd.Int64N(50), seesPresence: true}
+					if other := name(); other != req.rooms[0] {
+						req.rooms = append(req.rooms, other)
 					}
 					if rnd.IntN(2) == 0 {
-						w.user, w.longLived = fmt.Sprint("user", rnd.IntN(5)), rnd.IntN(2) == 0
+						req.user, req.longLived = fmt.Sprint("user", rnd.IntN(5)), rnd.IntN(2) == 0
 					}
-					rd, err := tryReader(r, w)
+					sub, err := trySubscriber(r, req)
 					if err != nil {
 						t.Fatal(err)
 					}
-					readers = append(readers, rd)
+					readers = append(readers, sub)
 				case 1:
 					if len(readers) > 0 {
 						i := rnd.IntN(len(readers))
@@ -719,17 +723,17 @@ func TestBooksAreRight(t *testing.T) {
 					synctest.Wait()
 					r.sweep(time.Now())
 				}
-				checkBooks(t, r)
+				checkAccounting(t, r)
 			}
-			for _, rd := range readers {
-				rd.unsubscribe()
+			for _, sub := range readers {
+				sub.unsubscribe()
 			}
 			for range 2 {
 				time.Sleep(time.Hour)
 				synctest.Wait()
 				r.sweep(time.Now())
 			}
-			checkBooks(t, r)
+			checkAccounting(t, r)
 			if r.bytes != 0 || len(r.rooms) != 0 || r.leases != 0 {
 				t.Errorf("%d bytes, %d rooms and %d users are left", r.bytes, len(r.rooms), r.leases)
 			}
@@ -739,50 +743,50 @@ func TestBooksAreRight(t *testing.T) {
 
 func TestSignals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxEvents: 3})
+		r := newTestRelay(limits{maxEvents: 3})
 		publishText(t, r, "a", "x")
 		for range 100 {
-			publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: 5 * time.Second})
+			publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: 5 * time.Second})
 		}
 		publishText(t, r, "a", "x")
-		checkBooks(t, r)
+		checkAccounting(t, r)
 		const all = "1:a:x 99:a: 100:a: 101:a: 102:a:x"
-		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), all)
+		wantRead(t, openSubscriber(t, r, "a", 0, subscribeRequest{}), all)
 		time.Sleep(5*time.Second - time.Millisecond)
-		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), all)
+		wantRead(t, openSubscriber(t, r, "a", 0, subscribeRequest{}), all)
 		time.Sleep(time.Millisecond)
-		wantRead(t, openReader(t, r, "a", 0, subscribeRequest{}), "1:a:x 102:a:x")
-		wantRead(t, openReader(t, r, "a", -1, subscribeRequest{last: 5}), "1:a:x 102:a:x")
+		wantRead(t, openSubscriber(t, r, "a", 0, subscribeRequest{}), "1:a:x 102:a:x")
+		wantRead(t, openSubscriber(t, r, "a", -1, subscribeRequest{last: 5}), "1:a:x 102:a:x")
 
-		// An expired signal is let go when the next comes.
-		publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: time.Second})
+		// An expired signal is dropped when the next one comes.
+		publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: time.Second})
 		if v := r.rooms["a"].history.Load(); len(v.signals) != 1 || len(v.messages) != 2 {
 			t.Errorf("%d signals and %d messages are kept, want 1 and 2", len(v.signals), len(v.messages))
 		}
-		checkBooks(t, r)
+		checkAccounting(t, r)
 	})
 }
 
-// The clock may jump, or the machine be stopped, for longer than a signal lives
-// while it is being published.
-func TestASignalMayBeBornExpired(t *testing.T) {
-	r := testRelay(limits{})
-	publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
-	publishPost(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
+// The clock may jump, or the machine pause, for longer than a signal's ttl while the
+// signal is being published.
+func TestASignalMayExpireAtOnce(t *testing.T) {
+	r := newTestRelay(limits{})
+	publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
+	publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: 1})
 	publishText(t, r, "a", "x")
-	checkBooks(t, r)
+	checkAccounting(t, r)
 }
 
 func TestKeys(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{maxEvents: 2, roomIdle: time.Minute})
+		r := newTestRelay(limits{maxEvents: 2, roomIdle: time.Minute})
 		put := func(room, key string, ttl time.Duration) string {
 			t.Helper()
 			id, fresh, err := r.publish(publishRequest{room: room, kind: "message", key: key, ttl: ttl, data: []byte("1")})
 			if err != nil {
 				t.Fatal(err)
 			}
-			checkBooks(t, r)
+			checkAccounting(t, r)
 			if fresh {
 				return fmt.Sprint("new ", id-r.epoch)
 			}
@@ -798,7 +802,7 @@ func TestKeys(t *testing.T) {
 			{"b", "k", 0, "new 2"}, // another room, another key
 			{"a", "", 0, "new 3"},
 			{"a", "k", 0, "old 1"},
-			{"a", "", 0, "new 4"}, // pushes k out
+			{"a", "", 0, "new 4"}, // pushes k out of the history
 			{"a", "k", 0, "new 5"},
 			{"a", "k", 0, "old 5"},
 			{"a", "s", time.Second, "new 6"},
@@ -809,15 +813,15 @@ func TestKeys(t *testing.T) {
 				t.Errorf("step %d: %s, want %s", i, got, step.want)
 			}
 		}
-		if mark := r.lastID.Load() - r.epoch; mark != 6 {
-			t.Errorf("%d events were published, want 6", mark)
+		if published := r.lastID.Load() - r.epoch; published != 6 {
+			t.Errorf("%d events were published, want 6", published)
 		}
-		rd := openReader(t, r, "a", -1, subscribeRequest{})
+		sub := openSubscriber(t, r, "a", -1, subscribeRequest{})
 		put("a", "k", 0)
-		if len(rd.wakeup) != 0 {
+		if len(sub.wakeup) != 0 {
 			t.Error("a retry woke a reader")
 		}
-		rd.unsubscribe()
+		sub.unsubscribe()
 		time.Sleep(time.Minute)
 		r.sweep(time.Now())
 		if got := put("a", "k", 0); got != "new 7" {
@@ -827,7 +831,7 @@ func TestKeys(t *testing.T) {
 }
 
 func TestOneKeyAtOnceIsOneEvent(t *testing.T) {
-	r := testRelay(limits{})
+	r := newTestRelay(limits{})
 	for round := range int64(100) {
 		var fresh atomic.Int64
 		var wg sync.WaitGroup
@@ -852,60 +856,10 @@ func TestOneKeyAtOnceIsOneEvent(t *testing.T) {
 	}
 }
 
-// A room takes so many publishes a second, and two seconds' worth at once.
-// Presence has its own bounds, and a retry is no publish.
-func TestARoomsRate(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{})
-		quota := &clientQuota{l: &limiter{roomRate: 5}}
-		put := func(room, key string) error {
-			allow := func() error { return quota.publishTo(room) }
-			_, _, err := r.publish(publishRequest{room: room, kind: "message", key: key, data: []byte("1"), allow: allow})
-			return err
-		}
-		for i := range 10 {
-			if err := put("a", fmt.Sprint("k", i)); err != nil {
-				t.Errorf("publish %d: %v", i, err)
-			}
-		}
-		for i := range 3 {
-			mark := r.lastID.Load()
-			before := fmt.Sprint(mark, r.bytes)
-			if err := put("a", "k10"); err != errRoomTooFast {
-				t.Errorf("one too many: %v", err)
-			}
-			if after := fmt.Sprint(r.lastID.Load(), r.bytes); after != before {
-				t.Errorf("a refused publish made %s of %s", after, before)
-			}
-			checkBooks(t, r)
-			if err := put("a", "k9"); err != nil {
-				t.Errorf("a retry: %v", err)
-			}
-			if err := r.setPresence("a", fmt.Sprint("user", i), "", "online"); err != nil || r.lastID.Load() == mark {
-				t.Errorf("presence was not told: %v", err)
-			}
-			if err := put("b", ""); err != nil {
-				t.Errorf("another room: %v", err)
-			}
-			time.Sleep(200 * time.Millisecond)
-			if err := put("a", ""); err != nil {
-				t.Errorf("a fifth of a second later: %v", err)
-			}
-		}
-		time.Sleep(time.Hour)
-		for range 10 {
-			put("a", "")
-		}
-		if err := put("a", ""); err != errRoomTooFast {
-			t.Errorf("after an hour, the eleventh at once: %v", err)
-		}
-	})
-}
-
 func TestWaiting(t *testing.T) {
 	for _, tc := range []struct {
 		what   string
-		do     func(r *relay, rd *subscriber, cancel func())
+		do     func(r *relay, sub *subscriber, cancel func())
 		may    bool
 		within time.Duration
 	}{
@@ -917,70 +871,70 @@ func TestWaiting(t *testing.T) {
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := testRelay(limits{})
-				rd := openReader(t, r, "a", -1, subscribeRequest{})
+				r := newTestRelay(limits{})
+				sub := openSubscriber(t, r, "a", -1, subscribeRequest{})
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				start := time.Now()
-				time.AfterFunc(time.Second, func() { tc.do(r, rd, cancel) })
-				if may := rd.wait(ctx, time.After(25*time.Second)); may != tc.may || time.Since(start) != tc.within {
-					t.Errorf("wait says %v after %v, want %v after %v", may, time.Since(start), tc.may, tc.within)
+				time.AfterFunc(time.Second, func() { tc.do(r, sub, cancel) })
+				if may := sub.wait(ctx, time.After(25*time.Second)); may != tc.may || time.Since(start) != tc.within {
+					t.Errorf("wait returned %v after %v, want %v after %v", may, time.Since(start), tc.may, tc.within)
 				}
 			})
 		})
 	}
 }
 
-// A burst is one wake-up, and who was woken reads all of it.
+// A burst causes one wake-up, and its subscriber reads the whole burst.
 func TestWakesCoalesce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := testRelay(limits{})
-		rd := openReader(t, r, "a,b", -1, subscribeRequest{})
+		r := newTestRelay(limits{})
+		sub := openSubscriber(t, r, "a,b", -1, subscribeRequest{})
 		for range 1000 {
 			publishScript(t, r, "a:x b:x")
 		}
-		if !rd.wait(t.Context(), nil) {
+		if !sub.wait(t.Context(), nil) {
 			t.Fatal("the reader was not woken")
 		}
-		if n := len(readAll(rd)); n != 2000 {
+		if n := len(readAll(sub)); n != 2000 {
 			t.Errorf("read %d events, want 2000", n)
 		}
-		if rd.wait(t.Context(), time.After(time.Hour)) {
+		if sub.wait(t.Context(), time.After(time.Hour)) {
 			t.Error("the reader was woken again, for nothing")
 		}
-		rd.unsubscribe()
+		sub.unsubscribe()
 		publishText(t, r, "a", "x")
-		if len(rd.wakeup) != 0 {
-			t.Error("who has left was woken")
+		if len(sub.wakeup) != 0 {
+			t.Error("a subscriber that left was woken")
 		}
 	})
 }
 
-// What a reader without a cursor was promised of one room, and lost, is told,
-// though another room had lost more before it came.
+// A subscriber without a cursor is sent a gap for what it lost of one room, even if
+// another room had lost more before it came.
 func TestARoomsFloorForgivesNoOther(t *testing.T) {
-	r := testRelay(limits{maxEvents: 4})
+	r := newTestRelay(limits{maxEvents: 4})
 	publishScript(t, r, "a:1 a:2 a:3 a:4 b:5 b:6 b:7 b:8 b:9 b:10")
-	rd := openReader(t, r, "a,b", -1, subscribeRequest{last: 8})
+	sub := openSubscriber(t, r, "a,b", -1, subscribeRequest{last: 8})
 	publishScript(t, r, "a:11 a:12 a:13 a:14")
-	wantRead(t, rd, "4:a:gap(history) 7:b:7 8:b:8 9:b:9 10:b:10 11:a:11 12:a:12 13:a:13 14:a:14")
+	wantRead(t, sub, "4:a:gap(history) 7:b:7 8:b:8 9:b:9 10:b:10 11:a:11 12:a:12 13:a:13 14:a:14")
 }
 
-func TestAStreamIsWokenInPlaceOfTheToken(t *testing.T) {
-	r := testRelay(limits{})
+func TestAStreamWithADriverIsWokenByWakeAll(t *testing.T) {
+	r := newTestRelay(limits{})
 	st := new(session)
 	st.state.Store(stateWriting)
 	r.wakeAll = new(writerPool).wakeSubscriptions
-	rd := openReader(t, r, "a", -1, subscribeRequest{driver: st})
+	sub := openSubscriber(t, r, "a", -1, subscribeRequest{driver: st})
 	publishScript(t, r, "b:x a:x")
-	if turn := st.state.Load(); turn != stateDirty || len(rd.wakeup) != 0 {
-		t.Errorf("the stream's turn is %d, with %d tokens beside, want %d and none", turn, len(rd.wakeup), stateDirty)
+	if turn := st.state.Load(); turn != stateDirty || len(sub.wakeup) != 0 {
+		t.Errorf("the session has the state %d, and %d tokens; want %d and none", turn, len(sub.wakeup), stateDirty)
 	}
 }
 
 func TestStopping(t *testing.T) {
-	r := testRelay(limits{})
-	rd := openReader(t, r, "a", -1, subscribeRequest{})
+	r := newTestRelay(limits{})
+	sub := openSubscriber(t, r, "a", -1, subscribeRequest{})
 	var last atomic.Int64
 	var wg sync.WaitGroup
 	for range 4 {
@@ -995,7 +949,7 @@ func TestStopping(t *testing.T) {
 			}
 		})
 	}
-	for read := 0; read < 1000; read += len(rd.next(nil)) {
+	for read := 0; read < 1000; read += len(sub.next(nil)) {
 		runtime.Gosched()
 	}
 	r.stop()
@@ -1003,15 +957,15 @@ func TestStopping(t *testing.T) {
 	if err := r.setPresence("a", "ada", "", "online"); err != errStopping {
 		t.Errorf("presence while stopping: %v", err)
 	}
-	readAll(rd)
+	readAll(sub)
 	wg.Wait()
-	if !r.isStopping() || rd.cursor != stopped || last.Load() != stopped || r.lastID.Load() != stopped {
-		t.Errorf("stopped at %d; the last publish was %d, and read is up to %d", stopped, last.Load(), rd.cursor)
+	if !r.isStopping() || sub.cursor != stopped || last.Load() != stopped || r.lastID.Load() != stopped {
+		t.Errorf("stopped at %d; the last publish was %d, and read is up to %d", stopped, last.Load(), sub.cursor)
 	}
 }
 
-// keptOf returns how many of the events are still in memory.
-func keptOf(events []weak.Pointer[event]) (n int) {
+// countAlive returns how many of the events are still in memory.
+func countAlive(events []weak.Pointer[event]) (n int) {
 	runtime.GC()
 	for _, e := range events {
 		if e.Value() != nil {
@@ -1021,83 +975,84 @@ func keptOf(events []weak.Pointer[event]) (n int) {
 	return n
 }
 
-// weakLog is the room's messages, not keeping them.
-func weakLog(r *relay, room string) (events []weak.Pointer[event]) {
+// weakMessages returns a room's messages without keeping them in memory.
+func weakMessages(r *relay, room string) (events []weak.Pointer[event]) {
 	for _, e := range r.rooms[room].history.Load().messages {
 		events = append(events, weak.Make(e))
 	}
 	return events
 }
 
-func TestASlowReaderKeepsNothing(t *testing.T) {
+func TestASlowSubscriberKeepsNothing(t *testing.T) {
 	const n = 2 * maxBatchEvents
 	for _, tc := range []struct {
 		what string
 		read func(*subscriber)
 	}{
 		{"that never read", func(*subscriber) {}},
-		{"that read everything", func(rd *subscriber) { readAll(rd) }},
-		{"that is stuck writing a batch cut short", func(rd *subscriber) {
-			rd.next(nil)
-			if !rd.more {
+		{"that read everything", func(sub *subscriber) { readAll(sub) }},
+		{"that is stuck writing a batch cut short", func(sub *subscriber) {
+			sub.next(nil)
+			if !sub.more {
 				t.Error("the batch was not cut short")
 			}
 		}},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
-			r := testRelay(limits{maxEvents: n})
-			rd := openReader(t, r, "a", 0, subscribeRequest{})
+			r := newTestRelay(limits{maxEvents: n})
+			sub := openSubscriber(t, r, "a", 0, subscribeRequest{})
 			for range n {
 				publishText(t, r, "a", "x")
 			}
-			events := weakLog(r, "a")
-			tc.read(rd)
+			events := weakMessages(r, "a")
+			tc.read(sub)
 			for range 2 * n {
 				publishText(t, r, "a", "x")
 			}
-			if kept := keptOf(events); kept > 0 {
+			if kept := countAlive(events); kept > 0 {
 				t.Errorf("a reader %s keeps %d events that the log dropped", tc.what, kept)
 			}
 			runtime.KeepAlive(r)
-			runtime.KeepAlive(rd)
+			runtime.KeepAlive(sub)
 		})
 	}
 }
 
-// What the log drops is let go soon, though a log's array still has it.
+// What the log drops is soon collected, even if an array of the log still refers to
+// it.
 func TestTheLogKeepsLittleOfWhatItDropped(t *testing.T) {
 	const n = 256
-	r := testRelay(limits{maxEvents: n})
+	r := newTestRelay(limits{maxEvents: n})
 	for range n {
 		publishText(t, r, "a", "x")
 	}
-	events := weakLog(r, "a")
+	events := weakMessages(r, "a")
 	for range n + n/4 + 8 {
 		publishText(t, r, "a", "x")
 	}
-	if kept := keptOf(events); kept > 0 {
+	if kept := countAlive(events); kept > 0 {
 		t.Errorf("%d of %d dropped events are kept", kept, n)
 	}
 	runtime.KeepAlive(r)
 }
 
-// A short string may be a part of a long one, the request it came with; who
-// keeps it keeps all of that.
+// A short string may be part of a long one, the request it came in, and then keeps all
+// of that in memory.
 func TestNoRequestIsKept(t *testing.T) {
 	for _, tc := range []struct {
 		what string
 		do   func(r *relay, s string)
 	}{
 		{"room", func(r *relay, s string) { publishText(t, r, s, "x") }},
-		{"room read", func(r *relay, s string) { openReader(t, r, s, -1, subscribeRequest{}).next(nil) }},
-		{"type", func(r *relay, s string) { publishPost(t, r, publishRequest{room: "a", kind: s}) }},
-		{"from", func(r *relay, s string) { publishPost(t, r, publishRequest{room: "a", kind: "message", from: s}) }},
-		{"key", func(r *relay, s string) { publishPost(t, r, publishRequest{room: "a", kind: "message", key: s}) }},
-		{"user who polls", func(r *relay, s string) { openReader(t, r, "a", -1, subscribeRequest{user: s}).unsubscribe() }},
+		{"room read", func(r *relay, s string) { openSubscriber(t, r, s, -1, subscribeRequest{}).next(nil) }},
+		{"type", func(r *relay, s string) { publishEvent(t, r, publishRequest{room: "a", kind: s}) }},
+		{"from", func(r *relay, s string) { publishEvent(t, r, publishRequest{room: "a", kind: "message", from: s}) }},
+		{"key", func(r *relay, s string) { publishEvent(t, r, publishRequest{room: "a", kind: "message", key: s}) }},
+		{"user who polls", func(r *relay, s string) { openSubscriber(t, r, "a", -1, subscribeRequest{user: s}).unsubscribe() }},
 		{"user who posts presence", func(r *relay, s string) { r.setPresence("a", s, "", "typing") }},
 	} {
 		t.Run(tc.what, func(t *testing.T) {
-			r := testRelay(limits{})
+			r := newTestRelay(limits{})
 			kept := func() weak.Pointer[byte] {
 				request := strings.Repeat("x", 16<<10)
 				tc.do(r, request[100:105])
@@ -1112,17 +1067,17 @@ func TestNoRequestIsKept(t *testing.T) {
 	}
 }
 
-// A roomTrace is what a reader saw of a room.
+// A roomTrace is what one reader received of one room.
 type roomTrace struct {
-	from, to []int64 // it read the room from each of these cursors to each of those
+	from, to []int64 // it read the room from each of these cursors to the matching one
 	got      []int64
 	gaps     []int64
 }
 
-// Many publish, and many read, who change rooms and readers at random; what they
-// have and know is the cursor. Nothing is lost, nothing comes twice, and all in
-// order; where the history is short, all that is lost is told. A wake-up lost
-// would be a deadlock, which the bubble reports.
+// Several publish, and several read while they change rooms and subscribers at random;
+// all they take along is the cursor. Nothing is lost, nothing comes twice, everything
+// is in order. Where the history is short, every loss is covered by a gap. A lost
+// wake-up would be a deadlock, which the bubble reports.
 func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 	for _, tc := range []struct {
 		what   string
@@ -1136,7 +1091,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 		t.Run(tc.what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				const rooms, publishers, readers, each = 6, 6, 8, 1000
-				r := testRelay(tc.limits)
+				r := newTestRelay(tc.limits)
 				name := func(i int) string { return string(rune('a' + i)) }
 
 				var mu sync.Mutex
@@ -1154,7 +1109,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 					published[room] = append(published[room], id)
 					mu.Unlock()
 				}
-				var end atomic.Int64 // behind it, every room has one more event to wake its readers
+				var end atomic.Int64 // after it, every room has one more event, to wake its readers
 
 				read := func(seed uint64) map[string]*roomTrace {
 					rnd := rand.New(rand.NewPCG(seed, 2))
@@ -1162,8 +1117,8 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 					cursor := r.epoch
 					set := rnd.Perm(rooms)
 					for n := 1 + rnd.IntN(2); ; n++ {
-						// A loss is told on the next read of its room, so
-						// where there are losses, rooms are only added.
+						// The gap comes with the next read of the room, so in tests
+						// with losses rooms are only added.
 						if !tc.lossy {
 							n = 1 + rnd.IntN(rooms)
 							set = rnd.Perm(rooms)
@@ -1172,17 +1127,17 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 						for _, i := range set[:min(n, rooms)] {
 							names = append(names, name(i))
 						}
-						rd, err := tryReader(r, subscribeRequest{rooms: names, cursor: cursor, maxBatchBytes: 1 + rnd.IntN(4000)})
+						sub, err := trySubscriber(r, subscribeRequest{rooms: names, cursor: cursor, maxBatchBytes: 1 + rnd.IntN(4000)})
 						if err != nil {
 							t.Error(err)
 							return nil
 						}
 						last := cursor
 						for turn := rnd.IntN(20); turn >= 0; turn-- {
-							batch := rd.next(nil)
+							batch := sub.next(nil)
 							for _, e := range batch {
-								if e.id < last || e.id == last && e.kind != "gap" { // a gap may stand at the event before it
-									t.Errorf("%d comes behind %d", e.id-r.epoch, last-r.epoch)
+								if e.id < last || e.id == last && e.kind != "gap" { // a gap may have the id of the event before it
+									t.Errorf("%d comes after %d", e.id-r.epoch, last-r.epoch)
 								}
 								last = e.id
 								var c struct{ Room string }
@@ -1198,21 +1153,21 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 									trace.got = append(trace.got, e.id)
 								}
 							}
-							if end := end.Load(); rd.more || turn == 0 || end > 0 && rd.cursor > end {
+							if end := end.Load(); sub.more || turn == 0 || end > 0 && sub.cursor > end {
 								continue
 							}
-							rd.wait(t.Context(), nil)
+							sub.wait(t.Context(), nil)
 						}
 						for _, room := range names {
 							if traces[room] == nil {
 								traces[room] = &roomTrace{}
 							}
 							traces[room].from = append(traces[room].from, cursor)
-							traces[room].to = append(traces[room].to, rd.cursor)
+							traces[room].to = append(traces[room].to, sub.cursor)
 						}
-						cursor = rd.cursor
-						rd.unsubscribe()
-						if end := end.Load(); end > 0 && cursor > end && !rd.more {
+						cursor = sub.cursor
+						sub.unsubscribe()
+						if end := end.Load(); end > 0 && cursor > end && !sub.more {
 							return traces
 						}
 					}
@@ -1240,7 +1195,7 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 					publish(name(i))
 				}
 				reading.Wait()
-				checkBooks(t, r)
+				checkAccounting(t, r)
 
 				gaps := 0
 				for i, traces := range all {
@@ -1257,28 +1212,28 @@ func TestNothingIsLostNorTwiceNorOutOfOrder(t *testing.T) {
 	}
 }
 
-// The mark never runs ahead of the log, nor the log of the mark: a reader who
-// looks all the time reads one event after the other.
-func TestTheMarkAndTheLogAreOne(t *testing.T) {
+// The head is never ahead of the log, nor the log of the head: a subscriber that reads
+// all the time receives every event, one after the other.
+func TestTheHeadAndTheLogChangeTogether(t *testing.T) {
 	const n = 50_000
-	r := testRelay(limits{})
+	r := newTestRelay(limits{})
 	var reading sync.WaitGroup
 	for range 2 {
-		rd := openReader(t, r, "a,b", 0, subscribeRequest{})
+		sub := openSubscriber(t, r, "a,b", 0, subscribeRequest{})
 		reading.Go(func() {
-			defer rd.unsubscribe()
+			defer sub.unsubscribe()
 			last := r.epoch
 			for batch := []*event(nil); last < r.epoch+n; {
-				batch = rd.next(batch[:0])
+				batch = sub.next(batch[:0])
 				for _, e := range batch {
 					if e.id != last+1 {
-						t.Errorf("%d comes behind %d", e.id-r.epoch, last-r.epoch)
+						t.Errorf("%d comes after %d", e.id-r.epoch, last-r.epoch)
 						return
 					}
 					last = e.id
 				}
-				if last != rd.cursor {
-					t.Errorf("the cursor is %d behind %d", rd.cursor-r.epoch, last-r.epoch)
+				if last != sub.cursor {
+					t.Errorf("the cursor is %d behind %d", sub.cursor-r.epoch, last-r.epoch)
 					return
 				}
 			}
@@ -1290,7 +1245,7 @@ func TestTheMarkAndTheLogAreOne(t *testing.T) {
 	reading.Wait()
 }
 
-// checkTrace compares what a reader saw of a room with what was published there.
+// checkTrace compares what a reader received of a room with what was published there.
 func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, lossy bool) {
 	t.Helper()
 	got := map[int64]bool{}
@@ -1300,15 +1255,15 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 		}
 		got[id] = true
 	}
-	told := int64(0) // losses up to here were told
+	covered := int64(0) // losses up to here are covered by a gap
 	for _, id := range trace.gaps {
 		if got[id] {
-			t.Errorf("%s was told that %d is lost, and has it", who, id)
+			t.Errorf("%s was sent a gap for %d, and has it", who, id)
 		}
-		told = max(told, id)
+		covered = max(covered, id)
 	}
-	if !lossy && told > 0 {
-		t.Errorf("%s was told of a gap", who)
+	if !lossy && covered > 0 {
+		t.Errorf("%s was sent a gap", who)
 	}
 	expected := 0
 	for _, id := range published {
@@ -1319,11 +1274,11 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 		if asked {
 			expected++
 		}
-		if asked && !got[id] && id > told {
+		if asked && !got[id] && id > covered {
 			t.Errorf("%s lost %d", who, id)
 		}
 		if !asked && got[id] {
-			t.Errorf("%s read %d, which it had not asked for", who, id)
+			t.Errorf("%s read %d, which it had not requested", who, id)
 		}
 	}
 	if len(got) > expected {
@@ -1331,15 +1286,15 @@ func checkTrace(t *testing.T, who string, published []int64, trace *roomTrace, l
 	}
 }
 
-// Who reads several rooms and is cut off between their gaps is told of the
-// others again.
-func TestGapsOfOneIDAreAllTold(t *testing.T) {
-	r := testRelay(limits{})
+// A client that reads several rooms and disconnects between their gaps is sent the
+// other gaps again.
+func TestAllGapsOfOneIDAreSent(t *testing.T) {
+	r := newTestRelay(limits{})
 	for range 3 {
 		publishText(t, r, "a", "lost")
 		publishText(t, r, "b", "lost")
 	}
-	old, err := tryReader(r, subscribeRequest{rooms: []string{"a", "b", "c"}, cursor: 1})
+	old, err := trySubscriber(r, subscribeRequest{rooms: []string{"a", "b", "c"}, cursor: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1351,7 +1306,7 @@ func TestGapsOfOneIDAreAllTold(t *testing.T) {
 		}
 		rooms = append(rooms, string(e.json))
 		rest := 0
-		back, err := tryReader(r, subscribeRequest{rooms: []string{"a", "b", "c"}, cursor: e.id})
+		back, err := trySubscriber(r, subscribeRequest{rooms: []string{"a", "b", "c"}, cursor: e.id})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1367,10 +1322,85 @@ func TestGapsOfOneIDAreAllTold(t *testing.T) {
 			}
 		}
 		if rest < left {
-			t.Errorf("behind the gap %d there are %d more, and who comes back with it is told of %d: %s", e.id, left, rest, e.json)
+			t.Errorf("after the gap %d there are %d more, and a client that returns with it is sent %d: %s", e.id, left, rest, e.json)
 		}
 	}
 	if len(rooms) != 3 {
 		t.Errorf("%d gaps of three rooms: %s", len(rooms), rooms)
+	}
+}
+
+// typical is a chat message.
+var typicalMessage = publishRequest{room: "lobby", kind: "message", from: "ada", data: []byte(`"A comet's hair is long, and so is this connection."`)}
+
+// benchRelay returns a relay with the default limits, and a room whose history is
+// full.
+func benchRelay(tb testing.TB) *relay {
+	r := newRelay(limits{maxEvents: 256, maxRoomBytes: 1 << 20, maxBytes: 32 << 20, maxRooms: 10_000, maxUsers: 20_000, roomIdle: time.Hour, presenceTTL: time.Minute})
+	for range 2 * r.maxEvents {
+		publishTypicalMessage(tb, r)
+	}
+	return r
+}
+
+func publishTypicalMessage(tb testing.TB, r *relay) {
+	if _, _, err := r.publish(typicalMessage); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+// BenchmarkPublish measures a publish to a full room and the waking of its
+// subscribers. It includes that each subscriber takes its wake-up token. It does not
+// include reading or the scheduler: there are no goroutines.
+func BenchmarkPublish(b *testing.B) {
+	for _, n := range []int{0, 100, 10_000} {
+		b.Run(fmt.Sprintf("readers=%d", n), func(b *testing.B) {
+			r := benchRelay(b)
+			readers := make([]*subscriber, n)
+			for i := range readers {
+				readers[i] = openSubscriber(b, r, "lobby", -1, subscribeRequest{})
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				publishTypicalMessage(b, r)
+				for _, sub := range readers {
+					<-sub.wakeup
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkRead measures reading what lies after a cursor.
+func BenchmarkRead(b *testing.B) {
+	for _, rooms := range []string{"lobby", "lobby,garden,attic,cellar"} {
+		for _, n := range []int{1, 100} {
+			b.Run(fmt.Sprintf("rooms=%s/events=%d", rooms, n), func(b *testing.B) {
+				r := benchRelay(b)
+				sub := openSubscriber(b, r, rooms, -1, subscribeRequest{})
+				batch := make([]*event, 0, maxBatchEvents)
+				b.ReportAllocs()
+				for b.Loop() {
+					sub.cursor = r.lastID.Load() - int64(n)
+					if got := sub.next(batch); len(got) != n {
+						b.Fatalf("read %d events, want %d", len(got), n)
+					}
+				}
+			})
+		}
+	}
+}
+
+// The median of many is the usual cost of a publish: now and then a log moves to a
+// larger array, and the race detector empties the pool in encoding/json.
+func TestPublishingAllocatesLittle(t *testing.T) {
+	r := benchRelay(t)
+	var counts []float64
+	for range 101 {
+		counts = append(counts, testing.AllocsPerRun(1, func() { publishTypicalMessage(t, r) }))
+	}
+	slices.Sort(counts)
+	if n := counts[50]; n > 5 {
+		t.Errorf("a publish to a room without readers is %v allocations, want at most 5", n)
 	}
 }

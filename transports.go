@@ -863,7 +863,10 @@ func (st *stream) webSocket(w http.ResponseWriter, r *http.Request, q *request) 
 	write := func(b []byte) error {
 		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 		defer cancel()
-		return conn.Write(ctx, websocket.MessageText, b)
+		if conn.Write(ctx, websocket.MessageText, b) != nil {
+			return errClientGone
+		}
+		return nil
 	}
 	var mu sync.Mutex // held while a message is answered
 	st.busy = func() bool { mu.Lock(); defer mu.Unlock(); return false }
@@ -886,7 +889,10 @@ func (st *stream) webSocket(w http.ResponseWriter, r *http.Request, q *request) 
 	st.ping = func() error {
 		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 		defer cancel()
-		return conn.Ping(ctx)
+		if conn.Ping(ctx) != nil {
+			return errClientGone
+		}
+		return nil
 	}
 	st.send = func(sc *scratch, b []byte) error {
 		if len(b) == 0 && len(sc.encoded) == 0 { // a bye that this client does not see
@@ -905,7 +911,7 @@ func (st *stream) closeCode() (websocket.StatusCode, string) {
 	if time.Now().UnixNano() >= st.permit.expiresAt {
 		return websocket.StatusPolicyViolation, "the token has expired"
 	}
-	return websocket.StatusGoingAway, "come back in a moment"
+	return websocket.StatusServiceRestart, "come back in a moment"
 }
 
 // An author is who publishes through a WebSocket. It is all that is kept of the request.

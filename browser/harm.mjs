@@ -80,7 +80,9 @@ export async function startRelay() {
 export async function network(to) {
   const pairs = new Set
   let mode = 'pass', tries = 0
-  const apply = pair => pair.forEach(socket => mode === 'cut' ? socket.resetAndDestroy() : mode === 'stall' ? socket.pause() : socket.resume())
+  // Node spins when it exits if a socket is reset that is just being ended.
+  const cut = socket => socket.writableEnded ? socket.destroy() : socket.resetAndDestroy()
+  const apply = pair => pair.forEach(socket => mode === 'cut' ? cut(socket) : mode === 'stall' ? socket.pause() : socket.resume())
   const server = net.createServer(client => {
     const relay = net.connect(to, '127.0.0.1'), pair = [client, relay]
     tries++

@@ -1,12 +1,50 @@
-// The lab and the live graphs, in both browsers: every technique gets every event, once and in order, through cuts; what
-// is counted is what happened; graphs and pictures move; and no console says anything.
+// The lab and the live graphs, in both browsers: every technique delivers every event, once and in order, through lost
+// connections; the counts are right; the source code is shown; graphs and pictures change; and no console reports an error.
 
 import assert from 'node:assert/strict'
+import { readFileSync } from 'node:fs'
 import { after, afterEach, before, describe, test } from 'node:test'
-import { browse, browsers, clumsy, open, secure, sleep, start, until, wire } from './relay.mjs'
+import { goCode, jsCode } from '../static/code.js'
+import { browse, browsers, clumsy, open, prefixed, secure, sleep, start, until, wire } from './relay.mjs'
 
 const ten = ['refresh', 'multipart', 'html', 'poll', 'iframe', 'longpoll', 'stream', 'jsonp', 'sse', 'ws']
-const once = ten.filter(name => name !== 'refresh' && name !== 'multipart') // a page that comes anew says again what it said; server push has its picture beside it
+const once = ten.filter(name => name !== 'refresh' && name !== 'multipart') // a page that refreshes itself repeats messages; server push also has a picture
+
+// The functions that each card shows: in Go, and in JavaScript unless the technique needs none.
+const functions = {
+  refresh: [['refresh', 'appendPage']],
+  multipart: [['multipart', 'multipartOf'], ['multipart', 'readLines']],
+  html: [['endlessPage']],
+  poll: [['poll', 'pollBody'], ['poll', 'pollLoop']],
+  iframe: [['iframe'], ['iframe', 'addFrame']],
+  longpoll: [['poll', 'pollBody'], ['longpoll', 'pollLoop']],
+  stream: [['ndjson'], ['stream', 'readLines']],
+  jsonp: [['jsonp', 'pollBody'], ['jsonp', 'addFrame', 'pollLoop']],
+  sse: [['sse'], ['sse']],
+  ws: [['frames'], ['ws']],
+}
+const declaredIn = code => [...code.matchAll(/^(?:func (?:\(.*?\) )?|(?:async )?function |const )?(\w+)(?:\(|: | = )/gm)].map(([, name]) => name)
+
+test('the source code of each technique is found by name, whole and with its comment', () => {
+  const source = path => readFileSync(new URL('../' + path, import.meta.url), 'utf8')
+  const goSource = source('transports.go'), jsSource = source('static/comet.js')
+  for (const name of ten) {
+    const [go, js] = functions[name], goShown = goCode(goSource, name), jsShown = jsCode(jsSource, name)
+    assert.deepEqual(declaredIn(goShown), go, name)
+    assert.deepEqual(jsShown && declaredIn(jsShown), js, name)
+    assert.match(goShown, new RegExp(`^\\{name: "${name}", .*\\},\n\n// ${go[0] === 'frames' ? 'ws' : '\\w+'}\\b[^]*\n\\}$`), name)
+    assert.equal(goShown.split(/^\}$/m).length - 1, go.length, `${name}: each function has its end`)
+    if (js) assert.match(jsShown, /^\/\/ [^]*[}),]$/, name)
+    for (const part of goShown.split('\n\n')) assert.ok(goSource.includes(part), `${name}: ${part} is in the file`)
+    assert.ok(goShown.split('\n').length < 70 && (jsShown ?? '').split('\n').length < 50, `${name}: short`)
+  }
+})
+
+test('source code that is not there is an error', () => {
+  assert.throws(() => goCode('func other() {\n}\n', 'sse'), /not found in the source/)
+  assert.throws(() => goCode('\t{name: "sse", mode: streaming, encoder: gone},\n', 'sse'), /not found in the source/)
+  assert.throws(() => jsCode('const other = 1\n', 'sse'), /not found in the source/)
+})
 
 let relay
 before(async () => relay = await start('-beat', '2s'))
@@ -27,7 +65,7 @@ async function lab(browser, url) {
   return page
 }
 
-/** Waits until every technique has so many, and checks that it has each once. */
+/** Waits until every technique delivered so many events, each once and in order. */
 async function all(page, count, names = ten) {
   let last
   await until(`${count} events by every technique`, async () => {
@@ -40,13 +78,14 @@ async function all(page, count, names = ten) {
   }
 }
 
+/** The relay's counters. */
 async function metrics() {
   const text = await (await fetch(relay.url + '/metrics')).text()
   const one = (name, technique) => +new RegExp(`^cometes_${name}${technique ? `\\{technique="${technique}"\\}` : ''} (\\S+)$`, 'm').exec(text)[1]
   return { published: one('published_total'), delivered: name => one('delivered_total', name), requests: name => one('requests_total', name) }
 }
 
-/** Begins to count anew, and waits until that shows: what is on the page may be older. */
+/** Resets the counts, and waits until the page shows it. */
 async function reset(page) {
   await press(page, '#reset')
   await until('nothing is counted', async () => Object.values(await cards(page)).every(card => card.delivered === '0'))
@@ -63,16 +102,17 @@ for (const name of browsers) describe(name, () => {
   afterEach(async () => { for (const page of await browser.pages()) if (page.url() !== 'about:blank') await page.close() })
   after(() => browser?.close())
 
-  test('the lab: 200 events by every technique, none lost, none twice, in order, through cuts', async () => {
+  test('the lab: 200 events by every technique, each once and in order, through lost connections', async t => {
     const net = await wire(relay.port)
+    t.after(() => net.stop())
     const page = await lab(browser, net.url)
-    assert.match(await say(page, '#held'), /^No\. By all that streams/)
+    assert.match(await say(page, '#held'), /^No\. With all techniques that stream/)
     assert.match(await say(page, '#choice'), /^ws,/)
     assert.match(await say(page, '#limit'), /2 had to wait/)
     const open = Object.entries(await cards(page)).filter(([, card]) => card.state !== 'open')
     assert.deepEqual(open, [], 'all ten at once')
     await set(page, '#every', 1)
-    await all(page, 10) // the ticks of the verdict
+    await all(page, 10) // published by the test of the network
 
     await press(page, '#reset')
     await sleep(1500)
@@ -93,16 +133,15 @@ for (const name of browsers) describe(name, () => {
     for (let i = 0; i < 4; i++) {
       await burst(page, 30)
       await sleep(i * 100)
-      net.cut() // for real: nobody said goodbye
+      net.cut() // without any notice
       await all(page, 80 + 30 * (i + 1))
     }
-    net.stop()
   })
 
   test('the lab: more streams than connections take turns, and lose nothing', async () => {
     const page = await lab(browser, relay.url)
     await set(page, '#every', 1)
-    await all(page, 10) // the ticks of the verdict
+    await all(page, 10) // published by the test of the network
     await reset(page)
     await page.evaluate(() => {
       const select = document.querySelector('#stream select')
@@ -117,10 +156,10 @@ for (const name of browsers) describe(name, () => {
     assert.deepEqual(page.errors, [])
   })
 
-  test('the lab: six more wait, with all that is short, and go on', async () => {
+  test('the lab: six more connections wait, and short requests with them, and then go on', async () => {
     const page = await lab(browser, relay.url)
     await set(page, '#every', 1)
-    await all(page, 10) // the ticks of the verdict
+    await all(page, 10) // published by the test of the network
     await reset(page)
     await press(page, '#more')
     await until('some wait', async () => /waits, [2-9]\.\d s/.test(await say(page, '#extra')))
@@ -131,10 +170,10 @@ for (const name of browsers) describe(name, () => {
     assert.deepEqual(page.errors, [])
   })
 
-  test('the lab: each can be cut, stopped and begun, and the bytes are shown', async () => {
+  test('the lab: each technique can be cut, paused and started, and its bytes are shown', async () => {
     const page = await lab(browser, relay.url)
     await set(page, '#every', 1)
-    await all(page, 10) // the ticks of the verdict
+    await all(page, 10) // published by the test of the network
     await reset(page)
     await page.evaluate(() => document.querySelectorAll('details').forEach(one => one.open = true))
     await press(page, '#ws .halt')
@@ -155,20 +194,53 @@ for (const name of browsers) describe(name, () => {
     assert.match(bytes.sse, /\nid: \d+\ndata: \{"id":/)
     assert.match(bytes.jsonp, /\n\/\*\*\/lab_\w+\(\{"cursor":/)
     assert.match(bytes.multipart, /content-type: multipart\/x-mixed-replace; boundary=/)
-    assert.match(await say(page, '#multipart .shownas'), name === 'firefox' ? /whole pages/ : /pictures so, but not pages/)
+    assert.match(await say(page, '#multipart .shownas'), name === 'firefox' ? /for whole pages/ : /for pictures, but not for pages/)
     assert.deepEqual(page.errors, [])
   })
 
-  test('the lab: a proxy that holds back is found out', async () => {
+  test('the lab: each card shows the source code of its technique', async t => {
+    const file = await fetch(relay.url + '/transports.go')
+    assert.equal(file.headers.get('Content-Type'), 'text/plain; charset=utf-8')
+    assert.equal((await fetch(relay.url + '/transports.go', { headers: { 'If-None-Match': file.headers.get('ETag') } })).status, 304)
+    const net = await prefixed(relay.port, '/a/b/')
+    t.after(() => net.stop())
+    const page = await open(browser, net.url + '/lab.html')
+    await until('the cards are there', () => page.evaluate(() => document.querySelectorAll('.card').length === 10))
+    const loaded = () => page.evaluate(() => performance.getEntriesByType('resource').map(({ name }) => name).filter(name => /\/transports\.go$/.test(name)))
+    assert.deepEqual(await loaded(), [], 'not loaded yet')
+    await page.focus('#sse .code summary')
+    await page.keyboard.press('Enter')
+    await until('the keyboard opens it', () => page.evaluate(() => document.querySelector('#sse .code').open))
+    await page.evaluate(() => document.querySelectorAll('.code').forEach(details => details.open = true))
+    for (const technique of ten) {
+      const [go, js] = functions[technique]
+      const shown = await until(`the code of ${technique}`, () => page.evaluate(technique => {
+        const parts = [...document.querySelectorAll(`#${technique} .code section`)]
+        const [go, js] = parts.map(part => part.innerText)
+        return parts.every(part => part.querySelector('code').textContent || /without a script/.test(part.innerText)) && { go, js, links: parts.map(part => part.querySelector('a').href) }
+      }, technique))
+      assert.deepEqual(shown.links, [net.url + '/transports.go', net.url + '/comet.js'])
+      for (const name of go) assert.match(shown.go, new RegExp(`^func (\\(.*\\) )?${name}\\(`, 'm'), technique)
+      for (const name of js ?? []) assert.match(shown.js, new RegExp(`^(const |function )?${name}\\b`, 'm'), technique)
+      if (!js) assert.match(shown.js, /No function: the browser loads/)
+    }
+    const elements = await page.evaluate(() => document.querySelectorAll('.code code *').length)
+    assert.equal(elements, 0, 'plain text')
+    assert.deepEqual(await loaded(), [net.url + '/transports.go'], 'loaded once')
+    assert.deepEqual(page.errors, [])
+  })
+
+  test('the lab: a proxy that buffers is detected', async t => {
     const net = await clumsy(relay.port, 1100)
+    t.after(() => net.stop())
     const page = await lab(browser, net.url)
-    assert.match(await say(page, '#held'), /^Yes: .*Streamed answer, Server-sent events\. .*Not by WebSocket/)
+    assert.match(await say(page, '#held'), /^Yes: .*Streaming, Server-sent events\. .*Not with WebSocket/)
     assert.deepEqual(page.errors, [])
-    net.stop()
   })
 
-  test('the lab over HTTP/2: nobody waits', async () => {
+  test('the lab over HTTP/2: no request waits', async t => {
     const net = await secure(relay.port)
+    t.after(() => net.stop())
     const page = await lab(browser, net.url)
     assert.match(await say(page, '#limit'), /^HTTP\/2: .* none had to wait/)
     await set(page, '#every', 1)
@@ -180,10 +252,9 @@ for (const name of browsers) describe(name, () => {
     const states = Object.values(await cards(page)).map(card => card.state)
     assert.deepEqual(states, ten.map(() => 'open'))
     assert.deepEqual(page.errors, [])
-    net.stop()
   })
 
-  test('the graphs move, and tell their values', async () => {
+  test('the graphs move, and show their values', async () => {
     const page = await open(browser, relay.url + '/stats.html?room=heat-' + name)
     const feed = data => fetch(`${relay.url}/rooms/heat-${name}`, { method: 'POST', body: data })
     const curve = () => page.evaluate(() => document.querySelectorAll('#relay .graph')[1]?.querySelector('.curve')?.getAttribute('d'))
@@ -214,7 +285,7 @@ for (const name of browsers) describe(name, () => {
     assert.deepEqual(page.errors, [])
   })
 
-  test('the picture changes, without a script', async () => {
+  test('the picture changes without JavaScript', async () => {
     const room = 'look-' + name
     const page = await open(browser, `${relay.url}/stats.html?room=${room}`)
     const shot = async () => Buffer.from(await (await page.$('#live')).screenshot()).toString('base64')

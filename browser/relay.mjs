@@ -63,7 +63,7 @@ export async function wire(to) {
     client.pipe(relay).pipe(client)
   })
   const port = await listen(server)
-  const cut = () => sockets.forEach(socket => socket.resetAndDestroy())
+  const cut = () => sockets.forEach(socket => socket.writableEnded ? socket.destroy() : socket.resetAndDestroy()) // a socket that is just being ended must not be reset: Node would spin when it exits
   return { url: `http://127.0.0.1:${port}`, cut, stop: () => { cut(); server.close() } }
 }
 

@@ -1,18 +1,18 @@
-// The techniques of the lab, each by the browser's own means. This is the part to read: an entry of the table opens
-// its connection, tells its line (see lab.js) what it sees, and returns what closes it.
+// How the lab opens a connection for each technique, with nothing but what the browser offers. An entry of the table
+// opens its connection, reports to its link what it sees, and returns a function that closes it.
 
-export const asked = new URLSearchParams(location.search)
-const token = asked.get('token')
-export const run = Math.random().toString(36).slice(2, 6).padEnd(4, '0') // names this page in the events it publishes
-export const room = asked.get('room') || 'lab-' + run
-export const pattern = /^(\w{4}) #(\d+) (\d+\.\d) / // of an event: whose, its number, when it was sent
+export const pageQuery = new URLSearchParams(location.search)
+const token = pageQuery.get('token')
+export const run = Math.random().toString(36).slice(2, 6).padEnd(4, '0') // identifies this page in the events it publishes
+export const room = pageQuery.get('room') || 'lab-' + run
+export const pattern = /^(\w{4}) #(\d+) (\d+\.\d) / // of an event's text: run, number, time of sending
 
 export const sleep = ms => new Promise(done => setTimeout(done, ms))
 export const unique = () => Math.random().toString(36).slice(2)
 export const size = text => new TextEncoder().encode(text).length
-export const every = () => Math.min(55, Math.max(1, Math.round(document.querySelector('#every').valueAsNumber) || 2))
+export const interval = () => Math.min(55, Math.max(1, Math.round(document.querySelector('#every').valueAsNumber) || 2))
 
-/** Every address is relative to the page's own: a proxy may have put the relay below a path. */
+/** Every address is relative to the page's own, since a proxy may serve the relay under a prefix. */
 export const here = path => new URL(path, document.baseURI)
 
 export function address(technique, query) {
@@ -21,161 +21,163 @@ export function address(technique, query) {
   return url.pathname + url.search
 }
 
-// Requests without cookies have connections of their own in some browsers: see findPlaces in lab.js. That is for fetch;
-// everything else asks with them.
+// In some browsers, requests without cookies use separate connections: see findConnectionLimit in lab.js. Only fetch can
+// omit them.
 export const cookies = { mode: 'omit' }
-export const ask = (url, options) => fetch(url, { credentials: cookies.mode, cache: 'no-store', ...options })
+export const request = (url, options) => fetch(url, { credentials: cookies.mode, cache: 'no-store', ...options })
 
 export const http = /^h[23]/.test(performance.getEntriesByType('navigation')[0]?.nextHopProtocol) ? 'HTTP/2' : 'HTTP/1.1'
-export const headOf = answer => `${http} ${answer.status} ${answer.statusText}\n` + [...answer.headers].map(h => h.join(': ') + '\n').join('')
-const refused = answer => Object.assign(new Error(`the relay answered ${answer.status}`), { retry: answer.headers.get('Retry-After') * 1e3 })
+export const headOf = response => `${http} ${response.status} ${response.statusText}\n` + [...response.headers].map(h => h.join(': ') + '\n').join('')
+const statusError = response => Object.assign(new Error(`the relay answered ${response.status}`), { retry: response.headers.get('Retry-After') * 1e3 })
 
-// The techniques, in the order of their age.
+// The techniques, oldest first.
 //
-//     line.asks(url, more)   a request goes out; more is what is known of its head
-//     line.opens(head)       its answer begins
-//     line.gets(bytes)       some of its body came, as text
-//     line.hears(event)      and that was an event
-//     line.reads(texts)      the lines that a page shows now
-//     line.lives()           something came, if only a heartbeat
-//     line.rests()           the answer is whole
-//     line.ends(error)       it broke, or is over when it should not be
+//     link.onRequest(url, more)   a request was sent; more is what is known of its head
+//     link.onOpen(head)           its response began
+//     link.onBody(text)           a part of the body arrived
+//     link.onEvent(event)         an event arrived
+//     link.onBatch(answer)        the events of one answer arrived, and the cursor for the next request
+//     link.onTexts(texts)         the messages that a page shows now
+//     link.onActivity()           something arrived, perhaps only a heartbeat
+//     link.onComplete()           the response is complete
+//     link.onReconnect()          the connection was lost, and the browser opens a new one
+//     link.onError(error)         the connection failed, or ended when it should not
 
 export const techniques = [
   {
     name: 'refresh', title: 'Client pull', year: '1995', cookies: true, page: true, short: true,
-    says: 'The page’s head tells the browser to fetch it anew, every few seconds, for ever.',
-    how: 'The page as the browser understood it, for its bytes it shows to nobody; the head is that of a HEAD request.',
-    open(line) {
-      const url = line.url({ wait: every(), form: 0 })
-      const frame = line.frame(url)
-      let late
+    description: 'A page with a header that makes the browser load it again every few seconds.',
+    rawNote: 'The page as the browser parsed it, since no script can read its bytes; the head is from a HEAD request.',
+    open(link) {
+      const url = link.url({ wait: interval(), form: 0 })
+      const frame = link.frame(url)
+      let timeout
       frame.onload = () => {
         const page = frame.contentDocument?.querySelector('main')
-        if (!page) return line.ends(new Error('no page came'))
-        clearTimeout(late)
+        if (!page) return link.onError(new Error('the page did not load'))
+        clearTimeout(timeout)
         const { timeOrigin } = frame.contentWindow.performance, [entry] = frame.contentWindow.performance.getEntriesByType('navigation')
-        line.asks(url, '', entry && timeOrigin + entry.requestStart)
-        line.opens()
-        line.gets(page.ownerDocument.documentElement.outerHTML, entry?.encodedBodySize)
-        line.reads([...page.querySelectorAll('.message span')].map(said => said.textContent).reverse())
-        line.rests()
-        late = setTimeout(() => line.ends(new Error('the page did not come anew')), every() * 1e3 + 30e3)
+        link.onRequest(url, '', entry && timeOrigin + entry.requestStart)
+        link.onOpen()
+        link.onBody(page.ownerDocument.documentElement.outerHTML, entry?.encodedBodySize)
+        link.onTexts([...page.querySelectorAll('.message span')].map(text => text.textContent).reverse())
+        link.onComplete()
+        timeout = setTimeout(() => link.onError(new Error('the page did not refresh itself')), interval() * 1e3 + 30e3)
       }
-      return () => { clearTimeout(late); frame.remove() }
+      return () => { clearTimeout(timeout); frame.remove() }
     },
   },
   {
     name: 'multipart', title: 'Server push', year: '1995', picture: true,
-    says: 'One answer of many parts, each of which replaces the one before: a picture that moves, or a page.',
-    how: 'As fetch read them, which tells the parts apart by their boundary.',
-    open: line => readByFetch(line, line.url({ as: 'json' })),
+    description: 'One response of many parts. Each part replaces the one before: an animated picture, or a page.',
+    rawNote: 'As read with fetch, which shows the boundaries between the parts.',
+    open: link => readStream(link, link.url({ as: 'json' })),
   },
   {
-    name: 'html', title: 'Endless page', year: 'about 1995', cookies: true, page: true,
-    says: 'A page that never ends: the browser shows what has come of it, so the server just goes on.',
-    how: 'The newest line as the browser understood it, for its bytes it shows to nobody; the head is that of a HEAD request.',
-    open(line) {
-      const url = line.url({ last: 0, form: 0 })
-      line.asks(url)
-      const frame = line.frame(url)
-      const watch = new MutationObserver(() => {
-        line.lives()
+    name: 'html', title: 'The page that never ends', year: 'about 1995', cookies: true, page: true,
+    description: 'The browser shows a page while it is loading, and the server never finishes it.',
+    rawNote: 'The newest message as the browser parsed it, since no script can read its bytes; the head is from a HEAD request.',
+    open(link) {
+      const url = link.url({ last: 0, form: 0 })
+      link.onRequest(url)
+      const frame = link.frame(url)
+      const observer = new MutationObserver(() => {
+        link.onActivity()
         for (let p; (p = frame.contentDocument?.querySelector('main > .message:not([data-read])'));) {
-          const said = p.querySelector('span')
-          if (!p.nextElementSibling && !pattern.test(said?.textContent)) return // not all of it is there
+          const text = p.querySelector('span')
+          if (!p.nextElementSibling && !pattern.test(text?.textContent)) return // a part is missing
           p.dataset.read = ''
-          line.gets(p.outerHTML + '\n')
-          line.reads([said.textContent])
+          link.onBody(p.outerHTML + '\n')
+          link.onTexts([text.textContent])
           const old = p.parentNode.children
-          if (old.length > 100) old[0].remove() // it never ends, but the memory does
+          if (old.length > 100) old[0].remove() // the page never ends, but memory does
         }
       })
-      const leave = watchFrame(line, frame, page => {
-        line.opens()
-        line.gets(page.documentElement.outerHTML)
-        watch.observe(page, { childList: true, subtree: true, characterData: true })
+      const unwatch = watchFrame(link, frame, page => {
+        link.onOpen()
+        link.onBody(page.documentElement.outerHTML)
+        observer.observe(page, { childList: true, subtree: true, characterData: true })
       })
-      return () => { watch.disconnect(); leave(); frame.remove() }
+      return () => { observer.disconnect(); unwatch(); frame.remove() }
     },
   },
   {
-    name: 'poll', title: 'Polling', year: 'as old as scripts', short: true,
-    says: 'A script asks again and again, and mostly hears that there is nothing.',
-    how: 'As fetch tells it.',
-    open: line => askAgain(line, {}, () => sleep(every() * 1e3)),
+    name: 'poll', title: 'Polling', year: '', short: true,
+    description: 'A script sends a request every few seconds. Most responses are empty.',
+    rawNote: 'As fetch reports it.',
+    open: link => repeat(link, {}, () => sleep(interval() * 1e3)),
   },
   {
     name: 'iframe', title: 'Forever frame', year: 'about 2000', cookies: true,
-    says: 'A hidden page that never ends; each event in it is a script, which hands it to the page around.',
-    how: 'Put together from the event that the frame handed over; the head is that of a HEAD request.',
-    open(line) {
-      const url = line.url()
-      line.asks(url)
-      const frame = line.frame(url, true)
-      const leave = watchFrame(line, frame)
-      const hear = e => {
+    description: 'A hidden page that never ends. Each event is a script in it, which passes the event to the outer page.',
+    rawNote: 'Reconstructed from the event that the frame passed on; the head is from a HEAD request.',
+    open(link) {
+      const url = link.url()
+      link.onRequest(url)
+      const frame = link.frame(url, true)
+      const unwatch = watchFrame(link, frame)
+      const onMessage = e => {
         if (e.source !== frame.contentWindow) return
-        if (e.data.type === 'hello') line.opens()
-        line.gets(`<script nonce="…">tell(${JSON.stringify(e.data)})</script>\n`)
-        line.hears(e.data)
+        if (e.data.type === 'hello') link.onOpen()
+        link.onBody(`<script nonce="…">tell(${JSON.stringify(e.data)})</script>\n`)
+        link.onEvent(e.data)
         frame.contentDocument?.querySelectorAll('script:not(:last-of-type)').forEach(old => old.remove())
       }
-      addEventListener('message', hear)
-      return () => { removeEventListener('message', hear); leave(); frame.remove() }
+      addEventListener('message', onMessage)
+      return () => { removeEventListener('message', onMessage); unwatch(); frame.remove() }
     },
   },
   {
-    name: 'longpoll', title: 'Long polling', year: 'about 2000', waits: 25e3,
-    says: 'The same question with a patient answer: it is held until there is something to say.',
-    how: 'As fetch tells it.',
-    open: line => askAgain(line, { wait: 25 }),
+    name: 'longpoll', title: 'Long polling', year: 'about 2000', wait: 25e3,
+    description: 'Like polling, but the server holds the request until there is an event.',
+    rawNote: 'As fetch reports it.',
+    open: link => repeat(link, { wait: 25 }),
   },
   {
-    name: 'stream', title: 'Streamed answer', year: 'about 2004', ways: { xhr: 'XMLHttpRequest, as in 2004', fetch: 'fetch, of 2015' },
-    says: 'An answer that never ends, a line an event, read while it is still coming.',
-    how: 'As the script read them.',
-    open(line) {
-      if (line.way === 'fetch') return readByFetch(line, line.url())
-      const xhr = new XMLHttpRequest(), url = line.url(), hear = lines(line)
+    name: 'stream', title: 'Streaming', year: 'about 2004', apis: { xhr: 'XMLHttpRequest, as in 2004', fetch: 'fetch, since 2015' },
+    description: 'A response that never ends, with one line per event. A script reads it while it arrives.',
+    rawNote: 'As the script read it.',
+    open(link) {
+      if (link.api === 'fetch') return readStream(link, link.url())
+      const xhr = new XMLHttpRequest(), url = link.url(), onText = lines(link)
       let read = 0
       xhr.onreadystatechange = () => {
-        if (xhr.readyState === 2) line.opens(`${http} ${xhr.status} ${xhr.statusText}\n` + xhr.getAllResponseHeaders().replaceAll('\r', ''))
+        if (xhr.readyState === 2) link.onOpen(`${http} ${xhr.status} ${xhr.statusText}\n` + xhr.getAllResponseHeaders().replaceAll('\r', ''))
         if (xhr.readyState < 3) return
         const text = xhr.responseText.slice(read)
         read += text.length
-        if (text) hear(text)
-        if (xhr.readyState === 4) line.ends(new Error('the answer ended'))
-        else if (read > 1e6) line.ends(new Error('XMLHttpRequest keeps all it has read, so after a megabyte it begins anew'))
+        if (text) onText(text)
+        if (xhr.readyState === 4) link.onError(new Error('the response ended'))
+        else if (read > 1e6) link.onError(new Error('XMLHttpRequest keeps the whole response in memory, so the lab reconnects after a megabyte'))
       }
-      line.asks(url)
+      link.onRequest(url)
       xhr.open('GET', url)
       xhr.send()
       return () => xhr.abort()
     },
   },
   {
-    name: 'jsonp', title: 'JSONP', year: '2005', cookies: true, waits: 25e3,
-    says: 'A long poll through a script tag, which once was the only way to ask another site.',
-    how: 'Put together from what the script handed over; the head is that of a HEAD request.',
-    open(line) {
+    name: 'jsonp', title: 'JSONP', year: '2005', cookies: true, wait: 25e3,
+    description: 'Long polling with script tags, once the only way to make a request to another origin.',
+    rawNote: 'Reconstructed from what the script passed on; the head is from a HEAD request.',
+    open(link) {
       const callback = 'lab_' + unique()
-      let script, heard
+      let script, called
       const next = () => {
         script = document.createElement('script')
-        script.src = line.url({ wait: heard === undefined ? 0 : 25, callback })
-        heard = false
-        script.onerror = () => line.ends(new Error('the script failed'))
-        script.onload = () => { script.remove(); heard ? next() : line.ends(new Error('the script did not call')) }
-        line.asks(script.getAttribute('src'))
+        script.src = link.url({ wait: called === undefined ? 0 : 25, callback })
+        called = false
+        script.onerror = () => link.onError(new Error('the script did not load'))
+        script.onload = () => { script.remove(); called ? next() : link.onError(new Error('the script did not call the callback')) }
+        link.onRequest(script.getAttribute('src'))
         document.head.append(script)
       }
       window[callback] = answer => {
-        heard = true
-        line.opens()
-        line.gets(`/**/${callback}(${JSON.stringify(answer)});\n`)
-        line.takes(answer)
-        line.rests()
+        called = true
+        link.onOpen()
+        link.onBody(`/**/${callback}(${JSON.stringify(answer)});\n`)
+        link.onBatch(answer)
+        link.onComplete()
       }
       next()
       return () => { script.onload = script.onerror = null; script.remove(); window[callback] = () => delete window[callback] }
@@ -183,104 +185,107 @@ export const techniques = [
   },
   {
     name: 'sse', title: 'Server-sent events', year: '2006', cookies: true,
-    says: 'The streamed answer as a standard: the browser reads it, reconnects by itself, and says where it was.',
-    how: 'Put together from the event that the EventSource handed over; the head is that of a HEAD request.',
-    open(line) {
-      const url = line.url(), source = new EventSource(url)
-      const more = () => `Accept: text/event-stream\nCache-Control: no-cache\n${line.state === 'asks again' ? `Last-Event-ID: ${line.cursor}\n` : ''}`
-      line.asks(url, more())
-      source.onopen = () => line.opens()
+    description: 'Streaming as a standard: the browser parses the events, reconnects by itself, and sends the last id.',
+    rawNote: 'Reconstructed from the event that the EventSource passed on; the head is from a HEAD request.',
+    open(link) {
+      const url = link.url(), source = new EventSource(url)
+      const head = () => `Accept: text/event-stream\nCache-Control: no-cache\n${link.state === 'reconnecting' ? `Last-Event-ID: ${link.cursor}\n` : ''}`
+      link.onRequest(url, head())
+      source.onopen = () => link.onOpen()
       for (const type of ['message', 'hello', 'gap', 'bye', 'beat']) source.addEventListener(type, e => {
         const id = type === 'beat' ? '' : `id: ${e.lastEventId}\n`
-        line.gets(`${id}${type === 'message' ? '' : `event: ${type}\n`}data: ${e.data}\n\n`)
-        line.hears(JSON.parse(e.data))
+        link.onBody(`${id}${type === 'message' ? '' : `event: ${type}\n`}data: ${e.data}\n\n`)
+        link.onEvent(JSON.parse(e.data))
       })
       source.onerror = () => {
-        if (source.readyState === EventSource.CLOSED) return line.ends(new Error('the EventSource gave up'))
-        line.breaks('asks again') // by itself
-        line.asks(url, more())
+        if (source.readyState === EventSource.CLOSED) return link.onError(new Error('the EventSource gave up'))
+        link.onReconnect()
+        link.onRequest(url, head())
       }
       return () => source.close()
     },
   },
   {
     name: 'ws', title: 'WebSocket', year: '2011', socket: true,
-    says: 'Not HTTP any more once it is open: frames, both ways, over one connection.',
-    how: 'The frame by RFC 6455, put together from its text. Of the handshake the browser shows nothing.',
-    open(line) {
-      const url = line.url(), socket = new WebSocket(new URL(url, location.href.replace(/^http/, 'ws')))
-      line.asks(url, 'Connection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: (16 bytes, Base64)\n')
-      socket.onopen = () => line.opens('HTTP/1.1 101 Switching Protocols\nConnection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Accept: (20 bytes, Base64)\n')
+    description: 'Starts as an HTTP request, then carries frames in both directions over one connection.',
+    rawNote: 'The frame, reconstructed from its text by RFC 6455. The browser does not show the handshake.',
+    open(link) {
+      const url = link.url(), socket = new WebSocket(new URL(url, location.href.replace(/^http/, 'ws')))
+      link.onRequest(url, 'Connection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: (16 bytes, Base64)\n')
+      socket.onopen = () => link.onOpen('HTTP/1.1 101 Switching Protocols\nConnection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Accept: (20 bytes, Base64)\n')
       socket.onmessage = e => {
         const n = size(e.data)
         const head = n < 126 ? [n] : n < 65536 ? [126, n >> 8, n & 255] : [127, 0, 0, 0, 0, n >> 24, n >> 16 & 255, n >> 8 & 255, n & 255]
-        line.gets(`[81 ${head.map(b => b.toString(16).padStart(2, '0')).join(' ')}] ${e.data}\n`, n + 1 + head.length)
-        for (const event of e.data.split('\n')) line.hears(JSON.parse(event))
+        link.onBody(`[81 ${head.map(b => b.toString(16).padStart(2, '0')).join(' ')}] ${e.data}\n`, n + 1 + head.length)
+        for (const event of e.data.split('\n')) link.onEvent(JSON.parse(event))
       }
-      socket.onclose = e => line.ends(new Error(`the WebSocket closed (${e.code})`))
+      socket.onclose = e => link.onError(new Error(`the WebSocket closed (${e.code})`))
       return () => socket.close()
     },
   },
 ]
 
-/** Reads an answer that never ends. */
-function readByFetch(line, url) {
-  const abort = new AbortController(), hear = lines(line), utf8 = new TextDecoder()
-  const go = async () => {
-    line.asks(url)
-    const answer = await ask(url, { signal: abort.signal })
-    if (!answer.ok) throw refused(answer)
-    line.opens(headOf(answer))
-    const reader = answer.body.getReader()
-    for (let part; !(part = await reader.read()).done;) hear(utf8.decode(part.value, { stream: true }))
-    throw new Error('the answer ended')
+/** Reads a response that never ends. */
+function readStream(link, url) {
+  const abort = new AbortController(), onText = lines(link), utf8 = new TextDecoder()
+  const read = async () => {
+    link.onRequest(url)
+    const response = await request(url, { signal: abort.signal })
+    if (!response.ok) throw statusError(response)
+    link.onOpen(headOf(response))
+    const reader = response.body.getReader()
+    for (let part; !(part = await reader.read()).done;) onText(utf8.decode(part.value, { stream: true }))
+    throw new Error('the response ended')
   }
-  go().catch(line.ends)
+  read().catch(link.onError)
   return () => abort.abort()
 }
 
-/** Asks for what there is, and again when that came. */
-function askAgain(line, query, pause) {
+/** Sends one request after the other. */
+function repeat(link, query, pause) {
   const abort = new AbortController()
-  const go = async () => {
-    for (let wait = 0; !abort.signal.aborted; wait = query.wait) { // the first answer comes at once, to see that one does
-      const url = line.url({ wait })
-      line.asks(url)
-      const answer = await ask(url, { signal: abort.signal })
-      if (!answer.ok) throw refused(answer)
-      line.opens(headOf(answer))
-      const text = await answer.text()
-      line.gets(text)
-      line.takes(JSON.parse(text))
-      line.rests()
+  const loop = async () => {
+    for (let wait = 0; !abort.signal.aborted; wait = query.wait) { // the first does not wait, to show that it works
+      const url = link.url({ wait })
+      link.onRequest(url)
+      const response = await request(url, { signal: abort.signal })
+      if (!response.ok) throw statusError(response)
+      link.onOpen(headOf(response))
+      const text = await response.text()
+      link.onBody(text)
+      link.onBatch(JSON.parse(text))
+      link.onComplete()
       await pause?.()
     }
   }
-  go().catch(line.ends)
+  loop().catch(link.onError)
   return () => abort.abort()
 }
 
-/** A frame does not say when its page begins, nor that it breaks off; some browsers let one see it, else silence must tell. */
-function watchFrame(line, frame, begins) {
+/**
+ * Watches a frame, which has no event for the beginning of its page, nor for a lost connection. Some browsers show the
+ * loss in the document's state; for the others there is the timeout of the heartbeat.
+ */
+function watchFrame(link, frame, onBegin) {
   let begun
   const timer = setInterval(() => {
     const page = frame.contentDocument
-    if (!page || begun && page.readyState !== 'loading') return line.ends(new Error('the page broke off'))
+    if (!page || begun && page.readyState !== 'loading') return link.onError(new Error('the connection was lost'))
     if (begun || !page.querySelector('main, script')) return
     begun = true
-    begins?.(page)
+    onBegin?.(page)
   }, 50)
-  frame.onload = () => line.ends(new Error('the page ended'))
+  frame.onload = () => link.onError(new Error('the page ended'))
   return () => clearInterval(timer)
 }
 
-/** Cuts text into lines, wherever the network cut it; those that begin with { are events. */
-function lines(line) {
+/** Splits text into lines, wherever the network split it. Lines that begin with { are events. */
+function lines(link) {
   let rest = ''
   return text => {
-    line.gets(text)
+    link.onBody(text)
     const all = (rest + text).split('\n')
     rest = all.pop()
-    for (const one of all) if (one[0] === '{') line.hears(JSON.parse(one))
+    for (const line of all) if (line[0] === '{') link.onEvent(JSON.parse(line))
   }
 }

@@ -1,13 +1,13 @@
 //go:build linux
 
-// A soak. A real relay under some load for as long as one likes, with readers
-// who are cut off, readers who stop reading, and restarts. Everybody keeps
-// account of what they were promised, and nobody may find a thing missing.
+// The relay as a process of its own, and the soak: a relay under moderate load for as
+// long as one likes, with readers that are cut off, readers that stop reading, and
+// restarts. All of them record what they were promised, and none may miss anything.
 //
 //	SOAK=30m go test -run TestSoak -v -timeout 1h
 //
-// A relay that is restarted does not grow old. SOAK_EVERY=24h leaves the
-// restarts out, to see whether its memory grows with the hours.
+// A relay that is restarted never gets old. SOAK_EVERY=24h leaves out the restarts, to
+// see whether memory grows over hours.
 
 package main
 
@@ -25,7 +25,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
+	"os/signal"
+	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -36,9 +40,153 @@ import (
 	"github.com/coder/websocket"
 )
 
+// The test's own binary is a relay if the environment says so.
+
+func init() {
+	if os.Getenv("COMETES_TEST_RELAY") == "" {
+		return
+	}
+	if n, _ := strconv.ParseUint(os.Getenv("COMETES_TEST_NOFILE"), 10, 64); n > 0 {
+		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: n, Max: n}); err != nil {
+			panic(err)
+		}
+	}
+	collect := make(chan os.Signal, 1)
+	signal.Notify(collect, syscall.SIGUSR1)
+	go func() {
+		for range collect {
+			debug.FreeOSMemory()
+		}
+	}()
+	main()
+	os.Exit(0)
+}
+
+// A child is a relay in a process of its own.
+type child struct {
+	t    testing.TB
+	cmd  *exec.Cmd
+	addr string
+	log  *syncedLog
+	http *http.Client // a client with one connection, independent of floods
+}
+
+// startRelay starts a relay with the given flags, on a free port.
+func startRelay(t testing.TB, env []string, args ...string) *child {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &child{t: t, log: &syncedLog{}, http: &http.Client{Transport: &http.Transport{}, Timeout: 10 * time.Second}}
+	c.cmd = exec.Command(self, append([]string{"-addr", "127.0.0.1:0"}, args...)...)
+	c.cmd.Env = append(append(os.Environ(), "COMETES_TEST_RELAY=1"), env...)
+	r, w := io.Pipe()
+	c.cmd.Stderr = io.MultiWriter(c.log, w)
+	if err := c.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.stop() })
+	defer time.AfterFunc(20*time.Second, func() { r.CloseWithError(io.ErrUnexpectedEOF) }).Stop()
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		var line struct{ Message, Addr string }
+		if json.Unmarshal(lines.Bytes(), &line) == nil && line.Message == "listening" {
+			c.addr = line.Addr
+			break
+		}
+	}
+	go io.Copy(io.Discard, r)
+	if c.addr == "" {
+		t.Fatalf("the relay did not start:\n%s", c.log)
+	}
+	return c
+}
+
+// stop ends the relay with SIGTERM, and returns its error.
+func (c *child) stop() error {
+	if c.cmd.ProcessState != nil {
+		return nil
+	}
+	c.cmd.Process.Signal(syscall.SIGTERM)
+	kill := time.AfterFunc(10*time.Second, func() { c.cmd.Process.Kill() })
+	defer kill.Stop()
+	return c.cmd.Wait()
+}
+
+// get makes a request on the client's own connection.
+func (c *child) get(path string) (int, string, error) {
+	resp, err := c.http.Get("http://" + c.addr + path)
+	if err != nil {
+		return 0, "", err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, string(b), err
+}
+
+func (c *child) metric(name string) float64 {
+	c.t.Helper()
+	_, text, err := c.get("/metrics")
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return metricOf(c.t, text, name)
+}
+
+func (c *child) refusals(reason string) int {
+	c.t.Helper()
+	return int(c.metric(fmt.Sprintf("refused_total{reason=%q}", reason)))
+}
+
+// descriptors returns how many the process has open.
+func (c *child) descriptors() int {
+	c.t.Helper()
+	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", c.cmd.Process.Pid))
+	if err != nil {
+		c.t.Skip("this system does not show a process's descriptors: ", err)
+	}
+	return len(all)
+}
+
+// cpu returns the processor time it has used.
+func (c *child) cpu() time.Duration {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.cmd.Process.Pid))
+	_, rest, _ := strings.Cut(string(b), ") ")
+	f := strings.Fields(rest)
+	if len(f) < 13 {
+		return 0
+	}
+	user, _ := strconv.Atoi(f[11])
+	system, _ := strconv.Atoi(f[12])
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
+const webSocketHead = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+
+// unsent returns how many bytes the kernel holds that the relay has written and no
+// client has read.
+func (c *child) unsent() (n int64) {
+	b, err := os.ReadFile("/proc/net/tcp")
+	_, port, _ := strings.Cut(c.addr, ":")
+	number, _ := strconv.Atoi(port)
+	if err != nil {
+		c.t.Skip("this system does not show its connections: ", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		if len(f) > 4 && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", number)) {
+			queue, _, _ := strings.Cut(f[4], ":")
+			q, _ := strconv.ParseInt(queue, 16, 64)
+			n += q
+		}
+	}
+	return n
+}
+
 const (
 	soakRooms = 50
-	soakSlow  = 50 // readers who stop reading, beside the others
+	soakSlow  = 50 // readers that stop reading, beside the others
 	soakBig   = 16 << 10
 )
 
@@ -48,33 +196,33 @@ var soakKinds = slices.Concat(slices.Repeat([]string{"sse", "stream", "ws"}, 8),
 
 // A soak is what readers, publishers and the test share.
 type soak struct {
-	ctx    context.Context // done when all readers are to leave
-	addr   string
-	every  time.Duration // between two restarts
-	life   time.Duration // of a connection, on average
-	begun  atomic.Bool   // everybody is there, and something is published
-	ending atomic.Bool   // nothing is published any more, nobody is cut off
-	joined atomic.Int64  // readers who have a cursor
-	epoch  atomic.Int64  // grows when the relay is told to stop, and when it is there again: odd in between
-	born   atomic.Int64  // a moment before the relay started, in Unix microseconds; its ids are above
+	ctx       context.Context // done when all readers are to leave
+	addr      string
+	every     time.Duration // time between two restarts
+	life      time.Duration // of a connection, on average
+	started   atomic.Bool   // all readers are connected, and something is published
+	ending    atomic.Bool   // nothing more is published, and nobody is cut off
+	joined    atomic.Int64  // readers with a cursor
+	epoch     atomic.Int64  // odd while the relay stops and starts; grows at the beginning and the end of that
+	startedAt atomic.Int64  // a moment before the relay started, in Unix microseconds; its ids are higher
 
-	mu       sync.Mutex                         // guards what follows
-	counts   map[string]int64                   // what happened
-	faults   map[string]int64                   // what must not
-	examples []string                           // of those, three of a kind
-	acked    [soakRooms]struct{ n, id int64 }   // the last publish that was answered
-	first    [soakRooms]struct{ born, n int64 } // the first message that readers saw of a process
+	mu       sync.Mutex                              // guards what follows
+	counts   map[string]int64                        // what happened, by name
+	failures map[string]int64                        // what must not happen, by name
+	examples []string                                // three examples of each failure
+	acked    [soakRooms]struct{ n, id int64 }        // the last publish that was acknowledged
+	first    [soakRooms]struct{ startedAt, n int64 } // the first message of a process that readers received
 	restarts []*soakRestart
-	volley   chan struct{} // closed when all publishers are to publish, right before a restart
-	slowest  time.Duration // from publishing to arrival at a stream, not counting the time between connections
+	volley   chan struct{} // closed when all publishers are to publish, just before a restart
+	slowest  time.Duration // from publish to delivery by a stream, without the time between connections
 }
 
-// A soakRestart is what came of one restart.
+// A soakRestart is the record of one restart.
 type soakRestart struct {
-	due        [soakRooms]int64 // what the process that was stopped had answered for
-	took       time.Duration    // to stop
+	due        [soakRooms]int64 // the last message acknowledged by the process that was stopped
+	took       time.Duration    // time to stop
 	byes, gaps int
-	missed     int64 // messages answered for that readers on their way back did not get, and were told so
+	missed     int64 // acknowledged messages that returning readers did not get, and were sent a gap for
 }
 
 func (s *soak) count(what string, n int64) {
@@ -83,16 +231,16 @@ func (s *soak) count(what string, n int64) {
 	s.counts[what] += n
 }
 
-func (s *soak) fault(what string, n int64, format string, args ...any) {
+func (s *soak) fail(what string, n int64, format string, args ...any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.faults[what] < 3 {
+	if s.failures[what] < 3 {
 		s.examples = append(s.examples, what+": "+fmt.Sprintf(format, args...))
 	}
-	s.faults[what] += n
+	s.failures[what] += n
 }
 
-// restart is the one that was last. The caller holds s.mu.
+// restart returns the latest one. The caller holds s.mu.
 func (s *soak) restart() *soakRestart {
 	if len(s.restarts) == 0 {
 		return &soakRestart{}
@@ -100,12 +248,12 @@ func (s *soak) restart() *soakRestart {
 	return s.restarts[len(s.restarts)-1]
 }
 
-// due is the last message of each room that the relay of now has answered for.
+// due returns the last message of each room that the current process has acknowledged.
 func (s *soak) due() (last [soakRooms]int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for room, a := range s.acked {
-		if a.id >= s.born.Load() {
+		if a.id >= s.startedAt.Load() {
 			last[room] = a.n
 		}
 	}
@@ -115,7 +263,7 @@ func (s *soak) due() (last [soakRooms]int64) {
 // stopped reports whether the relay was stopping at some time since the epoch.
 func (s *soak) stopped(epoch int64) bool { return epoch%2 == 1 || s.epoch.Load() != epoch }
 
-// sleep reports whether there is still something to do afterwards.
+// sleep reports whether the soak goes on afterwards.
 func (s *soak) sleep(d time.Duration) bool {
 	select {
 	case <-time.After(d):
@@ -130,52 +278,52 @@ func soakRoom(i int) string { return fmt.Sprintf("soak%d", i) }
 // Readers.
 
 type soakReader struct {
-	s      *soak
-	name   string
-	kind   string
-	query  string
-	slow   bool
-	places []*soakPlace
-	after  int64 // the cursor, or -1 for none
+	s         *soak
+	name      string
+	kind      string
+	query     string
+	slow      bool
+	positions []*soakPosition
+	after     int64 // the cursor, or -1 for none
 
 	// Of the connection.
-	said bool          // hello was
-	sent time.Duration // away, for so long, by a bye; 0 for not
-	open time.Time     // since
-	was  [2]time.Time  // when the one before was opened, and ended
+	opened     bool          // a hello was received
+	retryAfter time.Duration // a bye was received, with this time to wait; 0 for none
+	open       time.Time     // when the connection was opened
+	was        [2]time.Time  // when the previous connection was opened, and ended
 }
 
-// A soakPlace is what a reader has of one room.
-type soakPlace struct {
-	room int
-	last atomic.Int64 // the number of the newest message
-	era  int64        // the id of the newest message or gap
-	told bool         // of a gap, and no message came since
+// A soakPosition is what a reader has received of one room.
+type soakPosition struct {
+	room    int
+	last    atomic.Int64 // the number of the newest message
+	base    int64        // the id of the newest message or gap
+	gapSent bool         // a gap was received, and no message since
 }
 
 func newSoakReader(s *soak, i int) *soakReader {
 	room, j := i%soakRooms, i/soakRooms
 	r := &soakReader{s: s, after: -1, slow: j >= len(soakKinds), query: "?callback=tell"}
-	if r.slow { // in the room whose messages are big
+	if r.slow { // in the room with large messages
 		r.kind, room = []string{"sse", "stream", "ws", "multipart", "iframe"}[i%5], 0
 	} else {
 		r.kind = soakKinds[j]
 	}
-	r.places = []*soakPlace{{room: room}}
+	r.positions = []*soakPosition{{room: room}}
 	if !r.slow && j%5 == 3 {
-		r.places = append(r.places, &soakPlace{room: (room + 7) % soakRooms})
+		r.positions = append(r.positions, &soakPosition{room: (room + 7) % soakRooms})
 	}
 	if j%4 == 1 {
-		r.query += fmt.Sprintf("&user=user%d-%d", room, j/8) // who has two tabs
+		r.query += fmt.Sprintf("&user=user%d-%d", room, j/8) // a user with two tabs
 	}
 	r.name = fmt.Sprintf("%s %d", r.kind, i)
 	return r
 }
 
-// once reads over one connection, and returns when to come back.
+// once reads over one connection, and returns how long to wait before the next.
 func (r *soakReader) once() time.Duration {
 	s, epoch, soon := r.s, r.s.epoch.Load(), rand.N(time.Second)
-	r.said, r.sent = false, 0
+	r.opened, r.retryAfter = false, 0
 	d := net.Dialer{Timeout: 10 * time.Second}
 	if r.slow { // what is not read stays with the relay
 		d.Control = func(_, _ string, raw syscall.RawConn) error {
@@ -195,37 +343,37 @@ func (r *soakReader) once() time.Duration {
 		}
 		err = r.read(conn)
 	}
-	if r.said {
+	if r.opened {
 		r.was = [2]time.Time{r.open, time.Now()}
 	}
 	switch enough := conn != nil && errors.Is(err, os.ErrDeadlineExceeded); {
 	case s.ctx.Err() != nil:
-	case r.sent > 0:
-		return min(r.sent, s.every/6)
-	case enough && r.slow && s.begun.Load():
+	case r.retryAfter > 0:
+		return min(r.retryAfter, s.every/6)
+	case enough && r.slow && s.started.Load():
 		r.stall(conn, epoch)
 	case enough:
 		r.cut(conn)
 	case !s.stopped(epoch):
-		s.fault("broken off", 1, "%s: %v", r.name, err)
-	case r.said:
-		s.fault("ended without a bye", 1, "%s: %v", r.name, err)
+		s.fail("broken off", 1, "%s: %v", r.name, err)
+	case r.opened:
+		s.fail("ended without a bye", 1, "%s: %v", r.name, err)
 	}
 	return soon
 }
 
-// cut leaves, as a closed tab does or as a lost network.
+// cut disconnects, like a closed tab or a lost network.
 func (r *soakReader) cut(conn net.Conn) {
 	r.s.count("cuts", 1)
 	if rand.N(2) == 0 {
 		conn.(*net.TCPConn).SetLinger(0) // a reset
-	} else if r.kind == "ws" && r.said {
+	} else if r.kind == "ws" && r.opened {
 		conn.Write(maskedFrame(8, "\x03\xe8"))
 	}
 }
 
-// stall stops reading for ever, which is until the relay has had enough. One
-// who does not read sees that by writing.
+// stall stops reading until the relay closes the connection. A client that does not
+// read notices that by writing.
 func (r *soakReader) stall(conn net.Conn, epoch int64) {
 	nudge := []byte("\n")
 	if r.kind == "ws" {
@@ -242,10 +390,10 @@ func (r *soakReader) stall(conn net.Conn, epoch int64) {
 			return
 		}
 	}
-	r.s.fault("slow, and not dropped", 1, "%s", r.name)
+	r.s.fail("slow, and not dropped", 1, "%s", r.name)
 }
 
-// read asks, and takes what comes.
+// read makes requests, and reads what comes.
 func (r *soakReader) read(conn net.Conn) error {
 	in := bufio.NewReader(conn)
 	for {
@@ -263,18 +411,18 @@ func (r *soakReader) read(conn net.Conn) error {
 				return err
 			}
 			b = bytes.TrimSuffix(bytes.TrimPrefix(b, []byte("/**/tell(")), []byte(");\n"))
-			var said struct {
+			var answer struct {
 				Cursor int64
 				Events []json.RawMessage
 			}
-			if err := json.Unmarshal(b, &said); err != nil {
+			if err := json.Unmarshal(b, &answer); err != nil {
 				return err
 			}
-			r.goOn(max(0, r.after)) // before the events, of which there may be some already
-			for _, e := range said.Events {
+			r.setCursor(max(0, r.after)) // the cursor before the events, of which there may be some already
+			for _, e := range answer.Events {
 				r.got(e)
 			}
-			r.goOn(said.Cursor)
+			r.setCursor(answer.Cursor)
 			if resp.Close || r.kind == "poll" && !r.s.sleep(2*time.Second+rand.N(2*time.Second)) {
 				return io.EOF
 			}
@@ -286,7 +434,7 @@ func (r *soakReader) read(conn net.Conn) error {
 				if err != nil {
 					return err
 				}
-				if i := bytes.IndexByte(b, '{'); i >= 0 { // behind "data: ", or in a script
+				if i := bytes.IndexByte(b, '{'); i >= 0 { // after "data: ", or in a script
 					r.got(bytes.TrimSuffix(b[i:], []byte(")</script>\n")))
 				}
 			}
@@ -296,7 +444,7 @@ func (r *soakReader) read(conn net.Conn) error {
 
 func (r *soakReader) ask(conn net.Conn, in *bufio.Reader) (*http.Response, error) {
 	var rooms []string
-	for _, p := range r.places {
+	for _, p := range r.positions {
 		rooms = append(rooms, soakRoom(p.room))
 	}
 	query, head := r.query, ""
@@ -317,7 +465,7 @@ func (r *soakReader) ask(conn net.Conn, in *bufio.Reader) (*http.Response, error
 	return http.ReadResponse(in, nil)
 }
 
-// frames reads what a WebSocket brings.
+// frames reads the frames of a WebSocket.
 func (r *soakReader) frames(conn net.Conn, in *bufio.Reader) error {
 	for {
 		var head [2]byte
@@ -349,21 +497,21 @@ func (r *soakReader) frames(conn net.Conn, in *bufio.Reader) error {
 	}
 }
 
-// goOn moves the cursor, to what a poll or a hello says.
-func (r *soakReader) goOn(cursor int64) {
+// setCursor sets the cursor of a poll or a hello.
+func (r *soakReader) setCursor(cursor int64) {
 	if r.after < 0 {
 		r.s.joined.Add(1)
-		for _, p := range r.places {
-			p.era = r.s.born.Load()
+		for _, p := range r.positions {
+			p.base = r.s.startedAt.Load()
 		}
 	}
 	if cursor < r.after {
-		r.s.fault("out of order", 1, "%s: the cursor goes from %d to %d", r.name, r.after, cursor)
+		r.s.fail("out of order", 1, "%s: the cursor goes from %d to %d", r.name, r.after, cursor)
 	}
 	r.after = cursor
 }
 
-// got takes an event, and checks that it is what must come.
+// got takes an event, and checks that it is the expected one.
 func (r *soakReader) got(line []byte) {
 	s := r.s
 	var e struct {
@@ -372,7 +520,7 @@ func (r *soakReader) got(line []byte) {
 		Data       json.RawMessage
 	}
 	if err := json.Unmarshal(line, &e); err != nil {
-		s.fault("malformed", 1, "%s: %.100s", r.name, line)
+		s.fail("malformed", 1, "%s: %.100s", r.name, line)
 		return
 	}
 	var data struct {
@@ -384,39 +532,39 @@ func (r *soakReader) got(line []byte) {
 	}
 	switch {
 	case e.Type == "hello":
-		r.said, r.open = true, time.Now()
-		r.goOn(e.ID)
+		r.opened, r.open = true, time.Now()
+		r.setCursor(e.ID)
 		return
 	case e.Type == "bye":
 		r.bye(time.Duration(data.Retry) * time.Millisecond)
 		return
 	case e.ID == 0: // a heartbeat, or the roster
 		return
-	case e.ID < r.after || e.ID == r.after && e.Type != "gap": // of several rooms' gaps the ids may be the same
-		s.fault("out of order", 1, "%s: behind %d came %.100s", r.name, r.after, line)
+	case e.ID < r.after || e.ID == r.after && e.Type != "gap": // gaps of several rooms may have the same id
+		s.fail("out of order", 1, "%s: behind %d came %.100s", r.name, r.after, line)
 	}
 	r.after = e.ID
-	for _, p := range r.places {
+	for _, p := range r.positions {
 		if soakRoom(p.room) != e.Room {
 			continue
 		}
 		switch e.Type {
 		case "gap":
 			r.gap(p, data.Reason)
-			p.era = e.ID
+			p.base = e.ID
 		case "message":
 			r.message(p, e.ID, data.N, time.UnixMilli(e.Time))
-			p.era = e.ID
+			p.base = e.ID
 		}
 		return
 	}
-	s.fault("of another room", 1, "%s: %.100s", r.name, line)
+	s.fail("of another room", 1, "%s: %.100s", r.name, line)
 }
 
-func (r *soakReader) gap(p *soakPlace, reason string) {
+func (r *soakReader) gap(p *soakPosition, reason string) {
 	s := r.s
-	if p.told = true; reason != "restart" { // the history is long enough for everybody here
-		s.fault("gap for another reason", 1, "%s: %s", r.name, reason)
+	if p.gapSent = true; reason != "restart" { // the history is long enough for all readers of this test
+		s.fail("gap for another reason", 1, "%s: %s", r.name, reason)
 		return
 	}
 	s.mu.Lock()
@@ -428,35 +576,35 @@ func (r *soakReader) gap(p *soakPlace, reason string) {
 	}
 }
 
-func (r *soakReader) message(p *soakPlace, id, n int64, at time.Time) {
+func (r *soakReader) message(p *soakPosition, id, n int64, at time.Time) {
 	s := r.s
-	last, told := p.last.Load(), p.told
-	p.told = false
+	last, gap := p.last.Load(), p.gapSent
+	p.gapSent = false
 	s.count("delivered", 1)
-	born := s.born.Load()
-	if id >= born && p.era < born && !told {
-		s.fault("not told of a restart", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
+	startedAt := s.startedAt.Load()
+	if id >= startedAt && p.base < startedAt && !gap {
+		s.fail("not sent a gap after a restart", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
 	}
 	switch {
-	case n == last && told: // its answer was lost with the process, which knew its key
+	case n == last && gap: // the answer was lost with the process, which knew the key
 		s.count("again after a restart", 1)
 	case n <= last:
-		s.fault("doubled", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
-	case n > last+1 && !told:
-		s.fault("lost", n-last-1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
+		s.fail("doubled", 1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
+	case n > last+1 && !gap:
+		s.fail("lost", n-last-1, "%s: message %d of room %d, last was %d", r.name, n, p.room, last)
 	}
 	p.last.Store(n)
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if first := &s.first[p.room]; told && id >= born { // all who come back after a restart are to begin with the same
-		if first.born != born {
-			first.born, first.n = born, n
+	if first := &s.first[p.room]; gap && id >= startedAt { // all that return after a restart must begin with the same message
+		if first.startedAt != startedAt {
+			first.startedAt, first.n = startedAt, n
 		} else if first.n != n {
-			s.faults["begun late after a restart"]++
+			s.failures["begun late after a restart"]++
 		}
 	}
-	if r.said && !r.slow { // poll and the like say no hello
+	if r.opened && !r.slow { // poll and long-poll have no hello
 		now, waited := time.Now(), time.Duration(0)
 		for _, span := range [][2]time.Time{r.was, {r.open, now}} {
 			if span[0].Before(at) {
@@ -468,22 +616,22 @@ func (r *soakReader) message(p *soakPlace, id, n int64, at time.Time) {
 	}
 }
 
-// bye is the relay's. What it answered for before it was stopped must have come.
+// bye takes a bye. Everything that was acknowledged before the stop must have come.
 func (r *soakReader) bye(retry time.Duration) {
 	s := r.s
-	r.sent = max(retry, time.Millisecond)
+	r.retryAfter = max(retry, time.Millisecond)
 	s.mu.Lock()
 	last := s.restart()
 	last.byes++
 	s.mu.Unlock()
-	for _, p := range r.places {
-		if n := last.due[p.room] - p.last.Load(); n > 0 && r.said { // without a hello it was never let in
-			s.fault("not delivered before the bye", n, "%s: room %d has %d, of %d", r.name, p.room, p.last.Load(), last.due[p.room])
+	for _, p := range r.positions {
+		if n := last.due[p.room] - p.last.Load(); n > 0 && r.opened { // without a hello, the client was never accepted
+			s.fail("not delivered before the bye", n, "%s: room %d has %d, of %d", r.name, p.room, p.last.Load(), last.due[p.room])
 		}
 	}
 }
 
-// Publishers, one to a room.
+// Publishers, one per room.
 
 func (s *soak) publish(room int) {
 	path := "/rooms/" + soakRoom(room)
@@ -491,13 +639,13 @@ func (s *soak) publish(room int) {
 	defer p.client.CloseIdleConnections()
 	send, pad, pause := p.post, 200, 2*time.Second
 	if room%10 == 9 {
-		send = p.speak
-		defer p.hangUp()
+		send = p.publishOnce
+		defer p.disconnect()
 	}
 	switch {
 	case room == 0:
 		pad = soakBig
-	case room%10 == 8: // where no next message comes to wake who was forgotten by the last
+	case room%10 == 8: // in a room without another message to wake a forgotten reader
 		pause = 20 * time.Second
 	}
 	for n := int64(1); ; n++ {
@@ -512,7 +660,7 @@ func (s *soak) publish(room int) {
 			return
 		}
 		key, body := fmt.Sprintf("key%d", n), fmt.Sprintf(`{"n":%d,"pad":"%s"}`, n, strings.Repeat("x", pad))
-		if room%10 != 9 && rand.N(20) == 0 { // leaves before the answer, and asks again
+		if room%10 != 9 && rand.N(20) == 0 { // disconnects before the answer, and sends it again
 			if conn, err := net.Dial("tcp", s.addr); err == nil {
 				fmt.Fprintf(conn, "POST %s?key=%s HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s", path, key, len(body), body)
 				time.Sleep(rand.N(time.Millisecond))
@@ -534,7 +682,7 @@ func (s *soak) publish(room int) {
 			}
 			s.count("publishes tried again", 1)
 			if time.Now().After(late) {
-				s.fault("not published for a minute", 1, "message %d of room %d: %v", n, room, err)
+				s.fail("not published for a minute", 1, "message %d of room %d: %v", n, room, err)
 				return
 			}
 			if !s.sleep(100*time.Millisecond + rand.N(200*time.Millisecond)) {
@@ -560,18 +708,18 @@ func (p *soakPublisher) post(ctx context.Context, key, body string) (int64, erro
 		return 0, err
 	}
 	defer resp.Body.Close()
-	var said struct{ ID int64 }
-	if err := json.NewDecoder(resp.Body).Decode(&said); err != nil || said.ID == 0 {
+	var answer struct{ ID int64 }
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.ID == 0 {
 		return 0, fmt.Errorf("answered %s: %v", resp.Status, err)
 	}
-	return said.ID, nil
+	return answer.ID, nil
 }
 
-// speak publishes by WebSocket, and waits for the ack.
-func (p *soakPublisher) speak(ctx context.Context, key, body string) (id int64, err error) {
+// publishOnce publishes by WebSocket, and waits for the ack.
+func (p *soakPublisher) publishOnce(ctx context.Context, key, body string) (id int64, err error) {
 	defer func() {
 		if err != nil {
-			p.hangUp()
+			p.disconnect()
 		}
 	}()
 	if p.socket == nil {
@@ -589,27 +737,27 @@ func (p *soakPublisher) speak(ctx context.Context, key, body string) (id int64, 
 			return 0, err
 		}
 		for line := range bytes.Lines(b) {
-			var said struct {
+			var answer struct {
 				Type, Key string
 				ID        int64
 			}
-			if json.Unmarshal(line, &said); said.Key == key && said.Type == "ack" {
-				return said.ID, nil
-			} else if said.Key == key {
+			if json.Unmarshal(line, &answer); answer.Key == key && answer.Type == "ack" {
+				return answer.ID, nil
+			} else if answer.Key == key {
 				return 0, fmt.Errorf("answered %s", line)
 			}
 		}
 	}
 }
 
-func (p *soakPublisher) hangUp() {
+func (p *soakPublisher) disconnect() {
 	if p.socket != nil {
 		p.socket.CloseNow()
 		p.socket = nil
 	}
 }
 
-// A soakSample is what the relay needs at one moment, by soakColumns.
+// A soakSample is the resources of the relay at one moment, by soakColumns.
 type soakSample map[string]float64
 
 var soakColumns = []string{"seconds", "resident", "memory", "goroutines", "descriptors", "clients", "rooms", "users", "dropped", "written"}
@@ -637,8 +785,8 @@ func (c *child) sample(t *testing.T, since time.Time) soakSample {
 	return p
 }
 
-// residentAt is the relay's resident memory on average in the time before end, while
-// it had its readers: right after a restart they are still on their way.
+// residentAt returns the relay's average resident memory in the time before end, once
+// it has its readers: just after a restart they are still returning.
 func residentAt(samples []soakSample, end, before time.Duration) float64 {
 	most, sum, n := 0.0, 0.0, 0.0
 	for _, p := range samples {
@@ -652,8 +800,8 @@ func residentAt(samples []soakSample, end, before time.Duration) float64 {
 	return sum / n
 }
 
-// freeSoakAddr is a free port that no client is given for its own end: while
-// the relay is away, a client that tries to reach it could else reach itself.
+// freeSoakAddr returns a free port outside the range of ports that clients get.
+// Otherwise a client could connect to itself while the relay is away.
 func freeSoakAddr(t *testing.T) string {
 	for range 100 {
 		addr := fmt.Sprintf("127.0.0.1:%d", 10_000+rand.N(20_000))
@@ -680,8 +828,9 @@ func TestSoak(t *testing.T) {
 	ctx, leave := context.WithCancel(t.Context())
 	defer leave()
 	s := &soak{ctx: ctx, addr: freeSoakAddr(t), life: min(time.Minute, lasts/2),
-		volley: make(chan struct{}), counts: map[string]int64{}, faults: map[string]int64{}}
-	// Who takes nothing is dropped after 10 s: shorter lives would never see it.
+		volley: make(chan struct{}), counts: map[string]int64{}, failures: map[string]int64{}}
+	// A client that reads nothing is dropped after 10 s; with a shorter interval that
+	// would never happen.
 	s.every = min(3*time.Minute, max(lasts/10, 20*time.Second))
 	if v := os.Getenv("SOAK_EVERY"); v != "" {
 		if s.every, err = time.ParseDuration(v); err != nil {
@@ -689,7 +838,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	start := func() *child {
-		s.born.Store(time.Now().UnixMicro())
+		s.startedAt.Store(time.Now().UnixMicro())
 		return startRelay(t, nil, "-addr", s.addr, "-present", "10s", "-idle", "10s")
 	}
 	c := start()
@@ -703,7 +852,7 @@ func TestSoak(t *testing.T) {
 		}
 		return time.Since(began)
 	}
-	c.get("/metrics") // the first costs more
+	c.get("/metrics") // the first sample is more expensive
 	before := c.sample(t, time.Now())
 
 	var readers, publishers sync.WaitGroup
@@ -717,14 +866,14 @@ func TestSoak(t *testing.T) {
 		})
 	}
 	eventually(t, time.Minute, "all readers have a cursor", func() bool { return s.joined.Load() == int64(len(all)) })
-	s.begun.Store(true)
+	s.started.Store(true)
 	for room := range soakRooms {
 		publishers.Go(func() { s.publish(room) })
 	}
 
 	began := time.Now()
 	var samples []soakSample
-	dropped := 0.0 // by the processes before this one
+	dropped := 0.0 // by earlier processes
 	sample := func() soakSample {
 		p := c.sample(t, began)
 		p["dropped"] += dropped
@@ -740,7 +889,7 @@ func TestSoak(t *testing.T) {
 			continue
 		}
 		if nextRestart = nextRestart.Add(s.every); nextRestart.Add(s.every / 2).After(end) {
-			nextRestart = end // the last process has some time for itself
+			nextRestart = end // the last process gets some time of its own
 		}
 		dropped = sample()["dropped"]
 		this := &soakRestart{}
@@ -766,7 +915,7 @@ func TestSoak(t *testing.T) {
 	due := s.due()
 	eventually(t, time.Minute, "everybody has the last message of every room", func() bool {
 		return !slices.ContainsFunc(all, func(r *soakReader) bool {
-			return slices.ContainsFunc(r.places, func(p *soakPlace) bool { return p.last.Load() < due[p.room] })
+			return slices.ContainsFunc(r.positions, func(p *soakPosition) bool { return p.last.Load() < due[p.room] })
 		})
 	})
 	leave()
@@ -800,20 +949,20 @@ func TestSoak(t *testing.T) {
 	for _, what := range slices.Sorted(maps.Keys(s.counts)) {
 		fmt.Fprintf(b, "%s %d, ", what, s.counts[what])
 	}
-	fmt.Fprintf(b, "the slowest after %v; lost %d, doubled %d, out of order %d", s.slowest.Round(time.Millisecond), s.faults["lost"], s.faults["doubled"], s.faults["out of order"])
+	fmt.Fprintf(b, "the slowest after %v; lost %d, doubled %d, out of order %d", s.slowest.Round(time.Millisecond), s.failures["lost"], s.failures["doubled"], s.failures["out of order"])
 	t.Log(b.String())
 
-	for _, what := range slices.Sorted(maps.Keys(s.faults)) {
-		t.Errorf("%s: %d", what, s.faults[what])
+	for _, what := range slices.Sorted(maps.Keys(s.failures)) {
+		t.Errorf("%s: %d", what, s.failures[what])
 	}
 	if len(s.examples) > 0 {
 		t.Errorf("such as\n%s", strings.Join(s.examples, "\n"))
 	}
 	if s.slowest > 5*time.Second {
-		t.Errorf("somebody who was connected waited for a message for %v", s.slowest)
+		t.Errorf("a connected reader waited for a message for %v", s.slowest)
 	}
 	if s.counts["slow readers dropped"] == 0 {
-		t.Error("none of those who took nothing was dropped")
+		t.Error("none of those that read nothing was dropped")
 	}
 	early, late := residentAt(samples, lasts/4, min(s.every, lasts/4)), residentAt(samples, lasts+time.Second, min(s.every, lasts/4))
 	t.Logf("resident at the end of the first quarter %.1f MB, of the last %.1f MB", early, late)

@@ -1,7 +1,7 @@
 //go:build linux
 
-// Abuse. A real relay in a process of its own, on loopback, and beside every
-// flood honest clients who must not notice.
+// Floods. A relay in a process of its own, on loopback, and next to every flood honest
+// clients that must not notice it.
 
 package main
 
@@ -14,11 +14,7 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"os/exec"
-	"os/signal"
 	"regexp"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,140 +26,7 @@ import (
 	"github.com/coder/websocket"
 )
 
-// The relay as a process. The test's own binary is one, if the environment says so.
-
-func init() {
-	if os.Getenv("COMETES_TEST_RELAY") == "" {
-		return
-	}
-	if n, _ := strconv.ParseUint(os.Getenv("COMETES_TEST_NOFILE"), 10, 64); n > 0 {
-		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: n, Max: n}); err != nil {
-			panic(err)
-		}
-	}
-	collect := make(chan os.Signal, 1)
-	signal.Notify(collect, syscall.SIGUSR1)
-	go func() {
-		for range collect {
-			debug.FreeOSMemory()
-		}
-	}()
-	main()
-	os.Exit(0)
-}
-
-// A child is a relay in a process of its own.
-type child struct {
-	t    testing.TB
-	cmd  *exec.Cmd
-	addr string
-	log  *syncedLog
-	http *http.Client // what speaks to it beside the flood, on one connection
-}
-
-// startRelay starts one with the flags args, on a free port.
-func startRelay(t testing.TB, env []string, args ...string) *child {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &child{t: t, log: &syncedLog{}, http: &http.Client{Transport: &http.Transport{}, Timeout: 10 * time.Second}}
-	c.cmd = exec.Command(self, append([]string{"-addr", "127.0.0.1:0"}, args...)...)
-	c.cmd.Env = append(append(os.Environ(), "COMETES_TEST_RELAY=1"), env...)
-	r, w := io.Pipe()
-	c.cmd.Stderr = io.MultiWriter(c.log, w)
-	if err := c.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.stop() })
-	defer time.AfterFunc(20*time.Second, func() { r.CloseWithError(io.ErrUnexpectedEOF) }).Stop()
-	lines := bufio.NewScanner(r)
-	for lines.Scan() {
-		var line struct{ Message, Addr string }
-		if json.Unmarshal(lines.Bytes(), &line) == nil && line.Message == "listening" {
-			c.addr = line.Addr
-			break
-		}
-	}
-	go io.Copy(io.Discard, r)
-	if c.addr == "" {
-		t.Fatalf("the relay did not start:\n%s", c.log)
-	}
-	return c
-}
-
-// stop ends the relay as a platform does, and returns how.
-func (c *child) stop() error {
-	if c.cmd.ProcessState != nil {
-		return nil
-	}
-	c.cmd.Process.Signal(syscall.SIGTERM)
-	kill := time.AfterFunc(10*time.Second, func() { c.cmd.Process.Kill() })
-	defer kill.Stop()
-	return c.cmd.Wait()
-}
-
-// get asks on the honest connection.
-func (c *child) get(path string) (int, string, error) {
-	resp, err := c.http.Get("http://" + c.addr + path)
-	if err != nil {
-		return 0, "", err
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	return resp.StatusCode, string(b), err
-}
-
-func (c *child) metric(name string) float64 {
-	c.t.Helper()
-	_, text, err := c.get("/metrics")
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	return metricOf(c.t, text, name)
-}
-
-func (c *child) refusals(reason string) int {
-	c.t.Helper()
-	return int(c.metric(fmt.Sprintf("refused_total{reason=%q}", reason)))
-}
-
-// descriptors is how many the process has open.
-func (c *child) descriptors() int {
-	c.t.Helper()
-	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", c.cmd.Process.Pid))
-	if err != nil {
-		c.t.Skip("this system does not show a process's descriptors: ", err)
-	}
-	return len(all)
-}
-
-// cpu is how much processor time it has used.
-func (c *child) cpu() time.Duration {
-	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.cmd.Process.Pid))
-	_, rest, _ := strings.Cut(string(b), ") ")
-	f := strings.Fields(rest)
-	if len(f) < 13 {
-		return 0
-	}
-	user, _ := strconv.Atoi(f[11])
-	system, _ := strconv.Atoi(f[12])
-	return time.Duration(user+system) * 10 * time.Millisecond
-}
-
-// eventually waits for something to become so.
-func eventually(t testing.TB, within time.Duration, what string, is func() bool) {
-	t.Helper()
-	for end := time.Now().Add(within); !is(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Errorf("not within %v: %s", within, what)
-			return
-		}
-	}
-}
-
-func TestOutOfDescriptorsItRefusesWithAnAnswerAndDoesNotSpin(t *testing.T) {
+func TestOutOfDescriptorsTheRelayAnswers503AndDoesNotSpin(t *testing.T) {
 	c := startRelay(t, []string{"COMETES_TEST_NOFILE=48"})
 	before := c.descriptors()
 	var mu sync.Mutex
@@ -201,8 +64,9 @@ func TestOutOfDescriptorsItRefusesWithAnAnswerAndDoesNotSpin(t *testing.T) {
 	if n := answers["HTTP/1.1 200 OK"]; n < 20 || n > 48 {
 		t.Errorf("%d streams with 48 descriptors: %v", n, answers)
 	}
-	// The refusal goes out before the connection is closed, but the kernel takes it back from
-	// a client that has sent what was not read. Most have not by then.
+	// The refusal is sent before the connection is closed, but the kernel discards it
+	// if the client has sent something that was not read. For most clients that is not
+	// so.
 	if n := answers["HTTP/1.1 503 Service Unavailable"]; n < 100 {
 		t.Errorf("%d of 200 had an answer: %v", n, answers)
 	}
@@ -210,7 +74,7 @@ func TestOutOfDescriptorsItRefusesWithAnAnswerAndDoesNotSpin(t *testing.T) {
 		t.Errorf("some had no end: %v", answers)
 	}
 
-	// Many who wait to be let in at once, while there is no descriptor.
+	// Many connect at once while there is no descriptor.
 	start := c.cpu()
 	var wg sync.WaitGroup
 	for range 300 {
@@ -226,7 +90,7 @@ func TestOutOfDescriptorsItRefusesWithAnAnswerAndDoesNotSpin(t *testing.T) {
 	}
 	eventually(t, 3*time.Second, "recovered", func() bool { status, _, _ := c.get("/healthz"); return status == 200 })
 	if n := c.refusals("descriptors"); n < 400 || n > 500 {
-		t.Errorf("%d refusals are counted under descriptors, want all but those let in of 500", n)
+		t.Errorf("%d refusals are counted under descriptors, want all but those accepted of 500", n)
 	}
 	eventually(t, 3*time.Second, "the descriptors are given back", func() bool { return c.descriptors() <= before+3 })
 	if err := c.stop(); err != nil {
@@ -234,8 +98,8 @@ func TestOutOfDescriptorsItRefusesWithAnAnswerAndDoesNotSpin(t *testing.T) {
 	}
 }
 
-// Honest clients: one who publishes fifty times a second, and readers who must
-// have all of it, in order, once.
+// Honest clients: one that publishes fifty times a second, and readers that must
+// receive every message, in order, once.
 
 type honest struct {
 	c         *child
@@ -248,33 +112,33 @@ type honest struct {
 	published []int64
 	at        map[int64]time.Time
 	read      map[string][]int64 // by technique
-	slowest   time.Duration      // from the answer to a publish to its arrival
+	slowest   time.Duration      // from the answer to a publish to its delivery
 	failed    []string
 }
 
 var honestEvent = regexp.MustCompile(`\{"id":(\d+),"room":"honest","type":"message"`)
 
-// honestClients begins with n readers of each kind, and then publishes. All of
-// them come from addresses of their own.
+// honestClients starts n readers of each kind, and a publisher, each at an address of
+// its own.
 func honestClients(c *child, kinds ...string) *honest {
 	ctx, end := context.WithCancel(context.Background())
 	h := &honest{c: c, stop: make(chan struct{}), end: end, at: map[int64]time.Time{}, read: map[string][]int64{}}
 	var ready sync.WaitGroup
 	for i, kind := range kinds {
 		ready.Add(1)
-		begun := sync.OnceFunc(ready.Done)
+		started := sync.OnceFunc(ready.Done)
 		h.readers.Go(func() {
-			defer begun()
-			if err := h.reader(ctx, kind, fmt.Sprintf("198.51.100.%d", i+1), begun); err != nil && ctx.Err() == nil {
+			defer started()
+			if err := h.reader(ctx, kind, fmt.Sprintf("198.51.100.%d", i+1), started); err != nil && ctx.Err() == nil {
 				h.fail("%s: %v", kind, err)
 			}
 		})
 	}
 	ready.Wait()
 	first := make(chan struct{})
-	begun := sync.OnceFunc(func() { close(first) })
+	started := sync.OnceFunc(func() { close(first) })
 	h.publisher.Go(func() {
-		defer begun()
+		defer started()
 		client := &http.Client{Transport: &http.Transport{}, Timeout: 5 * time.Second}
 		for n := 0; ; n++ {
 			select {
@@ -292,18 +156,18 @@ func honestClients(c *child, kinds ...string) *honest {
 			}
 			b, _ := io.ReadAll(resp.Body)
 			resp.Body.Close()
-			var said struct{ ID int64 }
-			if json.Unmarshal(b, &said); resp.StatusCode != 201 {
+			var answer struct{ ID int64 }
+			if json.Unmarshal(b, &answer); resp.StatusCode != 201 {
 				h.fail("publishing: %s %s", resp.Status, b)
 				continue
 			}
 			h.mu.Lock()
-			h.published = append(h.published, said.ID)
-			if _, early := h.at[said.ID]; !early {
-				h.at[said.ID] = time.Now()
+			h.published = append(h.published, answer.ID)
+			if _, early := h.at[answer.ID]; !early {
+				h.at[answer.ID] = time.Now()
 			}
 			h.mu.Unlock()
-			begun()
+			started()
 		}
 	})
 	<-first
@@ -318,7 +182,7 @@ func (h *honest) fail(format string, args ...any) {
 	}
 }
 
-// got notes what events are in a text.
+// got records the events in a text.
 func (h *honest) got(kind string, text []byte) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -334,7 +198,7 @@ func (h *honest) got(kind string, text []byte) {
 }
 
 // reader reads by one technique until ctx is done.
-func (h *honest) reader(ctx context.Context, kind, from string, begun func()) error {
+func (h *honest) reader(ctx context.Context, kind, from string, started func()) error {
 	client := &http.Client{Transport: &http.Transport{}}
 	defer client.CloseIdleConnections()
 	url := "http://" + h.c.addr + "/rooms/honest/" + kind
@@ -349,7 +213,7 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 			if err != nil {
 				return err
 			}
-			begun()
+			started()
 			h.got(kind, b)
 		}
 	}
@@ -361,12 +225,12 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 			if err != nil || resp.StatusCode == 200 {
 				return resp, err
 			}
-			io.Copy(io.Discard, resp.Body) // and keeps the connection: another might not be let in
+			io.Copy(io.Discard, resp.Body) // keeps the connection: a new one might not be accepted
 			resp.Body.Close()
 			if kind != "longpoll" || resp.Header.Get("Retry-After") == "" {
 				return nil, fmt.Errorf("answered %s", resp.Status)
 			}
-			time.Sleep(50 * time.Millisecond) // between two polls another may take its place
+			time.Sleep(50 * time.Millisecond) // between two polls another client may take its place
 		}
 	}
 	if kind == "poll" || kind == "longpoll" {
@@ -381,13 +245,13 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 			if err != nil {
 				return err
 			}
-			begun()
+			started()
 			h.got(kind, b)
-			var said struct{ Cursor int64 }
-			if err := json.Unmarshal(b, &said); err != nil {
+			var answer struct{ Cursor int64 }
+			if err := json.Unmarshal(b, &answer); err != nil {
 				return err
 			}
-			query = fmt.Sprintf("?wait=5&after=%d", said.Cursor)
+			query = fmt.Sprintf("?wait=5&after=%d", answer.Cursor)
 			if kind == "poll" {
 				time.Sleep(100 * time.Millisecond)
 			}
@@ -398,7 +262,7 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 		return err
 	}
 	defer resp.Body.Close()
-	for lines := bufio.NewReader(resp.Body); ; begun() {
+	for lines := bufio.NewReader(resp.Body); ; started() {
 		b, err := lines.ReadSlice('\n')
 		if err != nil {
 			return err
@@ -407,7 +271,7 @@ func (h *honest) reader(ctx context.Context, kind, from string, begun func()) er
 	}
 }
 
-// finish stops publishing, and checks that everybody has everything.
+// finish stops publishing, and checks that every reader has everything.
 func (h *honest) finish(t *testing.T) {
 	t.Helper()
 	close(h.stop)
@@ -448,18 +312,18 @@ func (h *honest) finish(t *testing.T) {
 type flood struct {
 	t    *testing.T
 	c    *child
-	over chan struct{} // closed when it has lasted long enough
+	over chan struct{} // closed when the flood has lasted long enough
 	wg   sync.WaitGroup
 
-	mu    sync.Mutex // guards what follows
-	conns []net.Conn
-	said  map[string]int // first lines of answers
+	mu      sync.Mutex // guards what follows
+	conns   []net.Conn
+	answers map[string]int // first lines of answers, counted
 }
 
-// floodFrom is the address of the attacker's i-th machine.
+// floodFrom returns the address of the attacker's i-th machine.
 func floodFrom(i int) string { return fmt.Sprintf("10.%d.%d.%d", i>>16&255, i>>8&255, i&255) }
 
-// each runs do for 0 to n-1 at the same time.
+// each calls do for 0 to n-1 concurrently.
 func (f *flood) each(n int, do func(i int)) {
 	for i := range n {
 		f.wg.Go(func() { do(i) })
@@ -475,14 +339,14 @@ func (f *flood) isOver() bool {
 	}
 }
 
-// dial connects, with small buffers, so that what is not read stays with the relay.
+// dial connects with small buffers, so that what is not read stays with the relay.
 func (f *flood) dial() net.Conn {
 	d := net.Dialer{Timeout: 5 * time.Second, Control: func(_, _ string, raw syscall.RawConn) error {
 		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
 	}}
 	conn, err := d.Dial("tcp", f.c.addr)
 	if err != nil {
-		f.note(fmt.Sprintf("%.30v", err))
+		f.count(fmt.Sprintf("%.30v", err))
 		return nil
 	}
 	f.mu.Lock()
@@ -491,14 +355,14 @@ func (f *flood) dial() net.Conn {
 	return conn
 }
 
-func (f *flood) note(what string) {
+func (f *flood) count(what string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.said[what]++
+	f.answers[what]++
 }
 
-// ask writes a request from an address and notes the answer's first line.
-func (f *flood) ask(from, request, headers, body string) net.Conn {
+// request writes a request from an address and counts the answer's first line.
+func (f *flood) request(from, request, headers, body string) net.Conn {
 	conn := f.dial()
 	if conn == nil {
 		return nil
@@ -507,8 +371,8 @@ func (f *flood) ask(from, request, headers, body string) net.Conn {
 	return conn
 }
 
-// dribble sends so many bytes now and then, until the flood or the connection is over.
-func (f *flood) dribble(conn net.Conn, every time.Duration, bytes int) {
+// sendSlowly sends bytes at intervals, until the flood or the connection is over.
+func (f *flood) sendSlowly(conn net.Conn, every time.Duration, bytes int) {
 	for conn != nil && !f.isOver() {
 		time.Sleep(every)
 		if _, err := conn.Write([]byte(strings.Repeat("x", bytes))); err != nil {
@@ -517,8 +381,8 @@ func (f *flood) dribble(conn net.Conn, every time.Duration, bytes int) {
 	}
 }
 
-// first reads and notes the first line of an answer.
-func (f *flood) first(conn net.Conn) string {
+// readFirst reads and counts the first line of an answer.
+func (f *flood) readFirst(conn net.Conn) string {
 	conn.SetReadDeadline(time.Now().Add(3 * time.Second))
 	b := make([]byte, 32)
 	n, err := io.ReadFull(conn, b)
@@ -529,11 +393,11 @@ func (f *flood) first(conn net.Conn) string {
 	if _, status, ok := strings.Cut(line, " "); ok && strings.HasPrefix(line, "HTTP/1.1 ") {
 		line = status
 	}
-	f.note(line)
+	f.count(line)
 	return line
 }
 
-// posts publishes from many addresses, on a connection each, as fast as it goes.
+// posts publishes from many addresses, one connection each, as fast as possible.
 func (f *flood) posts(workers int, request func(worker, n int) (path, body string)) {
 	f.each(workers, func(worker int) {
 		client := &http.Client{Transport: &http.Transport{}, Timeout: 5 * time.Second}
@@ -544,62 +408,62 @@ func (f *flood) posts(workers int, request func(worker, n int) (path, body strin
 			r.Header.Set("X-Forwarded-For", floodFrom(worker*1000+n%1000))
 			resp, err := client.Do(r)
 			if err != nil {
-				f.note(fmt.Sprintf("%.60v", err))
+				f.count(fmt.Sprintf("%.60v", err))
 				return
 			}
 			io.Copy(io.Discard, resp.Body)
 			resp.Body.Close()
-			f.note(resp.Status)
+			f.count(resp.Status)
 		}
 	})
 }
 
 const (
 	floodFor     = 1500 * time.Millisecond
-	floodStreams = 600 // -streams of the relay, whose doorman lets in 100 more, and has 100 on their way out
+	floodStreams = 600 // -streams of the relay, whose listener accepts 100 more, and closes up to 100 slowly
 )
 
 var floods = []struct {
-	name    string
-	run     func(f *flood)
-	refused string // is counted under this
-	full    bool   // nobody new is let in while it lasts
-	kept    int    // MB that the relay may need for it beside what it needs anyway
-	said    string // is answered to some
-	unsaid  string // and this to none
+	name       string
+	run        func(f *flood)
+	refused    string // the reason that is counted
+	full       bool   // no new client is accepted while it lasts
+	kept       int    // MB that the relay may need beside its normal need
+	expected   string // some answers begin with it
+	unexpected string // and none begins with this
 }{
-	{"connections that say nothing", func(f *flood) {
+	{"connections that send nothing", func(f *flood) {
 		f.each(1500, func(int) { f.dial() })
 	}, "connections", true, 60, "", ""},
 
 	{"slow heads", func(f *flood) {
 		f.each(1500, func(i int) {
-			f.dribble(f.ask(floodFrom(i), "GET /rooms/a/sse", "X-Slow: ", ""), 100*time.Millisecond, 1)
+			f.sendSlowly(f.request(floodFrom(i), "GET /rooms/a/sse", "X-Slow: ", ""), 100*time.Millisecond, 1)
 		})
 	}, "connections", true, 60, "", ""},
 
 	{"slow bodies", func(f *flood) {
 		f.each(400, func(i int) {
-			f.dribble(f.ask(floodFrom(i), "POST /rooms/a", "Content-Length: 60000\r\n", "x"), 50*time.Millisecond, 100)
+			f.sendSlowly(f.request(floodFrom(i), "POST /rooms/a", "Content-Length: 60000\r\n", "x"), 50*time.Millisecond, 100)
 		})
 	}, "", false, 60, "", ""},
 
 	{"streams that close their half", func(f *flood) {
 		f.each(4, func(worker int) {
 			for i := 0; !f.isOver(); i++ {
-				if conn := f.ask(floodFrom(worker<<16+i), "GET /rooms/a/stream", "", ""); conn != nil {
+				if conn := f.request(floodFrom(worker<<16+i), "GET /rooms/a/stream", "", ""); conn != nil {
 					conn.(*net.TCPConn).CloseWrite()
-					f.first(conn)
+					f.readFirst(conn)
 					conn.Close()
 				}
 			}
 		})
-	}, "", false, 60, "", "503 Service Unavailable"}, // who left has no place any more
+	}, "", false, 60, "", "503 Service Unavailable"}, // a client that left has no place any more
 
 	{"slow readers", func(f *flood) {
 		f.each(400, func(i int) {
-			if conn := f.ask(floodFrom(i), "GET /rooms/big/"+[]string{"sse", "stream", "html", "iframe"}[i%4], "", ""); conn != nil {
-				f.first(conn)
+			if conn := f.request(floodFrom(i), "GET /rooms/big/"+[]string{"sse", "stream", "html", "iframe"}[i%4], "", ""); conn != nil {
+				f.readFirst(conn)
 			}
 		})
 		time.Sleep(floodFor / 4)
@@ -608,16 +472,16 @@ var floods = []struct {
 
 	{"streams in all", func(f *flood) {
 		f.each(1200, func(i int) {
-			if conn := f.ask(floodFrom(i), "GET /rooms/a/stream", "", ""); conn != nil {
-				f.first(conn)
+			if conn := f.request(floodFrom(i), "GET /rooms/a/stream", "", ""); conn != nil {
+				f.readFirst(conn)
 			}
 		})
 	}, "streams", true, 60, "", ""},
 
 	{"streams of one address", func(f *flood) {
 		f.each(300, func(i int) {
-			if conn := f.ask("192.0.2.1", "GET /rooms/a/sse", "", ""); conn != nil {
-				f.first(conn)
+			if conn := f.request("192.0.2.1", "GET /rooms/a/sse", "", ""); conn != nil {
+				f.readFirst(conn)
 			}
 		})
 	}, "address", false, 60, "", ""},
@@ -632,8 +496,8 @@ var floods = []struct {
 			for n := range maxRooms {
 				rooms = append(rooms, fmt.Sprintf("%060d-%d", i, n))
 			}
-			if conn := f.ask(floodFrom(i), "GET /rooms/"+strings.Join(rooms, ",")+"/stream", "", ""); conn != nil {
-				f.first(conn)
+			if conn := f.request(floodFrom(i), "GET /rooms/"+strings.Join(rooms, ",")+"/stream", "", ""); conn != nil {
+				f.readFirst(conn)
 			}
 		})
 	}, "", false, 60, "", ""},
@@ -659,7 +523,7 @@ var floods = []struct {
 				r.Header.Set("X-Forwarded-For", "192.0.2.1")
 				if resp, err := client.Do(r); err == nil {
 					resp.Body.Close()
-					f.note(resp.Status)
+					f.count(resp.Status)
 				}
 			}
 		})
@@ -667,16 +531,16 @@ var floods = []struct {
 
 	{"WebSockets that do nothing", func(f *flood) {
 		f.each(1200, func(i int) {
-			if conn := f.ask(floodFrom(i), "GET /rooms/a/ws", webSocketHead, ""); conn != nil {
-				f.first(conn)
+			if conn := f.request(floodFrom(i), "GET /rooms/a/ws", webSocketHead, ""); conn != nil {
+				f.readFirst(conn)
 			}
 		})
 	}, "streams", true, 60, "", ""},
 
-	{"pings, and pongs that nobody reads", func(f *flood) {
+	{"pings, and pongs that are not read", func(f *flood) {
 		f.each(50, func(i int) {
 			for !f.isOver() {
-				conn := f.ask(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
+				conn := f.request(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
 				if conn == nil {
 					return
 				}
@@ -685,7 +549,7 @@ var floods = []struct {
 				for !f.isOver() {
 					if _, err := conn.Write(pings); err != nil {
 						if !f.isOver() {
-							f.note("cut off")
+							f.count("cut off")
 						}
 						break
 					}
@@ -698,7 +562,7 @@ var floods = []struct {
 	{"frames too many and too long", func(f *flood) {
 		f.each(20, func(i int) {
 			for n := 0; !f.isOver(); n++ {
-				conn := f.ask(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
+				conn := f.request(floodFrom(i), "GET /rooms/a/ws", webSocketHead, "")
 				if conn == nil {
 					return
 				}
@@ -711,11 +575,11 @@ var floods = []struct {
 				for !f.isOver() {
 					if _, err := conn.Write(frame); err != nil {
 						if !f.isOver() {
-							f.note("cut off")
+							f.count("cut off")
 						}
 						break
 					}
-					frame[0] &^= byte(n % 2) // goes on
+					frame[0] &^= byte(n % 2) // continues it
 				}
 				conn.Close()
 			}
@@ -723,29 +587,7 @@ var floods = []struct {
 	}, "rate", false, 60, "cut off", ""},
 }
 
-const webSocketHead = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-
-// unsent is how many bytes the kernel holds that the relay has written and
-// nobody has taken.
-func (c *child) unsent() (n int64) {
-	b, err := os.ReadFile("/proc/net/tcp")
-	_, port, _ := strings.Cut(c.addr, ":")
-	number, _ := strconv.Atoi(port)
-	if err != nil {
-		c.t.Skip("this system does not show its connections: ", err)
-	}
-	for line := range strings.Lines(string(b)) {
-		f := strings.Fields(line)
-		if len(f) > 4 && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", number)) {
-			queue, _, _ := strings.Cut(f[4], ":")
-			q, _ := strconv.ParseInt(queue, 16, 64)
-			n += q
-		}
-	}
-	return n
-}
-
-func TestAReaderThatTakesNothingCostsLittle(t *testing.T) {
+func TestAClientThatReadsNothingCostsLittle(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 2 s")
 	}
@@ -757,11 +599,11 @@ func TestAReaderThatTakesNothingCostsLittle(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			c := startRelay(t, nil)
 			before := c.metric("memory_bytes")
-			f := &flood{t: t, c: c, over: make(chan struct{}), said: map[string]int{}}
+			f := &flood{t: t, c: c, over: make(chan struct{}), answers: map[string]int{}}
 			for range readers {
-				if conn := f.ask("", "GET /rooms/big/stream", "", ""); conn != nil {
+				if conn := f.request("", "GET /rooms/big/stream", "", ""); conn != nil {
 					defer conn.Close()
-					f.first(conn)
+					f.readFirst(conn)
 				}
 			}
 			for range 80 {
@@ -781,14 +623,14 @@ func TestAReaderThatTakesNothingCostsLittle(t *testing.T) {
 	}
 }
 
-func TestHonestClientsNoticeNoneOfTheFloodsAndAllIsGivenBackAfterwards(t *testing.T) {
+func TestHonestClientsNoticeNoFloodAndAllMemoryIsReleasedAfterwards(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 40 s")
 	}
 	c := startRelay(t, nil, "-trust-proxy", "-streams", strconv.Itoa(floodStreams), "-per-addr", "100", "-rate", "100",
 		"-rooms", "1000", "-users", "1000", "-idle", "1s", "-present", "1s", "-beat", "1s")
 	memory := func() float64 {
-		c.cmd.Process.Signal(syscall.SIGUSR1) // collect
+		c.cmd.Process.Signal(syscall.SIGUSR1) // collect garbage
 		time.Sleep(50 * time.Millisecond)
 		return c.metric("memory_bytes") / 1e6
 	}
@@ -803,7 +645,7 @@ func TestHonestClientsNoticeNoneOfTheFloodsAndAllIsGivenBackAfterwards(t *testin
 			if fl.refused != "" {
 				before = c.refusals(fl.refused)
 			}
-			f := &flood{t: t, c: c, over: make(chan struct{}), said: map[string]int{}}
+			f := &flood{t: t, c: c, over: make(chan struct{}), answers: map[string]int{}}
 			began := time.Now()
 			go func() { time.Sleep(floodFor); close(f.over) }()
 			fl.run(f)
@@ -814,18 +656,18 @@ func TestHonestClientsNoticeNoneOfTheFloodsAndAllIsGivenBackAfterwards(t *testin
 				if fl.full {
 					continue
 				}
-				// Somebody new comes, on a connection of their own.
+				// A new client connects.
 				client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 2 * time.Second}
 				r, _ := http.NewRequest("GET", "http://"+c.addr+"/rooms/honest/poll", nil)
 				r.Header.Set("X-Forwarded-For", "198.51.100.200")
 				resp, err := client.Do(r)
 				if err != nil {
-					t.Errorf("somebody new: %v", err)
+					t.Errorf("a new client: %v", err)
 					continue
 				}
 				resp.Body.Close()
 				if resp.StatusCode != 200 {
-					t.Errorf("somebody new: %s", resp.Status)
+					t.Errorf("a new client: %s", resp.Status)
 				}
 			}
 			f.wg.Wait()
@@ -833,10 +675,10 @@ func TestHonestClientsNoticeNoneOfTheFloodsAndAllIsGivenBackAfterwards(t *testin
 				conn.Close()
 			}
 			if fl.refused != "" && c.refusals(fl.refused) == before {
-				t.Errorf("no refusal is counted under %s; this was no flood: %v", fl.refused, f.said)
+				t.Errorf("no refusal is counted under %s; this was no flood: %v", fl.refused, f.answers)
 			}
-			if fl.said != "" && f.said[fl.said] == 0 || f.said[fl.unsaid] > 0 {
-				t.Errorf("they were answered %v; want %q, and not %q", f.said, fl.said, fl.unsaid)
+			if fl.expected != "" && f.answers[fl.expected] == 0 || f.answers[fl.unexpected] > 0 {
+				t.Errorf("the answers are %v; want %q, and not %q", f.answers, fl.expected, fl.unexpected)
 			}
 			if limit := floodStreams + 100 + 100 + 20; most > limit {
 				t.Errorf("it had %d descriptors open; its limits make %d", most, limit)
@@ -849,7 +691,7 @@ func TestHonestClientsNoticeNoneOfTheFloodsAndAllIsGivenBackAfterwards(t *testin
 			eventually(t, 5*time.Second, "its rooms and users are forgotten", func() bool { return c.metric("rooms") <= 1 && c.metric("users") == 0 })
 			after := 0.0
 			eventually(t, 3*time.Second, "its memory is given back", func() bool { after = memory(); return after < start+12 })
-			t.Logf("%.1f s, %v, %.0f MB at most, %.0f before it, %.0f after, %d descriptors at most", time.Since(began).Seconds(), f.said, peak, start, after, most)
+			t.Logf("%.1f s, %v, %.0f MB at most, %.0f before it, %.0f after, %d descriptors at most", time.Since(began).Seconds(), f.answers, peak, start, after, most)
 		})
 	}
 	if err := c.stop(); err != nil {

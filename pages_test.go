@@ -1,0 +1,184 @@
+// Tests of the pages and of the files that they load.
+
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"os"
+	"path"
+	"regexp"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		// A file of ours, or the markup of the chat, which no browser runs.
+		ours := regexp.MustCompile(`^<script (type="module" src="[a-z]+\.js"|type="text/html" id="markup")>$`)
+		b := newLimitedTestbed(t, "-origins", "https://ok.example")
+		b.ask("192.0.2.1", "POST /rooms/lobby?user=%3Cscript%3E", `<script>alert(1)</script><img onerror=x>" onload="x`)
+		inline := regexp.MustCompile(`(?i)<script(?:>| [^>]*>)|<style|\son[a-z]+\s*=\s*"|\sstyle\s*=\s*"|javascript:`)
+		pages := []string{"/rooms/lobby/html?last=9", "/rooms/lobby/refresh?last=9", "/rooms/lobby/form", "/rooms/lobby/form?live=refresh",
+			"/rooms/lobby/iframe?last=9", "/rooms/lobby/multipart?as=html&last=9"}
+		for name := range files {
+			if strings.HasSuffix(name, ".html") || name == "/" {
+				pages = append(pages, name)
+			}
+		}
+		for _, page := range pages {
+			r := b.open("192.0.2.1", "GET "+page, "")
+			data := make([]byte, 64<<10)
+			time.Sleep(time.Second) // everything that is due has come
+			n, _ := io.ReadAtLeast(r.body, data, 200)
+			text := string(data[:n])
+			policy := r.Header.Get("Content-Security-Policy")
+			r.stop()
+			for _, wrong := range []string{"unsafe-", "script-src *", "data:", "https:"} {
+				if strings.Contains(strings.ReplaceAll(policy, "https://ok.example", ""), wrong) {
+					t.Errorf("%s: the policy allows %s: %s", page, wrong, policy)
+				}
+			}
+			if !strings.HasPrefix(policy, "default-src 'none'") && !strings.HasPrefix(policy, "default-src 'self'") && !strings.Contains(page, "multipart") {
+				t.Errorf("%s: the policy is %q", page, policy)
+			}
+			for _, directive := range []string{"base-uri 'none'", "frame-ancestors "} {
+				if !strings.Contains(policy, directive) && !strings.Contains(page, "multipart") {
+					t.Errorf("%s: the policy has no %s: %s", page, directive, policy)
+				}
+			}
+			nonce := ""
+			if _, rest, ok := strings.Cut(policy, "'nonce-"); ok {
+				nonce, _, _ = strings.Cut(rest, "'")
+			}
+			for _, found := range inline.FindAllString(text, -1) {
+				if !(nonce != "" && found == `<script nonce="`+nonce+`">`) && !ours.MatchString(found) {
+					t.Errorf("%s: %q is in the page, and its policy is %s", page, found, policy)
+				}
+			}
+		}
+		one, two := b.open("192.0.2.1", "GET /rooms/lobby/iframe", ""), b.open("192.0.2.1", "GET /rooms/lobby/iframe", "")
+		if one.Header.Get("Content-Security-Policy") == two.Header.Get("Content-Security-Policy") {
+			t.Error("two frames have one nonce")
+		}
+		one.stop()
+		two.stop()
+	})
+}
+
+// A person who types an address is redirected to a page; a program gets an error that
+// lists what there is.
+func TestShortcuts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		for path, want := range map[string]string{
+			"/rooms/lobby":          "../?room=lobby",
+			"/rooms/lobby?token=x":  "../?room=lobby&token=x",
+			"/rooms/a:b,c":          "../?room=a%3Ab",
+			"/rooms/lobby/":         "../../?room=lobby",
+			"/rooms/lobby?room=x":   "../?room=lobby",
+			"/rooms":                "./stats.html#rooms",
+			"/rooms/":               "../stats.html#rooms",
+			"/lab":                  "./lab.html",
+			"/stats?room=temp":      "./stats.html?room=temp",
+			"/rooms/no%20name":      "",
+			"/nothing":              "",
+			"/rooms/lobby/presence": "",
+		} {
+			for _, method := range []string{"GET", "HEAD"} {
+				res, body := b.do(method, path, "", "Accept: text/html,application/xhtml+xml,*/*;q=0.8")
+				if got := res.Header.Get("Location"); got != want || (res.StatusCode == 303) != (want != "") {
+					t.Errorf("%s %s by a browser: %s %q %s, want %q", method, path, res.Status, got, body, want)
+				}
+			}
+			if res, _ := b.do("GET", path, "", "Accept: */*"); res.StatusCode == 303 {
+				t.Errorf("%s by a program: %s to %s", path, res.Status, res.Header.Get("Location"))
+			}
+		}
+		if res, body := b.do("GET", "/rooms/lobby", ""); res.StatusCode != 405 || !strings.Contains(body, b.techniqueNames()) {
+			t.Errorf("GET of a room: %s %s, want 405 and the techniques", res.Status, body)
+		}
+	})
+}
+
+// A load balancer may check with OPTIONS whether the relay is there, as HAProxy does
+// by default.
+func TestOptionsOfAPage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		for _, path := range []string{"/", "/healthz", "/comet.js"} {
+			if res, body := b.do("OPTIONS", path, ""); res.StatusCode != 204 || body != "" || res.Header.Get("Allow") != "GET, HEAD, OPTIONS" {
+				t.Errorf("%s: %s %v", path, res.Status, res.Header)
+			}
+		}
+	})
+}
+
+// The files of static/ are served with their type and an ETag, and no others are.
+func TestFiles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		names, _ := os.ReadDir("static")
+		etags := map[string]string{}
+		for _, name := range append([]string{"/"}, func() (paths []string) {
+			for _, n := range names {
+				paths = append(paths, "/"+n.Name())
+			}
+			return paths
+		}()...) {
+			file := "static" + name
+			if name == "/" {
+				file = "static/index.html"
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			res, body := b.do("GET", name, "")
+			h := res.Header
+			if res.StatusCode != 200 || body != string(want) {
+				t.Errorf("%s: %s, %d bytes, want %d", name, res.Status, len(body), len(want))
+			}
+			kind := map[string]string{".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml"}[path.Ext(file)]
+			if h.Get("Access-Control-Allow-Origin") != "*" {
+				t.Errorf("%s: %v; a page of another origin could not import it", name, h)
+			}
+			if kind != "" && h.Get("Content-Type") != kind || h.Get("Content-Type") == "" || h.Get("X-Content-Type-Options") != "nosniff" {
+				t.Errorf("%s: %v, want %s and nosniff", name, h, kind)
+			}
+			etag := h.Get("ETag")
+			if other, ok := etags[etag]; ok && other != string(want) {
+				t.Errorf("%s: the ETag %s is another file's", name, etag)
+			}
+			etags[etag] = string(want)
+			if !regexp.MustCompile(`^"[0-9a-f]{16,}"$`).MatchString(etag) || h.Get("Cache-Control") == "" || h.Get("Content-Security-Policy") == "" {
+				t.Errorf("%s: %v", name, h)
+			}
+			res, body = b.do("GET", name, "", "If-None-Match: "+etag)
+			if res.StatusCode != 304 || body != "" || res.Header.Get("ETag") != etag {
+				t.Errorf("%s again: %s, %d bytes, want 304", name, res.Status, len(body))
+			}
+			if res, _ = b.do("GET", name, "", `If-None-Match: "other"`); res.StatusCode != 200 {
+				t.Errorf("%s, changed: %s", name, res.Status)
+			}
+			if res, body = b.do("HEAD", name, ""); res.StatusCode != 200 || body != "" || res.ContentLength != int64(len(want)) || res.Header.Get("ETag") != etag {
+				t.Errorf("HEAD %s: %s", name, res.Status)
+			}
+			if res, _ = b.do("POST", name, "hi"); res.StatusCode != 405 || !strings.Contains(res.Header.Get("Allow"), "GET") {
+				t.Errorf("POST %s: %s, Allow: %s", name, res.Status, res.Header.Get("Allow"))
+			}
+		}
+		for _, name := range []string{"/..", "/../main.go", "/static/index.html", "/static/../main.go", "/%2e%2e/main.go", "/..%2fmain.go", "//index.html", "/index.html/", "/index.html%00", "/.", "/main.go", "/\\index.html", "/static", "/favicon.ico2", "/.git/config"} {
+			res, body := b.doRaw("GET", name, "")
+			if res.StatusCode != 404 || !isError(body) {
+				t.Errorf("%s: %s %.60s, want 404", name, res.Status, body)
+			}
+		}
+		res, body := b.do("GET", "/healthz", "")
+		if res.StatusCode != 200 || !json.Valid([]byte(body)) || res.Header.Get("Cache-Control") != "no-store" {
+			t.Errorf("healthz: %s %s %v", res.Status, body, res.Header)
+		}
+	})
+}

@@ -1,0 +1,41 @@
+//go:build linux
+
+// Tests of what the relay sets on its sockets.
+
+package main
+
+import (
+	"slices"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The kernel ends a connection that acknowledges nothing for two heartbeats, for
+// streams and WebSockets, idle or not. If the socket is only full, the relay's own
+// deadline comes first.
+func TestTheKernelEndsAConnectionThatAcknowledgesNothing(t *testing.T) {
+	for beat, want := range map[time.Duration]time.Duration{15 * time.Second: 30 * time.Second, time.Second: 20 * time.Second} {
+		b := newTestbed(t, tcp)
+		b.heartbeat = beat
+		b.subscribe(variantOf("sse"), "a").begin()
+		b.subscribe(variantOf("ws"), "a").begin()
+		_, r := b.rawWebSocket("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")
+		r.Peek(1) // the hello
+		b.pool.mu.Lock()
+		streams := slices.Clone(b.pool.sessions)
+		b.pool.mu.Unlock()
+		if len(streams) != 3 {
+			t.Fatalf("%d streams", len(streams))
+		}
+		for i, st := range streams {
+			ms, err := syscall.GetsockoptInt(st.fd, syscall.IPPROTO_TCP, 18)
+			if got := time.Duration(ms) * time.Millisecond; err != nil || got != want {
+				t.Errorf("with a heartbeat of %v: %v, %v; want %v", beat, got, err, want)
+			}
+			if !st.kernelTimeout || st.proxied != (i == 2) {
+				t.Errorf("stream %d: kernel timeout %v, proxied %v", i, st.kernelTimeout, st.proxied)
+			}
+		}
+	}
+}
