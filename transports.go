@@ -120,6 +120,7 @@ func poll(*server, *request) encoder {
 	}
 }
 
+// pollBody appends the object without a line end.
 func pollBody(b []byte, cursor int64, events []*event) []byte {
 	b = strconv.AppendInt(append(b, `{"cursor":`...), cursor, 10)
 	b = append(b, `,"events":[`...)
