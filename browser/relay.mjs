@@ -98,7 +98,7 @@ async function proxy(server, to, interval, prefix = '/') {
       relay.write(`GET ${path(request.url)} HTTP/1.1\r\n` + request.rawHeaders.map((h, i) => i % 2 ? h + '\r\n' : h + ': ').join('') + '\r\n')
       client.pipe(relay).pipe(client)
     })
-    for (const socket of [client, relay]) socket.on('error', () => { client.destroy(); relay.destroy() })
+    for (const socket of [client, relay]) socket.on('error', () => { }).on('close', () => { client.destroy(); relay.destroy() })
   })
   const sockets = new Set
   server.on('connection', socket => { sockets.add(socket); socket.on('close', () => sockets.delete(socket)) })

@@ -1,6 +1,6 @@
 /**
  * The client. Techniques differ only in how an event travels: each is one short function. The rest is what they share.
- * An example, types, options and events: comet.d.ts.
+ * Example, types, options: comet.d.ts.
  */
 
 /**
@@ -447,7 +447,7 @@ export class Comet extends EventTarget {
     } catch { } finally { clearTimeout(timer) }
     const { id } = await getJSON(this.#url('', query, room), {
       method: 'POST', body, headers: { 'Content-Type': 'application/json' },
-      keepalive: body.length < 1e4, // it arrives even if the page is closed
+      keepalive: body.length < 1e4, // even if the page is closed
     })
     return id
   }
@@ -482,7 +482,7 @@ export class Comet extends EventTarget {
       return locks.request(name, { signal }, lead)
     }).catch(error => {
       if (signal.aborted) return
-      this.#options.shared = error.name === 'AbortError' // another tab stole our lock; otherwise locks do not work
+      this.#options.shared = error.name === 'AbortError' // another tab stole our lock; else locks do not work
       this.#start()
     })
   }
@@ -530,7 +530,7 @@ export class Comet extends EventTarget {
     this.#deliver(event)
   }
 
-  /** Asks the relay for what was missed, then goes on with what the leader sent meanwhile. */
+  /** Asks the relay for missed events, then goes on with what the leader sent meanwhile. */
   async #catchUp() {
     const session = this.#session
     const over = () => session.signal.aborted || this.leader

@@ -186,7 +186,7 @@ new Graph(relayGraphs, 'Traffic', 'bytes per second, headers included', relayRow
 new Graph(relayGraphs, 'Rooms and users', 'how many', relayRows, { rooms: 'rooms', users: 'users' })
 new Graph(relayGraphs, 'Memory', 'in bytes', relayRows, { memory: 'process', kept: 'history' }, { format: formatBytes })
 new Graph(relayGraphs, 'Goroutines', 'how many', relayRows, { goroutines: 'goroutines' })
-new Graph(relayGraphs, 'Slow readers', 'per second', relayRows, { 'dropped/s': 'dropped', 'gaps/s': 'sent a gap' })
+new Graph(relayGraphs, 'Drops and gaps', 'readers per second', relayRows, { 'dropped/s': 'dropped', 'gaps/s': 'sent a gap' })
 
 let statsComet
 
