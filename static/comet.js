@@ -569,9 +569,8 @@ export class Comet extends EventTarget {
 
   /** Stops. The last tab tells the relay. */
   #leave() {
-    const last = !this.#otherTabs.size
+    if (!this.#otherTabs.size && this.user) for (const room of this.rooms) globalThis.navigator?.sendBeacon?.(this.#url('/presence', { client: this.#clientId }, room), 'offline')
     this.#stop()
-    if (last && this.user) for (const room of this.rooms) globalThis.navigator?.sendBeacon?.(this.#url('/presence', { client: this.#clientId }, room), 'offline')
   }
 
   /** The page is visible, the network is back, or the machine has slept. */
