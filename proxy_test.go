@@ -703,7 +703,7 @@ func (b *browser) visit(address string) {
 		for _, m := range imported.FindAllStringSubmatch(text, -1) {
 			links = append(links, m[1])
 		}
-	case strings.Contains(text, "<!DOCTYPE html>") || strings.Contains(text, "<!doctype html>"):
+	case strings.HasPrefix(text, "<!DOCTYPE html>"):
 		for _, m := range attribute.FindAllStringSubmatch(postForm.ReplaceAllString(text, ""), -1) {
 			links = append(links, m[2])
 		}
