@@ -190,11 +190,16 @@ func (c *renderer) draw() {
 	log.wake(rm)
 }
 
-// addPoint adds a message.
+// columns is how many characters of a line fit: those of 13 pixels are about 7 wide.
+func (c *renderer) columns() int { return (c.w - 2*margin) / 7 }
+
+// addPoint adds a message. It keeps what is drawn, and not the message, which the log may
+// drop.
 func (c *renderer) addPoint(e *event) {
 	f := e.decode()
-	m := point{from: f.From, text: asText(f.Data)}
-	n, err := strconv.ParseFloat(strings.TrimSpace(m.text), 64)
+	text := asText(f.Data)
+	m := point{from: truncate(f.From, c.columns()), text: truncate(strings.Join(strings.Fields(text), " "), c.columns())}
+	n, err := strconv.ParseFloat(strings.TrimSpace(text), 64)
 	m.number, m.isNumber = n, err == nil && math.Abs(n) < 1e15 // beyond, a difference of two may overflow
 	if !m.isNumber && len(c.numbers()) > 0 {
 		c.p.skipped()
@@ -272,11 +277,11 @@ func formatNumber(n float64) string { return strconv.FormatFloat(n, 'g', 5, 64) 
 // drawText writes the last lines that fit, the newest at the bottom.
 func (c *renderer) drawText(b []byte) []byte {
 	fit := (c.h - margin) / lineHeight
-	wide := (c.w - 2*margin) / 7 // characters of 13 pixels are about 7 wide
+	wide := c.columns()
 	said := c.points[max(0, len(c.points)-fit):]
 	for i, m := range said {
 		from := truncate(m.from, wide/3)
-		text := truncate(strings.Join(strings.Fields(m.text), " "), wide-len([]rune(from))-1)
+		text := truncate(m.text, wide-len([]rune(from))-1)
 		b = fmt.Appendf(b, `<text x="%d" y="%d"><tspan font-weight="600">%s</tspan> %s</text>`,
 			margin, margin+lineHeight*(i+1)-6, html.EscapeString(from), html.EscapeString(text))
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -69,4 +70,30 @@ func TestPicture(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A picture keeps what it draws of a message, and not the message.
+func TestAPictureKeepsLittle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		e := b.subscribe(variantOf("multipart"), "a", "as=svg", "w=2000")
+		for range drawMessages {
+			b.post("a", strings.Repeat("word ", 12_000))
+		}
+		time.Sleep(time.Second)
+		b.pictures.mu.Lock()
+		defer b.pictures.mu.Unlock()
+		kept := 0
+		for _, c := range b.pictures.renderers {
+			c.mu.Lock()
+			for _, p := range c.points {
+				kept += len(p.from) + len(p.text)
+			}
+			c.mu.Unlock()
+		}
+		if kept == 0 || kept > drawMessages*300 {
+			t.Errorf("%d messages of 60 KB are kept as %d bytes", drawMessages, kept)
+		}
+		e.close()
+	})
 }
