@@ -214,7 +214,7 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 func (o *origins) check(r *http.Request) (string, error) {
 	origin, site := r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site")
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
-	byReferer := site == "cross-site" || site == "same-site" || site == "" && !strings.Contains(r.Header.Get("Accept"), "text/html")
+	byReferer := site == "cross-site" || site == "same-site" || site == "" && !wantsHTML(r)
 	if origin == "" && reads && byReferer {
 		if from, err := url.Parse(r.Referer()); err == nil && from.Host != "" {
 			origin = from.Scheme + "://" + from.Host
@@ -396,14 +396,16 @@ func (a *access) token(r *http.Request) (string, error) {
 			return tokens[0], nil
 		}
 	}
-	token := ""
-	for _, c := range r.CookiesNamed("token") {
+	cookies := r.CookiesNamed("token")
+	for i, c := range cookies {
+		if i == len(cookies)-1 {
+			return c.Value, nil
+		}
 		if _, err := verifyToken(c.Value, a.secrets, time.Now()); err == nil {
 			return c.Value, nil
 		}
-		token = cmp.Or(token, c.Value)
 	}
-	return token, nil
+	return "", nil
 }
 
 // inURL reports whether a good token is in the URL of a page.

@@ -81,11 +81,8 @@ func isPage(p string) bool {
 // wrapPages returns a handler that answers for pages, and adds to the server what pages need.
 func wrapPages(s *server, next http.Handler) http.Handler {
 	s.pageHead, s.eventHTML = s.fullHead, fullHTML
-	for _, t := range s.techniques {
-		if t.name == "multipart" {
-			t.as = append(t.as, representation{"text", multipartText}, representation{"html", multipartHTML})
-		}
-	}
+	push := s.technique("multipart")
+	push.as = append(push.as, representation{"text", multipartText}, representation{"html", multipartHTML})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
 		name, verb, _ := strings.Cut(path, "/")

@@ -57,11 +57,8 @@ func newPictures(s *server) *pictures {
 	p := &pictures{server: s, skipped: func() {}, renderers: map[pictureKey]*renderer{}}
 	p.log = newRelay(limits{maxEvents: 1, maxRoomBytes: 1 << 20, maxBytes: s.relay.maxBytes, maxRooms: maxPictures, maxUsers: s.relay.maxUsers})
 	p.log.wakeAll = s.relay.wakeAll
-	for _, t := range s.techniques {
-		if t.name == "multipart" {
-			t.as = append(t.as, representation{"svg", p.svg})
-		}
-	}
+	push := s.technique("multipart")
+	push.as = append(push.as, representation{"svg", p.svg})
 	return p
 }
 

@@ -167,8 +167,7 @@ func (st *stats) wrap(next http.Handler) http.Handler {
 				st.publishedBytes.Add(requestSize(r))
 				r.Body = &countedBody{r.Body, &st.publishedBytes}
 			}
-		} else if i := slices.IndexFunc(s.techniques, func(t *technique) bool { return t.name == verb }); i >= 0 && r.Method != http.MethodOptions {
-			t := s.techniques[i]
+		} else if t := s.technique(verb); t != nil && r.Method != http.MethodOptions {
 			c := st.techniques[t]
 			c.requests.Add(1)
 			c.in.Add(requestSize(r))
@@ -248,7 +247,7 @@ func (r *relay) list(prefix string, most int) (rooms []roomStatus, more bool) {
 	defer r.mu.Unlock()
 	rooms = []roomStatus{}
 	add := func(rm *room) {
-		if !strings.HasPrefix(rm.name, prefix) || !validName(rm.name) { // a room of pictures is nobody's
+		if !strings.HasPrefix(rm.name, prefix) {
 			return
 		}
 		if more = len(rooms) == most; more {
