@@ -86,6 +86,10 @@ func wrapPages(s *server, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
 		name, verb, _ := strings.Cut(path, "/")
+		if isRoom && verb != "form" && !wantsHTML(r) { // a program, as most requests are
+			next.ServeHTTP(w, r)
+			return
+		}
 		switch {
 		case shortcuts[r.URL.Path] != "" && wantsHTML(r):
 			redirect(w, shortcuts[r.URL.Path], r.URL.Query())

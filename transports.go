@@ -1200,7 +1200,11 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Write(append(b, '\n'))
 }
 
-var readMethods = []string{"GET", "HEAD", "OPTIONS"}
+var (
+	roomMethods     = []string{"POST", "PUT", "DELETE", "OPTIONS"}
+	presenceMethods = []string{"GET", "HEAD", "POST", "OPTIONS"}
+	readMethods     = []string{"GET", "HEAD", "OPTIONS"}
+)
 
 // route finds what a path and method ask for. It uses the escaped path, so a slash
 // within a name is seen for what it is, and nothing is redirected.
@@ -1218,9 +1222,9 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 	q := &request{rooms: rooms, permit: p}
 	switch verb {
 	case "":
-		return s.handle(w, r, q, []string{"POST", "PUT", "DELETE", "OPTIONS"}, s.handleRoom)
+		return s.handle(w, r, q, roomMethods, s.handleRoom)
 	case "presence":
-		return s.handle(w, r, q, []string{"GET", "HEAD", "POST", "OPTIONS"}, s.handlePresence)
+		return s.handle(w, r, q, presenceMethods, s.handlePresence)
 	}
 	if t := s.technique(verb); t != nil {
 		return s.handle(w, r, q, readMethods, func(w http.ResponseWriter, r *http.Request, q *request) error {
@@ -1253,8 +1257,8 @@ func (s *server) techniqueNames() string {
 // handle calls do if the method is one of methods and the client may ask. It answers
 // OPTIONS itself.
 func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, do func(http.ResponseWriter, *http.Request, *request) error) error {
-	allowed := strings.Join(methods, ", ")
 	if !slices.Contains(methods, r.Method) {
+		allowed := strings.Join(methods, ", ")
 		w.Header().Set("Allow", allowed)
 		message := r.Method + " is not for this path; " + allowed + " are"
 		if slices.Contains(methods, "PUT") {
@@ -1266,7 +1270,7 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, meth
 		return err
 	}
 	if r.Method == http.MethodOptions {
-		w.Header().Set("Allow", allowed)
+		w.Header().Set("Allow", strings.Join(methods, ", "))
 		w.WriteHeader(http.StatusNoContent)
 		return nil
 	}
