@@ -21,6 +21,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -31,6 +32,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -149,6 +151,12 @@ func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream
 	if !ses.ws && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
 		return false, nil
 	}
+	if ses.ws {
+		if err := checkUpgrade(w, r); err != nil {
+			p.server.release(st.quota, st.technique)
+			return true, err
+		}
+	}
 	if err := st.open(q, ses); err != nil {
 		return true, err
 	}
@@ -174,7 +182,7 @@ func (ses *session) hijack(w http.ResponseWriter) error {
 	h.Write(&head)
 	head.WriteString("\r\n")
 	ses.conn, ses.head = conn, head.Bytes()
-	ses.headroom, ses.out = chunkHeadSize, ses
+	ses.headroom, ses.send = chunkHeadSize, ses.sendChunk
 	ses.pool.add(ses)
 	go ses.watch()
 	return nil
@@ -226,17 +234,8 @@ func (ses *session) closeWhenSent() {
 // Leading zeros are allowed, so the size can be filled in last.
 const chunkHeadSize = len("00000000\r\n")
 
-func (ses *session) send(sc *scratch, b []byte) error {
-	if ses.ws {
-		return ses.sendMessage(sc, b)
-	}
-	return ses.sendChunk(sc, b)
-}
-
-func (ses *session) busy() bool { return ses.replyDue }
-
 // sendChunk writes b, whose first chunkHeadSize bytes are free, as a chunk.
-func (ses *session) sendChunk(sc *scratch, b []byte) error {
+func (ses *session) sendChunk(sc *scratch, b []byte, events []*event) error {
 	const hex = "0123456789abcdef"
 	copy(b[chunkHeadSize-2:], "\r\n")
 	for i, n := chunkHeadSize-3, len(b)-chunkHeadSize; i >= 0; i, n = i-1, n>>4 {
@@ -254,7 +253,7 @@ func (ses *session) sendChunk(sc *scratch, b []byte) error {
 		b = append(ses.head, b...)
 		ses.head = nil
 	}
-	return ses.write(b, sc.encoded)
+	return ses.write(b, events)
 }
 
 // write gives the socket what it takes, and keeps the rest.
@@ -516,7 +515,13 @@ func (ses *session) writeDue(sc *scratch, now int64) (err error) {
 	if ses.gone.Load() {
 		return net.ErrClosed
 	}
-	return ses.step(sc, now)
+	stopping := ses.server.relay.isStopping() && !ses.replyDue
+	if ses.ws && ses.opened && ses.due(now) && now < ses.expiresAt && !stopping {
+		if err := ses.ping(); err != nil {
+			return err
+		}
+	}
+	return ses.step(sc, now, stopping)
 }
 
 // afterWrite ends a turn.
@@ -604,7 +609,7 @@ func (ses *session) release(byeSent bool) {
 
 // upgrade begins a stream over a WebSocket: the pool writes, and a goroutine reads.
 func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) error {
-	ses.headroom, ses.out = maxFrameHead, ses
+	ses.headroom, ses.send = maxFrameHead, ses.sendMessage
 	ses.proxied = ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
 	options := acceptOptions(r)
 	options.OnPongReceived = func(context.Context, []byte) { ses.awaitingPong.Store(false) }
@@ -616,6 +621,21 @@ func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) 
 	conn.SetReadLimit(ses.server.maxBody)
 	ses.pool.add(ses)
 	go ses.readMessages(conn, ses.author(q))
+	return nil
+}
+
+// checkUpgrade says what a request for a WebSocket lacks. The library says it too, but in
+// plain text, and after the stream has begun.
+func checkUpgrade(w http.ResponseWriter, r *http.Request) error {
+	connection := strings.ToLower(strings.Join(r.Header.Values("Connection"), ","))
+	if !r.ProtoAtLeast(1, 1) || !strings.Contains(connection, "upgrade") {
+		return upgradeRequired(w, r)
+	}
+	keys := r.Header.Values("Sec-WebSocket-Key")
+	if key, err := base64.StdEncoding.DecodeString(strings.Join(keys, "")); err != nil || len(key) != 16 || len(keys) != 1 || r.Header.Get("Sec-WebSocket-Version") != "13" {
+		w.Header().Set("Sec-WebSocket-Version", "13")
+		return badRequest("a WebSocket is asked for with Sec-WebSocket-Version: 13, and 16 bytes in base64 as Sec-WebSocket-Key")
+	}
 	return nil
 }
 
@@ -649,9 +669,9 @@ func appendClose(b []byte, code websocket.StatusCode, reason string) []byte {
 }
 
 // sendMessage writes b, whose first maxFrameHead bytes are free, as a message.
-func (ses *session) sendMessage(sc *scratch, b []byte) error {
+func (ses *session) sendMessage(sc *scratch, b []byte, events []*event) error {
 	size := len(b) - maxFrameHead
-	if len(b) > maxFrameHead || len(sc.encoded) > 0 {
+	if size > 0 || !ses.closed {
 		b = textFrame(b)
 	} else {
 		b = b[:0] // a bye that this client does not see
@@ -665,15 +685,12 @@ func (ses *session) sendMessage(sc *scratch, b []byte) error {
 		code, reason := ses.closeCode()
 		b = appendClose(b, code, reason)
 	}
-	return ses.write(b, sc.encoded)
+	return ses.write(b, events)
 }
 
 // ping asks the client of a WebSocket now and then whether it is still there. A client that
 // has not answered the last ping is gone.
 func (ses *session) ping() error {
-	if !ses.ws {
-		return nil
-	}
 	ses.heartbeats++
 	due := ses.heartbeats%pingEvery == 1
 	if ses.kernelTimeout && !ses.proxied {

@@ -28,7 +28,7 @@ func TestALongChunk(t *testing.T) {
 	st.fd = -1
 	ours, theirs := net.Pipe()
 	body := bytes.Repeat([]byte("x"), 17<<20)
-	if err := st.sendChunk(s.scratches.New().(*scratch), append(make([]byte, chunkHeadSize), body...)); err != errBlocked {
+	if err := st.sendChunk(s.scratches.New().(*scratch), append(make([]byte, chunkHeadSize), body...), nil); err != errBlocked {
 		t.Fatal(err)
 	}
 	go func() {
@@ -307,7 +307,7 @@ func TestHowManyPings(t *testing.T) {
 			if err := st.ping(); err != nil {
 				t.Fatal(err)
 			}
-			if st.sendMessage(b.scratches.New().(*scratch), append(make([]byte, maxFrameHead), beatJSON...)); st.pending[0][0] == 0x89 {
+			if st.sendMessage(b.scratches.New().(*scratch), append(make([]byte, maxFrameHead), beatJSON...), nil); st.pending[0][0] == 0x89 {
 				pings++
 			}
 			st.awaitingPong.Store(false)
@@ -392,7 +392,7 @@ func TestHelloComesBeforeAnyReply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
 		st := &session{ws: true, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), headroom: maxFrameHead, expiresAt: math.MaxInt64}}
-		st.out = st
+		st.send = st.sendMessage
 		if err := b.relay.subscribe(&st.sub, subscribeRequest{rooms: []string{"a"}, cursor: -1, maxBatchBytes: 1, driver: st}); err != nil {
 			t.Fatal(err)
 		}

@@ -80,7 +80,17 @@ func isPage(p string) bool {
 
 // wrapPages returns a handler that answers for pages, and adds to the server what pages need.
 func wrapPages(s *server, next http.Handler) http.Handler {
-	s.pageHead, s.eventHTML = s.fullHead, fullHTML
+	s.eventHTML = fullHTML
+	s.technique("html").encoder = func(s *server, q *request) encoder {
+		enc := endlessPage(s, q)
+		enc.preamble = s.pageHead(q, "") + "<main class=\"log endless\">\n"
+		return enc
+	}
+	s.technique("refresh").encoder = func(s *server, q *request) encoder {
+		enc := refresh(s, q)
+		enc.preamble = s.pageHead(q, enc.header["Refresh"])
+		return enc
+	}
 	push := s.technique("multipart")
 	push.as = append(push.as, representation{"text", multipartText}, representation{"html", multipartHTML})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -184,9 +194,9 @@ func pageStart(title string) string {
 `
 }
 
-// fullHead begins a page, with a form: in a page that refreshes itself as part of it,
+// pageHead begins a page, with a form: in a page that refreshes itself as part of it,
 // else in a frame of its own.
-func (s *server) fullHead(q *request, refresh string) string {
+func (s *server) pageHead(q *request, refresh string) string {
 	user := url.Values{"user": {q.user}}.Encode()
 	head, form := "<header>\n<h1>"+q.title()+"</h1>\n", ""
 	switch {

@@ -13,7 +13,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -44,7 +43,7 @@ type technique struct {
 	name    string
 	mode    mode
 	encoder func(*server, *request) encoder
-	as      []representation // what as= may ask for
+	as      []representation // what as= may ask for, beside json
 	open    atomic.Int64     // requests that are held now
 }
 
@@ -66,15 +65,15 @@ type representation struct {
 func newTechniques() []*technique {
 	return []*technique{
 		{name: "refresh", mode: immediate, encoder: refresh},
-		{name: "multipart", mode: streaming, encoder: multipart, as: []representation{{"json", multipart}}},
+		{name: "multipart", mode: streaming, encoder: multipart},
 		{name: "html", mode: streaming, encoder: endlessPage},
 		{name: "poll", mode: immediate, encoder: poll},
 		{name: "iframe", mode: streaming, encoder: iframe},
 		{name: "longpoll", mode: longPoll, encoder: poll},
 		{name: "stream", mode: streaming, encoder: ndjson},
 		{name: "jsonp", mode: longPoll, encoder: jsonp},
-		{name: "sse", mode: streaming, encoder: sse, as: []representation{{"json", sse}, {"data", sse}}},
-		{name: "ws", mode: streaming, encoder: frames, as: []representation{{"json", frames}, {"data", frames}}},
+		{name: "sse", mode: streaming, encoder: sse, as: []representation{{"data", sse}}},
+		{name: "ws", mode: streaming, encoder: frames, as: []representation{{"data", frames}}},
 	}
 }
 
@@ -307,6 +306,9 @@ const beatJSON = `{"type":"beat"}`
 
 // Pages for people, without JavaScript.
 
+// pageMessages is how many of the newest messages a page begins with.
+const pageMessages = 50
+
 // html, the page that never ends (about 1995): a browser shows what it has of a page
 // while the rest is still to come, so the server just goes on.
 //
@@ -315,7 +317,7 @@ func endlessPage(s *server, q *request) encoder {
 	return encoder{
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Content-Security-Policy": q.pagePolicy()},
-		preamble:    s.pageHead(q, "") + "<main class=\"log endless\">\n",
+		preamble:    plainHead + "<main class=\"log endless\">\n",
 		event:       func(b []byte, e *event) []byte { return append(b, s.html(e)...) },
 		heartbeat:   "<!-- beat -->\n",
 		last:        pageMessages,
@@ -323,23 +325,27 @@ func endlessPage(s *server, q *request) encoder {
 }
 
 // refresh is client pull (Netscape, 1995): a whole page, and a header that has the
-// browser load it again.
+// browser load it again. The form is on this page: to post one from a page that is still
+// loading would end that page.
 //
 //	Refresh: 10
 func refresh(s *server, q *request) encoder {
 	wait := strconv.FormatInt(q.intParam("wait", 1, maxWait, 10), 10) // with 0 a browser asks thirty times a second
+	form := `<form method="post" action="../` + q.rooms[0] + `">
+<input name="user" title="Name" value="` + html.EscapeString(q.user) + `"> <input name="data" title="Message" required>
+<input type="hidden" name="then" value="refresh"><button>Send</button>
+</form>
+`
 	return encoder{
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Refresh": wait, "Content-Security-Policy": q.pagePolicy()},
-		batch: func(b []byte, _ int64, events []*event) []byte {
-			return s.appendPage(append(b, s.pageHead(q, wait)...), events)
-		},
-		last: pageMessages,
+		preamble:    plainHead + form,
+		batch:       func(b []byte, _ int64, events []*event) []byte { return s.appendPage(b, events) },
+		last:        pageMessages,
 	}
 }
 
-// pageMessages is how many of the newest messages a page begins with.
-const pageMessages = 50
+const plainHead = "<!DOCTYPE html>\n<html lang=\"en\">\n<title>Cometes</title>\n"
 
 // appendPage appends the body of a page, the newest message first.
 func (s *server) appendPage(b []byte, events []*event) []byte {
@@ -355,24 +361,6 @@ func (s *server) appendPage(b []byte, events []*event) []byte {
 // pagePolicy is the Content-Security-Policy of a page: no script runs in it.
 func (q *request) pagePolicy() string {
 	return "default-src 'none'; style-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.permit.ancestors
-}
-
-// plainHead begins a page, with a form if it is one that refreshes itself: to post a
-// form from a page that is still loading would end it.
-func plainHead(q *request, refresh string) string {
-	room := q.rooms[0]
-	head := "<!DOCTYPE html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>" + room + "</title>\n"
-	user := html.EscapeString(q.user)
-	if refresh == "" {
-		return head + `<p><a href="refresh?user=` + url.QueryEscape(q.user) + "\">Write a message</a></p>\n"
-	}
-	return head + `<form method="post" action="../` + room + `">
-<label>Name <input name="user" value="` + user + `"></label>
-<label>Message <input name="data" required></label>
-<input type="hidden" name="then" value="refresh">
-<button>Send</button>
-</form>
-`
 }
 
 // decode returns the fields of the event's JSON.
@@ -423,7 +411,6 @@ type server struct {
 	instance   string        // names this process in hello
 
 	publish   func(publishRequest) (id int64, isNew bool, err error)
-	pageHead  func(q *request, refresh string) string
 	eventHTML func(*event) []byte
 	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
 	counter   func() func(t *technique, events []*event, bytes int, now int64)                    // counts what is written; without a technique it ends a batch
@@ -443,7 +430,6 @@ func newServer(r *relay) *server {
 		maxBody:    64 << 10,
 		instance:   rand.Text()[:8],
 		publish:    r.publish,
-		pageHead:   plainHead,
 		eventHTML:  plainHTML,
 		counter:    func() func(*technique, []*event, int, int64) { return func(*technique, []*event, int, int64) {} },
 		refused:    func(string) {},
@@ -455,10 +441,9 @@ func newServer(r *relay) *server {
 
 // A scratch is the memory it takes to write. A stream with nothing to say needs none.
 type scratch struct {
-	events  []*event
-	buf     []byte
-	encoded []*event // those in buf
-	count   func(t *technique, events []*event, bytes int, now int64)
+	events []*event
+	buf    []byte
+	count  func(t *technique, events []*event, bytes int, now int64)
 }
 
 // withScratch calls do with a scratch from the pool.
@@ -493,10 +478,12 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 	for name, value := range enc.header {
 		h.Set(name, value)
 	}
-	if r.Method == http.MethodHead && t.name != "ws" {
+	switch {
+	case t.name == "ws" && !strings.EqualFold(r.Header.Get("Upgrade"), "websocket"):
+		return upgradeRequired(w, r)
+	case t.name != "ws" && r.Method == http.MethodHead:
 		return nil
-	}
-	if t.mode == immediate {
+	case t.mode == immediate:
 		return s.serveOnce(w, r, q, t, &enc)
 	}
 	err := s.hold(q.permit.quota, t)
@@ -557,7 +544,7 @@ func (s *server) serveOnce(w http.ResponseWriter, r *http.Request, q *request, t
 			events = sub.next(events) // at the end, too: the relay may have stopped right after an event
 		}
 	}
-	b := enc.encode(nil, sub.cursor, events...)
+	b := enc.encode([]byte(enc.preamble), sub.cursor, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	s.withScratch(func(sc *scratch) error { sc.count(t, events, len(b), time.Now().UnixMilli()); return nil })
 	return writer(w)(b)
@@ -576,20 +563,14 @@ type stream struct {
 	heartbeatAt    atomic.Int64 // when a heartbeat is due, Unix nanoseconds
 	heartbeatEvery int64        // nanoseconds
 
-	out          sender
-	headroom     int    // free bytes that send needs at the front of b
-	unsubscribed func() // see encoder.subscribe
+	send         func(sc *scratch, b []byte, events []*event) error // writes b, which holds the events
+	headroom     int                                                // free bytes that send needs at the front of b
+	unsubscribed func()                                             // see encoder.subscribe
 }
 
 // serveStream sends events for ever.
 func (s *server) serveStream(w http.ResponseWriter, r *http.Request, q *request, t *technique, enc encoder) error {
 	st := &stream{server: s, technique: t, enc: enc, quota: q.permit.quota}
-	if t.name == "ws" {
-		if err := checkUpgrade(w, r); err != nil {
-			s.release(st.quota, t)
-			return err
-		}
-	}
 	if s.takeOver != nil {
 		if taken, err := s.takeOver(w, r, st, q); taken {
 			return err
@@ -602,38 +583,19 @@ func (s *server) serveStream(w http.ResponseWriter, r *http.Request, q *request,
 	if t.name == "ws" {
 		return st.webSocket(w, r, q)
 	}
-	st.out = &responseSender{s, writer(w), http.NewResponseController(w)}
+	write, rc := writer(w), http.NewResponseController(w)
+	st.send = func(_ *scratch, b []byte, _ []*event) error {
+		defer s.unsentBytes.Add(-int64(len(b)))
+		if err := s.reserveUnsent(len(b)); err != nil {
+			return err
+		}
+		if write(b) != nil || rc.Flush() != nil {
+			return errClientGone
+		}
+		return rc.SetWriteDeadline(time.Time{}) // over HTTP/2 a deadline would end a silent stream, too
+	}
 	return st.loop(r.Context())
 }
-
-// A sender is what a stream writes to.
-type sender interface {
-	send(sc *scratch, b []byte) error // the first headroom bytes of b are free
-	ping() error                      // before a heartbeat
-	busy() bool                       // a reply is due, so the stream must not end yet
-}
-
-// A responseSender writes to the answer of a request.
-type responseSender struct {
-	s     *server
-	write func([]byte) error
-	rc    *http.ResponseController
-}
-
-func (o *responseSender) send(_ *scratch, b []byte) error {
-	defer o.s.unsentBytes.Add(-int64(len(b)))
-	if err := o.s.reserveUnsent(len(b)); err != nil {
-		return err
-	}
-	err := o.write(b)
-	if err == nil && o.rc.Flush() != nil {
-		err = errClientGone
-	}
-	return cmp.Or(err, o.rc.SetWriteDeadline(time.Time{})) // over HTTP/2 a deadline would end a silent stream, too
-}
-
-func (o *responseSender) ping() error { return nil }
-func (o *responseSender) busy() bool  { return false }
 
 // open subscribes the stream. After an error it holds nothing any more; otherwise the
 // caller calls close.
@@ -674,7 +636,7 @@ func (st *stream) loop(ctx context.Context) error {
 	clock := time.NewTimer(0)
 	defer clock.Stop()
 	for {
-		err := st.server.withScratch(func(sc *scratch) error { return st.step(sc, time.Now().UnixNano()) })
+		err := st.server.withScratch(func(sc *scratch) error { return st.step(sc, time.Now().UnixNano(), st.server.relay.isStopping()) })
 		if err == io.EOF {
 			return nil
 		}
@@ -690,8 +652,9 @@ func (st *stream) loop(ctx context.Context) error {
 
 // step writes all that is due at the time now, in Unix nanoseconds: hello, what the
 // cursor asks for, the roster, what happened since, or a heartbeat if nothing did. It
-// returns io.EOF when the stream is to end and all was written.
-func (st *stream) step(sc *scratch, now int64) error {
+// returns io.EOF when the stream is to end and all was written. Whether the relay is
+// stopping is asked before: what was published until then comes before the bye.
+func (st *stream) step(sc *scratch, now int64, stopping bool) error {
 	if st.closed {
 		return io.EOF
 	}
@@ -699,7 +662,6 @@ func (st *stream) step(sc *scratch, now int64) error {
 		return err
 	}
 	expired := now >= st.expiresAt
-	stopping := st.server.relay.isStopping() // asked before reading: what was published before the stop comes before the bye
 	for more := !expired; more; more = st.sub.more {
 		sc.events = st.sub.next(sc.events[:0])
 		if st.sub.needsRoster && !st.sub.more {
@@ -709,7 +671,7 @@ func (st *stream) step(sc *scratch, now int64) error {
 			return err
 		}
 	}
-	if expired || stopping && !st.out.busy() {
+	if expired || stopping {
 		st.closed = true
 		return cmp.Or(st.emit(sc, now, "", st.server.bye()), io.EOF)
 	}
@@ -717,9 +679,6 @@ func (st *stream) step(sc *scratch, now int64) error {
 		return nil
 	}
 	st.heartbeatAt.Store(now + st.heartbeatEvery)
-	if err := st.out.ping(); err != nil {
-		return err
-	}
 	return st.emit(sc, now, st.enc.heartbeat)
 }
 
@@ -772,10 +731,7 @@ func (st *stream) emit(sc *scratch, now int64, text string, events ...*event) er
 	sc.buf = b
 	st.heartbeatAt.Store(now + st.heartbeatEvery)
 	sc.count(st.technique, events, len(b)-st.headroom, now/1e6)
-	sc.encoded = events
-	err := st.out.send(sc, b)
-	sc.encoded = nil
-	return err
+	return st.send(sc, b, events)
 }
 
 func (st *stream) hello() *event {
@@ -840,22 +796,13 @@ func writer(w http.ResponseWriter) func([]byte) error {
 
 // WebSocket.
 
-// checkUpgrade says what a request for a WebSocket lacks.
-func checkUpgrade(w http.ResponseWriter, r *http.Request) error {
-	connection := strings.ToLower(strings.Join(r.Header.Values("Connection"), ","))
-	if !r.ProtoAtLeast(1, 1) || !strings.Contains(connection, "upgrade") || !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
-		if r.ProtoMajor == 1 { // HTTP/2 has no such headers
-			w.Header().Set("Connection", "Upgrade")
-			w.Header().Set("Upgrade", "websocket")
-		}
-		return newError(http.StatusUpgradeRequired, "this is a WebSocket; ask for it over HTTP/1.1 with Connection: Upgrade and Upgrade: websocket")
+// upgradeRequired answers a request for a WebSocket that is none.
+func upgradeRequired(w http.ResponseWriter, r *http.Request) error {
+	if r.ProtoMajor == 1 { // HTTP/2 has no such headers
+		w.Header().Set("Connection", "Upgrade")
+		w.Header().Set("Upgrade", "websocket")
 	}
-	keys := r.Header.Values("Sec-WebSocket-Key")
-	if key, err := base64.StdEncoding.DecodeString(strings.Join(keys, "")); err != nil || len(key) != 16 || len(keys) != 1 || r.Header.Get("Sec-WebSocket-Version") != "13" {
-		w.Header().Set("Sec-WebSocket-Version", "13")
-		return badRequest("a WebSocket is asked for with Sec-WebSocket-Version: 13, and 16 bytes in base64 as Sec-WebSocket-Key")
-	}
-	return nil
+	return newError(http.StatusUpgradeRequired, "this is a WebSocket; ask for it over HTTP/1.1 with Connection: Upgrade and Upgrade: websocket")
 }
 
 // acceptOptions are those of every WebSocket. The origin was checked before, like that
@@ -877,14 +824,37 @@ func (st *stream) webSocket(w http.ResponseWriter, r *http.Request, q *request) 
 	conn.SetReadLimit(st.server.maxBody)
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
-	out := &webSocketSender{ctx: ctx, conn: conn}
-	st.out = out
+	write := func(b []byte) error {
+		ctx, cancel := context.WithTimeout(ctx, writeTimeout)
+		defer cancel()
+		if conn.Write(ctx, websocket.MessageText, b) != nil {
+			return errClientGone
+		}
+		return nil
+	}
+	var mu sync.Mutex // held while a message is answered, so that its ack comes before a bye
+	st.send = func(_ *scratch, b []byte, _ []*event) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if st.closed && len(b) == 0 { // a bye that this client does not see
+			return nil
+		}
+		return write(b)
+	}
 	author := st.author(q)
 	go func() {
 		defer cancel()
 		for {
 			kind, message, err := conn.Read(ctx)
-			if err != nil || out.reply(func() *notice { return st.server.handleMessage(author, kind, message) }) != nil {
+			if err != nil {
+				return
+			}
+			mu.Lock()
+			if reply := st.server.handleMessage(author, kind, message); reply != nil {
+				err = write(reply.event().json)
+			}
+			mu.Unlock()
+			if err != nil {
 				return
 			}
 		}
@@ -893,52 +863,6 @@ func (st *stream) webSocket(w http.ResponseWriter, r *http.Request, q *request) 
 		conn.Close(st.closeCode())
 	}
 	return err
-}
-
-// A webSocketSender writes messages.
-type webSocketSender struct {
-	ctx  context.Context
-	conn *websocket.Conn
-	mu   sync.Mutex // held while a message is answered
-}
-
-func (o *webSocketSender) send(sc *scratch, b []byte) error {
-	if len(b) == 0 && len(sc.encoded) == 0 { // a bye that this client does not see
-		return nil
-	}
-	return o.write(b)
-}
-
-func (o *webSocketSender) write(b []byte) error {
-	return o.within(func(ctx context.Context) error { return o.conn.Write(ctx, websocket.MessageText, b) })
-}
-
-func (o *webSocketSender) ping() error { return o.within(o.conn.Ping) }
-
-func (o *webSocketSender) busy() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return false
-}
-
-// reply sends what handle returns, if anything.
-func (o *webSocketSender) reply(handle func() *notice) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if n := handle(); n != nil {
-		return o.write(n.event().json)
-	}
-	return nil
-}
-
-// within gives what a client has to take writeTimeout.
-func (o *webSocketSender) within(do func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(o.ctx, writeTimeout)
-	defer cancel()
-	if do(ctx) != nil {
-		return errClientGone
-	}
-	return nil
 }
 
 // closeCode says why the relay ends a WebSocket.
@@ -1384,18 +1308,15 @@ func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encod
 // technique is ignored like any other parameter, but for data: its lack would be missed.
 func (q *request) representation(t *technique) func(*server, *request) encoder {
 	q.as = q.param("as")
-	var names []string
+	names := "json"
 	for _, rep := range t.as {
 		if rep.name == q.as {
 			return rep.encoder
 		}
-		names = append(names, rep.name)
+		names += ", " + rep.name
 	}
-	switch {
-	case q.as == "data" && t.as == nil:
-		q.fail(badRequest("%s has no as=data; sse and ws have", t.name))
-	case q.as == "data", q.as != "" && t.name == "multipart":
-		q.fail(badRequest("as is one of %s", strings.Join(names, ", ")))
+	if q.as == "data" || t.name == "multipart" && q.as != "" && q.as != "json" {
+		q.fail(badRequest("as of %s is one of: %s", t.name, names))
 	}
 	q.as = ""
 	return t.encoder
