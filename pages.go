@@ -239,7 +239,7 @@ func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) 
 	if err := q.mayRead(); err != nil {
 		return err
 	}
-	user := q.effectiveUser(q.userParam())
+	user := q.userParam()
 	live := q.param("live")
 	if live != "" && live != "refresh" {
 		q.fail(badRequest("live is refresh"))

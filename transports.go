@@ -920,43 +920,38 @@ func (s *server) takeMessage(a *author, kind websocket.MessageType, message []by
 	}
 	p := publishRequest{room: a.room, from: a.user, kind: "message"}
 	var ttl *int64
-	var data json.RawMessage
 	if bytes.HasPrefix(message, []byte("{")) {
+		var data json.RawMessage
 		fields := map[string]any{"type": &p.kind, "room": &p.room, "key": &p.key, "ttl": &ttl, "if": &p.onlyIf, "data": &data}
 		if err := parseObject(message, maxDepth+1, fields); err != nil {
 			var only struct{ Key string } // for the reply, if it can be found
 			json.Unmarshal(message, &only)
 			return only.Key, 0, err
 		}
-		p.data = compactJSON(data)
+		p.data = marshal(data)
 	} else {
 		p.data = quoteJSON(message)
 	}
-	key = p.key
 	if err := a.permit.quota.publish(); err != nil {
-		return key, 0, err
+		return p.key, 0, err
 	}
-	if time.Now().UnixNano() >= a.permit.expiresAt { // a slow WebSocket may still be open
-		return key, 0, errExpired
-	}
-	if p.kind == "presence" {
-		var state string
-		if json.Unmarshal(data, &state) != nil {
-			return key, 0, errState
-		}
-		return key, 0, s.setPresence(a.permit, p.room, a.user, a.client, state)
-	}
-	p.kind = cmp.Or(p.kind, "message")
 	switch {
-	case p.onlyIf != nil && *p.onlyIf < 0:
-		return key, 0, errIf
+	case time.Now().UnixNano() >= a.permit.expiresAt: // a slow WebSocket may still be open
+		return p.key, 0, errExpired
+	case p.kind == "presence":
+		var state string
+		if json.Unmarshal(p.data, &state) != nil {
+			return p.key, 0, errState
+		}
+		return p.key, 0, s.setPresence(a.permit, p.room, a.user, a.client, state)
 	case ttl != nil && (*ttl < 1 || *ttl > maxTTL):
-		return key, 0, errTTL
+		return p.key, 0, errTTL
 	case ttl != nil:
 		p.ttl = time.Duration(*ttl) * time.Second
 	}
+	p.kind = cmp.Or(p.kind, "message")
 	id, _, err = s.checkAndPublish(a.permit, p)
-	return key, id, err
+	return p.key, id, err
 }
 
 // Requests. What enters is checked here, once; everything behind relies on it.
@@ -1067,6 +1062,7 @@ var (
 	errUser       = badRequest("user is 1 to %d characters of UTF-8: none of them a control character, a line separator or a bidirectional control; not blank, and no space at either end", maxName)
 	errClient     = badRequest("client is 1 to %d of A-Z a-z 0-9 _ . : -", maxName)
 	errTTL        = badRequest("ttl is 1 to %d seconds", maxTTL)
+	errOneRoom    = badRequest("presence is in one room; name it")
 	errIf         = badRequest("if is the id of a message, or 0")
 	errUTF8       = badRequest("this is not UTF-8")
 )
@@ -1198,11 +1194,9 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, meth
 		w.WriteHeader(http.StatusNoContent)
 		return nil
 	}
-	if r.URL.RawQuery != "" {
-		var err error
-		if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
-			return badRequest("the query is not well formed: %v", err)
-		}
+	var err error
+	if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
+		return badRequest("the query is not well formed: %v", err)
 	}
 	return do(w, r, q)
 }
@@ -1210,7 +1204,8 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, meth
 // A request is what an HTTP request asks for, as far as it was checked.
 type request struct {
 	rooms  []string
-	values url.Values
+	values url.Values // the parameters
+	isForm bool       // the body is a form; its fields are parameters, too
 	permit *permit
 	err    error // the first thing that is wrong
 
@@ -1237,11 +1232,9 @@ func (q *request) subscribeRequest(t *technique, maxBatchBytes int) subscribeReq
 // fail keeps the first error, so a request can be read to its end before anybody looks.
 func (q *request) fail(err error) { q.err = cmp.Or(q.err, err) }
 
-// param returns a parameter of the query, or "". Given twice it is an error.
-func (q *request) param(name string) string { return q.single(name, q.values[name]) }
-
-// single returns the value of what may be given once, or "".
-func (q *request) single(name string, values []string) string {
+// param returns a parameter, or "". Given twice it is an error.
+func (q *request) param(name string) string {
+	values := q.values[name]
 	if len(values) == 0 {
 		return ""
 	}
@@ -1251,25 +1244,19 @@ func (q *request) single(name string, values []string) string {
 	return values[0]
 }
 
-// paramOrForm returns a parameter of the query or the form; both may say the same.
-func (q *request) paramOrForm(form url.Values, name string) string {
-	v := q.param(name)
-	f, ok := form[name]
-	if !ok {
-		return v
+// add adds values of a parameter that came by another way than the query. Both ways may
+// say the same.
+func (q *request) add(name string, values ...string) {
+	given := q.values[name]
+	if len(given) == 1 && len(values) == 1 && (given[0] == "" || given[0] == values[0]) {
+		given = nil
 	}
-	if len(f) > 1 || v != "" && v != f[0] {
-		q.fail(badRequest("%s is given twice", name))
-	}
-	return f[0]
+	q.values[name] = append(given, values...)
 }
 
 // intParam returns a parameter as an integer from low to high, or absent.
 func (q *request) intParam(name string, low, high, absent int64) int64 {
-	return q.parseInt(name, q.param(name), low, high, absent)
-}
-
-func (q *request) parseInt(name, v string, low, high, absent int64) int64 {
+	v := q.param(name)
 	if v == "" {
 		return absent
 	}
@@ -1283,22 +1270,22 @@ func (q *request) parseInt(name, v string, low, high, absent int64) int64 {
 // parseSubscribe reads what a technique takes, and returns its encoder.
 func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encoder {
 	q.user, q.client = q.userParam(), q.clientParam()
-	const header = "Last-Event-ID"
-	q.cursor = q.intParam("after", 0, math.MaxInt64, -1)
-	q.cursor = q.parseInt("lastEventId", q.lastEventID(), 0, math.MaxInt64, q.cursor)
-	q.cursor = q.parseInt(header, q.single(header, r.Header.Values(header)), 0, math.MaxInt64, q.cursor)
+	q.gatherLastEventID(r.Header)
+	q.cursor = -1
+	for _, name := range []string{"after", "lastEventId", "Last-Event-ID"} { // the last of them counts
+		q.cursor = q.intParam(name, 0, math.MaxInt64, q.cursor)
+	}
 	q.wait = time.Duration(q.intParam("wait", 0, maxWait, 25)) * time.Second
 	q.wait = min(q.wait, time.Until(time.Unix(0, q.permit.expiresAt)))
 	switch presence := q.param("presence"); presence {
 	case "":
-		q.visible = q.user != ""
+		q.visible = q.param("user") != ""
 		q.seesPresence = q.visible
 	case "0", "1":
 		q.seesPresence = presence == "1"
 	default:
 		q.fail(badRequest("presence is 1, to see it, or 0"))
 	}
-	q.user = q.effectiveUser(q.user)
 	enc := q.representation(t)(s, q)
 	q.last = int(q.intParam("last", 0, math.MaxInt32, int64(enc.last)))
 	return enc
@@ -1324,10 +1311,10 @@ func (q *request) representation(t *technique) func(*server, *request) encoder {
 
 var joinWords = strings.NewReplacer("-", "", "_", "")
 
-// lastEventID returns the cursor of clients that cannot set the header, such as
-// EventSource polyfills and Mercure's clients. Each spells it differently:
-// lastEventId, lastEventID, Last-Event-ID.
-func (q *request) lastEventID() string {
+// gatherLastEventID makes one parameter of what clients send that cannot set the header,
+// such as EventSource polyfills and Mercure's. Each spells it differently: lastEventId,
+// lastEventID, Last-Event-ID. The header becomes another.
+func (q *request) gatherLastEventID(header http.Header) {
 	var ids []string
 	for name, values := range q.values {
 		if strings.EqualFold(joinWords.Replace(name), "lastEventId") {
@@ -1335,15 +1322,23 @@ func (q *request) lastEventID() string {
 		}
 	}
 	slices.Sort(ids)
-	return q.single("lastEventId", slices.Compact(ids))
+	q.values["lastEventId"] = slices.Compact(ids)
+	q.values["Last-Event-ID"] = header.Values("Last-Event-ID")
 }
 
+// userParam returns whom the request speaks as.
 func (q *request) userParam() string {
 	user := q.param("user")
 	if !validUser(user) {
 		q.fail(errUser)
 	}
-	return user
+	if q.permit.user == "" {
+		return user
+	}
+	if user != "" && user != q.permit.user {
+		q.fail(limitError(http.StatusForbidden, fmt.Sprintf("the token is for %q; it cannot speak as anybody else", q.permit.user), "token", 0))
+	}
+	return q.permit.user
 }
 
 func (q *request) clientParam() string {
@@ -1352,17 +1347,6 @@ func (q *request) clientParam() string {
 		q.fail(errClient)
 	}
 	return client
-}
-
-// effectiveUser returns whom the request speaks as.
-func (q *request) effectiveUser(user string) string {
-	if q.permit.user == "" {
-		return user
-	}
-	if user != "" && user != q.permit.user {
-		q.fail(limitError(http.StatusForbidden, fmt.Sprintf("the token is for %q; it cannot speak as anybody else", q.permit.user), "token", 0))
-	}
-	return q.permit.user
 }
 
 func (q *request) mayRead() error {
@@ -1447,6 +1431,8 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 		return 0, false, badRequest("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
 	case slices.Contains(reservedTypes, p.kind):
 		return 0, false, badRequest("the type %s is the relay's own; publish another", p.kind)
+	case p.onlyIf != nil && *p.onlyIf < 0:
+		return 0, false, errIf
 	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
 		return 0, false, badRequest("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
 	}
@@ -1469,9 +1455,8 @@ func (p *permit) mayWrite(room string) error {
 
 // setPresence sets the state of a user in a room, none of it checked yet.
 func (s *server) setPresence(by *permit, room, user, client, state string) error {
-	switch {
-	case !validName(room):
-		return badRequest("presence is in one room; name it")
+	if !validName(room) {
+		return errOneRoom
 	}
 	if err := by.rights.read(room); err != nil {
 		return err
@@ -1517,7 +1502,7 @@ func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *reques
 	if err := q.permit.quota.publish(); err != nil {
 		return err
 	}
-	p, then, err := s.parsePublish(w, r, q)
+	p, err := s.parsePublish(w, r, q)
 	if err != nil {
 		return err
 	}
@@ -1525,8 +1510,9 @@ func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *reques
 	if err != nil {
 		return err
 	}
-	if then != "" { // a person's form: back to its page, by a relative address since a proxy may add a prefix
-		w.Header().Set("Location", "./"+q.rooms[0]+"/"+then+"?"+url.Values{"user": {p.from}}.Encode())
+	if then := q.param("then"); q.isForm && (then == "form" || then == "refresh") {
+		// A person's form: back to its page, by a relative address since a proxy may add a prefix.
+		w.Header().Set("Location", "./"+p.room+"/"+then+"?"+url.Values{"user": {p.from}}.Encode())
 		w.WriteHeader(http.StatusSeeOther)
 		return nil
 	}
@@ -1540,31 +1526,20 @@ func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *reques
 	return nil
 }
 
-// parsePublish reads a publish from a request's query, headers and body. A form of our
-// pages also says which page to go to then.
-func (s *server) parsePublish(w http.ResponseWriter, r *http.Request, q *request) (p publishRequest, then string, err error) {
-	b, contentType, form, err := s.readBody(w, r, "data")
+// parsePublish reads a publish from a request's query, headers and body.
+func (s *server) parsePublish(w http.ResponseWriter, r *http.Request, q *request) (p publishRequest, err error) {
+	body, contentType, err := s.readBody(w, r, q, "data")
 	if err != nil {
-		return p, "", err
+		return p, err
 	}
-	p.room = q.rooms[0]
-	p.kind = cmp.Or(q.paramOrForm(form, "type"), "message")
-	p.from = q.paramOrForm(form, "user")
-	p.key = q.paramOrForm(form, "key")
-	const header = "Idempotency-Key"
-	if key := q.single(header, r.Header.Values(header)); key != "" {
-		if p.key != "" && p.key != key {
-			q.fail(badRequest("key and Idempotency-Key differ"))
-		}
-		p.key = key
+	if keys := r.Header["Idempotency-Key"]; strings.Join(keys, "") != "" {
+		q.add("key", keys...)
 	}
-	if !validUser(p.from) {
-		q.fail(errUser)
-	}
-	p.from = q.effectiveUser(p.from)
-	p.ttl = time.Duration(q.parseInt("ttl", q.paramOrForm(form, "ttl"), 1, maxTTL, 0)) * time.Second
-	if q.values.Has("if") || form.Has("if") {
-		newest, err := strconv.ParseUint(q.paramOrForm(form, "if"), 10, 63)
+	p.room, p.from, p.key = q.rooms[0], q.userParam(), q.param("key")
+	p.kind = cmp.Or(q.param("type"), "message")
+	p.ttl = time.Duration(q.intParam("ttl", 1, maxTTL, 0)) * time.Second
+	if q.values.Has("if") {
+		newest, err := strconv.ParseUint(q.param("if"), 10, 63)
 		if err != nil {
 			q.fail(errIf)
 		}
@@ -1573,25 +1548,16 @@ func (s *server) parsePublish(w http.ResponseWriter, r *http.Request, q *request
 	switch {
 	case q.err != nil:
 		err = q.err
-	case len(form["data"]) > 1:
-		err = badRequest("data is given twice")
-	case !utf8.ValidString(form.Get("data")):
-		err = errUTF8
-	case form != nil:
-		p.data = quoteJSON([]byte(form.Get("data")))
-		if then = form.Get("then"); then != "form" && then != "refresh" {
-			then = ""
-		}
 	case isJSON(contentType):
-		if err = checkJSON(b, maxDepth); err == nil {
-			p.data = compactJSON(b)
+		if err = checkJSON(body, maxDepth); err == nil {
+			p.data = marshal(json.RawMessage(body))
 		}
-	case !utf8.Valid(b):
+	case !utf8.Valid(body):
 		err = badRequest("the body is not UTF-8; the relay carries text and JSON")
 	default:
-		p.data = quoteJSON(b)
+		p.data = quoteJSON(body)
 	}
-	return p, then, err
+	return p, err
 }
 
 // handlePresence is GET and POST /rooms/{room}/presence.
@@ -1600,7 +1566,7 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 		return err
 	}
 	if len(q.rooms) > 1 {
-		return badRequest("presence is in one room; name it")
+		return errOneRoom
 	}
 	room := q.rooms[0]
 	if r.Method != http.MethodPost {
@@ -1610,27 +1576,25 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 		}{room, s.relay.roster(room)})
 		return nil
 	}
-	user, client := q.userParam(), q.clientParam()
-	if q.err != nil {
-		return q.err
-	}
 	if err := q.permit.quota.publish(); err != nil {
 		return err
 	}
-	b, contentType, form, err := s.readBody(w, r, "state")
+	body, contentType, err := s.readBody(w, r, q, "state")
 	if err != nil {
 		return err
 	}
-	state := strings.TrimSpace(string(b))
-	if form != nil {
-		state, user = q.paramOrForm(form, "state"), q.paramOrForm(form, "user")
-	} else if isJSON(contentType) || strings.HasPrefix(state, "{") {
+	state := string(body)
+	if !q.isForm {
+		state = strings.TrimSpace(state)
+	}
+	if isJSON(contentType) || strings.HasPrefix(state, "{") {
 		state = ""
-		if err := parseObject(b, maxDepth, map[string]any{"state": &state}); err != nil {
+		if err := parseObject(body, maxDepth, map[string]any{"state": &state}); err != nil {
 			return err
 		}
 	}
-	if user = q.effectiveUser(user); q.err != nil {
+	user, client := q.userParam(), q.clientParam()
+	if q.err != nil {
 		return q.err
 	}
 	if err := s.setPresence(q.permit, room, user, client, state); err != nil {
@@ -1640,9 +1604,10 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 	return nil
 }
 
-// readBody reads a bounded body, its media type, and the form in it if it is one with
-// that field. curl -d sends any text as a form; such text is taken for what it is.
-func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) (b []byte, contentType string, form url.Values, err error) {
+// readBody reads a bounded body and its media type. Of a form that has the field it
+// returns that field; the others become parameters. curl -d sends any text as a form;
+// such text is taken for what it is.
+func (s *server) readBody(w http.ResponseWriter, r *http.Request, q *request, field string) (b []byte, contentType string, err error) {
 	given := r.Header.Get("Content-Type")
 	contentType, params, err := mime.ParseMediaType(given)
 	if err != nil { // the type alone may be well formed: application/json; utf-8
@@ -1652,36 +1617,47 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, field string) 
 	charset := strings.ToLower(params["charset"])
 	switch {
 	case encoding != "" && encoding != "identity":
-		return nil, "", nil, newError(http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Encoding %q is not taken; send UTF-8, not encoded", encoding))
+		return nil, "", newError(http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Encoding %q is not taken; send UTF-8, not encoded", encoding))
 	case !slices.Contains([]string{"", "utf-8", "utf8", "us-ascii"}, charset):
-		return nil, "", nil, newError(http.StatusUnsupportedMediaType, fmt.Sprintf("charset %q is not taken; send UTF-8, not encoded", charset))
+		return nil, "", newError(http.StatusUnsupportedMediaType, fmt.Sprintf("charset %q is not taken; send UTF-8, not encoded", charset))
 	case r.ContentLength > s.maxBody:
-		return nil, "", nil, errTooBig // before a client that expects 100 is told to continue
+		return nil, "", errTooBig // before a client that expects 100 is told to continue
 	}
 	b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.maxBody))
 	switch _, tooBig := errors.AsType[*http.MaxBytesError](err); {
 	case tooBig:
-		return nil, "", nil, errTooBig
+		return nil, "", errTooBig
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		w.Header().Set("Connection", "close")
-		return nil, "", nil, errSlow
+		return nil, "", errSlow
 	case err != nil:
-		return nil, "", nil, badRequest("the body did not arrive whole")
+		return nil, "", badRequest("the body did not arrive whole")
 	}
 	b = bytes.TrimPrefix(b, []byte("\ufeff")) // a byte order mark, which files of Windows begin with
+	var form url.Values
 	switch contentType {
 	case "application/x-www-form-urlencoded":
-		if form := parseForm(string(b)); form.Has(field) && bytes.Contains(b, []byte(field+"=")) {
-			return b, contentType, form, nil
+		form = parseForm(string(b))
+		if !form.Has(field) || !bytes.Contains(b, []byte(field+"=")) {
+			return b, contentType, nil
 		}
 	case "multipart/form-data":
 		r.Body = io.NopCloser(bytes.NewReader(b))
 		if err := r.ParseMultipartForm(s.maxBody); err != nil || !url.Values(r.MultipartForm.Value).Has(field) {
-			return nil, "", nil, badRequest("this is no form with a field %s", field)
+			return nil, "", badRequest("this is no form with a field %s", field)
 		}
-		return b, contentType, r.MultipartForm.Value, nil
+		form = r.MultipartForm.Value
+	default:
+		return b, contentType, nil
 	}
-	return b, contentType, nil, nil
+	if len(form[field]) > 1 {
+		return nil, "", badRequest("%s is given twice", field)
+	}
+	q.isForm = true
+	for name, values := range form {
+		q.add(name, values...)
+	}
+	return []byte(form.Get(field)), contentType, nil
 }
 
 // parseForm reads a form as browsers do (https://url.spec.whatwg.org/#urlencoded-parsing):
@@ -1711,30 +1687,24 @@ func isJSON(contentType string) bool {
 	return contentType == "application/json" || contentType == "text/json" || strings.HasSuffix(contentType, "+json") // RFC 6839
 }
 
+// marshal returns v as one line of JSON. It escapes U+0085 as json.Marshal does U+2028:
+// some clients read lines with Python's str.splitlines, which ends a line there.
+func marshal(v any) []byte {
+	b, _ := json.Marshal(v)
+	if bytes.Contains(b, []byte("\u0085")) {
+		b = bytes.ReplaceAll(b, []byte("\u0085"), []byte(`\u0085`))
+	}
+	return b
+}
+
 // quoteJSON returns text as a JSON string. Most text needs nothing but the quotes.
 func quoteJSON(text []byte) []byte {
 	for _, c := range text {
 		if c < ' ' || c > '~' || strings.IndexByte(`"\<>&`, c) >= 0 {
-			b, _ := json.Marshal(string(text))
-			return escapeNEL(b)
+			return marshal(string(text))
 		}
 	}
 	return slices.Concat([]byte(`"`), text, []byte(`"`))
-}
-
-// compactJSON returns valid JSON as json.Marshal writes it: on one line, and escaped.
-func compactJSON(data []byte) []byte {
-	if data == nil {
-		return []byte("null")
-	}
-	b, _ := json.Marshal(json.RawMessage(data))
-	return escapeNEL(b)
-}
-
-// escapeNEL escapes U+0085 as json.Marshal does U+2028: some clients read lines with
-// Python's str.splitlines, which ends a line there.
-func escapeNEL(b []byte) []byte {
-	return bytes.ReplaceAll(b, []byte("\u0085"), []byte(`\u0085`))
 }
 
 var (
@@ -1761,33 +1731,32 @@ func checkJSON(b []byte, maxDepth int) error {
 
 func checkValue(d *json.Decoder, maxDepth int) error {
 	token, _ := d.Token()
-	switch v := token.(type) {
-	case json.Number:
-		if _, err := v.Float64(); err != nil {
-			return badRequest("this JSON has a number beyond what a double holds: %.80s", v)
+	if n, ok := token.(json.Number); ok {
+		if _, err := n.Float64(); err != nil {
+			return badRequest("this JSON has a number beyond what a double holds: %.80s", n)
 		}
-	case json.Delim:
-		if maxDepth == 0 {
-			return badRequest("this JSON is nested deeper than it may be")
-		}
-		var names map[string]bool
-		if v == '{' {
-			names = map[string]bool{}
-		}
-		for d.More() {
-			if v == '{' {
-				name, _ := d.Token()
-				if names[name.(string)] {
-					return badRequest("this JSON has the name %.80q twice in one object", name)
-				}
-				names[name.(string)] = true
-			}
-			if err := checkValue(d, maxDepth-1); err != nil {
-				return err
-			}
-		}
-		d.Token()
 	}
+	open, ok := token.(json.Delim)
+	if !ok {
+		return nil
+	}
+	if maxDepth == 0 {
+		return badRequest("this JSON is nested deeper than it may be")
+	}
+	names := map[json.Token]bool{}
+	for d.More() {
+		if open == '{' {
+			name, _ := d.Token()
+			if names[name] {
+				return badRequest("this JSON has the name %.80q twice in one object", name)
+			}
+			names[name] = true
+		}
+		if err := checkValue(d, maxDepth-1); err != nil {
+			return err
+		}
+	}
+	d.Token() // the end of it
 	return nil
 }
 

@@ -1952,8 +1952,8 @@ func FuzzNumber(f *testing.F) {
 		if v == "" {
 			return // stands for an absent parameter
 		}
-		var q request
-		n := q.parseInt("after", v, low, high, -1)
+		q := request{values: url.Values{"after": {v}}}
+		n := q.intParam("after", low, high, -1)
 		if err := q.err; err != nil {
 			if !strings.Contains(err.Error(), "after") {
 				t.Errorf("%q: %v", v, err)
