@@ -295,8 +295,7 @@ func checkGap(t *testing.T, b *testbed, v variant) {
 		for i := range 10 {
 			b.relay.publishLocked(publishRequest{room: "a", kind: "message", data: []byte(fmt.Sprintf(`"n%d"`, i))})
 		}
-		b.relay.mu.Unlock()
-		b.relay.wake(b.relay.rooms["a"])
+		b.relay.unlock()
 		e.expect("gap", "message n6", "message n7", "message n8", "message n9")
 	}
 }

@@ -178,13 +178,10 @@ func (c *renderer) draw() {
 	clear(c.events)
 	log := c.p.log
 	log.mu.Lock()
-	if log.isStopping() {
-		log.mu.Unlock()
-		return
+	defer log.unlock()
+	if !log.isStopping() {
+		log.append(c.String(), &event{id: log.lastID.Load() + 1, kind: "picture", publishedAt: time.Now().UnixMilli(), json: c.svg()})
 	}
-	rm := log.append(c.String(), &event{id: log.lastID.Load() + 1, kind: "picture", publishedAt: time.Now().UnixMilli(), json: c.svg()})
-	log.mu.Unlock()
-	log.wake(rm)
 }
 
 // columns is how many characters of a line fit: those of 13 pixels are about 7 wide.

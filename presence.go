@@ -139,8 +139,8 @@ func (r *relay) leaseFor(rm *room, user string) *lease {
 }
 
 // acquireLease makes the user present: while the connection is open, or for
-// presenceTTL. It reports whether that was announced. The caller holds r.mu.
-func (r *relay) acquireLease(rm *room, user, client string, longLived bool) bool {
+// presenceTTL. The caller holds r.mu.
+func (r *relay) acquireLease(rm *room, user, client string, longLived bool) {
 	now := time.Now()
 	l := r.leaseFor(rm, user)
 	if l.stateAt(now) == "offline" {
@@ -151,11 +151,11 @@ func (r *relay) acquireLease(rm *room, user, client string, longLived bool) bool
 	} else {
 		l.client(client).expiresAt = now.Add(r.presenceTTL)
 	}
-	return r.announceChange(rm, user, l, now)
+	r.announceChange(rm, user, l, now)
 }
 
 // releaseLease ends one of the user's connections. The caller holds r.mu.
-func (r *relay) releaseLease(rm *room, user, client string) bool {
+func (r *relay) releaseLease(rm *room, user, client string) {
 	now := time.Now()
 	l := rm.leases[user]
 	c := l.client(client)
@@ -165,33 +165,24 @@ func (r *relay) releaseLease(rm *room, user, client string) bool {
 	} else if end := now.Add(leaveGrace); c.expiresAt.Before(end) && !c.justLeft(now) {
 		c.expiresAt = end
 	}
-	return r.announceChange(rm, user, l, now)
+	r.announceChange(rm, user, l, now)
 }
 
 // setPresence sets the user's state: online, typing, away or offline. Offline is the
 // goodbye of one client. It may come before the client's connections close or after.
 func (r *relay) setPresence(room, user, client, state string) error {
 	r.mu.Lock()
-	rm, err := r.setPresenceLocked(room, user, client, state)
-	r.mu.Unlock()
-	if rm != nil {
-		r.wake(rm)
-	}
-	return err
-}
-
-// setPresenceLocked returns the room to wake, or nil if nothing was announced.
-func (r *relay) setPresenceLocked(room, user, client, state string) (*room, error) {
+	defer r.unlock()
 	if r.isStopping() {
-		return nil, errStopping
+		return errStopping
 	}
 	rm := r.rooms[room]
 	known := rm != nil && rm.leases[user] != nil
 	if state == "offline" && !known {
-		return nil, nil
+		return nil
 	}
 	if !known && r.leases >= r.limits.maxUsers {
-		return nil, errTooManyUsers
+		return errTooManyUsers
 	}
 	rm = r.openRoom(room)
 	now := time.Now()
@@ -209,10 +200,8 @@ func (r *relay) setPresenceLocked(room, user, client, state string) (*room, erro
 			l.state, l.typingUntil = "online", now.Add(typingTTL)
 		}
 	}
-	if !r.announceChange(rm, user, l, now) {
-		return nil, nil
-	}
-	return rm, nil
+	r.announceChange(rm, user, l, now)
+	return nil
 }
 
 // goodbye ends the presence of one client. A client without a name cannot be told
@@ -248,8 +237,8 @@ func (l *lease) goodbye(client string, now time.Time) {
 
 // announceChange publishes what has changed of a lease, sets the timer for what will
 // change, and removes a lease that is over. Leaving is announced at once, joining and
-// any other change at most once a second. It reports whether it published.
-func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) (announced bool) {
+// any other change at most once a second. The caller holds r.mu.
+func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 	l.prune(now)
 	state, next := l.stateAt(now), l.nextChange(now)
 	if online := state != "offline"; online != l.counted {
@@ -266,7 +255,7 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) (
 	case state == l.announced:
 	case rm.summary.active || rm.online > maxRosterUsers:
 		l.announced = state
-		announced = r.announceCount(rm, now)
+		r.announceCount(rm, now)
 	case state == "offline" || joins || !now.Before(allowedAt):
 		if l.announced == "offline" {
 			l.joinedAt = now
@@ -275,7 +264,7 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) (
 			l.announcedAt, allowedAt = now, now.Add(announceInterval)
 		}
 		l.announced = state
-		announced = r.announce(rm, user, strconv.AppendQuote(nil, state))
+		r.announce(rm, user, strconv.AppendQuote(nil, state))
 	case next.IsZero() || allowedAt.Before(next):
 		next = allowedAt
 	}
@@ -287,7 +276,7 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) (
 			delete(rm.leases, user)
 			r.leases--
 			r.closeIfUnused(rm)
-			return announced
+			return
 		}
 		next = allowedAt // kept until then, or leaving and returning would avoid the limit
 	}
@@ -298,27 +287,30 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) (
 	default:
 		user := strings.Clone(user)
 		l.timer = time.AfterFunc(next.Sub(now), func() {
-			r.onTimer(rm, func(now time.Time) bool { return rm.leases[user] == l && r.announceChange(rm, user, l, now) })
+			r.onTimer(rm, func(now time.Time) {
+				if rm.leases[user] == l {
+					r.announceChange(rm, user, l, now)
+				}
+			})
 		})
 	}
-	return announced
 }
 
 // announceCount publishes how many users a crowded room has, at most once a second;
 // and when they are few again, who they are.
-func (r *relay) announceCount(rm *room, now time.Time) bool {
+func (r *relay) announceCount(rm *room, now time.Time) {
 	s := &rm.summary
 	s.active = true
 	if allowedAt := s.announcedAt.Add(announceInterval); now.Before(allowedAt) {
 		if s.timer == nil {
 			s.timer = time.AfterFunc(allowedAt.Sub(now), func() {
-				r.onTimer(rm, func(now time.Time) bool { s.timer = nil; return r.announceCount(rm, now) })
+				r.onTimer(rm, func(now time.Time) { s.timer = nil; r.announceCount(rm, now) })
 			})
 		}
-		return false
+		return
 	}
 	if rm.online == s.announced {
-		return false
+		return
 	}
 	s.announced, s.announcedAt = rm.online, now
 	if rm.online <= maxRosterUsers {
@@ -331,24 +323,22 @@ func (r *relay) announceCount(rm *room, now time.Time) bool {
 		}
 	}
 	data, _ := json.Marshal(rm.roster(now))
-	return r.announce(rm, "", data)
+	r.announce(rm, "", data)
 }
 
-// onTimer calls do under r.mu, and wakes the room if it returns true.
-func (r *relay) onTimer(rm *room, do func(now time.Time) bool) {
+// onTimer calls do under r.mu, unless the room was forgotten meanwhile.
+func (r *relay) onTimer(rm *room, do func(now time.Time)) {
 	r.mu.Lock()
-	announced := r.rooms[rm.name] == rm && do(time.Now()) // the room may be forgotten
-	r.mu.Unlock()
-	if announced {
-		r.wake(rm)
+	defer r.unlock()
+	if r.rooms[rm.name] == rm {
+		do(time.Now())
 	}
 }
 
 // announce publishes a presence event. It fails while the relay stops, or when there
 // are too many rooms; presence is then only visible to those who ask for it.
-func (r *relay) announce(rm *room, user string, data []byte) bool {
-	_, _, err := r.publishLocked(publishRequest{room: rm.name, kind: "presence", from: user, ttl: presenceEventTTL, data: data})
-	return err == nil
+func (r *relay) announce(rm *room, user string, data []byte) {
+	r.publishLocked(publishRequest{room: rm.name, kind: "presence", from: user, ttl: presenceEventTTL, data: data})
 }
 
 // A roster is who is present in a room, and how many. In a crowd it has no names.

@@ -112,17 +112,15 @@ type relay struct {
 	// wakeAll wakes the subscribers of a room. A layer that drives many replaces it.
 	wakeAll func([]*subscription)
 
-	mu               sync.Mutex // guards what follows, and the order of ids
+	mu               sync.Mutex // guards what follows, and the order of ids; see unlock
 	rooms            map[string]*room
-	lru              *list.List             // rooms that keep something, the last published to in front
-	bytes            int                    // of all events kept
-	leases           int                    // in all rooms
-	trimmedByRoom    map[string]trimmedRoom // of rooms that are forgotten
-	trimmedElsewhere int64                  // the floor of all other rooms
+	changed          []*room             // have an event since mu was locked
+	lru              *list.List          // rooms that keep something, the last published to in front
+	bytes            int                 // of all events kept
+	leases           int                 // in all rooms
+	forgotten        map[string]*history // the floors of rooms that are no more
+	trimmedElsewhere int64               // the floor of all other rooms
 }
-
-// A trimmedRoom is what is remembered of a room that is forgotten; see history.
-type trimmedRoom struct{ trimmed, erased int64 }
 
 var (
 	errTooManyRooms = limitError(503, "there are too many rooms; publish to one that exists, or try again when one was forgotten", "rooms", 60)
@@ -134,13 +132,13 @@ var (
 // ids fit a JavaScript integer (2^53 microseconds are the year 2255).
 func newRelay(l limits) *relay {
 	r := &relay{
-		limits:        l,
-		epoch:         time.Now().UnixMicro(),
-		stopping:      make(chan struct{}),
-		wakeAll:       wakeEach,
-		rooms:         map[string]*room{},
-		lru:           list.New(),
-		trimmedByRoom: map[string]trimmedRoom{},
+		limits:    l,
+		epoch:     time.Now().UnixMicro(),
+		stopping:  make(chan struct{}),
+		wakeAll:   wakeEach,
+		rooms:     map[string]*room{},
+		lru:       list.New(),
+		forgotten: map[string]*history{},
 	}
 	r.lastID.Store(r.epoch)
 	return r
@@ -163,25 +161,19 @@ type publishRequest struct {
 // the id of the first event, whatever onlyIf says. An error changes nothing.
 func (r *relay) publish(p publishRequest) (id int64, isNew bool, err error) {
 	r.mu.Lock()
-	rm, id, err := r.publishLocked(p)
-	r.mu.Unlock()
-	if rm == nil {
-		return id, false, err
-	}
-	r.wake(rm)
-	return id, true, nil
+	defer r.unlock()
+	return r.publishLocked(p)
 }
 
-// publishLocked is publish for a caller that holds r.mu, and wakes nobody: it
-// returns the room to wake, or nil if nothing was published.
-func (r *relay) publishLocked(p publishRequest) (*room, int64, error) {
+// publishLocked is publish for a caller that holds r.mu.
+func (r *relay) publishLocked(p publishRequest) (id int64, isNew bool, err error) {
 	if r.isStopping() {
-		return nil, 0, errStopping
+		return 0, false, errStopping
 	}
 	rm := r.rooms[p.room]
 	if rm != nil && p.key != "" {
 		if id, known := rm.keys[p.key]; known {
-			return nil, id, nil
+			return id, false, nil
 		}
 	}
 	if p.onlyIf != nil {
@@ -190,16 +182,16 @@ func (r *relay) publishLocked(p publishRequest) (*room, int64, error) {
 			newest = rm.history.Load().newest()
 		}
 		if newest != *p.onlyIf {
-			return nil, 0, conflict(newest)
+			return 0, false, conflict(newest)
 		}
 	}
 	if p.allow != nil {
 		if err := p.allow(); err != nil {
-			return nil, 0, err
+			return 0, false, err
 		}
 	}
 	if (rm == nil || rm.lruElem == nil) && r.lru.Len() >= r.limits.maxRooms {
-		return nil, 0, errTooManyRooms
+		return 0, false, errTooManyRooms
 	}
 	now := time.Now()
 	e := &event{kind: "message", publishedAt: now.UnixMilli(), key: strings.Clone(p.key)} // a clone does not keep the request in memory
@@ -211,13 +203,14 @@ func (r *relay) publishLocked(p publishRequest) (*room, int64, error) {
 	}
 	e.id = r.lastID.Load() + 1
 	e.json = marshalEvent(e, p.room, p.from, p.data)
-	return r.append(p.room, e), e.id, nil
+	r.append(p.room, e)
+	return e.id, true, nil
 }
 
 // append adds an event with the next id to a room's log. Id, log and lastID change
 // together under r.mu: a subscriber of several rooms must never pass an id that is
 // still to come.
-func (r *relay) append(name string, e *event) *room {
+func (r *relay) append(name string, e *event) {
 	rm := r.openRoom(name)
 	if rm.lruElem == nil {
 		rm.lruElem = r.lru.PushFront(rm)
@@ -229,7 +222,7 @@ func (r *relay) append(name string, e *event) *room {
 	for r.bytes > r.maxBytes && r.lru.Len() > 1 {
 		r.dropHistory(r.lru.Back().Value.(*room))
 	}
-	return rm
+	r.changed = append(r.changed, rm)
 }
 
 // marshalEvent encodes an event as every technique sends it.
@@ -248,34 +241,38 @@ func marshalEvent(e *event, room, from string, data []byte) []byte {
 	return append(b, '}')
 }
 
-// addToHistory adds an event to its room's history and drops what is beyond the bounds.
+// addToHistory adds an event to its room's history and drops what is beyond the bounds,
+// of signals also what has expired.
 func (r *relay) addToHistory(rm *room, e *event) {
 	h := *rm.history.Load()
+	log, bytes, trimmed := &h.messages, &rm.messageBytes, &h.trimmed
+	if e.expiresAt != 0 {
+		log, bytes, trimmed = &h.signals, &rm.signalBytes, &h.trimmedSignal
+	}
 	if e.key != "" {
 		if rm.keys == nil {
 			rm.keys = map[string]int64{}
 		}
 		rm.keys[e.key] = e.id
 	}
+	*log = appendEvent(*log, e)
+	*bytes += e.size()
 	r.bytes += e.size()
-	if e.expiresAt == 0 {
-		h.messages = appendEvent(h.messages, e)
-		rm.messageBytes += e.size()
-		for len(h.messages) > r.maxEvents || rm.messageBytes > r.maxRoomBytes && len(h.messages) > 1 {
-			h.trimmed = h.messages[0].id
-			rm.messageBytes -= r.discount(rm, h.messages[0])
-			h.messages = h.messages[1:]
+	for len(*log) > 1 {
+		old := (*log)[0]
+		expired := old.expiresAt != 0 && old.expiresAt <= e.publishedAt
+		if len(*log) <= r.maxEvents && *bytes <= r.maxRoomBytes && !expired {
+			break
 		}
-	} else {
-		h.signals = appendEvent(h.signals, e)
-		rm.signalBytes += e.size()
-		for len(h.signals) > r.maxEvents || len(h.signals) > 1 && (rm.signalBytes > r.maxRoomBytes || h.signals[0].expiresAt <= e.publishedAt) {
-			if old := h.signals[0]; old.expiresAt > e.publishedAt || old.kind == "presence" {
-				h.trimmedSignal = old.id
-			}
-			rm.signalBytes -= r.discount(rm, h.signals[0])
-			h.signals = h.signals[1:]
+		if !expired || old.kind == "presence" {
+			*trimmed = old.id
 		}
+		if old.key != "" {
+			delete(rm.keys, old.key)
+		}
+		*bytes -= old.size()
+		r.bytes -= old.size()
+		*log = (*log)[1:]
 	}
 	rm.history.Store(&h)
 }
@@ -290,21 +287,19 @@ func appendEvent(log []*event, e *event) []*event {
 	return append(log, e)
 }
 
-// discount stops counting an event, and returns its size.
-func (r *relay) discount(rm *room, e *event) int {
-	if e.key != "" {
-		delete(rm.keys, e.key)
+// unlock releases r.mu and then wakes the subscribers of the rooms that changed, so
+// publishers do not wait for each other's subscribers.
+func (r *relay) unlock() {
+	var array [4]*room // most change one
+	changed := append(array[:0], r.changed...)
+	clear(r.changed)
+	r.changed = r.changed[:0]
+	r.mu.Unlock()
+	for _, rm := range changed {
+		rm.mu.Lock()
+		r.wakeAll(rm.subscriptions)
+		rm.mu.Unlock()
 	}
-	r.bytes -= e.size()
-	return e.size()
-}
-
-// wake tells a room's subscribers that there is something to read. It is called
-// without r.mu, so publishers do not wait for each other's subscribers.
-func (r *relay) wake(rm *room) {
-	rm.mu.Lock()
-	defer rm.mu.Unlock()
-	r.wakeAll(rm.subscriptions)
 }
 
 func wakeEach(subscriptions []*subscription) {
@@ -321,11 +316,11 @@ func (r *relay) openRoom(name string) *room {
 	rm := r.rooms[name]
 	if rm == nil {
 		rm = &room{name: strings.Clone(name)}
-		h := &history{trimmed: r.trimmedElsewhere}
-		if t, ok := r.trimmedByRoom[name]; ok {
-			h.trimmed, h.erased = t.trimmed, t.erased
-			delete(r.trimmedByRoom, name)
+		h := r.forgotten[name]
+		if h == nil {
+			h = &history{trimmed: r.trimmedElsewhere}
 		}
+		delete(r.forgotten, name)
 		rm.history.Store(h)
 		r.rooms[rm.name] = rm
 	}
@@ -343,20 +338,16 @@ func (r *relay) dropHistory(rm *room) {
 // takes an id of its own: every cursor there is lies before it, and stays good.
 func (r *relay) erase(name string) error {
 	r.mu.Lock()
+	defer r.unlock()
 	if r.isStopping() {
-		r.mu.Unlock()
 		return errStopping
 	}
-	rm := r.rooms[name]
-	if rm != nil {
+	if rm := r.rooms[name]; rm != nil {
 		id := r.lastID.Load() + 1
 		r.clearHistory(rm, id, id)
 		r.lastID.Store(id)
 		r.closeIfUnused(rm)
-	}
-	r.mu.Unlock()
-	if rm != nil {
-		r.wake(rm)
+		r.changed = append(r.changed, rm)
 	}
 	return nil
 }
@@ -389,13 +380,13 @@ func (r *relay) closeIfUnused(rm *room) {
 	if h.trimmed <= r.trimmedElsewhere {
 		return
 	}
-	if len(r.trimmedByRoom) >= r.limits.maxRooms {
-		for _, t := range r.trimmedByRoom {
-			r.trimmedElsewhere = max(r.trimmedElsewhere, t.trimmed)
+	if len(r.forgotten) >= r.limits.maxRooms {
+		for _, f := range r.forgotten {
+			r.trimmedElsewhere = max(r.trimmedElsewhere, f.trimmed)
 		}
-		clear(r.trimmedByRoom)
+		clear(r.forgotten)
 	}
-	r.trimmedByRoom[rm.name] = trimmedRoom{h.trimmed, h.erased}
+	r.forgotten[rm.name] = h
 }
 
 // sweep forgets the rooms that nobody has read or published to for roomIdle.
@@ -437,7 +428,7 @@ func (r *relay) isStopping() bool {
 type subscriber struct {
 	relay         *relay
 	cursor        int64           // everything up to here was read
-	unknownCursor bool            // the cursor given is not from this log: each room is to send a gap
+	lost          string          // why the cursor given is not from this log, if it is not: each room is to send a gap
 	subscriptions []subscription  // one a room
 	inline        [1]subscription // most have one
 	more          bool            // the last batch was cut short
@@ -487,17 +478,16 @@ func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 		sub.wakeup = make(chan struct{}, 1)
 	}
 	r.mu.Lock()
+	defer r.unlock()
 	if err := r.checkLimits(q); err != nil {
-		r.mu.Unlock()
 		return err
 	}
-	announced := false
 	for i, name := range q.rooms {
 		rm := r.openRoom(name)
 		sub.subscriptions = append(sub.subscriptions, subscription{subscriber: sub, room: rm})
 		sub.subscriptions[i].attach()
 		if q.user != "" {
-			announced = r.acquireLease(rm, q.user, q.client, q.longLived) || announced
+			r.acquireLease(rm, q.user, q.client, q.longLived)
 		}
 	}
 	if q.longLived {
@@ -510,12 +500,10 @@ func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 		for i := range sub.subscriptions {
 			sub.subscriptions[i].baseline = sub.subscriptions[i].room.history.Load().trimmed
 		}
-	case q.cursor > r.lastID.Load(), q.cursor < r.epoch:
-		sub.unknownCursor = true
-	}
-	r.mu.Unlock()
-	if announced {
-		sub.wakeRooms()
+	case q.cursor < r.epoch:
+		sub.lost = "restart"
+	case q.cursor > r.lastID.Load():
+		sub.lost = "future"
 	}
 	return nil
 }
@@ -559,20 +547,16 @@ func (sub *subscriber) cursorBeforeNewest(n int) int64 {
 // unsubscribe leaves the rooms.
 func (sub *subscriber) unsubscribe() {
 	r := sub.relay
-	announced := false
 	r.mu.Lock()
+	defer r.unlock()
 	for i := range sub.subscriptions {
 		rm := sub.subscriptions[i].room
 		sub.subscriptions[i].detach()
 		rm.lastUsed = time.Now()
 		if sub.user != "" {
-			announced = r.releaseLease(rm, sub.user, sub.client) || announced
+			r.releaseLease(rm, sub.user, sub.client)
 		}
 		r.closeIfUnused(rm)
-	}
-	r.mu.Unlock()
-	if announced {
-		sub.wakeRooms()
 	}
 }
 
@@ -591,12 +575,6 @@ func (s *subscription) detach() {
 	last.index = s.index
 	s.room.subscriptions[s.index], s.room.subscriptions[end] = last, nil
 	s.room.subscriptions = s.room.subscriptions[:end]
-}
-
-func (sub *subscriber) wakeRooms() {
-	for i := range sub.subscriptions {
-		sub.relay.wake(sub.subscriptions[i].room)
-	}
 }
 
 // Reading.
@@ -633,11 +611,11 @@ const maxBatchEvents = 256
 func (sub *subscriber) next(batch []*event) []*event {
 	lastID := sub.relay.lastID.Load()
 	sub.more = false
-	if lastID == sub.cursor && !sub.unknownCursor {
+	if lastID == sub.cursor && sub.lost == "" {
 		return batch
 	}
 	cursor := sub.cursor
-	if sub.unknownCursor {
+	if sub.lost != "" {
 		cursor = sub.relay.epoch
 	}
 	var array [4][]*event // most need no more
@@ -654,7 +632,7 @@ func (sub *subscriber) next(batch []*event) []*event {
 		}
 		sub.needsRoster = sub.needsRoster || sub.rosterAsOf != 0 && h.trimmedSignal > max(cursor, sub.rosterAsOf)
 	}
-	sub.unknownCursor = false
+	sub.lost = ""
 
 	now := int64(0) // read only if there is a signal
 	for bytes := 0; len(logs) > 0; {
@@ -688,10 +666,8 @@ func (sub *subscriber) gap(s *subscription, h *history, lastID int64, others [][
 	trimmed := min(h.trimmed, lastID) // the log may have moved on while we read; the rest is sent the next time
 	reason := "history"
 	switch {
-	case sub.unknownCursor && sub.cursor < sub.relay.epoch:
-		reason = "restart"
-	case sub.unknownCursor:
-		reason = "future"
+	case sub.lost != "":
+		reason = sub.lost
 	case trimmed <= sub.cursor || trimmed <= s.baseline:
 		return nil
 	case h.trimmed == h.erased:

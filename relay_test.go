@@ -227,8 +227,8 @@ func checkAccounting(t *testing.T, r *relay) {
 	if bytes > r.maxBytes && placed > 1 {
 		t.Errorf("%d bytes are kept, the bound is %d", bytes, r.maxBytes)
 	}
-	if placed > r.limits.maxRooms || len(r.trimmedByRoom) > r.limits.maxRooms {
-		t.Errorf("%d rooms and %d floors are kept, the bound is %d", placed, len(r.trimmedByRoom), r.limits.maxRooms)
+	if placed > r.limits.maxRooms || len(r.forgotten) > r.limits.maxRooms {
+		t.Errorf("%d rooms and %d floors are kept, the bound is %d", placed, len(r.forgotten), r.limits.maxRooms)
 	}
 }
 
@@ -614,8 +614,8 @@ func TestReadingCreatesNoRoom(t *testing.T) {
 	for _, sub := range readers {
 		sub.unsubscribe()
 	}
-	if len(r.rooms) != 1 || len(r.trimmedByRoom) != 0 || r.lru.Len() != 1 {
-		t.Errorf("%d rooms and %d floors are left of reading", len(r.rooms)-1, len(r.trimmedByRoom))
+	if len(r.rooms) != 1 || len(r.forgotten) != 0 || r.lru.Len() != 1 {
+		t.Errorf("%d rooms and %d floors are left of reading", len(r.rooms)-1, len(r.forgotten))
 	}
 }
 
