@@ -63,7 +63,11 @@ func (a *access) wrap(s *server, next http.Handler) http.Handler {
 		}
 		if strings.HasPrefix(r.URL.Path, "/rooms") {
 			a.cors(w, r)
-			p.origin, rights.originErr = a.check(r)
+			origin, err := a.check(r)
+			if p.origin = origin; err != nil {
+				s.answer(w, r, func(http.ResponseWriter, *http.Request) error { return err })
+				return
+			}
 			if r.Method == http.MethodOptions {
 				w = preflightWriter{w, a.origins, r}
 			}
@@ -86,14 +90,12 @@ func (a *access) wrap(s *server, next http.Handler) http.Handler {
 
 // accessRights are the rights of one request.
 type accessRights struct {
-	a         *access
-	local     bool // from this machine; known only where it matters
-	originErr error
-	tokenErr  error
-	claims    *claims // nil without a token
+	a        *access
+	local    bool // from this machine; known only where it matters
+	tokenErr error
+	claims   *claims // nil without a token
 }
 
-func (ar *accessRights) ask() error              { return ar.originErr }
 func (ar *accessRights) read(room string) error  { return ar.check(room, false) }
 func (ar *accessRights) write(room string) error { return ar.check(room, true) }
 
@@ -410,7 +412,7 @@ func (a *access) token(r *http.Request) (string, error) {
 
 // inURL reports whether a good token is in the URL of a page.
 func (ar *accessRights) inURL(r *http.Request) bool {
-	if ar.claims == nil || ar.originErr != nil || !wantsHTML(r) || !isPage(r.URL.Path) || r.URL.Query().Get("token") == "" {
+	if ar.claims == nil || !wantsHTML(r) || !isPage(r.URL.Path) || r.URL.Query().Get("token") == "" {
 		return false
 	}
 	path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")

@@ -978,7 +978,6 @@ type permit struct {
 
 // rights say which rooms a client may use.
 type rights interface {
-	ask() error // at all
 	read(room string) error
 	write(room string) error
 	operate() error // to list rooms, and to erase them
@@ -995,7 +994,6 @@ type quota interface {
 // unlimited is the rights and the quota of a client that nobody limits.
 type unlimited struct{}
 
-func (unlimited) ask() error             { return nil }
 func (unlimited) read(string) error      { return nil }
 func (unlimited) write(string) error     { return nil }
 func (unlimited) operate() error         { return nil }
@@ -1174,8 +1172,7 @@ func (s *server) techniqueNames() string {
 	return strings.Join(names, " ")
 }
 
-// handle calls do if the method is one of methods and the client may ask. It answers
-// OPTIONS itself.
+// handle calls do if the method is one of methods. It answers OPTIONS itself.
 func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, do func(http.ResponseWriter, *http.Request, *request) error) error {
 	if !slices.Contains(methods, r.Method) {
 		allowed := strings.Join(methods, ", ")
@@ -1185,9 +1182,6 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, meth
 			message += ". Events are read from /rooms/{room}/{technique}: " + s.techniqueNames()
 		}
 		return newError(http.StatusMethodNotAllowed, message)
-	}
-	if err := q.permit.rights.ask(); err != nil {
-		return err
 	}
 	if r.Method == http.MethodOptions {
 		w.Header().Set("Allow", strings.Join(methods, ", "))
