@@ -3,11 +3,16 @@
 // open; a poll renews it. Whether a lease is good is decided by the clock at the
 // moment of reading. Timers only announce it: a platform may stop them (Cloud Run
 // does between requests).
+//
+// Where several relays share one log, a lease is what this one knows of a user. A change
+// is not announced but shared; what all know comes back by the log, and is announced
+// then: see room.elsewhere.
 
 package main
 
 import (
 	"encoding/json"
+	"maps"
 	"math"
 	"slices"
 	"strconv"
@@ -145,6 +150,9 @@ func (r *relay) acquireLease(rm *room, user, client string, longLived bool) {
 	l := r.leaseFor(rm, user)
 	if l.stateAt(now) == "offline" {
 		l.state = "online"
+		if rm.elsewhere[user] == "away" {
+			l.state = "away"
+		}
 	}
 	if longLived {
 		l.client(client).connections++
@@ -171,6 +179,14 @@ func (r *relay) releaseLease(rm *room, user, client string) {
 // setPresence sets the user's state: online, typing, away or offline. Offline is the
 // goodbye of one client. It may come before the client's connections close or after.
 func (r *relay) setPresence(room, user, client, state string) error {
+	if err := r.setPresenceLocked(room, user, client, state); err != nil || r.share == nil {
+		return err
+	}
+	r.awaitShared()
+	return nil
+}
+
+func (r *relay) setPresenceLocked(room, user, client, state string) error {
 	r.mu.Lock()
 	defer r.unlock()
 	if r.isStopping() {
@@ -178,6 +194,9 @@ func (r *relay) setPresence(room, user, client, state string) error {
 	}
 	rm := r.rooms[room]
 	known := rm != nil && rm.leases[user] != nil
+	if state == "offline" && r.share != nil && (client != "" || !known) {
+		r.share(room, user, client, "goodbye") // its connections may be another relay's
+	}
 	if state == "offline" && !known {
 		return nil
 	}
@@ -192,8 +211,12 @@ func (r *relay) setPresence(room, user, client, state string) error {
 	} else {
 		c := l.client(client)
 		c.goodbyes = 0
-		if n, _ := l.connections(); n == 0 {
-			c.expiresAt = now.Add(r.presenceTTL)
+		if n, end := l.connections(); n == 0 {
+			ttl := r.presenceTTL
+			if rm.elsewhere[user] != "" && end.Before(now.Add(leaveGrace)) {
+				ttl = leaveGrace // another relay has the user's connection
+			}
+			c.expiresAt = now.Add(ttl)
 		}
 		l.state, l.typingUntil = state, time.Time{}
 		if state == "typing" {
@@ -243,9 +266,11 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 	state, next := l.stateAt(now), l.nextChange(now)
 	if online := state != "offline"; online != l.counted {
 		l.counted = online
-		if online {
+		switch {
+		case r.share != nil: // counted when all know it
+		case online:
 			rm.online++
-		} else {
+		default:
 			rm.online--
 		}
 	}
@@ -253,7 +278,7 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 	joins := l.announced == "offline" && !now.Before(l.joinedAt.Add(announceInterval))
 	switch {
 	case state == l.announced:
-	case rm.summary.active || rm.online > maxRosterUsers:
+	case r.share == nil && rm.isCrowded():
 		l.announced = state
 		r.announceCount(rm, now)
 	case state == "offline" || joins || !now.Before(allowedAt):
@@ -263,8 +288,11 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 		if l.announced != "offline" || state == "offline" {
 			l.announcedAt, allowedAt = now, now.Add(announceInterval)
 		}
-		l.announced = state
-		r.announce(rm, user, strconv.AppendQuote(nil, state))
+		if l.announced = state; r.share != nil {
+			r.share(rm.name, user, "", state)
+			break
+		}
+		r.announce(rm, user, strconv.AppendQuote(nil, state), now)
 	case next.IsZero() || allowedAt.Before(next):
 		next = allowedAt
 	}
@@ -296,6 +324,8 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 	}
 }
 
+func (rm *room) isCrowded() bool { return rm.summary.active || rm.online > maxRosterUsers }
+
 // announceCount publishes how many users a crowded room has, at most once a second;
 // and when they are few again, who they are.
 func (r *relay) announceCount(rm *room, now time.Time) {
@@ -304,7 +334,13 @@ func (r *relay) announceCount(rm *room, now time.Time) {
 	if allowedAt := s.announcedAt.Add(announceInterval); now.Before(allowedAt) {
 		if s.timer == nil {
 			s.timer = time.AfterFunc(allowedAt.Sub(now), func() {
-				r.onTimer(rm, func(now time.Time) { s.timer = nil; r.announceCount(rm, now) })
+				r.onTimer(rm, func(now time.Time) {
+					if s.timer = nil; r.share != nil {
+						r.share(rm.name, "", "", "count")
+						return
+					}
+					r.announceCount(rm, now)
+				})
 			})
 		}
 		return
@@ -322,8 +358,8 @@ func (r *relay) announceCount(rm *room, now time.Time) {
 			l.announced = l.stateAt(now)
 		}
 	}
-	data, _ := json.Marshal(rm.roster(now))
-	r.announce(rm, "", data)
+	data, _ := json.Marshal(r.announcedRoster(rm, now))
+	r.announce(rm, "", data, now)
 }
 
 // onTimer calls do under r.mu, unless the room was forgotten meanwhile.
@@ -337,8 +373,10 @@ func (r *relay) onTimer(rm *room, do func(now time.Time)) {
 
 // announce publishes a presence event. It fails while the relay stops, or when there
 // are too many rooms; presence is then only visible to those who ask for it.
-func (r *relay) announce(rm *room, user string, data []byte) {
-	r.publishLocked(publishRequest{room: rm.name, kind: "presence", from: user, ttl: presenceEventTTL, data: data})
+func (r *relay) announce(rm *room, user string, data []byte, now time.Time) {
+	if !r.isStopping() && !r.isFull(rm) {
+		r.add(publishRequest{room: rm.name, kind: "presence", from: user, ttl: presenceEventTTL, data: data}, now)
+	}
 }
 
 // A roster is who is present in a room, and how many. In a crowd it has no names.
@@ -347,20 +385,22 @@ type roster struct {
 	Users map[string]string `json:"users,omitzero"`
 }
 
-// roster returns who is present as far as it was announced: a join that is held back
-// for its rate is left out, since it will be announced. The caller holds relay.mu.
-func (rm *room) roster(now time.Time) roster {
+// announcedRoster returns who is present as far as it was announced: a join that is held
+// back for its rate is left out, since it will be announced. The caller holds r.mu.
+func (r *relay) announcedRoster(rm *room, now time.Time) roster {
 	if rm.summary.active {
 		return roster{Count: rm.online}
 	}
-	return newRoster(rm.leases, now, true)
+	return r.newRoster(rm, now, true)
 }
 
 // newRoster returns who is present by the clock: only those announced, or all.
-func newRoster(leases map[string]*lease, now time.Time, onlyAnnounced bool) roster {
+func (r *relay) newRoster(rm *room, now time.Time, onlyAnnounced bool) roster {
 	ros := roster{Users: map[string]string{}}
-	for user, l := range leases {
-		if state := l.stateAt(now); state != "offline" && !(onlyAnnounced && l.announced == "offline") {
+	maps.Copy(ros.Users, rm.elsewhere)
+	for user, l := range rm.leases {
+		state := l.stateAt(now)
+		if state != "offline" && !(onlyAnnounced && (l.announced == "offline" || r.share != nil)) {
 			ros.Users[user] = state
 		}
 	}
@@ -372,11 +412,11 @@ func newRoster(leases map[string]*lease, now time.Time, onlyAnnounced bool) rost
 func (r *relay) roster(name string) roster {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	var leases map[string]*lease
-	if rm := r.rooms[name]; rm != nil {
-		leases = rm.leases
+	rm := r.rooms[name]
+	if rm == nil {
+		rm = &room{}
 	}
-	return newRoster(leases, time.Now(), false)
+	return r.newRoster(rm, time.Now(), false)
 }
 
 // wantsSignal reports whether a signal is still to be delivered. Presence events are
@@ -410,7 +450,7 @@ func (sub *subscriber) appendRosters(batch []*event) []*event {
 	now := time.Now()
 	for i := range sub.subscriptions {
 		rm := sub.subscriptions[i].room
-		batch = append(batch, notice{Type: "presence", Room: rm.name, Data: rm.roster(now)}.event())
+		batch = append(batch, notice{Type: "presence", Room: rm.name, Data: r.announcedRoster(rm, now)}.event())
 	}
 	return batch
 }

@@ -93,6 +93,7 @@ type room struct {
 	lruElem                   *list.Element     // in relay.lru; nil while the room keeps nothing
 	lastUsed                  time.Time         // when it was published to, or lost a subscriber
 	leases                    map[string]*lease // by user
+	elsewhere                 map[string]string // the states of users as all relays know them; nil if this one is alone
 	online                    int               // users who are not offline
 	summary                   summary
 
@@ -111,6 +112,11 @@ type relay struct {
 
 	// wakeAll wakes the subscribers of a room. A layer that drives many replaces it.
 	wakeAll func([]*subscription)
+
+	// For a layer that shares one log among many relays.
+	share       func(room, user, client, state string) // see presence.go; called under mu, so it may not block; nil: this relay is alone
+	awaitShared func()                                 // waits until what was shared has come back by the log
+	lookahead   int64                                  // a cursor so far above lastID is good: another relay may have given it
 
 	mu               sync.Mutex // guards what follows, and the order of ids; see unlock
 	rooms            map[string]*room
@@ -190,10 +196,19 @@ func (r *relay) publishLocked(p publishRequest) (id int64, isNew bool, err error
 			return 0, false, err
 		}
 	}
-	if (rm == nil || rm.lruElem == nil) && r.lru.Len() >= r.limits.maxRooms {
+	if r.isFull(rm) {
 		return 0, false, errTooManyRooms
 	}
-	now := time.Now()
+	return r.add(p, time.Now()), true, nil
+}
+
+// isFull reports whether there are too many rooms for one more, unless rm is one of them.
+func (r *relay) isFull(rm *room) bool {
+	return (rm == nil || rm.lruElem == nil) && r.lru.Len() >= r.limits.maxRooms
+}
+
+// add makes an event with the next id, and appends it.
+func (r *relay) add(p publishRequest, now time.Time) int64 {
 	e := &event{kind: "message", publishedAt: now.UnixMilli(), key: strings.Clone(p.key)} // a clone does not keep the request in memory
 	if p.kind != "message" {
 		e.kind = strings.Clone(p.kind)
@@ -204,7 +219,7 @@ func (r *relay) publishLocked(p publishRequest) (id int64, isNew bool, err error
 	e.id = r.lastID.Load() + 1
 	e.json = marshalEvent(e, p.room, p.from, p.data)
 	r.append(p.room, e)
-	return e.id, true, nil
+	return e.id
 }
 
 // append adds an event with the next id to a room's log. Id, log and lastID change
@@ -265,7 +280,7 @@ func (r *relay) addToHistory(rm *room, e *event) {
 			break
 		}
 		if !expired || old.kind == "presence" {
-			*trimmed = old.id
+			*trimmed = max(*trimmed, old.id)
 		}
 		if old.key != "" {
 			delete(rm.keys, old.key)
@@ -342,6 +357,11 @@ func (r *relay) erase(name string) error {
 	if r.isStopping() {
 		return errStopping
 	}
+	r.eraseLocked(name)
+	return nil
+}
+
+func (r *relay) eraseLocked(name string) {
 	if rm := r.rooms[name]; rm != nil {
 		id := r.lastID.Load() + 1
 		r.clearHistory(rm, id, id)
@@ -349,7 +369,6 @@ func (r *relay) erase(name string) error {
 		r.closeIfUnused(rm)
 		r.changed = append(r.changed, rm)
 	}
-	return nil
 }
 
 func (r *relay) clearHistory(rm *room, trimmed, erased int64) {
@@ -372,7 +391,7 @@ func (r *relay) clearHistory(rm *room, trimmed, erased int64) {
 // newest of them stands for all: a subscriber may be sent a gap where nothing was
 // lost, but never misses one.
 func (r *relay) closeIfUnused(rm *room) {
-	if len(rm.subscriptions) > 0 || rm.lruElem != nil || len(rm.leases) > 0 {
+	if len(rm.subscriptions) > 0 || rm.lruElem != nil || len(rm.leases)+len(rm.elsewhere) > 0 {
 		return
 	}
 	delete(r.rooms, rm.name)
@@ -478,8 +497,8 @@ func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 		sub.wakeup = make(chan struct{}, 1)
 	}
 	r.mu.Lock()
-	defer r.unlock()
 	if err := r.checkLimits(q); err != nil {
+		r.mu.Unlock()
 		return err
 	}
 	for i, name := range q.rooms {
@@ -493,7 +512,20 @@ func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 	if q.longLived {
 		sub.user, sub.client = q.user, q.client
 	}
-	sub.cursor = q.cursor
+	sub.setCursor(q)
+	r.unlock()
+	if r.share != nil && q.user != "" {
+		r.awaitShared()
+		r.mu.Lock()
+		sub.setCursor(q) // after the user's coming
+		r.mu.Unlock()
+	}
+	return nil
+}
+
+func (sub *subscriber) setCursor(q subscribeRequest) {
+	r := sub.relay
+	sub.cursor, sub.lost = q.cursor, ""
 	switch {
 	case q.cursor < 0:
 		sub.cursor = sub.cursorBeforeNewest(q.last)
@@ -502,10 +534,9 @@ func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 		}
 	case q.cursor < r.epoch:
 		sub.lost = "restart"
-	case q.cursor > r.lastID.Load():
+	case q.cursor > r.lastID.Load()+r.lookahead:
 		sub.lost = "future"
 	}
-	return nil
 }
 
 func (r *relay) checkLimits(q subscribeRequest) error {
@@ -611,7 +642,7 @@ const maxBatchEvents = 256
 func (sub *subscriber) next(batch []*event) []*event {
 	lastID := sub.relay.lastID.Load()
 	sub.more = false
-	if lastID == sub.cursor && sub.lost == "" {
+	if lastID <= sub.cursor && sub.lost == "" {
 		return batch
 	}
 	cursor := sub.cursor

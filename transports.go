@@ -411,6 +411,8 @@ type server struct {
 	instance   string        // names this process in hello
 
 	publish   func(publishRequest) (id int64, isNew bool, err error)
+	erase     func(room string) error
+	catchUp   func(ctx context.Context, cursor int64) // waits until the log has a cursor that is beyond it, if it may come
 	eventHTML func(*event) []byte
 	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
 	counter   func() func(t *technique, events []*event, bytes int, now int64)                    // counts what is written; without a technique it ends a batch
@@ -430,6 +432,8 @@ func newServer(r *relay) *server {
 		maxBody:    64 << 10,
 		instance:   rand.Text()[:8],
 		publish:    r.publish,
+		erase:      r.erase,
+		catchUp:    func(context.Context, int64) {},
 		eventHTML:  plainHTML,
 		counter:    func() func(*technique, []*event, int, int64) { return func(*technique, []*event, int, int64) {} },
 		refused:    func(string) {},
@@ -477,6 +481,9 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 	}
 	for name, value := range enc.header {
 		h.Set(name, value)
+	}
+	if q.cursor > s.relay.lastID.Load() {
+		s.catchUp(r.Context(), q.cursor)
 	}
 	switch {
 	case t.name == "ws" && !strings.EqualFold(r.Header.Get("Upgrade"), "websocket"):
@@ -1482,7 +1489,7 @@ func (s *server) handleRoom(w http.ResponseWriter, r *http.Request, q *request) 
 	if err := q.permit.rights.operate(); err != nil {
 		return err
 	}
-	if err := s.relay.erase(q.rooms[0]); err != nil {
+	if err := s.erase(q.rooms[0]); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusNoContent)
