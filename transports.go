@@ -1050,11 +1050,11 @@ func limitError(status int, message, reason string, retryAfter int) httpError {
 
 // conflict answers a publish whose if was not the newest message.
 func conflict(newest int64) error {
-	e := newError(http.StatusPreconditionFailed, "another message was published to this room since; its id is the one to go on from")
-	if e.newest = newest; newest == 0 {
-		e.message = "this room has no message; if=0 publishes the first"
+	message := "another message was published to this room since; its id is the one to go on from"
+	if newest == 0 {
+		message = "this room has no message; if=0 publishes the first"
 	}
-	return e
+	return httpError{status: http.StatusPreconditionFailed, message: message, newest: newest}
 }
 
 var (
@@ -1072,12 +1072,10 @@ var (
 	errUTF8       = badRequest("this is not UTF-8")
 )
 
-// Values of headers that most answers have, made once.
+// Values of headers that every answer to a publish has, made once.
 var (
-	nosniff    = []string{"nosniff"}
-	sameOrigin = []string{"same-origin"}
-	noStore    = []string{"no-store"}
-	jsonUTF8   = []string{"application/json; charset=utf-8"}
+	nosniff  = []string{"nosniff"}
+	jsonUTF8 = []string{"application/json; charset=utf-8"}
 )
 
 // ServeHTTP answers a request, and says what is wrong when it cannot.
@@ -1088,8 +1086,8 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, do func(http.Res
 	h := w.Header()
 	h["X-Content-Type-Options"] = nosniff
 	if r.Method != http.MethodPost { // no cache keeps the answer to a POST, and it has no links
-		h["Cache-Control"] = noStore
-		h["Referrer-Policy"] = sameOrigin // a URL may hold a token
+		h.Set("Cache-Control", "no-store")
+		h.Set("Referrer-Policy", "same-origin") // a URL may hold a token
 	}
 	err := do(w, r)
 	if err == nil {
@@ -1164,11 +1162,12 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 
 // technique returns the technique of that name, or nil.
 func (s *server) technique(name string) *technique {
-	i := slices.IndexFunc(s.techniques, func(t *technique) bool { return t.name == name })
-	if i < 0 {
-		return nil
+	for _, t := range s.techniques {
+		if t.name == name {
+			return t
+		}
 	}
-	return s.techniques[i]
+	return nil
 }
 
 func (s *server) techniqueNames() string {
@@ -1180,22 +1179,21 @@ func (s *server) techniqueNames() string {
 }
 
 // handle calls do if the method is one of methods. It answers OPTIONS itself.
-func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, do func(http.ResponseWriter, *http.Request, *request) error) error {
-	if !slices.Contains(methods, r.Method) {
+func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, do func(http.ResponseWriter, *http.Request, *request) error) (err error) {
+	switch {
+	case !slices.Contains(methods, r.Method):
 		allowed := strings.Join(methods, ", ")
 		w.Header().Set("Allow", allowed)
 		message := r.Method + " is not for this path; " + allowed + " are"
-		if slices.Contains(methods, "PUT") {
+		if slices.Contains(methods, http.MethodPut) {
 			message += ". Events are read from /rooms/{room}/{technique}: " + s.techniqueNames()
 		}
 		return newError(http.StatusMethodNotAllowed, message)
-	}
-	if r.Method == http.MethodOptions {
+	case r.Method == http.MethodOptions:
 		w.Header().Set("Allow", strings.Join(methods, ", "))
 		w.WriteHeader(http.StatusNoContent)
 		return nil
 	}
-	var err error
 	if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		return badRequest("the query is not well formed: %v", err)
 	}
@@ -1425,19 +1423,21 @@ var reservedTypes = []string{"hello", "presence", "gap", "beat", "ack", "error",
 func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew bool, err error) {
 	switch {
 	case p.room == "":
-		return 0, false, badRequest("this reads several rooms; name the one that is meant")
+		err = badRequest("this reads several rooms; name the one that is meant")
 	case !validName(p.room):
-		return 0, false, badRoom(p.room)
+		err = badRoom(p.room)
 	case !validName(p.kind):
-		return 0, false, badRequest("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
+		err = badRequest("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
 	case slices.Contains(reservedTypes, p.kind):
-		return 0, false, badRequest("the type %s is the relay's own; publish another", p.kind)
+		err = badRequest("the type %s is the relay's own; publish another", p.kind)
 	case p.onlyIf != nil && *p.onlyIf < 0:
-		return 0, false, errIf
+		err = errIf
 	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
-		return 0, false, badRequest("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
+		err = badRequest("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
+	default:
+		err = by.mayWrite(p.room)
 	}
-	if err := by.mayWrite(p.room); err != nil {
+	if err != nil {
 		return 0, false, err
 	}
 	p.allow = func() error { return by.quota.publishTo(p.room) }
@@ -1445,13 +1445,11 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 }
 
 func (p *permit) mayWrite(room string) error {
-	if err := p.rights.write(room); err != nil {
-		return err
+	err := p.rights.write(room)
+	if err == nil && room[0] == '_' {
+		err = errReserved
 	}
-	if room[0] == '_' {
-		return errReserved
-	}
-	return nil
+	return err
 }
 
 // setPresence sets the state of a user in a room, none of it checked yet.
@@ -1614,14 +1612,11 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, q *request, fi
 	if err != nil { // the type alone may be well formed: application/json; utf-8
 		contentType, params = strings.ToLower(strings.TrimSpace(given[:strings.IndexAny(given+";", ";,")])), nil
 	}
-	encoding := r.Header.Get("Content-Encoding")
-	charset := strings.ToLower(params["charset"])
-	switch {
-	case encoding != "" && encoding != "identity":
-		return nil, "", newError(http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Encoding %q is not taken; send UTF-8, not encoded", encoding))
-	case !slices.Contains([]string{"", "utf-8", "utf8", "us-ascii"}, charset):
-		return nil, "", newError(http.StatusUnsupportedMediaType, fmt.Sprintf("charset %q is not taken; send UTF-8, not encoded", charset))
-	case r.ContentLength > s.maxBody:
+	encoding, charset := r.Header.Get("Content-Encoding"), strings.ToLower(params["charset"])
+	if encoding != "" && encoding != "identity" || !slices.Contains([]string{"", "utf-8", "utf8", "us-ascii"}, charset) {
+		return nil, "", newError(http.StatusUnsupportedMediaType, fmt.Sprintf("a body is UTF-8, and not compressed; this is %q %q", encoding, charset))
+	}
+	if r.ContentLength > s.maxBody {
 		return nil, "", errTooBig // before a client that expects 100 is told to continue
 	}
 	b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.maxBody))
