@@ -248,8 +248,7 @@ func marshalEvent(e *event, room, from string, data []byte) []byte {
 	b = append(append(b, `","type":"`...), e.kind...)
 	b = append(b, '"')
 	if from != "" {
-		quoted, _ := json.Marshal(from)
-		b = append(append(b, `,"from":`...), quoted...)
+		b = appendQuoted(append(b, `,"from":`...), []byte(from))
 	}
 	b = strconv.AppendInt(append(b, `,"time":`...), e.publishedAt, 10)
 	b = append(append(b, `,"data":`...), data...)

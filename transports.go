@@ -937,7 +937,7 @@ func (s *server) takeMessage(a *author, kind websocket.MessageType, message []by
 		}
 		p.data = marshal(data)
 	} else {
-		p.data = quoteJSON(message)
+		p.data = appendQuoted(nil, message)
 	}
 	if err := a.permit.quota.publish(); err != nil {
 		return p.key, 0, err
@@ -1440,7 +1440,8 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 	if err != nil {
 		return 0, false, err
 	}
-	p.allow = func() error { return by.quota.publishTo(p.room) }
+	room := p.room
+	p.allow = func() error { return by.quota.publishTo(room) }
 	return s.publish(p)
 }
 
@@ -1521,7 +1522,8 @@ func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *reques
 	}
 	w.Header()["Content-Type"] = jsonUTF8
 	w.WriteHeader(status)
-	w.Write(append(strconv.AppendInt([]byte(`{"id":`), id, 10), "}\n"...))
+	b := append(make([]byte, 0, 32), `{"id":`...)
+	w.Write(append(strconv.AppendInt(b, id, 10), "}\n"...))
 	return nil
 }
 
@@ -1554,7 +1556,7 @@ func (s *server) parsePublish(w http.ResponseWriter, r *http.Request, q *request
 	case !utf8.Valid(body):
 		err = badRequest("the body is not UTF-8; the relay carries text and JSON")
 	default:
-		p.data = quoteJSON(body)
+		p.data = appendQuoted(nil, body)
 	}
 	return p, err
 }
@@ -1693,14 +1695,15 @@ func marshal(v any) []byte {
 	return b
 }
 
-// quoteJSON returns text as a JSON string. Most text needs nothing but the quotes.
-func quoteJSON(text []byte) []byte {
+// appendQuoted appends text as a JSON string. Most text needs nothing but the quotes.
+func appendQuoted(b, text []byte) []byte {
 	for _, c := range text {
 		if c < ' ' || c > '~' || strings.IndexByte(`"\<>&`, c) >= 0 {
-			return marshal(string(text))
+			return append(b, marshal(string(text))...)
 		}
 	}
-	return slices.Concat([]byte(`"`), text, []byte(`"`))
+	b = slices.Grow(b, len(text)+2)
+	return append(append(append(b, '"'), text...), '"')
 }
 
 var (

@@ -1892,6 +1892,37 @@ func BenchmarkFrame(b *testing.B) {
 	}
 }
 
+// A postRecorder takes the answers to publishes, and allocates nothing.
+type postRecorder struct {
+	header http.Header
+	status int
+}
+
+func (w *postRecorder) Header() http.Header         { return w.header }
+func (w *postRecorder) WriteHeader(status int)      { w.status = status }
+func (w *postRecorder) Write(b []byte) (int, error) { return len(b), nil }
+
+// BenchmarkPost measures a publish through all layers, without net/http's part.
+func BenchmarkPost(b *testing.B) {
+	a := newTestApp(b)
+	r := httptest.NewRequest("POST", "/rooms/lobby?user=ada", nil)
+	r.Header.Set("Content-Type", "text/plain")
+	r.ContentLength = int64(len("hello, world"))
+	body := strings.NewReader("")
+	closer := io.NopCloser(body)
+	w := &postRecorder{header: http.Header{}}
+	b.ReportAllocs()
+	for b.Loop() {
+		body.Reset("hello, world")
+		r.Body = closer
+		clear(w.header)
+		a.ServeHTTP(w, r)
+		if w.status != http.StatusCreated {
+			b.Fatal(w.status)
+		}
+	}
+}
+
 func TestFramingAllocatesNothing(t *testing.T) {
 	r := benchRelay(t)
 	publishEvent(t, r, publishRequest{room: "lobby", kind: "typing", from: "ada", ttl: time.Minute})
