@@ -148,7 +148,7 @@ func newWriterPool(s *server, trustProxy bool) *writerPool {
 // takeOver serves a stream by the pool if it has a connection of its own.
 func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream, q *request) (taken bool, err error) {
 	ses := &session{stream: st, pool: p, ws: st.technique.name == "ws"}
-	if !ses.ws && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
+	if st.technique.mode == longPoll || !ses.ws && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
 		return false, nil
 	}
 	if ses.ws {

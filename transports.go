@@ -485,22 +485,18 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 	if q.cursor > s.relay.lastID.Load() {
 		s.catchUp(r.Context(), q.cursor)
 	}
+	st := &stream{server: s, technique: t, enc: enc, quota: q.permit.quota}
 	switch {
 	case t.name == "ws" && !strings.EqualFold(r.Header.Get("Upgrade"), "websocket"):
 		return upgradeRequired(w, r)
 	case t.name != "ws" && r.Method == http.MethodHead:
 		return nil
 	case t.mode == immediate:
-		return s.serveOnce(w, r, q, t, &enc)
+		return st.serveOnce(w, r, q)
 	}
-	err := s.hold(q.permit.quota, t)
-	switch {
-	case err != nil:
-	case t.mode == longPoll:
-		defer s.release(q.permit.quota, t)
-		err = s.serveOnce(w, r, q, t, &enc)
-	default:
-		err = s.serveStream(w, r, q, t, enc)
+	err := s.hold(st.quota, t)
+	if err == nil {
+		err = st.serveHeld(w, r, q)
 	}
 	if limit, ok := err.(httpError); ok && limit.retryAfter > 0 && t.name == "sse" {
 		// Any status but 200 would end an EventSource for good.
@@ -536,28 +532,36 @@ func (s *server) active() (n int64) {
 }
 
 // serveOnce reads once, after waiting for an event if the technique does, and answers.
-func (s *server) serveOnce(w http.ResponseWriter, r *http.Request, q *request, t *technique, enc *encoder) error {
-	var sub subscriber
-	if err := s.relay.subscribe(&sub, q.subscribeRequest(t, 256<<10)); err != nil {
+func (st *stream) serveOnce(w http.ResponseWriter, r *http.Request, q *request) error {
+	if err := st.server.relay.subscribe(&st.sub, q.subscribeRequest(st.technique, maxAnswer)); err != nil {
 		return err
 	}
-	defer sub.unsubscribe()
-	events := sub.next(nil)
-	if t.mode == longPoll {
+	defer st.sub.unsubscribe()
+	events := st.sub.next(nil)
+	if st.technique.mode == longPoll {
 		clock := time.NewTimer(q.wait)
 		defer clock.Stop()
 		for more := true; more && len(events) == 0; {
-			more = sub.wait(r.Context(), clock.C)
-			events = sub.next(events) // at the end, too: the relay may have stopped right after an event
+			more = st.sub.wait(r.Context(), clock.C)
+			events = st.sub.next(events) // at the end, too: the relay may have stopped right after an event
 		}
 	}
-	b := enc.encode([]byte(enc.preamble), sub.cursor, events...)
+	return st.answer(w, events)
+}
+
+// maxAnswer is the size, in bytes, at which the answer to a poll ends.
+const maxAnswer = 256 << 10
+
+// answer writes events as a whole answer.
+func (st *stream) answer(w http.ResponseWriter, events []*event) error {
+	b := st.enc.encode([]byte(st.enc.preamble), st.sub.cursor, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	s.withScratch(func(sc *scratch) error { sc.count(t, events, len(b), time.Now().UnixMilli()); return nil })
+	st.server.withScratch(func(sc *scratch) error { sc.count(st.technique, events, len(b), time.Now().UnixMilli()); return nil })
 	return writer(w)(b)
 }
 
-// A stream is one client that is sent events until it leaves.
+// A stream is one client that is sent events until it leaves; a poll is one that ends
+// with its first answer.
 type stream struct {
 	server         *server
 	technique      *technique
@@ -575,13 +579,18 @@ type stream struct {
 	unsubscribed func()                                             // see encoder.subscribe
 }
 
-// serveStream sends events for ever.
-func (s *server) serveStream(w http.ResponseWriter, r *http.Request, q *request, t *technique, enc encoder) error {
-	st := &stream{server: s, technique: t, enc: enc, quota: q.permit.quota}
+// serveHeld answers a request that is held: a long-poll with the first events, any
+// other with events for ever.
+func (st *stream) serveHeld(w http.ResponseWriter, r *http.Request, q *request) error {
+	s, t := st.server, st.technique
 	if s.takeOver != nil {
 		if taken, err := s.takeOver(w, r, st, q); taken {
 			return err
 		}
+	}
+	if t.mode == longPoll {
+		defer s.release(st.quota, t)
+		return st.serveOnce(w, r, q)
 	}
 	if err := st.open(q, nil); err != nil {
 		return err
