@@ -8,7 +8,9 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
+	"compress/gzip"
 	"crypto/rand"
 	"crypto/sha256"
 	"embed"
@@ -42,8 +44,16 @@ var fileTypes = map[string]string{
 
 // A file is one of static/, or transports.go, whose encoders the lab shows.
 type file struct {
-	contentType, etag string
-	data              string
+	contentType string
+	plain, gzip content
+}
+
+// A content is a file in one encoding. An ETag names bytes, so each has its own.
+type content struct{ data, etag string }
+
+func newContent(b []byte) content {
+	sum := sha256.Sum256(b)
+	return content{string(b), `"` + hex.EncodeToString(sum[:8]) + `"`}
 }
 
 var files = readFiles()
@@ -55,12 +65,11 @@ func readFiles() map[string]file {
 			return err
 		}
 		b, err := embedded.ReadFile(name)
-		sum := sha256.Sum256(b)
-		files["/"+strings.TrimPrefix(name, "static/")] = file{
-			contentType: fileTypes[path.Ext(name)],
-			etag:        `"` + hex.EncodeToString(sum[:8]) + `"`,
-			data:        string(b),
-		}
+		var packed bytes.Buffer
+		zw, _ := gzip.NewWriterLevel(&packed, gzip.BestCompression)
+		zw.Write(b)
+		zw.Close()
+		files["/"+strings.TrimPrefix(name, "static/")] = file{fileTypes[path.Ext(name)], newContent(b), newContent(packed.Bytes())}
 		return err
 	})
 	files["/"] = files["/index.html"]
@@ -120,7 +129,7 @@ func wrapPages(s *server, next http.Handler) http.Handler {
 				_, p := withPermit(r)
 				return s.handle(w, r, &request{rooms: rooms, permit: p}, readMethods, s.handleForm)
 			})
-		case r.URL.Path == "/healthz" || files[r.URL.Path].data != "":
+		case r.URL.Path == "/healthz" || files[r.URL.Path].contentType != "":
 			s.answer(w, r, s.handlePage)
 		default:
 			next.ServeHTTP(w, r)
@@ -171,13 +180,39 @@ func (s *server) handlePage(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	}
 	f := files[r.URL.Path]
+	c := f.plain
+	if acceptsGzip(r.Header) {
+		c = f.gzip
+		h.Set("Content-Encoding", "gzip")
+		h.Set("Content-Length", strconv.Itoa(len(c.data))) // ServeContent leaves it out of encoded answers
+	}
+	h.Add("Vary", "Accept-Encoding")
 	h.Set("Content-Type", f.contentType)
-	h.Set("ETag", f.etag)
+	h.Set("ETag", c.etag)
 	h.Set("Access-Control-Allow-Origin", "*") // a module is always loaded with CORS, and there is nothing to hide here
 	h.Set("Cache-Control", "no-cache")        // keep it, but ask whether it is still the same
 	h.Set("Content-Security-Policy", "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'")
-	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(f.data))
+	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(c.data))
 	return nil
+}
+
+// acceptsGzip reports whether a client takes gzip, and not rather the bytes as they are
+// (RFC 9110, section 12.5.3).
+func acceptsGzip(h http.Header) bool {
+	quality := map[string]float64{}
+	for item := range strings.SplitSeq(strings.Join(h["Accept-Encoding"], ","), ",") {
+		coding, weight, weighted := strings.Cut(strings.ReplaceAll(strings.ToLower(item), " ", ""), ";q=")
+		q := 1.0
+		if weighted {
+			q, _ = strconv.ParseFloat(weight, 64)
+		}
+		quality[coding] = q
+	}
+	q, named := quality["gzip"]
+	if !named {
+		q = quality["*"]
+	}
+	return q > 0 && q >= quality["identity"]
 }
 
 // Pages without JavaScript.
@@ -189,7 +224,9 @@ func pageStart(title string) string {
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>` + title + ` · Cometes</title>
+<link rel="icon" href="../../icon.svg">
 <link rel="stylesheet" href="../../plain.css">
 `
 }

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"compress/gzip"
 	"encoding/json"
 	"io"
 	"os"
@@ -179,6 +180,56 @@ func TestFiles(t *testing.T) {
 		res, body := b.do("GET", "/healthz", "")
 		if res.StatusCode != 200 || !json.Valid([]byte(body)) || res.Header.Get("Cache-Control") != "no-store" {
 			t.Errorf("healthz: %s %s %v", res.Status, body, res.Header)
+		}
+	})
+}
+
+// A client that takes gzip is sent it, with an ETag of its own; the others are not.
+func TestFilesCompressed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		plain, text := b.do("GET", "/comet.js", "", "Accept-Encoding: identity")
+		packed, body := b.do("GET", "/comet.js", "", "Accept-Encoding: gzip")
+		zr, err := gzip.NewReader(strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(zr); err != nil || string(got) != text {
+			t.Errorf("unpacked it is not the file: %d bytes, %v", len(got), err)
+		}
+		etag := packed.Header.Get("ETag")
+		if etag == plain.Header.Get("ETag") {
+			t.Errorf("both encodings have the ETag %s", etag)
+		}
+		for accept, want := range map[string]bool{
+			"gzip, deflate, br": true, "GZIP": true, "br;q=1.0, gzip;q=0.8, *;q=0.1": true, "*": true, "identity;q=0, gzip;q=0.1": true,
+			"gzip; q=0": false, "gzip;q=0, *": false, "gzip;q=0.000": false, "identity": false, "br": false, "": false, "*;q=0": false,
+			"gzip;q=0.5, identity": false, "gzip;q=x": false, "gzipped": false,
+		} {
+			res, got := b.do("GET", "/comet.js", "", "Accept-Encoding: "+accept)
+			h := res.Header
+			if packed := h.Get("Content-Encoding") == "gzip"; packed != want || (got == text) == want || res.ContentLength != int64(len(got)) {
+				t.Errorf("Accept-Encoding: %q: compressed is %t, want %t; %d bytes of %d", accept, packed, want, len(got), res.ContentLength)
+			}
+			if !strings.Contains(strings.Join(h["Vary"], ","), "Accept-Encoding") || h.Get("Content-Type") != "text/javascript; charset=utf-8" {
+				t.Errorf("Accept-Encoding: %q: %v", accept, h)
+			}
+		}
+		const take = "Accept-Encoding: gzip"
+		if res, got := b.do("HEAD", "/comet.js", "", take); got != "" || res.ContentLength != int64(len(body)) || res.Header.Get("ETag") != etag || res.Header.Get("Content-Encoding") != "gzip" {
+			t.Errorf("HEAD: %s, length %d, want %d", res.Status, res.ContentLength, len(body))
+		}
+		if res, got := b.do("GET", "/comet.js", "", take, "If-None-Match: "+etag); res.StatusCode != 304 || got != "" || res.Header.Get("ETag") != etag || res.Header.Get("Vary") == "" {
+			t.Errorf("the same: %s %v", res.Status, res.Header)
+		}
+		if res, _ := b.do("GET", "/comet.js", "", "Accept-Encoding: identity", "If-None-Match: "+etag); res.StatusCode != 200 {
+			t.Errorf("the same in another encoding: %s", res.Status)
+		}
+		if res, got := b.do("GET", "/comet.js", "", take, "Range: bytes=10-19", "If-Range: "+etag); res.StatusCode != 206 || got != body[10:20] {
+			t.Errorf("ten bytes of the compressed: %s, %d bytes", res.Status, len(got))
+		}
+		if res, got := b.do("GET", "/comet.js", "", take, "Range: bytes=10-19", "If-Range: "+plain.Header.Get("ETag")); res.StatusCode != 200 || got != body {
+			t.Errorf("ten bytes of the other encoding: %s, %d bytes, want all", res.Status, len(got))
 		}
 	})
 }
