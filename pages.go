@@ -235,9 +235,9 @@ func pageStart(title string) string {
 // else in a frame of its own.
 func (s *server) pageHead(q *request, refresh string) string {
 	user := url.Values{"user": {q.user}}.Encode()
-	head, form := "<header>\n<h1>"+q.title()+"</h1>\n", ""
+	head, form := q.headerHTML(), ""
 	switch {
-	case q.param("form") == "0":
+	case q.param("form") == "0": // it is in a frame of another page
 		head = "<body class=\"bare\">\n<header>\n"
 	case refresh != "":
 		head += `<p>This page refreshes itself every ` + refresh + ` seconds.
@@ -248,7 +248,7 @@ func (s *server) pageHead(q *request, refresh string) string {
 		head += `<p>This page never ends: new messages appear on top.
 <a href="refresh?` + user + `">A page that refreshes itself instead</a></p>
 `
-		form = `<iframe class="form" title="Write a message" src="form?` + user + `"></iframe>
+		form = `<section aria-label="Write"><iframe class="form" title="Write a message" src="form?` + user + `"></iframe></section>
 `
 	}
 	if refresh != "" && q.seesPresence {
@@ -257,12 +257,24 @@ func (s *server) pageHead(q *request, refresh string) string {
 	return pageStart(q.title()) + head + "</header>\n" + form
 }
 
-// formHTML returns a form that posts to a room and then shows a page. Its key makes
-// a double click one message.
+// headerHTML begins the header of a page: the room, and the way back to the chat.
+func (q *request) headerHTML() string {
+	chat := url.Values{"room": {q.rooms[0]}}
+	if q.user != "" {
+		chat.Set("user", q.user)
+	}
+	return `<header>
+<nav><a href="../../?` + html.EscapeString(chat.Encode()) + `">Back to the chat</a></nav>
+<h1>` + q.title() + `</h1>
+`
+}
+
+// formHTML returns a form that posts to a room and then shows a page, in which the focus
+// is in the message again. Its key makes a double click one message.
 func formHTML(room, user, then string) string {
-	return `<form method="post" action="../` + room + `">
+	return `<form method="post" action="../` + room + `" aria-label="Write a message">
 <label>Name <input name="user" value="` + html.EscapeString(user) + `" pattern="\S(.*\S)?" title="a name, without spaces around it" maxlength="64" size="10" autocomplete="nickname"></label>
-<label class="wide">Message <input name="data" required maxlength="4000" autocomplete="off"></label>
+<label class="wide">Message <input id="data" name="data" required maxlength="4000" autocomplete="off" autofocus></label>
 <input type="hidden" name="key" value="` + rand.Text() + `">
 <input type="hidden" name="then" value="` + then + `">
 <button>Send</button>
@@ -289,11 +301,10 @@ func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) 
 	h.Set("Content-Security-Policy", q.pagePolicy())
 	form := formHTML(q.rooms[0], user, "form")
 	if live != "" {
-		form = `<header>
-<h1>` + q.title() + `</h1>
-<p>The messages below refresh themselves every few seconds; what you write stays.</p>
+		q.user = user
+		form = q.headerHTML() + `<p>The messages below refresh themselves every few seconds; what you write stays.</p>
 </header>
-` + form + `<iframe class="live" title="Messages" src="refresh?form=0&amp;` + url.Values{"user": {user}}.Encode() + `"></iframe>
+` + form + `<main><iframe class="live" title="Messages" src="refresh?form=0&amp;` + url.Values{"user": {user}}.Encode() + `"></iframe></main>
 `
 	}
 	io.WriteString(w, pageStart("Write to "+q.title())+"<body class=\"bare\">\n"+form)
@@ -304,7 +315,7 @@ func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) 
 func fullHTML(e *event) (line []byte) {
 	f := e.decode()
 	at := time.UnixMilli(f.Time).UTC()
-	clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04") + `</time> `
+	clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04 UTC") + `</time> `
 	from := "<b><bdi>" + html.EscapeString(cmp.Or(f.From, "somebody")) + "</bdi></b> "
 	text := html.EscapeString(asText(f.Data))
 	show := func(class, s string) { line = []byte(`<p class="` + class + `">` + s + "</p>\n") }

@@ -1222,8 +1222,8 @@ func (e *eventReader) addPage(page string) error {
 
 var (
 	paragraphPattern = regexp.MustCompile(`^<p class="(message|note|gap)">(.*)</p>$`)
-	messagePattern   = regexp.MustCompile(`^<time datetime="[0-9TZ:-]{20}">\d\d:\d\d</time> (?:<i>([\w.:-]+)</i> )?<b><bdi>([^<]*)</bdi></b> <span dir="auto">([^<]*)</span>$`)
-	plainPattern     = regexp.MustCompile(`^(?:<time [^>]*>\d\d:\d\d</time> )?(?:<i>([\w.:-]+)</i> )?<b><bdi>([^<]*)</bdi></b> <span dir="auto">([^<]*)</span>$`)
+	messagePattern   = regexp.MustCompile(`^<time datetime="[0-9TZ:-]{20}">\d\d:\d\d UTC</time> (?:<i>([\w.:-]+)</i> )?<b><bdi>([^<]*)</bdi></b> <span dir="auto">([^<]*)</span>$`)
+	plainPattern     = regexp.MustCompile(`^(?:<time [^>]*>\d\d:\d\d UTC</time> )?(?:<i>([\w.:-]+)</i> )?<b><bdi>([^<]*)</bdi></b> <span dir="auto">([^<]*)</span>$`)
 	byePattern       = regexp.MustCompile(`^The relay is going away.*<meta http-equiv="refresh" content="\d+">$`)
 )
 

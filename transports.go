@@ -360,7 +360,7 @@ func (s *server) appendPage(b []byte, events []*event) []byte {
 
 // pagePolicy is the Content-Security-Policy of a page: no script runs in it.
 func (q *request) pagePolicy() string {
-	return "default-src 'none'; style-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.permit.ancestors
+	return "default-src 'none'; style-src 'self'; img-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.permit.ancestors
 }
 
 // decode returns the fields of the event's JSON.
@@ -1521,7 +1521,11 @@ func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *reques
 	}
 	if then := q.param("then"); q.isForm && (then == "form" || then == "refresh") {
 		// A person's form: back to its page, by a relative address since a proxy may add a prefix.
-		w.Header().Set("Location", "./"+p.room+"/"+then+"?"+url.Values{"user": {p.from}}.Encode())
+		to := "./" + p.room + "/" + then + "?" + url.Values{"user": {p.from}}.Encode()
+		if then == "form" {
+			to += "#data" // the field has the focus again; a page with a fragment would not refresh itself in Chromium
+		}
+		w.Header().Set("Location", to)
 		w.WriteHeader(http.StatusSeeOther)
 		return nil
 	}

@@ -657,12 +657,12 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
       await fetch(relay.url + '/rooms/lobby/presence?user=bob', { method: 'POST', body: 'offline' })
       await has('.note', 'bob is offline')
 
-      for (const message of ['hi, I have no scripts', 'and write again']) {
-        await click('input[name=data]', 'iframe.form')
+      await click('input[name=data]', 'iframe.form')
+      for (const message of ['hi, I have no scripts', 'and write again']) { // the field has the focus again
         await page.keyboard.type(message)
         await page.keyboard.press('Enter')
         await has('.message', 'eve ' + message) // in the same page, which continues
-        await until('the field is empty', () => ask(() => document.querySelector('iframe.form').contentDocument?.querySelector('input[name=data]')?.value === ''))
+        await until('the field is empty', () => ask(() => document.querySelector('iframe.form').contentDocument?.querySelector('input[name=data]:focus')?.value === ''))
       }
       await relay.publish('lobby', 'still there?', 'bob')
       await has('.message', 'bob still there?')
@@ -682,6 +682,9 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
       await page.keyboard.type('from the page that refreshes itself')
       await page.keyboard.press('Enter')
       await has('.message', 'eve from the page that refreshes itself')
+      assert.equal(await ask(() => document.activeElement.name), 'data')
+      assert.match(await ask(() => document.querySelector('.message time').textContent), /^\d\d:\d\d UTC$/)
+      assert.equal(await ask(() => document.querySelector('nav a').href), relay.url + '/?room=lobby&user=eve')
       const texts = (await relay.messages('lobby')).map(line => line.replace(/^\d+ /, ''))
       assert.deepEqual(texts, ['hi eve', 'hi, I have no scripts', 'and write again', 'still there?', 'news', 'from the page that refreshes itself'])
     } finally {

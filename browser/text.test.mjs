@@ -11,7 +11,7 @@ const run = promisify(execFile)
 const limit = { timeout: 60e3 }
 
 const browsers = {
-  lynx: { file: '/usr/bin/lynx', dump: url => ['-dump', '-width=120', url], visit: url => `lynx -nopause -accept_all_cookies '${url}'`, field: '\x1b[B\x1b[B', write: text => text, send: '\t\r', quit: 'qy' },
+  lynx: { file: '/usr/bin/lynx', dump: url => ['-dump', '-width=120', url], visit: url => `lynx -nopause -accept_all_cookies '${url}'`, field: '\x1b[B\x1b[B\x1b[B', write: text => text, send: '\t\r', quit: 'qy' },
   w3m: { file: '/usr/bin/w3m', dump: url => ['-dump', '-cols', '120', url], visit: url => `w3m -o confirm_qq=0 '${url}'`, field: '\t\t\t', write: text => '\r' + text + '\r', send: '\t\r', quit: 'q' },
 }
 
