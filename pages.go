@@ -97,7 +97,10 @@ func wrapPages(s *server, next http.Handler) http.Handler {
 	}
 	s.technique("refresh").encoder = func(s *server, q *request) encoder {
 		enc := refresh(s, q)
-		enc.preamble = s.pageHead(q, enc.header["Refresh"])
+		enc.preamble = ""
+		enc.batch = func(b []byte, _ int64, events []*event) []byte { // only now is q's user among those who are here
+			return s.appendPage(append(b, s.pageHead(q, enc.header["Refresh"])...), events)
+		}
 		return enc
 	}
 	push := s.technique("multipart")

@@ -233,3 +233,15 @@ func TestFilesCompressed(t *testing.T) {
 		}
 	})
 }
+
+// Whoever loads a page that refreshes itself is present, and sees so.
+func TestRefreshShowsWhoIsHere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		for _, test := range []struct{ user, want string }{{"ada", "<bdi>ada</bdi> is here."}, {"bob", "<bdi>ada</bdi>, <bdi>bob</bdi> are here."}} {
+			if _, page := b.do("GET", "/rooms/a/refresh?user="+test.user, ""); !strings.Contains(page, test.want) {
+				t.Errorf("not on the page: %s\n%s", test.want, page)
+			}
+		}
+	})
+}
