@@ -1,15 +1,42 @@
 //go:build linux
 
-// Tests of what the relay sets on its sockets.
+// Tests of what the relay sets on its sockets, and the relay as a process for bench/.
 
 package main
 
 import (
+	"os"
+	"os/signal"
+	"runtime/debug"
 	"slices"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
 )
+
+// The test's own binary is a relay if the environment says so. The tests in bench/ start
+// it: beside what a relay does it collects garbage when it is asked to, and takes a
+// bound on its descriptors.
+func init() {
+	if os.Getenv("COMETES_TEST_RELAY") == "" {
+		return
+	}
+	if n, _ := strconv.ParseUint(os.Getenv("COMETES_TEST_NOFILE"), 10, 64); n > 0 {
+		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: n, Max: n}); err != nil {
+			panic(err)
+		}
+	}
+	collect := make(chan os.Signal, 1)
+	signal.Notify(collect, syscall.SIGUSR1)
+	go func() {
+		for range collect {
+			debug.FreeOSMemory()
+		}
+	}()
+	main()
+	os.Exit(0)
+}
 
 // The kernel ends a connection that acknowledges nothing for two heartbeats, for
 // streams and WebSockets, idle or not. If the socket is only full, the relay's own

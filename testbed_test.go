@@ -418,17 +418,6 @@ func (b *testbed) post(room, text string) int64 {
 	return answer.ID
 }
 
-// eventually waits for a condition in real time.
-func eventually(t testing.TB, within time.Duration, what string, is func() bool) {
-	t.Helper()
-	for end := time.Now().Add(within); !is(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Errorf("not within %v: %s", within, what)
-			return
-		}
-	}
-}
-
 // A response is the head of an answer, and its body as it comes.
 type response struct {
 	*http.Response

@@ -2,7 +2,7 @@
 #
 #   varnishd -F -n /tmp/varnish -a 127.0.0.1:8081 -f $PWD/deploy/varnish.vcl -p pipe_timeout=60
 #
-# TLS is left to you. proxy_test.go runs this file, with other ports and 3 for 60.
+# TLS is left to you. bench/proxy_test.go runs this file, with other ports and 3 for 60.
 
 vcl 4.1;
 

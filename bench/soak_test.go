@@ -1,10 +1,9 @@
 //go:build linux
 
-// The relay as a process of its own, and the soak: a relay under moderate load for as
-// long as one likes, with readers that are cut off, readers that stop reading, and
-// restarts. All of them record what they were promised, and none may miss anything.
+// The soak: a relay under moderate load for as long as one likes, with readers that are
+// cut off, readers that stop reading, and restarts. All of them record what they were promised, and none may miss anything.
 //
-//	SOAK=30m go test -run TestSoak -v -timeout 1h
+//	SOAK=30m go test -run TestSoak -v -timeout 1h ./bench
 //
 // A relay that is restarted never gets old. SOAK_EVERY=24h leaves out the restarts, to
 // see whether memory grows over hours.
@@ -25,11 +24,7 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
-	"os/signal"
-	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -39,150 +34,6 @@ import (
 
 	"github.com/coder/websocket"
 )
-
-// The test's own binary is a relay if the environment says so.
-
-func init() {
-	if os.Getenv("COMETES_TEST_RELAY") == "" {
-		return
-	}
-	if n, _ := strconv.ParseUint(os.Getenv("COMETES_TEST_NOFILE"), 10, 64); n > 0 {
-		if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: n, Max: n}); err != nil {
-			panic(err)
-		}
-	}
-	collect := make(chan os.Signal, 1)
-	signal.Notify(collect, syscall.SIGUSR1)
-	go func() {
-		for range collect {
-			debug.FreeOSMemory()
-		}
-	}()
-	main()
-	os.Exit(0)
-}
-
-// A child is a relay in a process of its own.
-type child struct {
-	t    testing.TB
-	cmd  *exec.Cmd
-	addr string
-	log  *syncedLog
-	http *http.Client // a client with one connection, independent of floods
-}
-
-// startRelay starts a relay with the given flags, on a free port.
-func startRelay(t testing.TB, env []string, args ...string) *child {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &child{t: t, log: &syncedLog{}, http: &http.Client{Transport: &http.Transport{}, Timeout: 10 * time.Second}}
-	c.cmd = exec.Command(self, append([]string{"-addr", "127.0.0.1:0"}, args...)...)
-	c.cmd.Env = append(append(os.Environ(), "COMETES_TEST_RELAY=1"), env...)
-	r, w := io.Pipe()
-	c.cmd.Stderr = io.MultiWriter(c.log, w)
-	if err := c.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.stop() })
-	defer time.AfterFunc(20*time.Second, func() { r.CloseWithError(io.ErrUnexpectedEOF) }).Stop()
-	lines := bufio.NewScanner(r)
-	for lines.Scan() {
-		var line struct{ Message, Addr string }
-		if json.Unmarshal(lines.Bytes(), &line) == nil && line.Message == "listening" {
-			c.addr = line.Addr
-			break
-		}
-	}
-	go io.Copy(io.Discard, r)
-	if c.addr == "" {
-		t.Fatalf("the relay did not start:\n%s", c.log)
-	}
-	return c
-}
-
-// stop ends the relay with SIGTERM, and returns its error.
-func (c *child) stop() error {
-	if c.cmd.ProcessState != nil {
-		return nil
-	}
-	c.cmd.Process.Signal(syscall.SIGTERM)
-	kill := time.AfterFunc(10*time.Second, func() { c.cmd.Process.Kill() })
-	defer kill.Stop()
-	return c.cmd.Wait()
-}
-
-// get makes a request on the client's own connection.
-func (c *child) get(path string) (int, string, error) {
-	resp, err := c.http.Get("http://" + c.addr + path)
-	if err != nil {
-		return 0, "", err
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	return resp.StatusCode, string(b), err
-}
-
-func (c *child) metric(name string) float64 {
-	c.t.Helper()
-	_, text, err := c.get("/metrics")
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	return metricOf(c.t, text, name)
-}
-
-func (c *child) refusals(reason string) int {
-	c.t.Helper()
-	return int(c.metric(fmt.Sprintf("refused_total{reason=%q}", reason)))
-}
-
-// descriptors returns how many the process has open.
-func (c *child) descriptors() int {
-	c.t.Helper()
-	all, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", c.cmd.Process.Pid))
-	if err != nil {
-		c.t.Skip("this system does not show a process's descriptors: ", err)
-	}
-	return len(all)
-}
-
-// cpu returns the processor time it has used.
-func (c *child) cpu() time.Duration {
-	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.cmd.Process.Pid))
-	_, rest, _ := strings.Cut(string(b), ") ")
-	f := strings.Fields(rest)
-	if len(f) < 13 {
-		return 0
-	}
-	user, _ := strconv.Atoi(f[11])
-	system, _ := strconv.Atoi(f[12])
-	return time.Duration(user+system) * 10 * time.Millisecond
-}
-
-const webSocketHead = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-
-// unsent returns how many bytes the kernel holds that the relay has written and no
-// client has read.
-func (c *child) unsent() (n int64) {
-	b, err := os.ReadFile("/proc/net/tcp")
-	_, port, _ := strings.Cut(c.addr, ":")
-	number, _ := strconv.Atoi(port)
-	if err != nil {
-		c.t.Skip("this system does not show its connections: ", err)
-	}
-	for line := range strings.Lines(string(b)) {
-		f := strings.Fields(line)
-		if len(f) > 4 && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", number)) {
-			queue, _, _ := strings.Cut(f[4], ":")
-			q, _ := strconv.ParseInt(queue, 16, 64)
-			n += q
-		}
-	}
-	return n
-}
 
 const (
 	soakRooms = 50

@@ -1,7 +1,7 @@
 //go:build linux
 
 // Real proxies in front of a real relay, with the configurations in deploy/, most
-// of them in several ways, all techniques by each. What does not come through is
+// of them in several routes, all techniques by each. What does not come through is
 // named here, with what comet.js takes instead.
 
 package main
@@ -40,16 +40,16 @@ const (
 	promptly  = time.Second     // what is held back is so for longer
 )
 
-// A way is one address of a proxy.
-type way struct {
-	name   string
-	path   string            // below which the relay is
-	lost   map[string]string // techniques that don't come through, and why
-	hides  bool              // the relay is not told the Host that was asked for
-	deaf   bool              // that a client has left shows only when the proxy next writes to it
-	silent bool              // nothing tells the relay that it is not its own machine that asks
-	direct bool              // there is no proxy
-	mute   bool              // the relay is not told the client's address, so it must not run with -trust-proxy
+// A route is one address of a proxy.
+type route struct {
+	name        string
+	path        string            // below which the relay is
+	lost        map[string]string // techniques that don't come through, and why
+	hidesHost   bool              // the relay is not told the Host that was asked for
+	lateNotice  bool              // that a client has left shows only when the proxy next writes to it
+	unmarked    bool              // nothing tells the relay that it is not its own machine that asks
+	direct      bool              // there is no proxy
+	hidesClient bool              // the relay is not told the client's address, so it must not run with -trust-proxy
 }
 
 var (
@@ -69,38 +69,38 @@ const (
 type proxy struct {
 	program, debian, config string
 	args                    func(dir, config string) []string
-	ways                    []way // at 127.0.0.1:8081 and so on
+	routes                  []route // at 127.0.0.1:8081 and so on
 }
 
 var proxies = []proxy{
 	{"nginx", "nginx", "nginx.conf",
 		func(dir, config string) []string { return []string{"-p", dir, "-c", config, "-g", "daemon off;"} },
-		[]way{{name: "plain"}, {name: "gzip"}, {name: "one line", hides: true, silent: true, lost: map[string]string{"ws": "nginx drops Upgrade unless told"}}, {name: "below a path", path: "/my%20relay"}}},
+		[]route{{name: "plain"}, {name: "gzip"}, {name: "one line", hidesHost: true, unmarked: true, lost: map[string]string{"ws": "nginx drops Upgrade unless told"}}, {name: "below a path", path: "/my%20relay"}}},
 	{"haproxy", "haproxy", "haproxy.cfg",
 		func(_, config string) []string { return []string{"-db", "-f", config} },
-		[]way{{name: "plain"}, {name: "gzip"}, {name: "h2", lost: noUpgrade}}},
+		[]route{{name: "plain"}, {name: "gzip"}, {name: "h2", lost: noUpgrade}}},
 	{"caddy", "caddy", "Caddyfile",
 		func(_, config string) []string {
 			return []string{"run", "--adapter", "caddyfile", "--config", config}
 		},
-		[]way{{name: "plain"}, {name: "gzip"}, {name: "gzip all", lost: heldBack}, {name: "h2c", lost: noUpgrade}}},
+		[]route{{name: "plain"}, {name: "gzip"}, {name: "gzip all", lost: heldBack}, {name: "h2c", lost: noUpgrade}}},
 	{"apache2", "apache2", "apache.conf",
 		func(dir, config string) []string { return []string{"-d", dir, "-f", config, "-D", "FOREGROUND"} },
-		[]way{{name: "plain", deaf: true}, {name: "gzip", deaf: true}, {name: "one line", hides: true, deaf: true, lost: map[string]string{"ws": "Apache drops Upgrade unless told"}}}},
+		[]route{{name: "plain", lateNotice: true}, {name: "gzip", lateNotice: true}, {name: "one line", hidesHost: true, lateNotice: true, lost: map[string]string{"ws": "Apache drops Upgrade unless told"}}}},
 	{"lighttpd", "lighttpd", "lighttpd.conf",
 		func(_, config string) []string { return []string{"-D", "-f", config} },
-		[]way{{name: "plain", deaf: true}, {name: "one line", deaf: true, lost: unstreamed}}},
+		[]route{{name: "plain", lateNotice: true}, {name: "one line", lateNotice: true, lost: unstreamed}}},
 	{"varnishd", "varnish", "varnish.vcl",
 		func(dir, config string) []string {
 			return []string{"-F", "-n", filepath.Join(dir, "varnish"), "-a", "127.0.0.1:8081", "-f", config, "-p", "pipe_timeout=60"}
 		},
-		[]way{{name: "plain"}}},
+		[]route{{name: "plain"}}},
 	{"squid", "squid", "squid.conf",
 		func(_, config string) []string { return []string{"-N", "-d", "1", "-f", config} },
-		[]way{{name: "plain"}}},
+		[]route{{name: "plain"}}},
 	{"tinyproxy", "tinyproxy", "tinyproxy.conf",
 		func(_, config string) []string { return []string{"-d", "-c", config} },
-		[]way{{name: "plain", hides: true, deaf: true, mute: true, lost: map[string]string{"ws": "tinyproxy drops Upgrade"}}}},
+		[]route{{name: "plain", hidesHost: true, lateNotice: true, hidesClient: true, lost: map[string]string{"ws": "tinyproxy drops Upgrade"}}}},
 }
 
 // freePorts finds addresses that nobody listens on.
@@ -117,7 +117,7 @@ func freePorts(t *testing.T, n int) (all []string) {
 }
 
 // startProxy starts a proxy with its file of deploy/ in front of the relay,
-// as a user without privileges, and returns the URLs of its ways.
+// as a user without privileges, and returns the URLs of its routes.
 func startProxy(t *testing.T, p proxy, relay string) (urls []string) {
 	t.Helper()
 	path, err := exec.LookPath(p.program)
@@ -135,7 +135,7 @@ func startProxy(t *testing.T, p proxy, relay string) (urls []string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	b, err := os.ReadFile(filepath.Join("deploy", p.config))
+	b, err := os.ReadFile(filepath.Join("../deploy", p.config))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,13 +144,13 @@ func startProxy(t *testing.T, p proxy, relay string) (urls []string) {
 	all := written + strings.Join(command, " ")
 	_, port, _ := net.SplitHostPort(relay)
 	instead := map[string]string{"8080": port, "60": strconv.Itoa(int(proxyIdle.Seconds())), "60s": proxyIdle.String()}
-	for i, addr := range freePorts(t, len(p.ways)) {
+	for i, addr := range freePorts(t, len(p.routes)) {
 		written := strconv.Itoa(8081 + i)
 		if !strings.Contains(all, written) {
 			t.Fatalf("%s does not listen on %s", p.config, written)
 		}
 		_, instead[written], _ = net.SplitHostPort(addr)
-		urls = append(urls, "http://"+addr+p.ways[i].path)
+		urls = append(urls, "http://"+addr+p.routes[i].path)
 	}
 	if !strings.Contains(all, "60") {
 		t.Fatalf("%s has no 60 to make %v of", p.config, proxyIdle)
@@ -217,16 +217,16 @@ func TestEveryTechniqueComesThroughRealProxies(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 20 s")
 	}
-	var all together
+	var all parallel
 	defer all.Wait()
 	for _, p := range proxies {
 		all.run(t, p.program, func(t *testing.T) {
-			trust := fmt.Sprintf("-trust-proxy=%t", !p.ways[0].mute)
+			trust := fmt.Sprintf("-trust-proxy=%t", !p.routes[0].hidesClient)
 			c := startRelay(t, []string{"FLY_APP_NAME=cometes"}, "-h2c", trust, "-rate", "1", "-beat", proxyBeat.String())
 			for i, url := range startProxy(t, p, c.addr) {
-				w := p.ways[i]
+				w := p.routes[i]
 				client := &http.Client{Transport: &http.Transport{}} // asks for gzip
-				t.Run(w.name, func(t *testing.T) { walk(t, c, w, url, client) })
+				t.Run(w.name, func(t *testing.T) { tryAll(t, c, w, url, client) })
 			}
 		})
 	}
@@ -234,40 +234,40 @@ func TestEveryTechniqueComesThroughRealProxies(t *testing.T) {
 		c := startRelay(t, nil, "-h2c", "-beat", proxyBeat.String())
 		tr := &http.Transport{Protocols: new(http.Protocols)}
 		tr.Protocols.SetUnencryptedHTTP2(true)
-		walk(t, c, way{name: "h2c", direct: true, silent: true, lost: noUpgrade}, "http://"+c.addr, &http.Client{Transport: tr})
+		tryAll(t, c, route{name: "h2c", direct: true, unmarked: true, lost: noUpgrade}, "http://"+c.addr, &http.Client{Transport: tr})
 	})
 }
 
-// together runs tests at the same time, however few processors there are: they
+// parallel runs tests at the same time, however few processors there are: they
 // mostly wait.
-type together struct{ sync.WaitGroup }
+type parallel struct{ sync.WaitGroup }
 
-func (all *together) run(t *testing.T, name string, do func(t *testing.T)) {
+func (all *parallel) run(t *testing.T, name string, do func(t *testing.T)) {
 	all.Go(func() { t.Run(name, do) })
 }
 
-// walk goes a way by all techniques at the same time.
-func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
-	var all together
+// tryAll checks all techniques on one route, at the same time.
+func tryAll(t *testing.T, c *child, way route, base string, client *http.Client) {
+	var all parallel
 	for _, tech := range techniques {
 		all.run(t, tech.name, func(t *testing.T) {
-			g := &goer{t: t, c: c, base: base, client: client, tech: tech, deaf: w.deaf, room: strings.ReplaceAll(w.name, " ", "-") + "." + tech.name}
+			tt := &techniqueTest{t: t, c: c, base: base, client: client, tech: tech, lateNotice: way.lateNotice, room: strings.ReplaceAll(way.name, " ", "-") + "." + tech.name}
 			switch {
-			case w.lost[tech.name] != "":
-				g.isLost()
-			case tech.mode == streaming:
-				g.follows()
-			case tech.mode == longPoll:
-				g.waits()
+			case way.lost[tech.name] != "":
+				tt.checkLost()
+			case tech.mode == "streaming":
+				tt.checkStream()
+			case tech.mode == "longPoll":
+				tt.checkLongPoll()
 			default:
-				g.asks()
+				tt.checkPoll()
 			}
 		})
 	}
 	all.Wait()
 
 	// What is lost is not missed: comet.js goes on to one that came through.
-	js, err := os.ReadFile("static/comet.js")
+	js, err := os.ReadFile("../static/comet.js")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -276,7 +276,7 @@ func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
 		t.Fatal("comet.js does not say in which order it tries")
 	}
 	list := regexp.MustCompile(`\w+`).FindAllString(string(order[1]), -1)
-	i := slices.IndexFunc(list, func(name string) bool { return w.lost[name] == "" })
+	i := slices.IndexFunc(list, func(name string) bool { return way.lost[name] == "" })
 	if i < 0 {
 		t.Fatalf("comet.js tries %q, and all of them are lost", list)
 	}
@@ -288,14 +288,14 @@ func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
 		t.Fatal(err)
 	}
 	resp.Body.Close()
-	if lists := resp.StatusCode == 200; lists != w.direct {
+	if lists := resp.StatusCode == 200; lists != way.direct {
 		t.Errorf("asked for the rooms: %s", resp.Status)
 	}
 
 	// Pages of the relay's own may publish; and nobody says for themselves who they are.
 	publish := func(header, value string) int {
 		r, _ := http.NewRequest("POST", base+"/rooms/all", strings.NewReader("hi"))
-		r.Header.Set("Idempotency-Key", rand.Text()) // see goer.publish
+		r.Header.Set("Idempotency-Key", rand.Text()) // see techniqueTest.publish
 		r.Header.Set(header, value)
 		resp, err := client.Do(r)
 		if err != nil {
@@ -305,13 +305,13 @@ func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
 		return resp.StatusCode
 	}
 	want := 201
-	if w.hides {
+	if way.hidesHost {
 		want = 403
 	}
-	if got := publish("Origin", strings.TrimSuffix(base, w.path)); got != want {
+	if got := publish("Origin", strings.TrimSuffix(base, way.path)); got != want {
 		t.Errorf("a publish of an own page: %d, want %d", got, want)
 	}
-	if w.silent {
+	if way.unmarked {
 		return // what is said of the client comes from the client
 	}
 	for range 4 { // more than -rate, for any but the machine itself
@@ -324,242 +324,242 @@ func walk(t *testing.T, c *child, w way, base string, client *http.Client) {
 	refusedUpgrade(t, base)
 }
 
-// A goer goes a way by one technique.
-type goer struct {
+// A techniqueTest checks one technique on one route.
+type techniqueTest struct {
 	t          *testing.T
 	c          *child
 	base, room string
 	client     *http.Client
-	tech       *technique
-	deaf       bool
+	tech       technique
+	lateNotice bool
 }
 
-func (g *goer) url(query string) string {
-	return g.base + "/rooms/" + g.room + "/" + g.tech.name + query
+func (tt *techniqueTest) url(query string) string {
+	return tt.base + "/rooms/" + tt.room + "/" + tt.tech.name + query
 }
 
-func (g *goer) publish(text string) {
-	g.t.Helper()
-	r, _ := http.NewRequest("POST", g.base+"/rooms/"+g.room, strings.NewReader(text))
+func (tt *techniqueTest) publish(text string) {
+	tt.t.Helper()
+	r, _ := http.NewRequest("POST", tt.base+"/rooms/"+tt.room, strings.NewReader(text))
 	r.Header.Set("Idempotency-Key", rand.Text()) // with it net/http asks again if a proxy closes an idle connection unannounced
-	resp, err := g.client.Do(r)
+	resp, err := tt.client.Do(r)
 	if err != nil {
-		g.t.Fatal(err)
+		tt.t.Fatal(err)
 	}
 	resp.Body.Close()
 	if resp.StatusCode != 201 {
-		g.t.Fatalf("publishing: %s", resp.Status)
+		tt.t.Fatalf("publishing: %s", resp.Status)
 	}
 }
 
-// open returns what comes, as it comes, and how to leave; nothing of it is said
-// to be over before it is.
-func (g *goer) open(query string) (said *syncedLog, over chan error, leave func()) {
-	g.t.Helper()
-	ctx, cancel := context.WithCancel(g.t.Context())
-	said, over = &syncedLog{}, make(chan error, 1)
-	if g.tech.name == "ws" {
-		conn, _, err := websocket.Dial(ctx, strings.Replace(g.url(query), "http", "ws", 1), &websocket.DialOptions{HTTPClient: g.client})
+// open makes a request. It returns what was received so far, a channel that has a value
+// when the answer has ended, and how to leave.
+func (tt *techniqueTest) open(query string) (got *syncedLog, ended chan error, leave func()) {
+	tt.t.Helper()
+	ctx, cancel := context.WithCancel(tt.t.Context())
+	got, ended = &syncedLog{}, make(chan error, 1)
+	if tt.tech.name == "ws" {
+		conn, _, err := websocket.Dial(ctx, strings.Replace(tt.url(query), "http", "ws", 1), &websocket.DialOptions{HTTPClient: tt.client})
 		if err != nil {
 			cancel()
-			g.t.Fatal(err)
+			tt.t.Fatal(err)
 		}
 		go func() {
 			for {
 				_, b, err := conn.Read(context.Background())
 				if err != nil {
-					over <- err
+					ended <- err
 					return
 				}
-				said.Write(append(b, '\n'))
+				got.Write(append(b, '\n'))
 			}
 		}()
-		return said, over, func() { conn.CloseNow(); cancel() }
+		return got, ended, func() { conn.CloseNow(); cancel() }
 	}
-	r, _ := http.NewRequestWithContext(ctx, "GET", g.url(query), nil)
+	r, _ := http.NewRequestWithContext(ctx, "GET", tt.url(query), nil)
 	go func() {
-		resp, err := g.client.Do(r)
+		resp, err := tt.client.Do(r)
 		if err != nil {
-			over <- err
+			ended <- err
 			return
 		}
 		defer resp.Body.Close()
 		if resp.StatusCode != 200 {
-			over <- fmt.Errorf("answered %s", resp.Status)
+			ended <- fmt.Errorf("answered %s", resp.Status)
 			return
 		}
 		if resp.Uncompressed {
-			fmt.Fprintln(said, "(compressed)")
+			fmt.Fprintln(got, "(compressed)")
 		}
-		_, err = io.Copy(said, resp.Body)
+		_, err = io.Copy(got, resp.Body)
 		if err == nil {
 			err = io.EOF
 		}
-		over <- err
+		ended <- err
 	}()
-	return said, over, cancel
+	return got, ended, cancel
 }
 
-// hears waits until want was said.
-func (g *goer) hears(said *syncedLog, over chan error, want string) {
-	g.t.Helper()
+// waitFor waits until want was received.
+func (tt *techniqueTest) waitFor(got *syncedLog, ended chan error, want string) {
+	tt.t.Helper()
 	start := time.Now()
-	for !strings.Contains(said.String(), want) {
+	for !strings.Contains(got.String(), want) {
 		select {
-		case err := <-over:
-			if strings.Contains(said.String(), want) {
-				over <- err
+		case err := <-ended:
+			if strings.Contains(got.String(), want) {
+				ended <- err
 				return
 			}
-			g.t.Fatalf("it ended with %v before it said %q:\n%s", err, want, said)
+			tt.t.Fatalf("it ended with %v before it said %q:\n%s", err, want, got)
 		case <-time.After(5 * time.Millisecond):
 		}
 		if time.Since(start) > promptly {
-			g.t.Fatalf("it does not say %q at once, but\n%s", want, said)
+			tt.t.Fatalf("it does not say %q at once, but\n%s", want, got)
 		}
 	}
 }
 
-// gauge waits until so many are open by this technique.
-func (g *goer) gauge(want float64, within time.Duration) {
-	g.t.Helper()
+// waitForOpen waits until so many connections of this technique are open.
+func (tt *techniqueTest) waitForOpen(want float64, within time.Duration) {
+	tt.t.Helper()
 	start := time.Now()
-	eventually(g.t, within, fmt.Sprintf("%v of %s are open", want, g.tech.name), func() bool {
-		return g.c.metric(fmt.Sprintf("connections{technique=%q}", g.tech.name)) == want
+	eventually(tt.t, within, fmt.Sprintf("%v of %s are open", want, tt.tech.name), func() bool {
+		return tt.c.metric(fmt.Sprintf("connections{technique=%q}", tt.tech.name)) == want
 	})
 	if want == 0 {
-		g.t.Logf("the relay knows within %v", time.Since(start).Round(10*time.Millisecond))
+		tt.t.Logf("the relay knows within %v", time.Since(start).Round(10*time.Millisecond))
 	}
 }
 
-func (g *goer) follows() {
-	said, over, leave := g.open("")
+func (tt *techniqueTest) checkStream() {
+	got, ended, leave := tt.open("")
 	defer leave()
 	hello := `"type":"hello"`
-	if g.tech.name == "html" {
+	if tt.tech.name == "html" {
 		hello = "Connected."
 	}
-	g.hears(said, over, hello)
-	g.publish("one")
-	g.hears(said, over, "one")
+	tt.waitFor(got, ended, hello)
+	tt.publish("one")
+	tt.waitFor(got, ended, "one")
 	time.Sleep(proxyIdle + proxyIdle/2)
-	g.publish("two")
-	g.hears(said, over, "two") // nothing but heartbeats came for longer than the proxy waits
-	if n := strings.Count(said.String(), hello); n != 1 {
-		g.t.Errorf("%d hellos", n)
+	tt.publish("two")
+	tt.waitFor(got, ended, "two") // nothing but heartbeats came for longer than the proxy waits
+	if n := strings.Count(got.String(), hello); n != 1 {
+		tt.t.Errorf("%d hellos", n)
 	}
-	if strings.Contains(said.String(), "(compressed)") {
-		g.t.Log("it was compressed")
+	if strings.Contains(got.String(), "(compressed)") {
+		tt.t.Log("it was compressed")
 	}
-	g.gauge(1, promptly)
+	tt.waitForOpen(1, promptly)
 	leave()
-	if g.deaf {
-		g.gauge(0, 2*proxyBeat+promptly) // what is written after the first heartbeat fails
+	if tt.lateNotice {
+		tt.waitForOpen(0, 2*proxyBeat+promptly) // what is written after the first heartbeat fails
 	} else {
-		g.gauge(0, promptly)
+		tt.waitForOpen(0, promptly)
 	}
 }
 
-func (g *goer) waits() {
+func (tt *techniqueTest) checkLongPoll() {
 	query := "?callback=f&wait="
 	start := time.Now()
-	said, over, leave := g.open(query + "2")
-	err := <-over
+	got, ended, leave := tt.open(query + "2")
+	err := <-ended
 	leave()
-	if d := time.Since(start); err != io.EOF || !strings.Contains(said.String(), `"events":[]`) || d < 2*time.Second || d > 2*time.Second+promptly {
-		g.t.Errorf("after %v %v %s; want an empty answer after 2 s", d, err, said)
+	if d := time.Since(start); err != io.EOF || !strings.Contains(got.String(), `"events":[]`) || d < 2*time.Second || d > 2*time.Second+promptly {
+		tt.t.Errorf("after %v %v %s; want an empty answer after 2 s", d, err, got)
 	}
-	cursor := regexp.MustCompile(`"cursor":\d+`).FindString(said.String())
-	said, over, leave = g.open(query + "2&after=" + strings.TrimPrefix(cursor, `"cursor":`))
-	g.gauge(1, promptly)
-	g.publish("one")
-	g.hears(said, over, `"data":"one"`)
+	cursor := regexp.MustCompile(`"cursor":\d+`).FindString(got.String())
+	got, ended, leave = tt.open(query + "2&after=" + strings.TrimPrefix(cursor, `"cursor":`))
+	tt.waitForOpen(1, promptly)
+	tt.publish("one")
+	tt.waitFor(got, ended, `"data":"one"`)
 	leave()
-	_, _, leave = g.open(query + "25")
-	g.gauge(1, promptly)
+	_, _, leave = tt.open(query + "25")
+	tt.waitForOpen(1, promptly)
 	leave()
-	if g.deaf {
-		g.publish("two") // or after 25 seconds
+	if tt.lateNotice {
+		tt.publish("two") // or after 25 seconds
 	}
-	g.gauge(0, promptly)
+	tt.waitForOpen(0, promptly)
 }
 
-func (g *goer) asks() {
-	g.publish("one")
-	said, over, leave := g.open("?last=1")
+func (tt *techniqueTest) checkPoll() {
+	tt.publish("one")
+	got, ended, leave := tt.open("?last=1")
 	defer leave()
-	g.hears(said, over, "one")
-	if err := <-over; err != io.EOF {
-		g.t.Errorf("it ended with %v", err)
+	tt.waitFor(got, ended, "one")
+	if err := <-ended; err != io.EOF {
+		tt.t.Errorf("it ended with %v", err)
 	}
 }
 
-// isLost sees that what is said not to come through does not, and, where it
-// can be told, that it is: comet.js waits three seconds.
-func (g *goer) isLost() {
+// checkLost checks that what is listed as lost does not come through; for a WebSocket
+// also that the client learns it at once. comet.js waits three seconds.
+func (tt *techniqueTest) checkLost() {
 	start := time.Now()
-	ctx, cancel := context.WithTimeout(g.t.Context(), 3*time.Second)
+	ctx, cancel := context.WithTimeout(tt.t.Context(), 3*time.Second)
 	defer cancel()
-	if g.tech.name != "ws" {
-		r, _ := http.NewRequestWithContext(ctx, "GET", g.url(""), nil)
-		resp, err := g.client.Do(r)
+	if tt.tech.name != "ws" {
+		r, _ := http.NewRequestWithContext(ctx, "GET", tt.url(""), nil)
+		resp, err := tt.client.Do(r)
 		if err == nil {
 			b := make([]byte, 10)
 			_, err = io.ReadFull(resp.Body, b)
 			resp.Body.Close()
 		}
 		if err == nil {
-			g.t.Log("it comes through, with a proxy newer than the one this was written for")
+			tt.t.Log("it comes through, with a proxy newer than the one this was written for")
 		}
 		return
 	}
-	_, resp, err := websocket.Dial(ctx, strings.Replace(g.url(""), "http", "ws", 1), &websocket.DialOptions{HTTPClient: g.client})
+	_, resp, err := websocket.Dial(ctx, strings.Replace(tt.url(""), "http", "ws", 1), &websocket.DialOptions{HTTPClient: tt.client})
 	if err == nil {
-		g.t.Fatal("it comes through, and is said not to")
+		tt.t.Fatal("it comes through, and is said not to")
 	}
 	status := "no answer"
 	if resp != nil {
 		status = resp.Status
 	}
 	if d := time.Since(start); d > time.Second {
-		g.t.Errorf("that it does not come through is told after %v", d)
+		tt.t.Errorf("that it does not come through is told after %v", d)
 	}
-	g.t.Logf("%s: %.100v", status, err)
+	tt.t.Logf("%s: %.100v", status, err)
 }
 
 func TestWithoutHeartbeatsAProxyCutsAStreamButALeavingIsStillNoticed(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 5 s")
 	}
-	var all together
+	var all parallel
 	defer all.Wait()
 	for _, p := range proxies {
 		all.run(t, p.program, func(t *testing.T) {
 			c := startRelay(t, nil, "-h2c", "-beat", "1m")
 			urls := startProxy(t, p, c.addr)
-			open := func(name, query string) (*goer, *syncedLog, chan error, func()) {
-				i := slices.IndexFunc(techniques, func(t *technique) bool { return t.name == name })
-				g := &goer{t: t, c: c, base: urls[0], client: &http.Client{Transport: &http.Transport{}}, tech: techniques[i], room: "a"}
-				said, over, leave := g.open(query)
-				return g, said, over, leave
+			open := func(name, query string) (*techniqueTest, *syncedLog, chan error, func()) {
+				i := slices.IndexFunc(techniques, func(t technique) bool { return t.name == name })
+				tt := &techniqueTest{t: t, c: c, base: urls[0], client: &http.Client{Transport: &http.Transport{}}, tech: techniques[i], room: "a"}
+				got, ended, leave := tt.open(query)
+				return tt, got, ended, leave
 			}
 			for _, name := range []string{"ws", "sse", "multipart", "longpoll"} {
-				if p.ways[0].lost[name] != "" {
+				if p.routes[0].lost[name] != "" {
 					continue
 				}
-				g, _, _, leave := open(name, "")
-				g.gauge(1, promptly)
+				tt, _, _, leave := open(name, "")
+				tt.waitForOpen(1, promptly)
 				leave()
-				if !p.ways[0].deaf {
-					g.gauge(0, promptly)
+				if !p.routes[0].lateNotice {
+					tt.waitForOpen(0, promptly)
 				}
 			}
 			start := time.Now()
-			g, said, over, leave := open("stream", "")
+			tt, got, ended, leave := open("stream", "")
 			defer leave()
-			g.hears(said, over, "hello")
+			tt.waitFor(got, ended, "hello")
 			select {
-			case <-over:
+			case <-ended:
 			case <-time.After(2*proxyIdle + time.Second):
 			}
 			if d := time.Since(start); d < proxyIdle-time.Second/2 || d > 2*proxyIdle {
@@ -588,20 +588,20 @@ func refusedUpgrade(t *testing.T, base string) {
 	for _, connection := range []string{"keep-alive", "keep-alive", "close"} {
 		fmt.Fprintf(conn, "POST %s/rooms/all HTTP/1.1\r\n%sConnection: %s\r\nContent-Length: 2\r\n\r\nhi", at.EscapedPath(), head, connection)
 	}
-	said, err := io.ReadAll(conn)
+	got, err := io.ReadAll(conn)
 	if err != nil && !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("after a refused upgrade: %v", err)
 	}
-	if !regexp.MustCompile(`^HTTP/1\.. [45]`).Match(said) || strings.Contains(string(said), "HTTP/1.1 429") {
-		t.Errorf("after a refused upgrade a client says itself where it is from:\n%s", said)
+	if !regexp.MustCompile(`^HTTP/1\.. [45]`).Match(got) || strings.Contains(string(got), "HTTP/1.1 429") {
+		t.Errorf("after a refused upgrade a client says itself where it is from:\n%s", got)
 	}
 }
 
 var (
-	attribute = regexp.MustCompile(`\b(href|src|action)="([^"]*)"`)
-	imported  = regexp.MustCompile(`(?m)^import (?:.+ from )?'([^']+)'`)
-	postForm  = regexp.MustCompile(`(?s)<form method="post" action="([^"]*)">(.*?)</form>`)
-	field     = regexp.MustCompile(`<input type="hidden" name="([^"]*)" value="([^"]*)">`)
+	attribute   = regexp.MustCompile(`\b(href|src|action)="([^"]*)"`)
+	imported    = regexp.MustCompile(`(?m)^import (?:.+ from )?'([^']+)'`)
+	postForm    = regexp.MustCompile(`(?s)<form method="post" action="([^"]*)">(.*?)</form>`)
+	hiddenInput = regexp.MustCompile(`<input type="hidden" name="([^"]*)" value="([^"]*)">`)
 )
 
 // A browser of pages below a path: what it is led to has to be there, and below that path.
@@ -722,7 +722,7 @@ func (b *browser) visit(address string) {
 func (b *browser) send(from *url.URL, action, inputs string) {
 	b.t.Helper()
 	values := url.Values{"user": {"ada"}, "data": {"hi from " + from.Path}}
-	for _, m := range field.FindAllStringSubmatch(inputs, -1) {
+	for _, m := range hiddenInput.FindAllStringSubmatch(inputs, -1) {
 		values.Set(m[1], html.UnescapeString(m[2]))
 	}
 	to := b.resolve(from, action)
@@ -743,13 +743,13 @@ func TestAllPagesWorkBelowAPath(t *testing.T) {
 		t.Skip("runs nginx")
 	}
 	nginx := proxies[slices.IndexFunc(proxies, func(p proxy) bool { return p.program == "nginx" })]
-	i := slices.IndexFunc(nginx.ways, func(w way) bool { return w.path != "" })
+	i := slices.IndexFunc(nginx.routes, func(way route) bool { return way.path != "" })
 	paths := []string{"/relay", "/my%20relay", "/a:b"}
 	pages := []string{"", "index.html", "lab.html", "stats.html", "rooms/x/html", "rooms/x/refresh", "rooms/x/form", "rooms/x/form?live=refresh"}
 
 	// start returns the origin of nginx in front of a relay.
 	start := func(t *testing.T, args ...string) string {
-		return strings.TrimSuffix(startProxy(t, nginx, startRelay(t, nil, args...).addr)[i], nginx.ways[i].path)
+		return strings.TrimSuffix(startProxy(t, nginx, startRelay(t, nil, args...).addr)[i], nginx.routes[i].path)
 	}
 	t.Run("open", func(t *testing.T) {
 		origin := start(t)
@@ -776,8 +776,8 @@ func TestAllPagesWorkBelowAPath(t *testing.T) {
 		}
 	})
 	t.Run("with a token", func(t *testing.T) {
-		origin := start(t, "-secret", firstSecret)
-		token := url.Values{"token": {signedToken(`{"sub":"ada","read":["*","_stats"],"write":["*"]}`)}}.Encode()
+		origin := start(t, "-secret", secret)
+		token := url.Values{"token": {signToken(`{"sub":"ada","read":["*","_stats"],"write":["*"]}`)}}.Encode()
 		for _, below := range paths {
 			t.Run(below, func(t *testing.T) {
 				for _, page := range pages {
