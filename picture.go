@@ -1,16 +1,22 @@
 // Live pictures. Server push was made for images, and an <img> still shows them in every
-// browser, without a script: GET /rooms/{room}/multipart?as=svg is the room as a
-// picture. It is a graph where the room carries numbers, else its last lines. Without
-// this file multipart has no as=svg.
+// browser, without a script. There are two kinds. Without this file the relay takes no
+// images, and multipart has neither as=image nor as=svg.
 //
-// Pictures are events in a log of their own, with a room for each room and size that
-// somebody watches. One goroutine reads the room itself and publishes a picture when it
-// has changed, at most ten times a second. So a picture is drawn once for all viewers.
+// Images that somebody publishes, such as the frames of a camera: each is an event of the
+// type image, whose data is a data: URL. GET /rooms/{room}/multipart?as=image pushes them.
+//
+// Pictures that the relay draws: GET /rooms/{room}/multipart?as=svg is the room as a
+// picture. It is a graph where the room carries numbers, else its last lines. They are
+// events in a log of their own, with a room for each room and size that somebody watches.
+// One goroutine reads the room itself and publishes a picture when it has changed, at
+// most ten times a second. So a picture is drawn once for all viewers.
 
 package main
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/base64"
 	"fmt"
 	"html"
 	"math"
@@ -19,6 +25,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode"
 )
@@ -28,7 +35,8 @@ const (
 	drawMessages = 120 // at most, in a picture
 	maxPictures  = 100 // rooms and sizes that are watched; each has a goroutine
 
-	minImageBytes = 1024 // bytes of an image of another origin that Chromium waits for before it shows it
+	minImageBytes = 1024     // bytes of an image of another origin that Chromium waits for before it shows it
+	maxDecoded    = 64 << 10 // bytes of an image that is kept for the next viewer
 
 	minSide, maxSide            = 80, 2000 // pixels
 	pictureWidth, pictureHeight = 480, 240
@@ -42,6 +50,8 @@ type pictures struct {
 
 	mu        sync.Mutex // guards renderers
 	renderers map[pictureKey]*renderer
+
+	decoded [16]atomic.Pointer[image] // the newest images that were sent, by id
 }
 
 // A pictureKey is a room and a size.
@@ -52,15 +62,150 @@ type pictureKey struct {
 
 func (k pictureKey) String() string { return fmt.Sprintf("%s %d %d", k.room, k.w, k.h) }
 
-// newPictures adds the representation svg to the technique multipart.
+// newPictures has the server take images, and adds the representations image and svg to
+// the technique multipart.
 func newPictures(s *server) *pictures {
 	p := &pictures{server: s, skipped: func() {}, renderers: map[pictureKey]*renderer{}}
 	p.log = newRelay(limits{maxEvents: 1, maxRoomBytes: 1 << 20, maxBytes: s.relay.maxBytes, maxRooms: maxPictures, maxUsers: s.relay.maxUsers})
 	p.log.wakeAll = s.relay.wakeAll
+	s.image = encodeImage
 	push := s.technique("multipart")
-	push.as = append(push.as, representation{"svg", p.svg})
+	push.as = append(push.as, representation{"image", p.pushImages}, representation{"svg", p.svg})
 	return p
 }
+
+// Published images.
+
+// imageTypes are those that browsers show and that hold no script, as SVG may.
+var imageTypes = []string{"image/png", "image/jpeg", "image/gif", "image/webp"}
+
+// checkImage refuses what is not an image of one of these types.
+func checkImage(contentType string, b []byte) error {
+	switch {
+	case !slices.Contains(imageTypes, contentType):
+		return newError(http.StatusUnsupportedMediaType, "images are taken as "+strings.Join(imageTypes, ", "))
+	case http.DetectContentType(b) != contentType:
+		return newError(http.StatusUnsupportedMediaType, "this does not begin as "+contentType+" does")
+	}
+	return nil
+}
+
+// encodeImage returns an image as a data: URL (RFC 2397), in JSON.
+func encodeImage(contentType string, b []byte) ([]byte, error) {
+	if err := checkImage(contentType, b); err != nil {
+		return nil, err
+	}
+	data := make([]byte, 0, len(`"data:image/jpeg;base64,"`)+base64.StdEncoding.EncodedLen(len(b)))
+	data = append(data, `"data:`+contentType+`;base64,`...)
+	return append(base64.StdEncoding.AppendEncode(data, b), '"'), nil
+}
+
+// An image is what an event of the type image holds.
+type image struct {
+	id          int64 // of the event
+	contentType string
+	data        []byte // nil if it is no image
+}
+
+// decode returns the image of an event, or nil if it has none. The newest are kept, since
+// many viewers are sent the same: at most 1 MB.
+func (p *pictures) decode(e *event) *image {
+	if e.kind != "image" {
+		return nil
+	}
+	slot := &p.decoded[e.id%int64(len(p.decoded))]
+	img := slot.Load()
+	if img == nil || img.id != e.id {
+		img = &image{id: e.id}
+		url, _ := strings.CutPrefix(asText(e.decode().Data), "data:")
+		contentType, encoded, _ := strings.Cut(url, ";base64,")
+		if b, err := base64.StdEncoding.DecodeString(encoded); err == nil && checkImage(contentType, b) == nil {
+			img.contentType, img.data = strings.Clone(contentType), b
+		}
+		if len(img.data) <= maxDecoded {
+			slot.Store(img)
+		}
+	}
+	if img.data == nil {
+		return nil
+	}
+	return img
+}
+
+// pushImages is multipart with as=image. A viewer is sent the newest image of its rooms,
+// and not those that came while the one before was on its way.
+//
+// The head of a part goes out with the part before it (see multipart), and says the same
+// type. If that was wrong, the image is sent again under its own. A part without bytes
+// would crash a tab of Chromium, and anything before an image would spoil it. So the
+// heartbeat is the image once more; and before there is one, a line of its head.
+func (p *pictures) pushImages(s *server, q *request) encoder {
+	boundary := rand.Text()
+	var (
+		sub    *subscriber
+		img    *image // to be sent
+		shown  int64  // the event that was sent last
+		opened string // type of the part that has begun
+	)
+	head := func(b []byte) []byte { return append(append(append(b, "Content-Type: "...), opened...), "\r\n\r\n"...) }
+	part := func(b []byte, img *image) []byte {
+		b = append(append(append(append(b, img.data...), "\r\n--"...), boundary...), "\r\n"...)
+		opened = img.contentType
+		return head(b)
+	}
+	return encoder{
+		contentType: "multipart/x-mixed-replace; boundary=" + boundary,
+		preamble:    "--" + boundary + "\r\nX-Padding: " + strings.Repeat("x", minImageBytes) + "\r\n",
+		last:        math.MaxInt32, // the newest image, whatever was published since
+		subscribe: func(to *subscriber, req subscribeRequest) (func(), error) {
+			sub, req.maxBatchBytes = to, math.MaxInt // one image is written of a batch
+			return func() {}, s.relay.subscribe(sub, req)
+		},
+		choose: func(events []*event) []*event {
+			for i, e := range slices.Backward(events) {
+				if img = p.decode(e); img != nil {
+					return events[i : i+1]
+				}
+			}
+			return nil
+		},
+		event: func(b []byte, e *event) []byte {
+			if opened == "" {
+				opened = img.contentType
+				b = head(b)
+			} else if opened != img.contentType {
+				b = part(b, img)
+			}
+			b = part(b, img)
+			shown, img = e.id, nil
+			return b
+		},
+		beat: func() string {
+			if shown == 0 {
+				return "X-Beat: 1\r\n"
+			}
+			if e := sub.find(shown); e != nil {
+				return string(part(nil, p.decode(e)))
+			}
+			return "" // the log has dropped it
+		},
+	}
+}
+
+// find returns an event of the subscriber's rooms, or nil if the log has dropped it.
+func (sub *subscriber) find(id int64) *event {
+	for i := range sub.subscriptions {
+		h := sub.subscriptions[i].room.history.Load()
+		for _, log := range [2][]*event{h.messages, h.signals} {
+			if found := between(log, id-1, id); len(found) > 0 {
+				return found[0]
+			}
+		}
+	}
+	return nil
+}
+
+// Rooms as pictures.
 
 // svg is multipart with as=svg.
 func (p *pictures) svg(_ *server, q *request) encoder {
@@ -69,7 +214,7 @@ func (p *pictures) svg(_ *server, q *request) encoder {
 		q.fail(badRequest("a picture is of one room"))
 	}
 	enc, next := multipartOf("image/svg+xml")
-	enc.only = func(e *event) bool { return e.kind == "picture" }
+	enc.choose = only(func(e *event) bool { return e.kind == "picture" })
 	enc.event = func(b []byte, e *event) []byte { return append(append(b, e.json...), next...) }
 	enc.subscribe = func(sub *subscriber, req subscribeRequest) (func(), error) { return p.watch(key, sub, req) }
 	return enc

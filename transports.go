@@ -86,9 +86,10 @@ type encoder struct {
 	header      map[string]string // more headers
 	preamble    string            // before everything
 	heartbeat   string
-	last        int               // messages to begin with, unless the request says how many
-	only        func(*event) bool // leaves out other events, if not nil
-	single      bool              // writes events one by one
+	last        int                     // messages to begin with, unless the request says how many
+	choose      func([]*event) []*event // returns those of a batch that are written, if not nil
+	single      bool                    // writes events one by one
+	beat        func() string           // makes the heartbeat, if not nil
 
 	// Subscribes in place of the relay, if not nil; for a representation with a log of its own.
 	subscribe func(*subscriber, subscribeRequest) (unsubscribed func(), err error)
@@ -284,7 +285,7 @@ func frames(_ *server, q *request) encoder {
 	if q.as == "data" {
 		return encoder{
 			single: true,
-			only:   func(e *event) bool { return e.publishedAt != 0 && e.kind != "presence" },
+			choose: only(func(e *event) bool { return e.publishedAt != 0 && e.kind != "presence" }),
 			event:  func(b []byte, e *event) []byte { return append(b, asText(e.decode().Data)...) },
 		}
 	}
@@ -299,6 +300,13 @@ func frames(_ *server, q *request) encoder {
 			return b
 		},
 		heartbeat: beatJSON,
+	}
+}
+
+// only returns a choice of the events for which keep is true.
+func only(keep func(*event) bool) func([]*event) []*event {
+	return func(events []*event) []*event {
+		return slices.DeleteFunc(events, func(e *event) bool { return !keep(e) })
 	}
 }
 
@@ -411,6 +419,7 @@ type server struct {
 	instance   string        // names this process in hello
 
 	publish   func(publishRequest) (id int64, isNew bool, err error)
+	image     func(contentType string, body []byte) (data []byte, err error) // what the event of a published image holds
 	erase     func(room string) error
 	catchUp   func(ctx context.Context, cursor int64) // waits until the log has a cursor that is beyond it, if it may come
 	eventHTML func(*event) []byte
@@ -432,6 +441,7 @@ func newServer(r *relay) *server {
 		maxBody:    64 << 10,
 		instance:   rand.Text()[:8],
 		publish:    r.publish,
+		image:      func(string, []byte) ([]byte, error) { return nil, errImage },
 		erase:      r.erase,
 		catchUp:    func(context.Context, int64) {},
 		eventHTML:  plainHTML,
@@ -695,6 +705,9 @@ func (st *stream) step(sc *scratch, now int64, stopping bool) error {
 		return nil
 	}
 	st.heartbeatAt.Store(now + st.heartbeatEvery)
+	if st.enc.beat != nil {
+		return st.emit(sc, now, st.enc.beat())
+	}
 	return st.emit(sc, now, st.enc.heartbeat)
 }
 
@@ -733,8 +746,8 @@ func (st *stream) emitAll(sc *scratch, now int64) (err error) {
 
 // emit writes text, such as a preamble or a heartbeat, and events.
 func (st *stream) emit(sc *scratch, now int64, text string, events ...*event) error {
-	if st.enc.only != nil {
-		events = slices.DeleteFunc(events, func(e *event) bool { return !st.enc.only(e) })
+	if st.enc.choose != nil {
+		events = st.enc.choose(events)
 	}
 	if text == "" && len(events) == 0 && !st.closed {
 		return nil
@@ -1079,6 +1092,7 @@ var (
 	errOneRoom    = badRequest("presence is in one room; name it")
 	errIf         = badRequest("if is the id of a message, or 0")
 	errUTF8       = badRequest("this is not UTF-8")
+	errImage      = newError(http.StatusUnsupportedMediaType, "images of this type are not taken")
 )
 
 // Values of headers that every answer to a publish has, made once.
@@ -1562,6 +1576,9 @@ func (s *server) parsePublish(w http.ResponseWriter, r *http.Request, q *request
 	switch {
 	case q.err != nil:
 		err = q.err
+	case strings.HasPrefix(contentType, "image/"):
+		p.kind = cmp.Or(q.param("type"), "image")
+		p.data, err = s.image(contentType, body)
 	case isJSON(contentType):
 		if err = checkJSON(body, maxDepth); err == nil {
 			p.data = marshal(json.RawMessage(body))
