@@ -254,7 +254,7 @@ func (s *server) pageHead(q *request, refresh string) string {
 		form = `<section aria-label="Write"><iframe class="form" title="Write a message" src="form?` + user + `"></iframe></section>
 `
 	}
-	if refresh != "" && q.seesPresence {
+	if refresh != "" && q.sub.seesPresence {
 		head += `<p>` + s.relay.roster(q.rooms[0]).sentence() + ".</p>\n"
 	}
 	return pageStart(q.title()) + head + "</header>\n" + form

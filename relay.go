@@ -746,6 +746,7 @@ type notice struct {
 	Room string `json:"room,omitempty"`
 	Key  string `json:"key,omitempty"`
 	ID   *int64 `json:"id,omitempty"`
+	Time int64  `json:"time,omitempty"`
 	Data any    `json:"data,omitempty"`
 }
 

@@ -88,7 +88,7 @@ type encoder struct {
 	heartbeat   string
 	last        int                     // messages to begin with, unless the request says how many
 	choose      func([]*event) []*event // returns those of a batch that are written, if not nil
-	single      bool                    // writes events one by one
+	single      bool                    // writes one event at a time
 	beat        func() string           // makes the heartbeat, if not nil
 
 	// Subscribes in place of the relay, if not nil; for a representation with a log of its own.
@@ -492,8 +492,8 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 	for name, value := range enc.header {
 		h.Set(name, value)
 	}
-	if q.cursor > s.relay.lastID.Load() {
-		s.catchUp(r.Context(), q.cursor)
+	if q.sub.cursor > s.relay.lastID.Load() {
+		s.catchUp(r.Context(), q.sub.cursor)
 	}
 	st := &stream{server: s, technique: t, enc: enc, quota: q.permit.quota}
 	switch {
@@ -543,7 +543,8 @@ func (s *server) active() (n int64) {
 
 // serveOnce reads once, after waiting for an event if the technique does, and answers.
 func (st *stream) serveOnce(w http.ResponseWriter, r *http.Request, q *request) error {
-	if err := st.server.relay.subscribe(&st.sub, q.subscribeRequest(st.technique, maxAnswer)); err != nil {
+	q.sub.maxBatchBytes = maxAnswer
+	if err := st.server.relay.subscribe(&st.sub, q.sub); err != nil {
 		return err
 	}
 	defer st.sub.unsubscribe()
@@ -627,13 +628,15 @@ func (st *stream) serveHeld(w http.ResponseWriter, r *http.Request, q *request) 
 // caller calls close.
 func (st *stream) open(q *request, driver any) error {
 	s := st.server
-	req := q.subscribeRequest(st.technique, writeChunk) // what a client with a full socket keeps, at most
-	req.driver = driver
+	q.sub.driver, q.sub.maxBatchBytes = driver, writeChunk // which is what a client with a full socket keeps, at most
+	if st.enc.single {
+		q.sub.maxBatchBytes = 1
+	}
 	var err error
 	if st.enc.subscribe != nil {
-		st.unsubscribed, err = st.enc.subscribe(&st.sub, req)
+		st.unsubscribed, err = st.enc.subscribe(&st.sub, q.sub)
 	} else {
-		err = s.relay.subscribe(&st.sub, req)
+		err = s.relay.subscribe(&st.sub, q.sub)
 	}
 	if err != nil {
 		s.release(st.quota, st.technique)
@@ -693,7 +696,9 @@ func (st *stream) step(sc *scratch, now int64, stopping bool) error {
 		if st.sub.needsRoster && !st.sub.more {
 			sc.events = st.sub.appendRosters(sc.events)
 		}
-		if err := st.emitAll(sc, now); err != nil {
+		err := st.emit(sc, now, "", sc.events...)
+		clear(sc.events) // they must not be kept when the log drops them
+		if err != nil {
 			return err
 		}
 	}
@@ -730,20 +735,6 @@ func (st *stream) due(now int64) bool {
 	return now >= min(at, st.expiresAt) || at-now > st.heartbeatEvery
 }
 
-// emitAll writes the events of sc.
-func (st *stream) emitAll(sc *scratch, now int64) (err error) {
-	defer clear(sc.events) // they must not be kept when the log drops them
-	if !st.enc.single {
-		return st.emit(sc, now, "", sc.events...)
-	}
-	for _, e := range sc.events { // all of them, since a full socket is no end: what it did not take is kept
-		if e := st.emit(sc, now, "", e); err == nil {
-			err = e
-		}
-	}
-	return err
-}
-
 // emit writes text, such as a preamble or a heartbeat, and events.
 func (st *stream) emit(sc *scratch, now int64, text string, events ...*event) error {
 	if st.enc.choose != nil {
@@ -764,17 +755,16 @@ func (st *stream) emit(sc *scratch, now int64, text string, events ...*event) er
 }
 
 func (st *stream) hello() *event {
-	var rooms []string
-	for i := range st.sub.subscriptions {
-		rooms = append(rooms, st.sub.subscriptions[i].room.name)
-	}
-	data, _ := json.Marshal(struct {
+	var data struct {
 		Rooms    []string `json:"rooms"`
 		Beat     int      `json:"beat"`
 		Instance string   `json:"instance"`
-	}{rooms, int(st.server.heartbeat / time.Second), st.server.instance})
-	return &event{id: st.sub.cursor, kind: "hello", json: fmt.Appendf(nil,
-		`{"type":"hello","id":%d,"time":%d,"data":%s}`, st.sub.cursor, time.Now().UnixMilli(), data)}
+	}
+	for i := range st.sub.subscriptions {
+		data.Rooms = append(data.Rooms, st.sub.subscriptions[i].room.name)
+	}
+	data.Beat, data.Instance = int(st.server.heartbeat/time.Second), st.server.instance
+	return notice{Type: "hello", ID: &st.sub.cursor, Time: time.Now().UnixMilli(), Data: data}.event()
 }
 
 // bye sends a client away for so many milliseconds: a second at least, and in all a
@@ -910,7 +900,7 @@ type author struct {
 }
 
 func (st *stream) author(q *request) *author {
-	a := &author{user: q.user, client: q.client, permit: q.permit, onlyKeyed: q.as == "data"}
+	a := &author{user: q.user, client: q.sub.client, permit: q.permit, onlyKeyed: q.as == "data"}
 	if len(st.sub.subscriptions) == 1 {
 		a.room = st.sub.subscriptions[0].room.name // not the request's, which would keep the request
 	}
@@ -1231,24 +1221,10 @@ type request struct {
 	permit *permit
 	err    error // the first thing that is wrong
 
-	user, client string
-	visible      bool // is present as user
-	seesPresence bool
-	cursor       int64 // -1 for none
-	last         int
-	wait         time.Duration
-	as           string
-}
-
-func (q *request) subscribeRequest(t *technique, maxBatchBytes int) subscribeRequest {
-	user := ""
-	if q.visible {
-		user = q.user
-	}
-	return subscribeRequest{
-		rooms: q.rooms, cursor: q.cursor, last: q.last, maxBatchBytes: maxBatchBytes,
-		user: user, client: q.client, seesPresence: q.seesPresence, longLived: t.mode != immediate,
-	}
+	user string           // whom it speaks as
+	as   string           // the representation
+	wait time.Duration    // of a long-poll
+	sub  subscribeRequest // what it reads
 }
 
 // fail keeps the first error, so a request can be read to its end before anybody looks.
@@ -1291,25 +1267,26 @@ func (q *request) intParam(name string, low, high, absent int64) int64 {
 
 // parseSubscribe reads what a technique takes, and returns its encoder.
 func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encoder {
-	q.user, q.client = q.userParam(), q.clientParam()
+	q.user = q.userParam()
+	q.sub = subscribeRequest{rooms: q.rooms, client: q.clientParam(), longLived: t.mode != immediate, cursor: -1}
 	q.gatherLastEventID(r.Header)
-	q.cursor = -1
 	for _, name := range []string{"after", "lastEventId", "Last-Event-ID"} { // the last of them counts
-		q.cursor = q.intParam(name, 0, math.MaxInt64, q.cursor)
+		q.sub.cursor = q.intParam(name, 0, math.MaxInt64, q.sub.cursor)
 	}
 	q.wait = time.Duration(q.intParam("wait", 0, maxWait, 25)) * time.Second
 	q.wait = min(q.wait, time.Until(time.Unix(0, q.permit.expiresAt)))
 	switch presence := q.param("presence"); presence {
 	case "":
-		q.visible = q.param("user") != ""
-		q.seesPresence = q.visible
+		if q.param("user") != "" {
+			q.sub.user, q.sub.seesPresence = q.user, true
+		}
 	case "0", "1":
-		q.seesPresence = presence == "1"
+		q.sub.seesPresence = presence == "1"
 	default:
 		q.fail(badRequest("presence is 1, to see it, or 0"))
 	}
 	enc := q.representation(t)(s, q)
-	q.last = int(q.intParam("last", 0, math.MaxInt32, int64(enc.last)))
+	q.sub.last = int(q.intParam("last", 0, math.MaxInt32, int64(enc.last)))
 	return enc
 }
 
