@@ -456,6 +456,10 @@ func TestConformance(t *testing.T) {
 	if address == "" {
 		t.Skip("COMETES_URL is not set: the address of a relay, such as http://localhost:8080")
 	}
+	testConformance(t, address)
+}
+
+func testConformance(t *testing.T, address string) {
 	b := newRemoteTestbed(t, address)
 	b.do("GET", "/rooms/a/poll", "") // fails early if nothing answers
 	lost := fillRoom(b)

@@ -287,7 +287,7 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 		})
 	}
 	for _, reason := range reasons {
-		if !covered[reason] {
+		if !covered[reason] && reason != "redis" { // see redis_test.go
 			t.Errorf("no test is refused for %s", reason)
 		}
 	}

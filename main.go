@@ -102,6 +102,9 @@ type config struct {
 	rate        float64
 	roomRate    float64
 	body        int64
+	redis       string // layer: redis.go
+	redisPrefix string // layer: redis.go
+	redisEvents int    // layer: redis.go
 	limits
 }
 
@@ -132,6 +135,10 @@ func parseFlags(args []string, getenv func(string) string) (config, error) {
 	fs.DurationVar(&c.roomIdle, "idle", defaultLimits.roomIdle, "a room that nobody reads or publishes to is forgotten after this time")
 	fs.DurationVar(&c.presenceTTL, "present", defaultLimits.presenceTTL, "a user who polls is present for this time")
 
+	fs.StringVar(&c.redis, "redis", "", "`URL` of a Redis that many relays share as one, redis://user:password@host:port/db or rediss:// for TLS; REDIS_URL is another way to say it") // layer: redis.go
+	fs.StringVar(&c.redisPrefix, "redis-prefix", "cometes", "what the keys in Redis begin with: a `name` for each set of relays")                                                      // layer: redis.go
+	fs.IntVar(&c.redisEvents, "redis-events", 10_000, "messages that Redis keeps, of all rooms, and as many signals")                                                                  // layer: redis.go
+
 	c.fly = getenv("FLY_APP_NAME") != "" // https://fly.io/docs/machines/runtime-environment/
 
 	var err error
@@ -147,6 +154,7 @@ func parseFlags(args []string, getenv func(string) string) (config, error) {
 	if err == nil {
 		err = fs.Parse(args)
 	}
+	c.redis = cmp.Or(c.redis, getenv("REDIS_URL")) // layer: redis.go (no default of the flag, since -help shows those)
 	switch {
 	case err != nil:
 	case fs.NArg() > 0:
@@ -307,6 +315,7 @@ type app struct {
 	pool     *writerPool // layer: async.go
 	pictures *pictures   // layer: picture.go
 	stats    *stats      // layer: stats.go
+	redis    *redis      // layer: redis.go
 }
 
 func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.handler.ServeHTTP(w, r) }
@@ -320,6 +329,9 @@ func newApp(c config) (*app, error) {
 	s := newServer(newRelay(c.limits))
 	s.heartbeat, s.maxAge, s.maxBody = c.beat, c.age, c.body
 	a := &app{server: s, config: c, handler: s}
+	if a.redis, err = newRedis(s, c.redis, c.redisPrefix, c.redisEvents); err != nil { // layer: redis.go
+		return nil, err // layer: redis.go
+	} // layer: redis.go
 	a.pool = newWriterPool(s, c.trustProxy)                // layer: async.go
 	a.pictures = newPictures(s)                            // layer: picture.go
 	a.stats = newStats(s)                                  // layer: stats.go
@@ -327,6 +339,7 @@ func newApp(c config) (*app, error) {
 	a.pictures.skipped = func() { a.stats.skipped.Add(1) } // layer: stats.go picture.go
 	a.pool.received = a.stats.received                     // layer: stats.go async.go
 	a.handler = wrapPages(s, a.handler)
+	a.handler = a.redis.wrap(a.handler) // layer: redis.go
 	a.limiter = &limiter{maxStreams: int64(c.streams), roomRate: c.roomRate}
 	a.limiter.addrs = addrLimiter{trustProxy: c.trustProxy, fly: c.fly, perAddr: c.perAddr, rate: c.rate}
 	a.handler = a.limiter.wrap(a.handler)
@@ -340,6 +353,7 @@ func newApp(c config) (*app, error) {
 
 // serve answers on the listener until ctx is done.
 func serve(ctx context.Context, a *app, srv *http.Server, listener net.Listener) error {
+	defer a.redis.close() // layer: redis.go
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(listener) }()
 	sweep := time.NewTicker(a.relay.roomIdle / 10)

@@ -52,7 +52,7 @@ type techniqueStats struct {
 var delayBounds = [...]int64{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000}
 
 // reasons are what a request or connection is refused for.
-var reasons = []string{"address", "body", "connections", "descriptors", "origin", "pictures", "rate", "room", "rooms", "streams", "token", "users"}
+var reasons = []string{"address", "body", "connections", "descriptors", "origin", "pictures", "rate", "redis", "room", "rooms", "streams", "token", "users"}
 
 // newStats counts what the server does.
 func newStats(s *server) *stats {

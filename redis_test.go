@@ -1,0 +1,278 @@
+// Many instances on one Redis. Each is a process of its own, and so is Redis: what is
+// tested here is what happens when one of them is killed, stopped, cut off or emptied.
+
+//go:build linux
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// A redisServer is a Redis of the test's own.
+type redisServer struct {
+	t    testing.TB
+	addr string
+	args []string
+	cmd  *exec.Cmd
+}
+
+func startRedis(t testing.TB, args ...string) *redisServer {
+	t.Helper()
+	if _, err := exec.LookPath("redis-server"); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal("redis-server is not installed, and CI has to have it: apt-get install redis-server")
+		}
+		t.Skip("redis-server is not installed: apt-get install redis-server")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	r := &redisServer{t: t, addr: l.Addr().String(), args: append([]string{"--bind", "127.0.0.1", "--port", port, "--dir", t.TempDir(), "--save", "", "--enable-debug-command", "yes"}, args...)}
+	r.start()
+	t.Cleanup(r.kill)
+	return r
+}
+
+// start starts Redis, again on the same port with the same directory.
+func (r *redisServer) start() {
+	r.t.Helper()
+	r.cmd = exec.Command("redis-server", r.args...)
+	if err := r.cmd.Start(); err != nil {
+		r.t.Fatal(err)
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		conn, err := net.Dial("tcp", r.addr)
+		if err == nil {
+			conn.Close()
+			return
+		}
+		if time.Now().After(end) {
+			r.t.Fatal("redis-server does not listen: ", err)
+		}
+	}
+}
+
+func (r *redisServer) kill() {
+	r.cmd.Process.Kill()
+	r.cmd.Wait()
+}
+
+func (r *redisServer) url() string { return "redis://" + r.addr }
+
+// do sends a command.
+func (r *redisServer) do(args ...any) any {
+	r.t.Helper()
+	conn, err := (&redisTarget{addr: r.addr, maxBulk: 1 << 20}).dial()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer conn.Close()
+	reply, err := conn.do(args...)
+	if err != nil {
+		r.t.Fatal(args, ": ", err)
+	}
+	return reply
+}
+
+// An instance is a relay in a process of its own: the test's binary, see socket_unix_test.go.
+type instance struct {
+	t    testing.TB
+	cmd  *exec.Cmd
+	addr string
+	log  bytes.Buffer  // complete when the process has ended
+	done chan struct{} // closed then
+}
+
+func (r *redisServer) relay(args ...string) *instance {
+	r.t.Helper()
+	return startInstance(r.t, "127.0.0.1:0", r.url(), args...)
+}
+
+// startInstance starts a relay without limits that a test would reach.
+func startInstance(t testing.TB, addr, redis string, args ...string) *instance {
+	t.Helper()
+	i, err := tryInstance(t, addr, redis, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+// tryInstance returns what the relay says if it does not start.
+func tryInstance(t testing.TB, addr, redis string, args ...string) (*instance, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	i := &instance{t: t, done: make(chan struct{})}
+	i.cmd = exec.Command(self, append([]string{"-addr", addr, "-rate", "1e6", "-room-rate", "1e6", "-per-addr", "5000",
+		"-events", "30000", "-room-bytes", "60000000", "-all-bytes", "100000000"}, args...)...)
+	i.cmd.Env = append(os.Environ(), "COMETES_TEST_RELAY=1", "REDIS_URL="+redis)
+	r, w := io.Pipe()
+	i.cmd.Stderr = io.MultiWriter(&i.log, w)
+	if err := i.cmd.Start(); err != nil {
+		return nil, err
+	}
+	t.Cleanup(i.terminate)
+	go func() {
+		i.cmd.Wait()
+		w.Close()
+		close(i.done)
+	}()
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		var line struct{ Message, Addr string }
+		if json.Unmarshal(lines.Bytes(), &line) == nil && line.Message == "listening" {
+			i.addr = line.Addr
+			go io.Copy(io.Discard, r)
+			return i, nil
+		}
+	}
+	return nil, errors.New(i.log.String())
+}
+
+// terminate ends the relay with SIGTERM.
+func (i *instance) terminate() { i.end(syscall.SIGTERM) }
+
+func (i *instance) end(by syscall.Signal) {
+	i.cmd.Process.Signal(by)
+	select {
+	case <-i.done:
+	case <-time.After(10 * time.Second):
+		i.cmd.Process.Kill()
+		i.t.Error("the relay did not end")
+		<-i.done
+	}
+}
+
+// relays starts instances, and returns clients of them.
+func (r *redisServer) relays(n int, args ...string) (all []*testbed) {
+	r.t.Helper()
+	for range n {
+		all = append(all, r.relay(args...).testbed())
+	}
+	return all
+}
+
+// testbed is a client of the instance.
+func (i *instance) testbed() *testbed {
+	b := newRemoteTestbed(i.t, "http://"+i.addr)
+	b.dial = func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", i.addr) }
+	return b
+}
+
+func TestRedisConformance(t *testing.T) {
+	r := startRedis(t)
+	r.relay() // it is not alone
+	testConformance(t, startInstance(t, "127.0.0.1:0", r.url(), "-events", "256").testbed().url)
+}
+
+// Clients hop between three instances and all techniques, over connections that break, and
+// receive each event once and in order.
+func TestRedisHops(t *testing.T) {
+	const publishers, readers = 4, 20
+	each := 4300
+	if testing.Short() {
+		each = 250
+	}
+	beds := startRedis(t).relays(3, "-redis-events", "100000")
+	rooms := []string{"a", "b", "c"}
+	start := beds[0].post("a", "start")
+	ctx, done := context.WithCancel(t.Context()) // done when everything is published
+
+	var publishing, reading sync.WaitGroup
+	for p := range publishers {
+		rng := rand.New(rand.NewPCG(1, uint64(p)))
+		publishing.Go(func() {
+			for i := range each {
+				room, text := rooms[rng.IntN(3)], fmt.Sprintf("%d %d", p, i)
+				for tries := 0; !beds[rng.IntN(3)].tryPublish(rng, false, room, fmt.Sprintf("%d.%d", p, i), text); tries++ {
+					if tries > 1000 {
+						t.Errorf("publisher %d: %d could not be published", p, i)
+						return
+					}
+				}
+			}
+		})
+	}
+	segments := make([][]segment, readers)
+	for n := range readers {
+		rng := rand.New(rand.NewPCG(2, uint64(n)))
+		reading.Go(func() {
+			cursor := start
+			for ctx.Err() == nil {
+				s := beds[rng.IntN(3)].readSome(ctx, t, rng, false, rooms, cursor)
+				cursor = s.to
+				segments[n] = append(segments[n], s)
+			}
+			for end := false; !end && !t.Failed(); { // the rest, over connections that do not break
+				e, err := beds[rng.IntN(3)].trySubscribe(t.Context(), beds[0].client, variantOf("poll"), "a,b,c", fmt.Sprint("after=", cursor))
+				if err != nil {
+					t.Error(err)
+				}
+				s := segment{"poll", rooms, cursor, cursor, nil}
+				s.receive(t, e, 200)
+				end = len(s.got) == 0
+				cursor = s.to
+				segments[n] = append(segments[n], s)
+			}
+		})
+	}
+	publishing.Wait()
+	done()
+	reading.Wait()
+
+	var logs [3][]received
+	for i, b := range beds {
+		e := b.subscribe(variantOf("poll"), "a,b,c", fmt.Sprint("after=", start))
+		for h := e.next(); h.kind != "beat"; h = e.next() {
+			logs[i] = append(logs[i], h)
+		}
+		if !slices.Equal(logs[0], logs[i]) {
+			t.Errorf("the log of instance %d is another", i)
+		}
+	}
+	if len(logs[0]) != publishers*each {
+		t.Errorf("%d events in the log, want %d", len(logs[0]), publishers*each)
+	}
+	hops, deliveries := 0, 0
+	for n := range segments {
+		last := start
+		for _, s := range segments[n] {
+			if s.from != last {
+				t.Fatalf("client %d went on from %d, not %d", n, s.from, last)
+			}
+			last = s.to
+			var want []received
+			for _, h := range logs[0] {
+				if slices.Contains(s.rooms, h.room) && s.from < h.id && h.id <= s.to {
+					want = append(want, h)
+				}
+			}
+			if !slices.Equal(s.got, want) {
+				t.Fatalf("client %d, by %s in %v from %d to %d: received %d events, want %d", n, s.by, s.rooms, s.from, s.to, len(s.got), len(want))
+			}
+			hops, deliveries = hops+1, deliveries+len(s.got)
+		}
+	}
+	t.Logf("%d deliveries over %d connections", deliveries, hops)
+}
