@@ -104,7 +104,7 @@ func wrapPages(s *server, next http.Handler) http.Handler {
 		return enc
 	}
 	push := s.technique("multipart")
-	push.as = append(push.as, representation{"text", multipartText}, representation{"html", multipartHTML})
+	push.as["text"], push.as["html"] = multipartText, multipartHTML
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
 		name, verb, _ := strings.Cut(path, "/")

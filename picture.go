@@ -70,7 +70,7 @@ func newPictures(s *server) *pictures {
 	p.log.wakeAll = s.relay.wakeAll
 	s.image = encodeImage
 	push := s.technique("multipart")
-	push.as = append(push.as, representation{"image", p.pushImages}, representation{"svg", p.svg})
+	push.as["image"], push.as["svg"] = p.pushImages, p.svg
 	return p
 }
 

@@ -19,6 +19,7 @@ import (
 	"html"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	mathrand "math/rand/v2"
 	"mime"
@@ -42,9 +43,9 @@ import (
 type technique struct {
 	name    string
 	mode    mode
-	encoder func(*server, *request) encoder
-	as      []representation // what as= may ask for, beside json
-	open    atomic.Int64     // requests that are held now
+	encoder newEncoder
+	as      map[string]newEncoder // what as= may ask for
+	open    atomic.Int64          // requests that are held now
 }
 
 // A mode is how long a technique holds a request.
@@ -56,24 +57,21 @@ const (
 	streaming             // the answer never ends
 )
 
-// A representation is another encoder of a technique, with a name for as=.
-type representation struct {
-	name    string
-	encoder func(*server, *request) encoder
-}
+// A newEncoder returns the encoder for a request.
+type newEncoder func(*server, *request) encoder
 
 func newTechniques() []*technique {
 	return []*technique{
 		{name: "refresh", mode: immediate, encoder: refresh},
-		{name: "multipart", mode: streaming, encoder: multipart},
+		{name: "multipart", mode: streaming, encoder: multipart, as: map[string]newEncoder{"json": multipart}},
 		{name: "html", mode: streaming, encoder: endlessPage},
 		{name: "poll", mode: immediate, encoder: poll},
 		{name: "iframe", mode: streaming, encoder: iframe},
 		{name: "longpoll", mode: longPoll, encoder: poll},
 		{name: "stream", mode: streaming, encoder: ndjson},
 		{name: "jsonp", mode: longPoll, encoder: jsonp},
-		{name: "sse", mode: streaming, encoder: sse, as: []representation{{"data", sse}}},
-		{name: "ws", mode: streaming, encoder: frames, as: []representation{{"data", frames}}},
+		{name: "sse", mode: streaming, encoder: sse, as: map[string]newEncoder{"data": sse}},
+		{name: "ws", mode: streaming, encoder: frames, as: map[string]newEncoder{"data": frames}},
 	}
 }
 
@@ -339,15 +337,12 @@ func endlessPage(s *server, q *request) encoder {
 //	Refresh: 10
 func refresh(s *server, q *request) encoder {
 	wait := strconv.FormatInt(q.intParam("wait", 1, maxWait, 10), 10) // with 0 a browser asks thirty times a second
-	form := `<form method="post" action="../` + q.rooms[0] + `">
-<input name="user" title="Name" value="` + html.EscapeString(q.user) + `"> <input name="data" title="Message" required>
-<input type="hidden" name="then" value="refresh"><button>Send</button>
-</form>
-`
+	form := `<form method="post" action="../` + q.rooms[0] + `"><input type="hidden" name="then" value="refresh">` +
+		`Name <input name="user" value="` + html.EscapeString(q.user) + `"> Message <input name="data" required> <button>Send</button></form>`
 	return encoder{
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Refresh": wait, "Content-Security-Policy": q.pagePolicy()},
-		preamble:    plainHead + form,
+		preamble:    plainHead + form + "\n",
 		batch:       func(b []byte, _ int64, events []*event) []byte { return s.appendPage(b, events) },
 		last:        pageMessages,
 	}
@@ -917,20 +912,20 @@ func (s *server) handleMessage(a *author, kind websocket.MessageType, message []
 	if key == "" && (err == nil || a.onlyKeyed) {
 		return nil
 	}
-	reply := &notice{Type: "ack", Key: key}
-	if id != 0 {
-		reply.ID = &id
-	}
 	if err != nil {
-		reply.Type, reply.ID, reply.Data = "error", nil, err.Error()
+		reply := &notice{Type: "error", Key: key, Data: err.Error()}
 		if e, ok := err.(httpError); ok {
 			s.refused(e.reason)
 			if e.status == http.StatusPreconditionFailed {
 				reply.ID = &e.newest
 			}
 		}
+		return reply
 	}
-	return reply
+	if id == 0 { // of presence
+		return &notice{Type: "ack", Key: key}
+	}
+	return &notice{Type: "ack", Key: key, ID: &id}
 }
 
 func (s *server) takeMessage(a *author, kind websocket.MessageType, message []byte) (key string, id int64, err error) {
@@ -1292,19 +1287,15 @@ func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encod
 
 // representation returns the encoder that as= asks for. A representation of another
 // technique is ignored like any other parameter, but for data: its lack would be missed.
-func (q *request) representation(t *technique) func(*server, *request) encoder {
-	q.as = q.param("as")
-	names := "json"
-	for _, rep := range t.as {
-		if rep.name == q.as {
-			return rep.encoder
-		}
-		names += ", " + rep.name
+func (q *request) representation(t *technique) newEncoder {
+	as := q.param("as")
+	if enc, ok := t.as[as]; ok {
+		q.as = as
+		return enc
 	}
-	if q.as == "data" || t.name == "multipart" && q.as != "" && q.as != "json" {
-		q.fail(badRequest("as of %s is one of: %s", t.name, names))
+	if as == "data" || as != "" && t.name == "multipart" {
+		q.fail(badRequest("there is no as=%.80s of %s, but %s", as, t.name, slices.Sorted(maps.Keys(t.as))))
 	}
-	q.as = ""
 	return t.encoder
 }
 
