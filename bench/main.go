@@ -178,9 +178,9 @@ func (b *bench) compare(ctx context.Context, sp spec, techniques ...string) (row
 		}
 		slices.SortFunc(rs, func(a, b result) int { return cmp.Compare(perEvent(a), perEvent(b)) })
 		r := rs[len(rs)/2]
-		r.lost, r.doubled, r.disorder, r.total.gaps, r.said = 0, 0, 0, 0, "" // of these, those of all rounds
+		r.lost, r.doubled, r.disorder, r.total.gaps, r.remarks = 0, 0, 0, 0, "" // of these, those of all rounds
 		for _, o := range rs {
-			r.lost, r.doubled, r.disorder, r.total.gaps, r.said = r.lost+o.lost, r.doubled+o.doubled, r.disorder+o.disorder, r.total.gaps+o.total.gaps, r.said+o.said
+			r.lost, r.doubled, r.disorder, r.total.gaps, r.remarks = r.lost+o.lost, r.doubled+o.doubled, r.disorder+o.disorder, r.total.gaps+o.total.gaps, r.remarks+o.remarks
 		}
 		r.least, r.most = perEvent(rs[0]), perEvent(rs[len(rs)-1])
 		rows = append(rows, r)
@@ -220,7 +220,7 @@ func (b *bench) burst(ctx context.Context) error {
 
 func (b *bench) idle(ctx context.Context) error {
 	sp := spec{n: or(b.n, 10000), rooms: 1, settle: 3 * time.Second, idle: time.Minute}
-	fmt.Printf("\n%d clients in one room, nothing said for %v; heartbeats go on.\n\n", sp.n, sp.idle)
+	fmt.Printf("\n%d clients in one room, nothing published for %v; heartbeats go on.\n\n", sp.n, sp.idle)
 	rows, err := b.compare(ctx, sp, "sse", "stream", "ws")
 	show(rows, cServer, cTechnique, cConnected, cConnect, cIdle,
 		column{"KB/client after", cAfter.show},
@@ -251,7 +251,7 @@ func (b *bench) longpoll(ctx context.Context) (err error) {
 }
 
 // stalled compares a room of readers with the same readers beside as many who stop reading. First
-// more than a socket's buffers hold is said to each, so that the kernel's buffers of those who stopped are full.
+// more than a socket's buffers hold is sent to each, so that the kernel's buffers of those who stopped are full.
 func (b *bench) stalled(ctx context.Context) error {
 	n := or(b.n, 2000) / 2
 	sp := spec{server: "relay", rooms: 1, pubs: 1, rate: 10, messages: 10 * int(b.duration.Seconds()), fill: 100, settle: 2 * time.Second}
@@ -299,7 +299,7 @@ func (b *bench) check(ctx context.Context) error {
 			return fmt.Errorf("%s: %w", sp.technique, err)
 		}
 		rows = append(rows, r)
-		if r.lost != 0 || r.doubled != 0 || r.disorder != 0 || r.total.connected != sp.n || r.total.closed != 0 || r.said != "" {
+		if r.lost != 0 || r.doubled != 0 || r.disorder != 0 || r.total.connected != sp.n || r.total.closed != 0 || r.remarks != "" {
 			bad = append(bad, sp.technique)
 		}
 	}
@@ -312,7 +312,7 @@ func (b *bench) check(ctx context.Context) error {
 	return nil
 }
 
-// publish compares a POST that nobody hears with one to a handler that reads the body and answers:
+// publish compares a POST to a room without readers with one to a handler that reads the body and answers:
 // by one caller, who waits for each answer, and by as many as keep the server busy. The two take
 // turns of a quarter second, since the machine's speed drifts; × is the median of their ratios.
 func (b *bench) publish(ctx context.Context) error {
@@ -439,12 +439,12 @@ func (b *bench) startup(ctx context.Context) error {
 	return nil
 }
 
-// presence has all join one room under a name of their own, listens to what the room is told of
-// it, asks how many are there, and has all leave.
+// presence has all clients join one room, each as a user of its own, counts the bytes that this
+// sends them, asks how many users there are, and has all leave.
 func (b *bench) presence(ctx context.Context) error {
 	sp := spec{server: "relay", n: or(b.n, 10000), rooms: 1, users: true}
 	fmt.Printf("\n%d clients join one room, each as a user of its own, and leave; 10 s of watching after each.\n\n", sp.n)
-	lines := [][]string{{"technique", "joined, s", "users counted", "CPU of joining, s", "KB told each", "KB/client", "peak MB", "CPU of leaving, s", "users after"}}
+	lines := [][]string{{"technique", "joined, s", "users counted", "CPU of joining, s", "KB sent to each", "KB/client", "peak MB", "CPU of leaving, s", "users after"}}
 	for _, sp.technique = range pick(b.techniques, "sse", "ws") {
 		x, err := b.open(ctx, sp)
 		if err != nil {
@@ -466,12 +466,12 @@ func (b *bench) presence(ctx context.Context) error {
 		joined := cpuTime(x.srv.pids) - x.cpu
 		rss, peak := memory(x.srv.pids)
 		here := count()
-		told := float64(x.swarm.now().down) / float64(sp.n) / 1000
+		received := float64(x.swarm.now().down) / float64(sp.n) / 1000
 		cpu := cpuTime(x.srv.pids)
 		x.swarm.stop()
 		err = pause(ctx, 22*time.Second) // 10 s of grace, a tick, and 10 s
 		left := cpuTime(x.srv.pids) - cpu
-		lines = append(lines, []string{sp.technique, num(x.took.Seconds(), 2), here, num(joined.Seconds(), 2), num(told, 1),
+		lines = append(lines, []string{sp.technique, num(x.took.Seconds(), 2), here, num(joined.Seconds(), 2), num(received, 1),
 			num((rss-x.base)/float64(sp.n)/1024, 1), num(peak/1e6, 0), num(left.Seconds(), 2), count()})
 		x.close()
 		if err != nil {
@@ -486,9 +486,9 @@ func (b *bench) presence(ctx context.Context) error {
 // they are few. Requests and bytes are those of a browser. A stream's one opening request is not
 // counted, since it lasts; connections stand when the window begins. The window of "one a minute"
 // is the minute after one event, whole: heartbeats, repeated long-polls and polls in vain are in
-// it, nothing is scaled. "nobody" is a relay without clients that is told the same events, divided
+// it, nothing is scaled. "nobody" is a relay without clients to which the same events are published, divided
 // by as many: what of the CPU is the process's own. All techniques run at the same time, each on a relay process of its own,
-// so that this takes three minutes and CPU is still told apart; together they load the machine little.
+// so that this takes three minutes and the CPU of each is still known; together they load the machine little.
 func (b *bench) costs(ctx context.Context) error {
 	list := pick(b.techniques, "poll", "longpoll", "jsonp", "stream", "multipart", "iframe", "html", "refresh", "sse", "ws", "nobody")
 	n := or(b.n, 100)
@@ -513,16 +513,16 @@ func (b *bench) costs(ctx context.Context) error {
 		}
 		defer x.close()
 		for w, win := range windows {
-			lead := 2*x.swarm.every() + time.Second/2 // until those who poll are spread, and what was before is told
+			lead := 2*x.swarm.every() + time.Second/2 // until those who poll are spread, and what was before has arrived
 			if w == 1 {
 				err = pause(ctx, lead)
 				lead = 0
 			}
-			said := make(chan error, 1)
-			go func() { said <- x.publish(ctx, win.n+int(math.Ceil(lead.Seconds())), 1, 1, payload) }()
+			published := make(chan error, 1)
+			go func() { published <- x.publish(ctx, win.n+int(math.Ceil(lead.Seconds())), 1, 1, payload) }()
 			err = errors.Join(err, pause(ctx, lead))
 			r, err2 := x.measure(ctx, func() (time.Time, error) { return time.Now().Add(win.d), pause(ctx, win.d) })
-			err = errors.Join(err, err2, <-said, pause(ctx, x.swarm.every()))
+			err = errors.Join(err, err2, <-published, pause(ctx, x.swarm.every()))
 			if err != nil {
 				return err
 			}
@@ -538,7 +538,7 @@ func (b *bench) costs(ctx context.Context) error {
 	var g sync.WaitGroup
 	for i := range list {
 		g.Go(func() { errs[i] = work(i) })
-		if b.addr != "" { // one relay serves one technique at a time, or its CPU could not be told apart
+		if b.addr != "" { // one relay serves one technique at a time, or the CPU of each could not be known
 			g.Wait()
 		}
 	}
@@ -618,18 +618,18 @@ func show(rows []result, columns ...column) {
 	}
 	table(lines)
 	for _, r := range rows {
-		said := r.said
+		remarks := r.remarks
 		if r.total.closed > 0 {
-			said += fmt.Sprintf(" %d connections ended by the server.", r.total.closed)
+			remarks += fmt.Sprintf(" %d connections ended by the server.", r.total.closed)
 		}
 		if r.total.gaps > 0 {
-			said += fmt.Sprintf(" %d gaps told.", r.total.gaps)
+			remarks += fmt.Sprintf(" %d gaps sent.", r.total.gaps)
 		}
 		if r.disorder > 0 && (r.server != "nchan" || r.pubs < 2) { // nchan's order is not in the events
-			said += fmt.Sprintf(" %d events out of order.", r.disorder)
+			remarks += fmt.Sprintf(" %d events out of order.", r.disorder)
 		}
-		if said != "" {
-			fmt.Printf("\n%s %s: %s\n", r.server, r.technique, strings.TrimSpace(said))
+		if remarks != "" {
+			fmt.Printf("\n%s %s: %s\n", r.server, r.technique, strings.TrimSpace(remarks))
 		}
 	}
 }

@@ -32,7 +32,7 @@ func (s *swarm) start() (err error) {
 	return nil
 }
 
-// stop closes everything. The sockets were told not to linger: they are reset, and leave no
+// stop closes everything. The sockets do not linger: they are reset, and leave no
 // TIME_WAIT behind that would use up the ports.
 func (s *swarm) stop() {
 	if s.quit.Swap(true) {
@@ -40,12 +40,12 @@ func (s *swarm) stop() {
 	}
 	<-s.done
 	for i := range s.clients {
-		s.shut(&s.clients[i])
+		s.closeClient(&s.clients[i])
 	}
 	syscall.Close(s.ep)
 }
 
-func (s *swarm) shut(c *client) {
+func (s *swarm) closeClient(c *client) {
 	if c.fd > 0 {
 		syscall.Close(c.fd)
 		c.fd = 0
@@ -105,7 +105,7 @@ func (s *swarm) loop() {
 			if c.fd > 0 {
 				if err := s.write(c, c.request()); err != nil {
 					s.ended(c, err)
-					s.shut(c)
+					s.closeClient(c)
 				}
 			}
 			timeout = 100 * time.Millisecond
@@ -114,13 +114,13 @@ func (s *swarm) loop() {
 		if err != nil && err != syscall.EINTR {
 			panic(err)
 		}
-		s.mu.Lock()   // pairs with open, which the kernel's hand-over does not in Go's memory model
+		s.mu.Lock()   // pairs with open, which the way through the kernel does not in Go's memory model
 		s.mu.Unlock() //lint:ignore SA2001 there is nothing to do in between
 		for _, e := range events[:max(n, 0)] {
 			c := &s.clients[e.Fd]
 			if err := s.read(c, buf); err != nil {
 				s.ended(c, err)
-				s.shut(c)
+				s.closeClient(c)
 			} else if c.stall && c.up {
 				syscall.EpollCtl(s.ep, syscall.EPOLL_CTL_DEL, c.fd, nil)
 			}
@@ -157,8 +157,8 @@ func (s *swarm) read(c *client, buf []byte) error {
 	return nil
 }
 
-// tether has the child told to end should this process die without a word.
-func tether(cmd *exec.Cmd) {
+// killWithParent has the kernel end the child when this process dies.
+func killWithParent(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 }
 

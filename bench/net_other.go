@@ -66,6 +66,6 @@ func (s *swarm) open(c *client) error {
 	return nil
 }
 
-func tether(*exec.Cmd) {}
+func killWithParent(*exec.Cmd) {}
 
 func raiseFiles() error { return nil } // Go's runtime has done it

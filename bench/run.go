@@ -14,7 +14,7 @@ import (
 // payload is the size of a message in bytes, stamp included.
 const payload = 64
 
-// A spec is one row of a table: a server, its clients, and what is said to them.
+// A spec is one row of a table: a server, its clients, and what is published to them.
 type spec struct {
 	server, technique string
 	rounds            int // 0: one
@@ -26,7 +26,7 @@ type spec struct {
 	fill              int           // messages of 8 KB before the window
 	pubs, messages    int           // publishers, and messages for all rooms together
 	rate              float64       // messages a second; 0: as fast as they are answered
-	idle              time.Duration // a window in which nothing is said
+	idle              time.Duration // a window in which nothing is published
 }
 
 // A session is a server with its clients connected.
@@ -52,7 +52,7 @@ type result struct {
 	base, rss     float64 // resident bytes before clients, and with them idle
 	after, peak   float64
 	least, most   float64 // CPU µs per event, of several rounds
-	said          string
+	remarks       string
 }
 
 func (b *bench) open(ctx context.Context, sp spec) (*session, error) {
@@ -62,7 +62,7 @@ func (b *bench) open(ctx context.Context, sp spec) (*session, error) {
 		return nil, err
 	}
 	x := &session{spec: sp, srv: srv, swarm: newSwarm(sp, srv.addr)}
-	// One message that nobody hears maps the code in, so that it does not count as the clients'.
+	// One message to a room without readers maps the code in, so that it does not count as the clients'.
 	c, err := dial(ctx, srv.addr)
 	if err == nil {
 		_, err = c.do("POST", "/rooms/warm", "text/plain", []byte("up"))
@@ -88,7 +88,7 @@ func (b *bench) open(ctx context.Context, sp spec) (*session, error) {
 	return x, nil
 }
 
-// close returns what the server said of its end. It may be called again.
+// close returns what is to be said about how the server ended. It may be called again.
 func (x *session) close() string {
 	x.swarm.stop()
 	return x.srv.stop()
@@ -216,9 +216,9 @@ func (b *bench) row(ctx context.Context, sp spec) (result, error) {
 		return result{}, ctx.Err()
 	}
 	fmt.Fprintf(os.Stderr, "%s %s: %d connected, %d delivered, %d lost, %d doubled in %v\n", sp.server, sp.technique, r.total.connected, r.delivered, r.lost, r.doubled, r.window.Round(time.Millisecond))
-	r.said = x.close()
+	r.remarks = x.close()
 	if err != nil {
-		r.said += " " + err.Error()
+		r.remarks += " " + err.Error()
 	}
 	return r, nil
 }

@@ -31,7 +31,7 @@ type server struct {
 	ended      chan error // has one value once cmd ended
 	cgroup     *cgroup
 	once       sync.Once
-	said       string // at the end
+	remarks    string // about how it ended
 }
 
 var errAbsent = errors.New("nginx with nchan is not installed (apt-get install nginx libnginx-mod-nchan)")
@@ -103,7 +103,7 @@ func (b *bench) start(ctx context.Context, name string, keep int) (*server, erro
 	s.cmd = exec.CommandContext(ctx, args[0], args[1:]...)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	s.cmd.Cancel = s.kill
-	tether(s.cmd)
+	killWithParent(s.cmd)
 	if err := s.cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -141,24 +141,24 @@ func (s *server) kill() error {
 }
 
 // stop ends the server. What it says is empty unless the server had ended before, or was limited.
-func (s *server) stop() (said string) {
+func (s *server) stop() (remarks string) {
 	s.once.Do(func() {
 		if s.cmd == nil {
 			return
 		}
 		select {
 		case err := <-s.ended:
-			s.said = fmt.Sprintf("the server ended by itself: %v. ", err)
+			s.remarks = fmt.Sprintf("the server ended by itself: %v. ", err)
 		default:
 			s.kill()
 			<-s.ended
 		}
 		if s.cgroup != nil {
-			s.said += s.cgroup.report()
+			s.remarks += s.cgroup.report()
 			s.cgroup.remove()
 		}
 	})
-	return s.said
+	return s.remarks
 }
 
 func freeAddr() string {
