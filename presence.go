@@ -381,6 +381,7 @@ func (r *relay) announce(rm *room, user string, data []byte, now time.Time) {
 
 // A roster is who is present in a room, and how many. In a crowd it has no names.
 type roster struct {
+	Room  string            `json:"room,omitempty"` // only in an answer to a GET
 	Count int               `json:"count"`
 	Users map[string]string `json:"users,omitzero"`
 }

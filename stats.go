@@ -63,7 +63,7 @@ func newStats(s *server) *stats {
 	for _, reason := range reasons {
 		st.refused[reason] = &atomic.Int64{}
 	}
-	s.counter = func() func(*technique, []*event, int, int64) { return (&statsBatch{all: st}).add }
+	s.count = func() counter { return (&statsBatch{all: st}).add }
 	s.refused = st.countRefusal
 	s.dropped = func() { st.dropped.Add(1) }
 	publish := s.publish

@@ -419,7 +419,7 @@ type server struct {
 	catchUp   func(ctx context.Context, cursor int64) // waits until the log has a cursor that is beyond it, if it may come
 	eventHTML func(*event) []byte
 	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
-	counter   func() func(t *technique, events []*event, bytes int, now int64)                    // counts what is written; without a technique it ends a batch
+	count     func() counter                                                                      // returns a counter for one that writes
 	dropped   func()                                                                              // counts clients that are too slow
 	refused   func(reason string)                                                                 // counts what is refused
 
@@ -440,11 +440,11 @@ func newServer(r *relay) *server {
 		erase:      r.erase,
 		catchUp:    func(context.Context, int64) {},
 		eventHTML:  plainHTML,
-		counter:    func() func(*technique, []*event, int, int64) { return func(*technique, []*event, int, int64) {} },
+		count:      func() counter { return func(*technique, []*event, int, int64) {} },
 		refused:    func(string) {},
 		dropped:    func() {},
 	}
-	s.scratches.New = func() any { return &scratch{count: s.counter()} }
+	s.scratches.New = func() any { return &scratch{count: s.count()} }
 	return s
 }
 
@@ -452,8 +452,12 @@ func newServer(r *relay) *server {
 type scratch struct {
 	events []*event
 	buf    []byte
-	count  func(t *technique, events []*event, bytes int, now int64)
+	count  counter
 }
+
+// A counter counts events of a technique that were written in so many bytes at the time
+// now, in Unix milliseconds. Called without a technique, it adds up what it has counted.
+type counter func(t *technique, events []*event, bytes int, now int64)
 
 // withScratch calls do with a scratch from the pool.
 func (s *server) withScratch(do func(*scratch) error) error {
@@ -791,20 +795,17 @@ func (s *server) reserveUnsent(n int) error {
 func writer(w http.ResponseWriter) func([]byte) error {
 	rc := http.NewResponseController(w)
 	return func(b []byte) error {
-		for {
+		for len(b) > 0 {
 			chunk := b[:min(len(b), writeChunk)]
-			b = b[len(chunk):]
 			rc.SetWriteDeadline(time.Now().Add(writeTimeout))
 			if _, err := w.Write(chunk); err != nil {
 				return errClientGone
 			}
-			if len(b) == 0 {
-				return nil
-			}
-			if err := rc.Flush(); err != nil {
+			if b = b[len(chunk):]; len(b) > 0 && rc.Flush() != nil {
 				return errClientGone
 			}
 		}
+		return nil
 	}
 }
 
@@ -1569,10 +1570,9 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 	}
 	room := q.rooms[0]
 	if r.Method != http.MethodPost {
-		writeJSON(w, http.StatusOK, struct {
-			Room string `json:"room"`
-			roster
-		}{room, s.relay.roster(room)})
+		ros := s.relay.roster(room)
+		ros.Room = room
+		writeJSON(w, http.StatusOK, ros)
 		return nil
 	}
 	if err := q.permit.quota.publish(); err != nil {
