@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -275,4 +276,148 @@ func TestRedisHops(t *testing.T) {
 		}
 	}
 	t.Logf("%d deliveries over %d connections", deliveries, hops)
+}
+
+// A presenceScript is what users do at instances, and what everybody is told of it.
+type presenceScript struct {
+	t       *testing.T
+	beds    []*testbed
+	room    string
+	open    map[string]*eventReader
+	watched []*eventReader // one at each instance
+}
+
+func newPresenceScript(t *testing.T, beds []*testbed, room string) *presenceScript {
+	p := &presenceScript{t, beds, room, map[string]*eventReader{}, nil}
+	for _, b := range beds {
+		b = newRemoteTestbed(t, b.url)
+		e := b.subscribe(variantOf("stream"), room, "presence=1").begin()
+		e.expect(`presence {"count":0,"users":{}}`)
+		p.watched = append(p.watched, e)
+	}
+	return p
+}
+
+// do does "at 0 ada opens one", "… closes …", "… is typing …", "… is offline …", "… polls …"
+// or "wait 2s".
+func (p *presenceScript) do(line string) {
+	p.t.Helper()
+	if wait, ok := strings.CutPrefix(line, "wait "); ok {
+		d, _ := time.ParseDuration(wait)
+		time.Sleep(d)
+		return
+	}
+	words := strings.Fields(line)
+	b, user, client := p.beds[words[1][0]-'0'], words[2], words[len(words)-1]
+	who := "user=" + user + "&client=" + client
+	switch words[3] {
+	case "opens":
+		p.open[client] = newRemoteTestbed(p.t, b.url).subscribe(variantOf("stream"), p.room, "user="+user, "client="+client).begin()
+	case "closes":
+		p.open[client].close()
+	case "polls":
+		b.do("GET", "/rooms/"+p.room+"/poll?"+who, "")
+	case "is":
+		if res, body := b.do("POST", "/rooms/"+p.room+"/presence?"+who, words[4]); res.StatusCode != 200 {
+			p.t.Fatal(line, ": ", res.Status, body)
+		}
+	}
+}
+
+// told fails unless exactly this is told at every instance, with the same ids, and
+// nothing more before a message that is published then.
+func (p *presenceScript) told(want ...string) {
+	p.t.Helper()
+	var ids []int64
+	for i, e := range p.watched {
+		for n, w := range append(slices.Clone(want), "the end") {
+			if w == "the end" && i == 0 {
+				p.beds[0].post(p.room, w)
+			}
+			h := e.next()
+			for h.kind == "beat" {
+				h = e.next()
+			}
+			if got := strings.TrimSpace(h.from + " " + h.text); got != w {
+				p.t.Fatalf("instance %d: told %q, want %q", i, got, w)
+			}
+			if i == 0 {
+				ids = append(ids, h.id)
+			} else if ids[n] != h.id {
+				p.t.Errorf("instance %d: %s has the id %d, and %d at instance 0", i, w, h.id, ids[n])
+			}
+		}
+	}
+}
+
+// Presence is one, whichever instances a user's tabs and requests go to.
+func TestRedisPresence(t *testing.T) {
+	beds := startRedis(t).relays(3, "-present", "3s")
+	for _, tc := range []struct {
+		sentence string
+		script   string // with what is told after =>
+	}{
+		{"two tabs at two instances are one user", `
+			at 0 ada opens one => ada online
+			at 1 ada opens two =>
+			at 0 ada is offline one =>
+			at 0 ada closes one =>
+			at 1 ada is offline two => ada offline`},
+		{"a goodbye may go to another instance", `
+			at 0 ada opens one => ada online
+			at 1 ada is offline one => ada offline
+			at 0 ada closes one =>
+			wait 1s
+			at 2 ada opens three => ada online`},
+		{"typing is seen everywhere, and ends", `
+			at 0 ada opens one => ada online
+			at 1 ada is typing one => ada typing
+			wait 5s => ada online`},
+		{"who is away comes back by another instance", `
+			at 0 ada opens one => ada online
+			at 1 ada is away one => ada away
+			wait 1s
+			at 2 ada is online one => ada online`},
+		{"another tab of who is away changes nothing", `
+			at 0 ada opens one => ada online
+			at 0 ada is away one => ada away
+			at 1 ada opens two =>`},
+		{"a closed connection leaves some time to come back, to any instance", `
+			at 0 ada opens one => ada online
+			at 0 ada closes one
+			wait 5s
+			at 1 ada opens one
+			wait 7s =>
+			at 1 ada closes one
+			wait 9s =>
+			wait 2s => ada offline`},
+		{"polls go anywhere", `
+			at 0 ada polls one => ada online
+			wait 2s
+			at 1 ada polls one =>
+			wait 2s
+			at 2 ada polls one =>
+			wait 2500ms =>
+			wait 1500ms => ada offline`},
+		{"a state set elsewhere does not keep a user", `
+			at 0 ada opens one => ada online
+			at 1 ada is away one => ada away
+			at 0 ada closes one
+			wait 9s =>
+			wait 2s => ada offline`},
+	} {
+		t.Run(tc.sentence, func(t *testing.T) {
+			t.Parallel()
+			p := newPresenceScript(t, beds, strings.ReplaceAll(tc.sentence[:15], " ", "-"))
+			for line := range strings.SplitSeq(strings.TrimSpace(tc.script), "\n") {
+				action, want, tells := strings.Cut(strings.TrimSpace(line), "=>")
+				p.do(strings.TrimSpace(action))
+				if want = strings.TrimSpace(want); want != "" {
+					p.told(want)
+				} else if tells {
+					p.told()
+				}
+			}
+		})
+	}
 }
