@@ -313,7 +313,7 @@ func (d *redis) connect() (*redisLink, error) {
 		n, err = d.readStreams(l.reader, 0)
 	}
 	if err == nil {
-		d.setAway(false, l.pipeline)
+		d.found(l.pipeline)
 		err = d.reconcile(l.pipeline)
 	}
 	if err != nil {
@@ -328,26 +328,29 @@ func (d *redis) drop(l *redisLink, err error) {
 	if l.reader != nil {
 		l.reader.Close()
 	}
-	d.setAway(true, nil)
+	d.lost(l.pipeline)
 }
 
-// setAway takes note that Redis is away, or is back.
-func (d *redis) setAway(away bool, p *pipeline) {
+// found takes note that Redis is there.
+func (d *redis) found(p *pipeline) {
 	d.relay.mu.Lock()
-	d.relay.lookahead = idStep - 1
-	if away {
-		d.relay.lookahead = awayLookahead
-	}
-	d.relay.mu.Unlock()
+	defer d.relay.mu.Unlock()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	switch d.pipeline = p; {
-	case !away:
-		close(d.back)
-		d.awaySince = time.Time{}
-	case d.awaySince.IsZero():
-		d.back = make(chan struct{})
-		d.awaySince = time.Now()
+	d.relay.lookahead = idStep - 1
+	d.pipeline, d.awaySince = p, time.Time{}
+	close(d.back)
+}
+
+// lost takes note that Redis is away, if it was there by this pipeline.
+func (d *redis) lost(p *pipeline) {
+	d.relay.mu.Lock()
+	defer d.relay.mu.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.pipeline == p {
+		d.relay.lookahead = awayLookahead
+		d.pipeline, d.awaySince, d.back = nil, time.Now(), make(chan struct{})
 		clear(d.shared)
 	}
 }
@@ -713,12 +716,12 @@ func (r *relay) dropSignals(rm *room, id int64) {
 	r.changed = append(r.changed, rm)
 }
 
-// await waits until everything up to an id is in the log.
-func (d *redis) await(ctx context.Context, id int64, atMost time.Duration) {
+// await waits until everything up to an id is in the log. It returns false if it is not in time.
+func (d *redis) await(ctx context.Context, id int64, atMost time.Duration) bool {
 	d.mu.Lock()
 	if d.applied >= id {
 		d.mu.Unlock()
-		return
+		return true
 	}
 	ch := make(chan bool)
 	d.waiting[ch] = id
@@ -727,13 +730,14 @@ func (d *redis) await(ctx context.Context, id int64, atMost time.Duration) {
 	defer timer.Stop()
 	select {
 	case <-ch:
-		return
+		return true
 	case <-timer.C:
 	case <-ctx.Done():
 	}
 	d.mu.Lock()
 	delete(d.waiting, ch)
 	d.mu.Unlock()
+	return ctx.Err() != nil
 }
 
 // catchUp waits for a cursor beyond the log, if Redis says that it will come.
@@ -744,8 +748,15 @@ func (d *redis) catchUp(ctx context.Context, cursor int64) {
 	if p == nil {
 		return
 	}
-	if newest, err := p.do(replyTimeout, "HGET", d.keys[0], "id"); err == nil {
-		d.await(ctx, min(cursor, parseInt(asString(newest))), 2*time.Second)
+	newest, err := p.do(replyTimeout, "HGET", d.keys[0], "id")
+	if err != nil {
+		d.lost(p) // before the cursor is looked at
+		return
+	}
+	if !d.await(ctx, min(cursor, parseInt(asString(newest))), 2*time.Second) { // this instance is far behind
+		d.relay.mu.Lock()
+		d.relay.lookahead = awayLookahead
+		d.relay.mu.Unlock()
 	}
 }
 
@@ -808,7 +819,7 @@ func (d *redis) ask(again bool, s *script, args ...any) (any, error) {
 			slog.Error("Redis refused a publish", "error", err)
 			return nil, errRedisRefused
 		case err == errNotSent: // it has just failed
-			time.Sleep(5 * time.Millisecond)
+			d.lost(p)
 		case !again:
 			return nil, errRedisSilent
 		default:
