@@ -162,6 +162,10 @@ func redirect(w http.ResponseWriter, path string, query ...url.Values) {
 	w.WriteHeader(http.StatusSeeOther)
 }
 
+// otherName is the other name of the reader's own machine. A browser takes the two for
+// two sites, so the lab can show what a page of another site may do.
+var otherName = map[string]string{"localhost": "127.0.0.1", "127.0.0.1": "localhost"}
+
 // handlePage is GET of a static file, and of /healthz.
 func (s *server) handlePage(w http.ResponseWriter, r *http.Request) error {
 	h := w.Header()
@@ -194,7 +198,11 @@ func (s *server) handlePage(w http.ResponseWriter, r *http.Request) error {
 	h.Set("ETag", c.etag)
 	h.Set("Access-Control-Allow-Origin", "*") // a module is always loaded with CORS, and there is nothing to hide here
 	h.Set("Cache-Control", "no-cache")        // keep it, but ask whether it is still the same
-	h.Set("Content-Security-Policy", "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'")
+	from := "'self'"
+	if host, port, _ := strings.Cut(r.Host, ":"); otherName[host] != "" && strings.HasPrefix(r.URL.Path, "/lab") {
+		from += " http://" + otherName[host] + ":" + cmp.Or(port, "80")
+	}
+	h.Set("Content-Security-Policy", "default-src "+from+"; base-uri 'none'; form-action 'self'; frame-ancestors 'self'")
 	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(c.data))
 	return nil
 }

@@ -17,7 +17,7 @@ import (
 
 func TestEveryPageHasAPolicyWithoutUnsafeInline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		// A file of ours, or the markup of the chat, which no browser runs.
+		// A file of ours, or the markup that a script inserts, which no browser runs.
 		ours := regexp.MustCompile(`^<script (type="module" src="[a-z]+\.js"|type="text/html" id="markup")>$`)
 		b := newLimitedTestbed(t, "-origins", "https://ok.example")
 		b.ask("192.0.2.1", "POST /rooms/lobby?user=%3Cscript%3E", `<script>alert(1)</script><img onerror=x>" onload="x`)

@@ -6,6 +6,7 @@
  * is shown twice. Text of a user is never inserted as HTML.
  */
 import { Comet } from './comet.js'
+import { capitalized, copy, copyButton, insertMarkup, names, quoteForShell, years } from './page.js'
 import { access, askForToken } from './token.js'
 
 const MAX_MESSAGES = 1000 // in the page; older ones are removed
@@ -23,15 +24,13 @@ const STATES = { online: '', typing: 'typing…', away: 'away', offline: 'left' 
 
 const $ = id => document.getElementById(id)
 $('plain').remove()
-$('markup').insertAdjacentHTML('afterend', $('markup').textContent)
-$('markup').remove()
+insertMarkup()
 
 const log = $('log'), scroller = $('scroller'), input = $('text')
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'short' })
 const calendar = new Intl.DateTimeFormat([], { weekday: 'long', day: 'numeric', month: 'long' })
 const compare = new Intl.Collator().compare
 const plural = (n, one) => `${n} ${one}${n === 1 ? '' : 's'}`
-const techniqueName = via => $('menu').querySelector(`[value="${via}"] + b`)?.textContent
 const asText = data => typeof data === 'string' ? data : String(JSON.stringify(data))
 
 const make = (tag, className, ...content) => {
@@ -94,8 +93,15 @@ function cleanName(name) {
 /** The room in the URL: ?room=lobby or #lobby. */
 function roomInURL() {
   const { hash, searchParams } = new URL(location)
-  const name = hash.slice(1) || searchParams.get('room') || ''
-  return name.trim().replace(/[^A-Za-z0-9_.:-]+/g, '-').slice(0, 64) || 'lobby'
+  const name = (hash.slice(1) || searchParams.get('room') || '').trim()
+  const room = name.replace(/[^A-Za-z0-9_.:-]+/g, '-').slice(0, 64) || 'lobby'
+  showNoRoom(name && name !== room && name)
+  return room
+}
+
+/** Says why a name is none, below it. */
+function showNoRoom(name) {
+  $('noroom').replaceChildren(...!name ? [] : ['A room cannot be called ', make('bdi', '', name.length > 64 ? name.slice(0, 64) + '…' : name), ': 1 to 64 letters without accents, digits, or _ . : - and no spaces.'])
 }
 
 async function enterRoom(name) {
@@ -106,7 +112,8 @@ async function enterRoom(name) {
   input.placeholder = 'Write to #' + name
   log.replaceChildren()
   log.ariaBusy = true // a screen reader does not read the history out
-  lastGroup = lastDay = lastVia = undefined
+  lastGroup = lastDay = lastVia = lastMoves = undefined
+  hasAll = false
   unread = newBelow = gapCount = 0
   countByVia = {}
   pending = []
@@ -134,8 +141,7 @@ function applyRights() {
   input.disabled = $('send').disabled = !write
   input.placeholder = write ? 'Write to #' + room : 'Your token does not allow you to write here'
   const url = String(new URL('rooms/' + room, location)).replace('http://', '')
-  const quoted = /^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", "'\\''")}'`
-  $('curl').textContent = `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${quoted}`
+  $('curl').textContent = `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${quoteForShell(url)}`
   updateTitle()
   updateLinks()
   if (refused) showTokenForm(error)
@@ -186,13 +192,17 @@ function showNaming(show) {
 
 $('go').onsubmit = e => {
   e.preventDefault()
-  const name = $('room').value
-  if (name === room) return
+  const name = $('room').value.trim()
+  if (name === room || !/^[\w.:-]{1,64}$/.test(name)) return showNoRoom(name !== room && (name || 'nothing'))
+  showNoRoom()
   history.pushState(null, '', '?room=' + name)
   enterRoom(name)
   focusOn()
 }
-$('room').onblur = () => { $('room').value = room } // only Enter changes the room
+$('room').onblur = () => { // only Enter changes the room
+  $('room').value = room
+  showNoRoom()
+}
 onpopstate = onhashchange = () => roomInURL() === room || enterRoom(roomInURL())
 
 $('me').onclick = () => {
@@ -206,19 +216,22 @@ $('name').onkeydown = e => {
 }
 $('naming').onsubmit = e => {
   e.preventDefault()
-  const name = cleanName($('name').value), url = new URL(location)
+  const name = cleanName($('name').value)
   if (!name) return
   if (name === me) showNaming(false)
-  else {
-    me = name
-    tabStorage.set('name', me)
-    browserStorage.set('name', me)
-    url.searchParams.delete('user')
-    history.replaceState(null, '', url)
-    updateLinks()
-    connect(comet.cursor)
-  }
+  else rename(name)
   input.focus()
+}
+
+function rename(name) {
+  const url = new URL(location)
+  me = name
+  tabStorage.set('name', me)
+  browserStorage.set('name', me)
+  url.searchParams.delete('user')
+  history.replaceState(null, '', url)
+  updateLinks()
+  connect(comet.cursor)
 }
 $('name').oninput = warnIfTaken
 
@@ -240,7 +253,7 @@ function focusOn() {
 
 let countdown
 function onStatus({ status, via, retryIn, error, leader }) {
-  const words = { connecting: 'connecting', open: 'connected by ' + techniqueName(via), closed: 'not connected' }[status] ?? status
+  const words = { connecting: 'connecting', open: 'connected by ' + names[via], closed: 'not connected' }[status] ?? status
   if ($('words').textContent !== words) $('words').textContent = words // or a screen reader reads it out again
   document.body.dataset.status = status
   const at = Date.now() + retryIn
@@ -257,7 +270,7 @@ function onStatus({ status, via, retryIn, error, leader }) {
   if (status === 'closed' && error?.status === 401) showTokenForm(rights.exp * 1e3 < Date.now() ? 'it has expired' : error.message)
   if (status !== 'open') return
   if (log.ariaBusy === 'true') setTimeout(() => log.ariaBusy = false, HISTORY_TIME)
-  if (lastVia && lastVia !== via) enqueue(() => addLine('way', 'from here on by ' + techniqueName(via)))
+  if (lastVia && lastVia !== via) enqueue(() => addLine('way', 'from here on by ' + names[via]))
   lastVia = via
 }
 
@@ -268,6 +281,9 @@ $('menu').onsubmit = e => e.preventDefault()
 
 let pending, renderTimer // [function, event] to render
 let lastGroup, lastDay, lastVia // at the log's end: the messages under one name, the date, the technique
+let lastMoves // who joined and left, in the line at the log's end
+let target = log // where messages are added: the log, or what will be above it
+let hasAll // the log begins where the relay's history begins
 let following // the log is scrolled to its end, and stays there
 
 function enqueue(show, event) {
@@ -299,7 +315,7 @@ function render() {
 function oldestElement() {
   const [first, second] = log.children
   const el = first.className === 'day' && second.className !== 'day' ? second : first
-  return el.childElementCount > 2 ? el.children[1] : el
+  return el.classList.contains('group') && el.childElementCount > 2 ? el.children[1] : el
 }
 
 function showGap({ data }) {
@@ -307,6 +323,7 @@ function showGap({ data }) {
     log.replaceChildren()
     lastDay = undefined
     newBelow = 0
+    hasAll = true
     return addLine('gap', 'An operator erased the messages that were here.')
   }
   gapCount++
@@ -314,10 +331,25 @@ function showGap({ data }) {
 }
 
 /** Adds a line across the log. It replaces a line of the same kind that is directly above. */
-function addLine(kind, text) {
+function addLine(kind, ...content) {
   lastGroup = undefined
-  if (log.lastElementChild?.className === kind) log.lastElementChild.textContent = text
-  else log.append(make('p', kind, text))
+  if (target.lastElementChild?.className === kind) target.lastElementChild.replaceChildren(...content)
+  else target.append(make('p', kind, ...content))
+}
+
+/** Says who joined and who left. Several in a row are one line, which names three of each. */
+function showMove(name, joined) {
+  if (log.lastElementChild?.className !== 'move') lastMoves = { joined: new Set, left: new Set }
+  const { joined: came, left: went } = lastMoves
+  ;(joined ? went : came).delete(name)
+  ;(joined ? came : went).add(name)
+  const list = (all, verb) => {
+    const shown = [...all].slice(all.size > 4 ? -3 : 0).map(name => make('bdi', '', name))
+    if (all.size > 4) shown.push(`${all.size - 3} others`)
+    return !all.size ? [] : [make('span', '', ...shown.flatMap((el, i) => i ? [i < shown.length - 1 ? ', ' : ' and ', el] : el), verb)]
+  }
+  const parts = [...list(came, ' joined'), ...list(went, ' left')]
+  addLine('move', ...parts[1] ? [parts[0], '; ', parts[1]] : parts)
 }
 
 /** Shows any published event. The type is shown unless it is message. */
@@ -331,25 +363,39 @@ function showMessage({ id, type = 'message', from, time, data }) {
     lastGroup = { from, time, minute, el: make('section', from && from === me ? 'group mine' : 'group') }
     lastGroup.el.append(make('p', 'head', make('bdi', '', from ?? 'somebody'), timeElement(at, minute)))
     applyColour(lastGroup.el, from ?? '')
-    log.append(lastGroup.el)
+    target.append(lastGroup.el)
   }
-  const p = make('div', 'message', textElement(data))
+  const p = make('div', mentionsMe({ from, data }) ? 'message mention' : 'message', textElement(data))
   p.dataset.id = id
   if (type !== 'message') p.prepend(make('code', 'type', type))
   if (minute !== lastGroup.minute) p.append(timeElement(at, lastGroup.minute = minute))
   lastGroup.el.append(p)
+  if (target !== log) return
   countByVia[comet.via] = (countByVia[comet.via] ?? 0) + 1
   if (!following && !mine) newBelow++
 }
 
 const timeElement = (at, minute) => Object.assign(make('time', '', minute), { dateTime: at.toISOString(), title: at.toLocaleString() })
 
-/** A message's text. URLs become links, long text is folded, and emoji alone are big. */
+/** Whether a message of somebody else has @ and this user's name in it. */
+function mentionsMe({ from, data }) {
+  const text = asText(data).toLowerCase(), name = '@' + me?.toLowerCase()
+  if (!me || from === me) return false
+  for (let at = -1; (at = text.indexOf(name, at + 1)) >= 0;) if (!/[\p{L}\p{N}_]/u.test(text.slice(at + name.length, at + name.length + 1))) return true
+  return false
+}
+
+/** A message's text. URLs become links, what is between backticks is code, long text is folded, and emoji alone are big. */
 function textElement(data) {
   const text = asText(data)
   const el = Object.assign(make('div', 'text'), { dir: 'auto' })
   let at = 0
-  for (const { 0: match, index } of text.matchAll(/\bhttps?:\/\/[^\s<>"]+/gi)) {
+  for (const { 0: match, 1: block, 2: code, index } of text.matchAll(/```\n?([^]+?)\n?```|`([^`\n]+)`|\bhttps?:\/\/[^\s<>"]+/gi)) {
+    if (block ?? code) {
+      el.append(text.slice(at, index), make('code', block ? 'block' : '', block ?? code))
+      at = index + match.length
+      continue
+    }
     const href = trimLink(match), end = href.length
     if (!URL.canParse(href)) continue
     const link = Object.assign(make('a', '', href), { href, target: '_blank', rel: 'noopener noreferrer' })
@@ -384,12 +430,43 @@ const atBottom = () => scroller.scrollHeight - scroller.scrollTop - scroller.cli
 function keepAtEnd() {
   if (following) scroller.scrollTop = scroller.scrollHeight
   if (following) newBelow = 0
+  const words = plural(newBelow, 'new message') + ' ↓'
   $('pill').hidden = !newBelow
-  $('pill').textContent = plural(newBelow, 'new message') + ' ↓'
+  if ($('pill').textContent !== words) $('pill').textContent = words // or a screen reader reads it out again
 }
 scroller.onscroll = () => {
   following = atBottom()
   if (following) keepAtEnd()
+  else if (scroller.scrollTop < 200) showOlder()
+}
+
+/** Shows the history before the log, which began with the newest hundred. A poll's answer has a part of it. */
+async function showOlder() {
+  const [first] = log.getElementsByClassName('message'), where = room
+  if (hasAll || !first || !rights.read) return
+  hasAll = true
+  const older = []
+  try {
+    for (let query = { last: MAX_MESSAGES }, before = +first.dataset.id; ;) {
+      const url = `rooms/${where}/poll?` + new URLSearchParams({ ...query, presence: 0, _: Math.random() })
+      const { events, cursor } = await (await fetch(url)).json()
+      older.push(...events.filter(({ type, id }) => type !== 'presence' && type !== 'gap' && id < before))
+      if (!events.length || cursor >= before) break
+      query = { after: cursor }
+    }
+  } catch { return hasAll = false } // scrolling tries again
+  if (where !== room || !first.isConnected) return
+  const saved = [lastGroup, lastDay]
+  target = make('div')
+  lastGroup = lastDay = undefined
+  addLine('way', older.length ? 'the relay keeps no older messages' : 'this is all that the relay keeps')
+  for (const event of older) showMessage(event)
+  const { scrollHeight } = scroller
+  if (log.firstElementChild.className === 'day' && log.firstElementChild.textContent === [...target.querySelectorAll('.day')].at(-1)?.textContent) log.firstElementChild.remove()
+  log.prepend(...target.children)
+  target = log
+  ;[lastGroup, lastDay] = saved
+  scroller.scrollTop += scroller.scrollHeight - scrollHeight
 }
 $('pill').onclick = () => {
   following = true
@@ -439,9 +516,19 @@ function setState(mine, state, error) {
   mine.state = state
   mine.el.className = 'message ' + state
   mine.note.role = error ? 'alert' : null
+  const useless = error?.status >= 400 && error.status < 500 && error.status !== 429 // to try again
+  const why = error?.status === 413 ? 'It is too long for this relay. Make it shorter' : error?.message
   mine.note.replaceChildren(...error ?
-    [`Not sent: ${error.message}. `, button('Try again', () => send(mine)), ' ', button('Discard', () => discard(mine))] :
+    [`Not sent: ${why}. `, useless ? button('Edit', () => edit(mine)) : button('Try again', () => send(mine)), ' ', button('Discard', () => discard(mine))] :
     [state === 'sent' ? 'sent' : comet.status === 'open' ? 'sending…' : 'waiting for the connection…'])
+}
+
+/** Takes a message back into the input. */
+function edit(mine) {
+  discard(mine)
+  input.value = [input.value, mine.text].filter(Boolean).join('\n')
+  fitHeight()
+  input.focus()
 }
 
 function discard(mine) {
@@ -472,7 +559,17 @@ $('say').onsubmit = e => {
   const text = input.value.trim()
   input.value = ''
   fitHeight()
-  if (text) submit(text)
+  const nick = /^\/nick(\s+(.*))?$/.exec(text)
+  if (nick) changeNick(cleanName(nick[2] ?? ''))
+  else if (text) submit(text)
+}
+
+/** /nick NAME changes the name; /nick alone asks for it. */
+function changeNick(name) {
+  if (rights.user) return addLine('way', 'your token says who you are')
+  if (name && name !== me) return rename(name)
+  if (name) return
+  $('me').click()
 }
 
 // Who is here.
@@ -481,7 +578,13 @@ const people = new Map // name → list item
 let crowdCount // the number of users, if the roster has no names
 
 function showPresence({ from, data }) {
-  if (from) return showPerson(from, data)
+  if (from) {
+    const isHere = name => (people.get(name)?.dataset.state ?? 'offline') !== 'offline'
+    const before = isHere(from)
+    showPerson(from, data)
+    if (before !== isHere(from) && from !== me && log.ariaBusy !== 'true') showMove(from, !before)
+    return
+  }
   const { users = {} } = data
   crowdCount = data.users ? 0 : data.count
   if (crowdCount) clearPeople()
@@ -519,8 +622,9 @@ function updateSummary() {
   const typing = withState('typing').filter(name => name !== me)
   const who = typing.length > 3 ? [`${typing.length} people`] : typing
   const parts = new Intl.ListFormat('en').formatToParts(who).map(({ type, value }) => type === 'element' ? make('bdi', '', value) : value)
-  $('typing').replaceChildren(...who[0] ? [...parts, typing[1] ? ' are typing…' : ' is typing…'] : [])
-  const by = Object.entries(countByVia).map(([via, n]) => `${n} by ${techniqueName(via)}`)
+  const words = who[0] ? [...parts, typing[1] ? ' are typing…' : ' is typing…'] : []
+  if ($('typing').textContent !== make('p', '', ...words).textContent) $('typing').replaceChildren(...words) // or a screen reader reads it out again
+  const by = Object.entries(countByVia).map(([via, n]) => `${n} by ${names[via]}`)
   $('tally').textContent = `Messages so far: ${by.join(', ') || 'none'}. ${gapCount ? plural(gapCount, 'gap') : 'No gap'}.`
   warnIfTaken()
 }
@@ -555,31 +659,66 @@ addEventListener('visibilitychange', () => {
 function onEvent(event) {
   const { type } = event
   enqueue(type === 'presence' ? showPresence : type === 'gap' ? showGap : showMessage, event)
-  if (type !== 'message' || !document.hidden || log.ariaBusy === 'true' || event.from === me) return
+  if (type !== 'message' || log.ariaBusy === 'true' || event.from === me) return
+  if (mentionsMe(event)) ring()
+  if (!document.hidden) return
   unread++
   updateTitle()
   notify(event)
 }
 
+const bellIsOn = () => !!browserStorage.get('bell') && window.Notification?.permission === 'granted'
+
 async function notify({ from, data }) {
-  if (!browserStorage.get('bell') || window.Notification?.permission !== 'granted' || await visibleElsewhere()) return
+  if (!bellIsOn() || await visibleElsewhere()) return
+  const title = `${from ?? 'Somebody'} in #${room}`, options = { body: asText(data).slice(0, 200), tag: 'cometes ' + room, icon: 'icon.svg', data: location.href }
   try { // throws on phones, which require a service worker
-    const options = { body: asText(data).slice(0, 200), tag: 'cometes ' + room, icon: 'icon.svg' }
-    new Notification(`${from ?? 'Somebody'} in #${room}`, options).onclick = () => focus()
-  } catch { }
+    new Notification(title, options).onclick = () => focus()
+  } catch {
+    const worker = await navigator.serviceWorker?.getRegistration().catch(() => { })
+    worker?.showNotification(title, options)
+  }
+}
+
+/** A mention rings, if the bell is on and the user looks at something else: two short tones. */
+function ring() {
+  if (!bellIsOn() || document.hasFocus()) return
+  const audio = new AudioContext, volume = audio.createGain()
+  volume.gain.value = 0.1
+  volume.connect(audio.destination)
+  for (const [i, frequency] of [880, 1320].entries()) {
+    const tone = Object.assign(audio.createOscillator(), { onended: () => i && audio.close() })
+    tone.frequency.value = frequency
+    tone.connect(volume)
+    tone.start(audio.currentTime + i * 0.15)
+    tone.stop(audio.currentTime + i * 0.15 + 0.12)
+  }
 }
 
 function updateBell() {
   const { permission } = window.Notification ?? {}
-  $('bell').hidden = !permission
-  $('bell').disabled = permission === 'denied'
-  $('bell').ariaPressed = permission === 'granted' && !!browserStorage.get('bell')
-  $('bell').textContent = permission === 'denied' ? 'Notifications are blocked' : 'Notify me while I am away'
+  const why = !isSecureContext ? 'Browsers notify only over HTTPS, or at localhost.' : permission === 'denied' ? 'Your browser blocks notifications of this site.' : ''
+  $('bell').hidden = !permission && isSecureContext
+  $('bell').disabled = !!why
+  $('silent').textContent = why
+  $('bell').ariaPressed = !why && bellIsOn()
 }
 $('bell').onclick = async () => {
   browserStorage.set('bell', $('bell').ariaPressed === 'true' ? '' : 'on')
   if (Notification.permission === 'default') await Notification.requestPermission()
   updateBell()
+  if (bellIsOn()) navigator.serviceWorker?.register('bell.js').catch(() => { }) // phones notify by it
+}
+
+$('invite').onclick = async ({ target: button }) => {
+  await copy(new URL('./?room=' + room, location).href)
+  button.textContent = 'Copied: send it to somebody'
+  setTimeout(() => button.textContent = 'Copy an invitation', 3000)
+}
+$('curl').after(copyButton(() => $('curl').textContent))
+for (const way of $('menu').querySelectorAll('[name=way]')) if (names[way.value]) {
+  way.nextElementSibling.textContent = capitalized(names[way.value])
+  way.parentElement.append(make('small', '', years[way.value]))
 }
 
 tabStorage.set('name', me)

@@ -20,15 +20,19 @@ export function jsCode(source, technique) {
   return [entry, ...helpers].join('\n\n')
 }
 
-/** Returns the declaration whose first line matches start, with the comment above it. It reaches as far as lines are indented. */
+/**
+ * Returns the declaration whose first line matches start, with the comment above it. If that line ends with an opening
+ * bracket, the declaration reaches to the closing one below; else as far as lines are indented.
+ */
 function declaration(source, start) {
   const lines = source.split('\n')
   let first = lines.findIndex(line => new RegExp('^' + start).test(line))
   if (first < 0) fail(start)
   let end = first + 1
   const indent = /^ */.exec(lines[first])[0]
-  const inside = new RegExp(`^${indent}[\\s)}\\]]|^$`)
-  while (end < lines.length && inside.test(lines[end])) end++
+  const last = new RegExp(`^${indent}[)}\\]]`), inside = new RegExp(`^${indent}\\s|^$`)
+  if (/[({[]$/.test(lines[first])) end = lines.findIndex((line, i) => i > first && last.test(line)) + 1
+  else while (end < lines.length && inside.test(lines[end])) end++
   while (/^ *(\/\/|\/\*\*| \*)/.test(lines[first - 1])) first--
   return lines.slice(first, end).join('\n').trimEnd()
 }

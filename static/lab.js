@@ -5,10 +5,12 @@
 // drawing.
 
 import { goCode, jsCode, load } from './code.js'
-import { address, cookies, headOf, here, http, interval, pageQuery, pattern, request, room, run, size, sleep, techniques, unique } from './techniques.js'
+import { capitalized, copyButton, here, insertMarkup, names, quoteForShell, years } from './page.js'
+import { address, cookies, headOf, http, interval, pageQuery, pattern, request, room, run, size, sleep, techniques, unique } from './techniques.js'
 import { access, askForToken } from './token.js'
 
 const $ = (selector, within = document) => within.querySelector(selector)
+insertMarkup()
 const now = () => performance.timeOrigin + performance.now()
 
 // One technique at work.
@@ -24,7 +26,7 @@ const callbacks = ['onRequest', 'onOpen', 'onBody', 'onEvent', 'onBatch', 'onTex
 
 class Subscriber {
   constructor(technique, cursor) {
-    Object.assign(this, technique, { cursor, generation: 0, failures: 0, requestSpans: [], arrivals: [], log: [], lastExchange: {} })
+    Object.assign(this, technique, { title: capitalized(names[technique.name]), cursor, generation: 0, failures: 0, requestSpans: [], arrivals: [], log: [], lastExchange: {} })
     this.state = 'not started'
     this.api = technique.apis && 'xhr'
     this.build()
@@ -187,7 +189,10 @@ class Subscriber {
   check(text) {
     const [, from, number, sentAt] = pattern.exec(text) || []
     const n = +number, at = now()
-    if (from !== run) return this.note(text.slice(0, 80))
+    if (from !== run) { // published by somebody else, who gave it no number
+      this.arrived(at)
+      return this.note(text.slice(0, 80))
+    }
     this.last = n
     if (n <= this.base) return
     if (this.seen.has(n) || n <= this.highest - remembered) return void this.doubled++
@@ -201,10 +206,15 @@ class Subscriber {
     const delay = at - sentAt
     if (sentAt >= this.caughtUpAt) this.delays.push(delay)
     if (this.delays.length > 1000) this.delays.shift()
-    this.arrivals.push(at)
-    if (this.arrivals.length > 500) this.arrivals.shift()
+    this.arrived(at)
     onArrival?.(this, n, at)
     this.note(`#${n}`, sentAt >= this.caughtUpAt ? duration(delay) : `caught up, ${duration(delay)}`)
+  }
+
+  /** Puts a dot on the timeline. */
+  arrived(at) {
+    this.arrivals.push(at)
+    if (this.arrivals.length > 500) this.arrivals.shift()
   }
 
   // Display.
@@ -215,7 +225,7 @@ class Subscriber {
     Object.assign(card.dataset, { technique: this.name })
     card.id = this.name
     $('h3', card).textContent = this.title
-    $('.year', card).textContent = this.year
+    $('.year', card).textContent = years[this.name]
     $('.description', card).textContent = this.description
     $('.rawnote', card).textContent = this.rawNote
     $('.code', card).ontoggle = () => this.showCode()
@@ -533,7 +543,7 @@ async function testComet() {
     const comet = new Comet(here(address('')).href, { shared: false })
     const via = await Promise.race([new Promise(open => comet.addEventListener('status', e => e.detail.status === 'open' && open(e.detail.via))), sleep(8000)])
     comet.close()
-    $('#choice').textContent = via ? `${via}, on this network: it tries techniques in its order of preference, and uses the first that connects.` : 'none: no technique connected in time.'
+    $('#choice').textContent = via ? `${capitalized(names[via])}, on this network: it tries techniques in its order of preference, and uses the first that connects.` : 'none: no technique connected in time.'
   } catch (error) {
     $('#choice').textContent = `(not known: ${error.message})`
   }
@@ -563,6 +573,104 @@ function closeExtra(reason = '') {
   extra = []
   press($('#more'), false)
 }
+
+// Experiments. Each sets the lab up, does something, and says what to look at; *column* is a column's name.
+
+const settings = (values) => {
+  for (const id in values) $('#' + id).value = values[id]
+  for (const id in values) $('#' + id).onchange?.({ type: 'change' })
+}
+const steadily = on => $('#steady').ariaPressed === String(on) || $('#steady').click()
+const reached = async count => { for (const begun = published; published < begun + count && !suspended;) await sleep(50) }
+
+const experiments = [
+  ['Cut all in the middle of a burst', 'Every connection breaks while 40 events are published. Each technique comes back with its cursor. *Check*: nothing is lost, doubled or out of order.', async () => {
+    publish(40)
+    await reached(20)
+    for (const s of subscribers) s.cut()
+  }],
+  ['Open six more: who waits?', 'Over HTTP/1.1 a browser opens six connections to a host, for all its tabs. See below the buttons which of the six wait; and in *Arrivals* that polling, client pull and JSONP wait with them. WebSockets do not count. Press “Open six more” again to close them.', async () => {
+    if (!extra.length) $('#more').click()
+    await publish(20)
+  }],
+  ['Publish one a minute', 'What does it cost to wait? See *Requests* after a minute: polling asked 30 times for one event, long polling two or three times, a stream not once. Then press “Publish steadily” to stop it.', async () => {
+    settings({ every: 2, rate: 0.0167 })
+    await publish(1)
+    steadily(true)
+  }],
+  ['Ask only every ten seconds', 'One event a second, but polling and client pull ask every ten. *Median delay*: they wait half of that, five seconds; long polling is as fast as a stream.', async () => {
+    settings({ every: 10, rate: 1 })
+    steadily(true)
+  }],
+  ['Stay away longer than the history', 'WebSocket and server-sent events pause while 400 events are published; the relay keeps the newest 256 of a room. On their cards: the rest is lost, and a gap says so. Nothing is lost in silence.', async () => {
+    const away = subscribers.filter(s => s.name === 'ws' || s.name === 'sse')
+    for (const s of away) s.pause()
+    await publish(400)
+    for (const s of away) s.start()
+  }],
+]
+
+function showExperiments() {
+  $('#experiments ol').append(...experiments.map(([label, look, run]) => {
+    const li = document.createElement('li'), button = Object.assign(document.createElement('button'), { type: 'button', textContent: label, disabled: !rights.write })
+    const p = document.createElement('p'), state = document.createElement('small')
+    p.append(...look.split('*').map((part, i) => i % 2 ? Object.assign(document.createElement('b'), { textContent: part }) : part))
+    state.role = 'status'
+    button.onclick = async () => {
+      button.disabled = true
+      state.textContent = ' running…'
+      steadily(false)
+      settings({ bytes: 64 })
+      await reset()
+      await run()
+      state.textContent = ' done: look at the table'
+      button.disabled = false
+    }
+    li.append(button, state, p)
+    return li
+  }))
+}
+
+// From another origin: the relay's other name, which a browser takes for another site.
+
+const otherName = { localhost: '127.0.0.1', '127.0.0.1': 'localhost' }[location.hostname]
+
+const ways = {
+  'CORS': ['fetch, and the header Access-Control-Allow-Origin', async url => {
+    const response = await fetch(url('poll', { last: 1 }), { cache: 'no-store' })
+    return response.headers.get('Content-Type') && `the answer can be read: ${(await response.text()).slice(0, 60)}…`
+  }],
+  'JSONP': ['a script of the other site, which calls a function of this page', url => new Promise((done, fail) => {
+    const callback = 'cross_' + unique(), script = document.createElement('script')
+    window[callback] = answer => done(`the script called the function with the cursor ${answer.cursor}`)
+    Object.assign(script, { src: url('jsonp', { wait: 0, callback }), onerror: fail, onload: () => { script.remove(); fail() } })
+    document.head.append(script)
+  })],
+  '<img>': ['a picture that the other site pushes', (url, li) => new Promise((done, fail) => {
+    const img = Object.assign(new Image(320, 100), { alt: 'The room as a picture, from the other site' })
+    Object.assign(img, { onload: () => done('the picture is here'), onerror: () => { img.remove(); fail() }, src: url('multipart', { as: 'svg', w: 320, h: 100 }) })
+    li.append(img)
+    addEventListener('suspend', () => { img.src = ''; img.remove() }, { once: true })
+  })],
+}
+
+async function askAsOtherSite() {
+  const origin = location.origin.replace(location.hostname, otherName)
+  const url = (technique, query) => origin + address(technique, { ...query, _: unique() })
+  $('#crossed').querySelectorAll('img').forEach(img => img.src = '')
+  $('#asked').textContent = `asking ${origin} …`
+  const refused = await Promise.all(Object.entries(ways).map(([name, [what, ask]], i) => {
+    const li = $('#crossed').children[i] ?? $('#crossed').appendChild(document.createElement('li')), p = document.createElement('p')
+    li.replaceChildren(Object.assign(document.createElement('b'), { textContent: name }), ': ' + what, p)
+    return ask(url, li).then(text => { p.textContent = 'Works: ' + text }, () => { p.textContent = 'Refused: the browser shows this page nothing of the answer.'; return true })
+  }))
+  $('#asked').textContent = !refused.some(Boolean) ? `${origin} lets pages of ${location.origin} read.` :
+    rights.required ? `${origin} asks for a token, and a cookie of this site is not sent to another.` : `${origin} does not let pages of ${location.origin} read. Start the relay with -origins ${location.origin}, and it will.`
+}
+
+$('#ask').onclick = askAsOtherSite
+$('#ask').disabled = !otherName
+if (!otherName) $('#asked').textContent = `This page is open at ${location.host}, whose other name it does not know. Open it at localhost or 127.0.0.1 to try.`
 
 // A page that is not visible holds no connection, since all tabs share the few that the browser opens. A page that was
 // left may stay in memory with its connections, and be shown again.
@@ -648,13 +756,12 @@ function drawAll() {
 let rights // what the token allows here
 let steady
 const press = (button, on) => { button.ariaPressed = on; return on }
-const shellQuote = url => /^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", '%27')}'`
 $('#controls').onsubmit = e => { e.preventDefault(); publish(1) }
 $('#burst').onclick = () => publish($('#many').valueAsNumber || 1)
-$('#steady').onclick = $('#rate').onchange = e => {
+$('#steady').onclick = $('#rate').onchange = ({ type }) => {
   clearInterval(steady)
-  const on = e.type === 'click' ? $('#steady').ariaPressed !== 'true' : $('#steady').ariaPressed === 'true'
-  if (press($('#steady'), on)) steady = setInterval(() => due < 5 && !suspended && publish(1), 1000 / Math.min(50, Math.max(0.1, $('#rate').valueAsNumber || 1)))
+  const on = type === 'click' ? $('#steady').ariaPressed !== 'true' : $('#steady').ariaPressed === 'true'
+  if (press($('#steady'), on)) steady = setInterval(() => due < 5 && !suspended && publish(1), 1000 / Math.min(50, Math.max(0.01, $('#rate').valueAsNumber || 1)))
 }
 $('#cut').onclick = () => subscribers.forEach(s => s.cut())
 $('#halt').onclick = () => {
@@ -675,6 +782,7 @@ $('#again').onclick = async e => {
 function refuse(reason) {
   $('#trouble').textContent = reason
   $('#all').hidden = true
+  for (const dd of document.querySelectorAll('#verdict dd')) dd.textContent = 'not known'
 }
 
 async function begin() {
@@ -697,7 +805,9 @@ async function begin() {
     $('#again').disabled = true
   }
   subscribers = techniques.map(technique => new Subscriber(technique, cursor))
-  $('#room').textContent = `curl ${rights.required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${shellQuote(here('rooms/' + encodeURIComponent(room)).href)}`
+  $('#room').textContent = `curl ${rights.required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${quoteForShell(here('rooms/' + encodeURIComponent(room)).href)}`
+  $('#copy').replaceChildren(copyButton(() => $('#room').textContent))
+  showExperiments()
   updateColours()
   dark.addEventListener('change', updateColours)
   setInterval(show, 250)

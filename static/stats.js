@@ -3,13 +3,15 @@
 // operators see a list of the rooms.
 
 import { Comet } from './comet.js'
+import { copyButton, insertMarkup, names, quoteForShell } from './page.js'
 import { access, askForToken } from './token.js'
 
+insertMarkup()
 const query = new URLSearchParams(location.search)
 const room = query.get('room') || 'temp'
 const token = query.get('token') || undefined
 
-const spans = [60e3, 120e3, 300e3, 600e3] // ms that a graph may show: the first that holds all numbers
+const spans = [60e3, 120e3, 300e3, 600e3] // ms that a graph may show: the first that holds what is unbroken, unless one is chosen
 const MAX_ROWS = 3000 // older rows are removed
 const scaleWidth = 46 // pixels, left of the graph
 const maxGap = 5e3 // ms; rows farther apart are not joined, since nothing was counted between them
@@ -42,6 +44,7 @@ function roundUp(n) {
 
 let markedTime // the time whose values are shown; undefined: now
 let pausedAt // the time at which the user paused the graphs
+let chosenSpan // ms
 let clockOffset // ms that the relay's clock is ahead of ours
 const graphs = []
 const rightEdge = () => pausedAt ?? Date.now() + (clockOffset ?? 0)
@@ -67,8 +70,15 @@ class Graph {
   }
 
   get span() {
-    const oldest = this.rows.find(row => row.time > rightEdge() - spans.at(-1))
-    return spans.find(span => !oldest || oldest.time > rightEdge() - span) || spans.at(-1)
+    if (chosenSpan) return chosenSpan
+    const edge = rightEdge()
+    let oldest
+    for (const { time } of this.rows.toReversed()) {
+      if (time > edge) continue
+      if (time < edge - spans.at(-1) || !this.whole && oldest - time > maxGap) break
+      oldest = time
+    }
+    return spans.find(span => !oldest || oldest > edge - span) || spans.at(-1)
   }
 
   get shown() { return this.rows.filter(row => row.time > rightEdge() - this.span && row.time <= rightEdge()) }
@@ -144,6 +154,7 @@ class Graph {
       if (markedTime !== undefined) marks.push(make('line', { class: 'cursor', x1: x(row.time), x2: x(row.time), y1: 4, y2: bottom }))
       if (!stacked) names.forEach((name, i) => row[name] !== undefined && marks.push(make('circle', { class: 'spot', cx: x(row.time), cy: y(row[name]), r: 3.5, 'data-n': i })))
     }
+    if (!all.length) marks.push(make('text', { class: 'nothing', x: (scaleWidth + w) / 2, y: h / 2, 'text-anchor': 'middle' }, this.rows.length ? 'Nothing in this time' : 'Nothing yet'))
     svg.setAttribute('viewBox', `0 0 ${w} ${h}`)
     svg.replaceChildren(...marks)
   }
@@ -163,7 +174,7 @@ function addRow(rows, row) {
 
 // The relay's numbers. It counts from its start; the graphs show the difference per second.
 
-const techniques = { ws: 'ws', sse: 'sse', stream: 'stream', longpoll: 'longpoll', jsonp: 'jsonp', iframe: 'iframe', html: 'html', multipart: 'multipart', poll: 'poll', refresh: 'refresh' }
+const techniques = Object.fromEntries(Object.entries(names).reverse()) // the newest first
 const relayRows = []
 let previous
 
@@ -213,7 +224,7 @@ const onErased = (rows, then) => ({ detail: { data } }) => {
 
 function showState() {
   if (!statsComet) return
-  const words = { open: `live, by ${statsComet.via}`, closed: 'closed', connecting: 'connecting…' }[statsComet.status] || statsComet.status
+  const words = { open: `live, by ${names[statsComet.via]}`, closed: 'closed', connecting: 'connecting…' }[statsComet.status] || statsComet.status
   $('#news').textContent = pausedAt ? `paused at ${timeText(pausedAt)}; new numbers are kept` : words
 }
 
@@ -222,6 +233,11 @@ $('#pause').onclick = e => {
   e.target.ariaPressed = !!pausedAt
   e.target.textContent = pausedAt ? 'Resume' : 'Pause'
   showState()
+  drawAll()
+}
+
+$('#span').onchange = e => {
+  chosenSpan = e.target.value * 1e3
   drawAll()
 }
 
@@ -235,7 +251,6 @@ const asNumber = data => typeof data === 'number' ? data : typeof data === 'stri
 
 $('#which').value = room
 const roomURL = tail => absolute(`rooms/${encodeURIComponent(room)}${tail}`)
-const quoteForShell = url => /^[\w.:/%~-]+$/.test(url) ? url : `'${url.replaceAll("'", '%27')}'` // safe to paste into a shell
 const pictureURL = roomURL('/multipart?') + new URLSearchParams({ as: 'svg', w: 640, h: 200 })
 $('#img').textContent = `<img src="${pictureURL}">`
 $('#live').alt = `The room ${room} as a live graph`
@@ -262,6 +277,28 @@ function followNumbers() {
   } catch (error) {
     showSkipped(error.message)
   }
+}
+
+// Something to look at: while it is pressed, a number that wanders is published once a second.
+
+let feedTimer, fed = 50
+
+function feed() {
+  fed = Math.round(Math.min(100, Math.max(0, fed + (Math.random() - 0.5) * 30)))
+  fetch(`${roomURL('')}?${new URLSearchParams({ ...token && { token } })}`, { method: 'POST', body: String(fed) })
+    .then(async answer => answer.ok || showSkipped((await answer.json()).error), () => showSkipped('the relay could not be reached'))
+}
+
+$('#live').before(make('p', { class: 'row' }, make('button', { type: 'button', class: 'feedit', 'aria-pressed': false }, 'Feed it')))
+const feedButtons = document.querySelectorAll('.feedit')
+for (const button of feedButtons) button.onclick = () => {
+  clearInterval(feedTimer)
+  const on = button.ariaPressed !== 'true'
+  if (on) {
+    feed()
+    feedTimer = setInterval(feed, 1000)
+  }
+  for (const one of feedButtons) Object.assign(one, { ariaPressed: on, textContent: on ? 'Stop feeding it' : 'Feed it' })
 }
 
 // The picture. It holds a connection, of which a browser has few per site, so a hidden page gives it up.
@@ -429,6 +466,8 @@ async function start() {
     $('#news').textContent = 'Your token does not name the room _stats in its read right, so the relay does not show you its numbers.'
     showNoOperator()
   }
+  $('#feed').after(copyButton(() => $('#feed').textContent))
+  for (const button of feedButtons) button.disabled = !theirs.write
   if (theirs.read) followNumbers()
   else showSkipped(`your token does not let this page read the room ${room}`)
   $('#live').hidden = !theirs.read

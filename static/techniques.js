@@ -1,6 +1,8 @@
 // How the lab opens a connection for each technique, with nothing but what the browser offers. An entry of the table
 // opens its connection, reports to its link what it sees, and returns a function that closes it.
 
+import { here } from './page.js'
+
 export const pageQuery = new URLSearchParams(location.search)
 const token = pageQuery.get('token')
 export const run = Math.random().toString(36).slice(2, 6).padEnd(4, '0') // identifies this page in the events it publishes
@@ -10,13 +12,10 @@ export const pattern = /^(\w{4}) #(\d+) (\d+\.\d) / // of an event's text: run, 
 export const sleep = ms => new Promise(done => setTimeout(done, ms))
 export const unique = () => Math.random().toString(36).slice(2)
 export const size = text => new TextEncoder().encode(text).length
-export const interval = () => Math.min(55, Math.max(1, Math.round(document.querySelector('#every').valueAsNumber) || 2))
+export const interval = () => Math.min(55, Math.max(1, Math.round(document.querySelector('#every')?.valueAsNumber) || 2))
 
-/** Every address is relative to the page's own, since a proxy may serve the relay under a prefix. */
-export const here = path => new URL(path, document.baseURI)
-
-export function address(technique, query) {
-  const url = here(`rooms/${encodeURIComponent(room)}${technique && '/' + technique}`)
+export function address(technique, query, rooms = room) {
+  const url = here(`rooms/${encodeURIComponent(rooms).replaceAll('%2C', ',')}${technique && '/' + technique}`)
   for (const [name, value] of Object.entries({ token, ...query })) if (value != null) url.searchParams.set(name, value)
   return url.pathname + url.search
 }
@@ -35,7 +34,7 @@ const statusError = response => Object.assign(new Error(`the relay answered ${re
 //     link.onRequest(url, more)   a request was sent; more is what is known of its head
 //     link.onOpen(head)           its response began
 //     link.onBody(text)           a part of the body arrived
-//     link.onEvent(event)         an event arrived
+//     link.onEvent(event, json)   an event arrived; json is its text, where that is known
 //     link.onBatch(answer)        the events of one answer arrived, and the cursor for the next request
 //     link.onTexts(texts)         the messages that a page shows now
 //     link.onActivity()           something arrived, perhaps only a heartbeat
@@ -45,7 +44,7 @@ const statusError = response => Object.assign(new Error(`the relay answered ${re
 
 export const techniques = [
   {
-    name: 'refresh', title: 'Client pull', year: '1995', cookies: true, page: true, short: true,
+    name: 'refresh', cookies: true, page: true, short: true,
     description: 'A page with a header that makes the browser load it again every few seconds.',
     rawNote: 'The page as the browser parsed it, since no script can read its bytes; the head is from a HEAD request.',
     open(link) {
@@ -68,13 +67,13 @@ export const techniques = [
     },
   },
   {
-    name: 'multipart', title: 'Server push', year: '1995', picture: true,
+    name: 'multipart', picture: true,
     description: 'One response of many parts. Each part replaces the one before: an animated picture, or a page.',
     rawNote: 'As read with fetch, which shows the boundaries between the parts.',
     open: link => readStream(link, link.url({ as: 'json' })),
   },
   {
-    name: 'html', title: 'The page that never ends', year: 'about 1995', cookies: true, page: true,
+    name: 'html', cookies: true, page: true,
     description: 'The browser shows a page while it is loading, and the server never finishes it.',
     rawNote: 'The newest message as the browser parsed it, since no script can read its bytes; the head is from a HEAD request.',
     open(link) {
@@ -102,13 +101,13 @@ export const techniques = [
     },
   },
   {
-    name: 'poll', title: 'Polling', year: '', short: true,
+    name: 'poll', short: true,
     description: 'A script sends a request every few seconds. Most responses are empty.',
     rawNote: 'As fetch reports it.',
     open: link => repeat(link, {}, () => sleep(interval() * 1e3)),
   },
   {
-    name: 'iframe', title: 'Forever frame', year: 'about 2000', cookies: true,
+    name: 'iframe', cookies: true,
     description: 'A hidden page that never ends. Each event is a script in it, which passes the event to the outer page.',
     rawNote: 'Reconstructed from the event that the frame passed on; the head is from a HEAD request.',
     open(link) {
@@ -128,13 +127,13 @@ export const techniques = [
     },
   },
   {
-    name: 'longpoll', title: 'Long polling', year: 'about 2000', wait: 25e3,
+    name: 'longpoll', wait: 25e3,
     description: 'Like polling, but the server holds the request until there is an event.',
     rawNote: 'As fetch reports it.',
     open: link => repeat(link, { wait: 25 }),
   },
   {
-    name: 'stream', title: 'Streaming', year: 'about 2004', apis: { xhr: 'XMLHttpRequest, as in 2004', fetch: 'fetch, since 2015' },
+    name: 'stream', apis: { xhr: 'XMLHttpRequest, as in 2004', fetch: 'fetch, since 2015' },
     description: 'A response that never ends, with one line per event. A script reads it while it arrives.',
     rawNote: 'As the script read it.',
     open(link) {
@@ -157,7 +156,7 @@ export const techniques = [
     },
   },
   {
-    name: 'jsonp', title: 'JSONP', year: '2005', cookies: true, wait: 25e3,
+    name: 'jsonp', cookies: true, wait: 25e3,
     description: 'Long polling with script tags, once the only way to make a request to another origin.',
     rawNote: 'Reconstructed from what the script passed on; the head is from a HEAD request.',
     open(link) {
@@ -184,7 +183,7 @@ export const techniques = [
     },
   },
   {
-    name: 'sse', title: 'Server-sent events', year: '2006', cookies: true,
+    name: 'sse', cookies: true,
     description: 'Streaming as a standard: the browser parses the events, reconnects by itself, and sends the last id.',
     rawNote: 'Reconstructed from the event that the EventSource passed on; the head is from a HEAD request.',
     open(link) {
@@ -195,7 +194,7 @@ export const techniques = [
       for (const type of ['message', 'hello', 'gap', 'bye', 'beat']) source.addEventListener(type, e => {
         const id = type === 'beat' ? '' : `id: ${e.lastEventId}\n`
         link.onBody(`${id}${type === 'message' ? '' : `event: ${type}\n`}data: ${e.data}\n\n`)
-        link.onEvent(JSON.parse(e.data))
+        link.onEvent(JSON.parse(e.data), e.data)
       })
       source.onerror = () => {
         if (source.readyState === EventSource.CLOSED) return link.onError(new Error('the EventSource gave up'))
@@ -206,7 +205,7 @@ export const techniques = [
     },
   },
   {
-    name: 'ws', title: 'WebSocket', year: '2011', socket: true,
+    name: 'ws', socket: true,
     description: 'Starts as an HTTP request, then carries frames in both directions over one connection.',
     rawNote: 'The frame, reconstructed from its text by RFC 6455. The browser does not show the handshake.',
     open(link) {
@@ -217,7 +216,7 @@ export const techniques = [
         const n = size(e.data)
         const head = n < 126 ? [n] : n < 65536 ? [126, n >> 8, n & 255] : [127, 0, 0, 0, 0, n >> 24, n >> 16 & 255, n >> 8 & 255, n & 255]
         link.onBody(`[81 ${head.map(b => b.toString(16).padStart(2, '0')).join(' ')}] ${e.data}\n`, n + 1 + head.length)
-        for (const event of e.data.split('\n')) link.onEvent(JSON.parse(event))
+        for (const json of e.data.split('\n')) link.onEvent(JSON.parse(json), json)
       }
       socket.onclose = e => link.onError(new Error(`the WebSocket closed (${e.code})`))
       return () => socket.close()
@@ -286,6 +285,6 @@ function lines(link) {
     link.onBody(text)
     const all = (rest + text).split('\n')
     rest = all.pop()
-    for (const line of all) if (line[0] === '{') link.onEvent(JSON.parse(line))
+    for (const line of all) if (line[0] === '{') link.onEvent(JSON.parse(line), line)
   }
 }
