@@ -88,6 +88,8 @@ describe('two users', { skip: missing(...Object.values(files)) }, () => {
   test('chat, and see who is typing, joins and leaves', limit, async t => {
     const ada = await openChat(chromium, relay.url, 'pair', 'ada'), bob = await openChat(firefox, relay.url, 'pair', 'bob')
     await Promise.all([seen(ada, 'bob', 'online'), seen(bob, 'ada', 'online'), seen(ada, 'ada', 'online')])
+    const moves = page => page.evaluate(() => [...document.querySelectorAll('#log .move')].map(line => line.textContent))
+    assert.deepEqual([await moves(ada), await moves(bob)], [['bob joined'], []], 'who was here already is no news')
     assert.equal(await text(ada, '#count'), '2 here')
 
     for (const [one, other, name] of [[ada, bob, 'ada'], [bob, ada, 'bob']]) {
@@ -109,6 +111,7 @@ describe('two users', { skip: missing(...Object.values(files)) }, () => {
 
     await bob.close() // the page tells the relay
     await seen(ada, 'bob', 'offline')
+    assert.deepEqual(await moves(ada), ['bob joined', 'bob left'])
     assert.deepEqual(await relay.presence('pair'), { ada: 'online' })
     await until('bob is no longer shown', async () => !('bob' in await people(ada)))
     assert.equal(await text(ada, '#count'), '1 here')
@@ -434,6 +437,116 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await page.close()
   })
 
+  test('scrolling up shows the older history, in its place', limit, async () => {
+    for (let i = 0; i < 180; i++) await relay.publish('older', 'line ' + i, 'bob')
+    const page = await openChat(browser, relay.url, 'older', 'ada')
+    await until('the newest hundred', async () => (await logLines(page)).length === 100)
+    await until('it is at the end', () => page.evaluate(() => { const s = document.querySelector('#scroller'); return s.scrollHeight - s.scrollTop - s.clientHeight < 40 }))
+    await sleep(500) // the page has settled
+    const at = await page.evaluate(() => {
+      document.querySelector('#scroller').scrollTop = 150
+      return document.querySelector('#log .message').getBoundingClientRect().top
+    })
+    await until('all that the relay keeps', async () => (await logLines(page)).length === 180)
+    const now = await page.evaluate(() => [...document.querySelectorAll('#log .text')].find(text => text.textContent === 'line 80').closest('.message').getBoundingClientRect().top)
+    assert.ok(Math.abs(now - at) < 60, `what was seen stays where it was: ${at}, ${now}`)
+    assert.match(await text(page, '#log > :first-child'), /keeps no older messages/)
+    assert.equal(await page.evaluate(() => document.querySelectorAll('#log .day').length), 1)
+    await publish('older', 'one more')
+    await expectSameLog(page, relay, 'older')
+    assert.deepEqual(page.errors, [])
+    await page.close()
+  })
+
+  test('/nick, mentions, code, a message that is too long, a room that is none, an invitation, and who joins and leaves', limit, async t => {
+    const fresh = await browser.createBrowserContext() // without a stored name
+    t.after(() => fresh.close())
+    const page = await openChat(fresh, relay.url, 'people', 'ada')
+    const texts = () => page.evaluate(() => [...document.querySelectorAll('#log .text')].map(text => text.textContent))
+    await say(page, '/nick ada l.')
+    await until('ada has another name', async () => await text(page, '#me') === 'as ada l.')
+    await connected(page)
+    await say(page, '/nick')
+    assert.ok(await page.evaluate(() => !document.querySelector('#naming').hidden && document.querySelector('#name').value === 'ada l.'))
+    await page.evaluate(() => document.querySelector('#naming').requestSubmit())
+
+    for (const line of ['hey @Ada L., look', '@ada l.x is somebody else', 'run `go test` or ```\nmake\n  all\n```!']) await publish('people', line, { user: 'bob' })
+    await until('they are there', async () => (await texts()).length === 3)
+    assert.deepEqual(await page.evaluate(() => [...document.querySelectorAll('#log .mention .text')].map(text => text.textContent)), ['hey @Ada L., look'])
+    assert.deepEqual(await page.evaluate(() => [...document.querySelectorAll('#log .text code')].map(code => [code.textContent, code.className])), [['go test', ''], ['make\n  all', 'block']])
+
+    await say(page, '€'.repeat(30e3))
+    await until('it is refused', async () => /Not sent: It is too long for this relay\. Make it shorter\. Edit Discard$/.test(await text(page, '#outbox')))
+    await press(page, '#outbox .note button')
+    assert.equal(await page.evaluate(() => { const { value } = document.querySelector('#text'); document.querySelector('#text').value = ''; return value.length }), 30e3)
+    assert.ok(await page.evaluate(() => document.querySelector('#outbox').hidden))
+
+    await page.evaluate(() => {
+      document.querySelector('#room').value = 'my room'
+      document.querySelector('#go').requestSubmit()
+    })
+    assert.match(await text(page, '#noroom'), /^A room cannot be called my room: 1 to 64 letters/)
+    assert.equal((await texts()).length, 3, 'still in the old room')
+    await page.evaluate(() => { location.hash = 'café' })
+    await until('in caf-', () => page.evaluate(() => document.querySelector('#room').value === 'caf-'))
+    assert.match(await text(page, '#noroom'), /called caf/)
+    await enter(page, 'people')
+    assert.equal(await text(page, '#noroom'), '')
+
+    const copied = await page.evaluate(async () => {
+      const all = []
+      Object.defineProperty(navigator, 'clipboard', { value: { writeText: async text => all.push(text) }, configurable: true })
+      for (const button of ['#invite', '#curl + .copy']) document.querySelector(button).click()
+      await new Promise(done => setTimeout(done, 50))
+      return all
+    })
+    assert.deepEqual(copied, [relay.url + '/?room=people', `curl -d hi ${relay.url.slice(7)}/rooms/people`])
+
+    await sleep(1200) // what comes within a second is taken for history
+    const is = (user, state) => fetch(`${relay.url}/rooms/people/presence?user=${user}`, { method: 'POST', body: state })
+    const move = () => page.evaluate(() => document.querySelector('#log > .move:last-child')?.textContent)
+    for (const user of ['b1', 'b2', 'b3']) await is(user, 'online')
+    await until('three joined', async () => await move() === 'b1, b2 and b3 joined')
+    for (const user of ['b4', 'b5', 'b6']) await is(user, 'online')
+    await until('six are folded', async () => await move() === 'b4, b5, b6 and 3 others joined')
+    await is('b1', 'offline')
+    await until('one left', async () => await move() === 'b4, b5, b6 and 2 others joined; b1 left')
+    await publish('people', 'between')
+    await is('b2', 'offline')
+    await until('another left', async () => await move() === 'b2 left')
+    assert.deepEqual(unexpected(page), [])
+    await page.close()
+  })
+
+  test('the bell: a service worker where a page may not notify, as on Android; over plain HTTP it says why it cannot', limit, async t => {
+    const context = await browser.createBrowserContext()
+    t.after(() => context.close())
+    if (name === 'chromium') await context.overridePermissions(relay.url, ['notifications'])
+    const page = await openChat(context, relay.url, 'bell', 'ada')
+    await page.evaluate(() => {
+      window.Notification = Object.assign(function () { throw new TypeError('Illegal constructor') }, { permission: 'granted' })
+      document.querySelector('#bell').click()
+    })
+    await until('it is on', () => page.evaluate(() => document.querySelector('#bell').ariaPressed === 'true'))
+    await until('the worker is there', () => page.evaluate(async () => !!(await navigator.serviceWorker.getRegistration())?.active))
+    await page.evaluate(() => {
+      Object.defineProperty(document, 'hidden', { value: true, configurable: true })
+      document.dispatchEvent(new Event('visibilitychange', { bubbles: true }))
+    })
+    await sleep(1000)
+    await publish('bell', 'are you there, @ada?', { user: 'bob' })
+    await until('the title counts it', () => page.evaluate(() => document.title === '(1) bell · Cometes'))
+    if (name === 'chromium') assert.deepEqual(await until('a notification', () => page.evaluate(async () => { // headless Firefox shows none
+      const all = await (await navigator.serviceWorker.getRegistration()).getNotifications()
+      return all.length && all.map(({ title, body }) => [title, body])
+    })), [['bob in #bell', 'are you there, @ada?']])
+    await page.evaluateOnNewDocument(() => Object.defineProperty(window, 'isSecureContext', { value: false }))
+    await page.reload()
+    await connected(page)
+    assert.deepEqual(await page.evaluate(() => [document.querySelector('#bell').disabled, document.querySelector('#silent').textContent]), [true, 'Browsers notify only over HTTPS, or at localhost.'])
+    assert.deepEqual(unexpected(page), [])
+  })
+
   test('the button for new messages is above the input, however many lines it has', limit, async () => {
     const page = await openChat(browser, relay.url, 'pill', 'ada')
     for (let i = 0; i < 60; i++) await publish('pill', 'line ' + i)
@@ -443,6 +556,7 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await sleep(200) // for the scroll event
     await publish('pill', 'news')
     await until('the pill is there', async () => await text(page, '#pill') === '1 new message ↓')
+    assert.deepEqual(await page.evaluate(() => [document.querySelector('#pill').closest('[role=status]') !== null, document.querySelector('#typing').ariaLive ?? document.querySelector('#typing').getAttribute('aria-live')]), [true, 'polite'], 'told to screen readers')
     for (const lines of [1, 3, 8, 30]) {
       const { pill, box } = await page.evaluate(lines => {
         const box = document.querySelector('#text'), at = id => document.getElementById(id).getBoundingClientRect().toJSON()

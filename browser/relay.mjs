@@ -154,7 +154,7 @@ export const browse = (name, options) => puppeteer.launch(name === 'firefox' ? {
 })
 
 // An exception that a page does not catch fails the test that opened the page. Firefox reports network errors in the same way.
-const uncaught = [], networkErrors = /Cross-Origin Request Blocked|can.t establish a connection|was interrupted while/
+const uncaught = [], networkErrors = /Cross-Origin Request Blocked|can.t establish a connection|was interrupted while|blocked due to MIME type/
 afterEach(() => assert.deepEqual(uncaught.splice(0), [], 'uncaught in a page'))
 
 /** Opens a page, and collects its console's errors in page.errors. A page that `redirects` is not awaited. */

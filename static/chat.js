@@ -93,7 +93,7 @@ function cleanName(name) {
 /** The room in the URL: ?room=lobby or #lobby. */
 function roomInURL() {
   const { hash, searchParams } = new URL(location)
-  const name = (hash.slice(1) || searchParams.get('room') || '').trim()
+  const name = (new URLSearchParams('r=' + hash.slice(1).replaceAll('+', '%2B')).get('r') || searchParams.get('room') || '').trim()
   const room = name.replace(/[^A-Za-z0-9_.:-]+/g, '-').slice(0, 64) || 'lobby'
   showNoRoom(name && name !== room && name)
   return room
@@ -461,12 +461,12 @@ async function showOlder() {
   lastGroup = lastDay = undefined
   addLine('way', older.length ? 'the relay keeps no older messages' : 'this is all that the relay keeps')
   for (const event of older) showMessage(event)
-  const { scrollHeight } = scroller
+  const { scrollHeight, scrollTop } = scroller
   if (log.firstElementChild.className === 'day' && log.firstElementChild.textContent === [...target.querySelectorAll('.day')].at(-1)?.textContent) log.firstElementChild.remove()
   log.prepend(...target.children)
   target = log
   ;[lastGroup, lastDay] = saved
-  scroller.scrollTop += scroller.scrollHeight - scrollHeight
+  scroller.scrollTop = scrollTop + scroller.scrollHeight - scrollHeight
 }
 $('pill').onclick = () => {
   following = true
@@ -575,6 +575,7 @@ function changeNick(name) {
 // Who is here.
 
 const people = new Map // name → list item
+let hasRoster // what comes after it is news
 let crowdCount // the number of users, if the roster has no names
 
 function showPresence({ from, data }) {
@@ -582,9 +583,10 @@ function showPresence({ from, data }) {
     const isHere = name => (people.get(name)?.dataset.state ?? 'offline') !== 'offline'
     const before = isHere(from)
     showPerson(from, data)
-    if (before !== isHere(from) && from !== me && log.ariaBusy !== 'true') showMove(from, !before)
+    if (before !== isHere(from) && from !== me && hasRoster) showMove(from, !before)
     return
   }
+  hasRoster = true
   const { users = {} } = data
   crowdCount = data.users ? 0 : data.count
   if (crowdCount) clearPeople()
@@ -609,6 +611,7 @@ function showPerson(name, state) {
 }
 
 function clearPeople() {
+  hasRoster = false
   for (const li of people.values()) clearTimeout(li.removeTimer)
   people.clear()
   $('here').replaceChildren()
@@ -676,7 +679,7 @@ async function notify({ from, data }) {
     new Notification(title, options).onclick = () => focus()
   } catch {
     const worker = await navigator.serviceWorker?.getRegistration().catch(() => { })
-    worker?.showNotification(title, options)
+    worker?.showNotification(title, options).catch(() => { })
   }
 }
 
