@@ -72,6 +72,45 @@ describe('axe', { skip: missing('/usr/bin/chromium') }, () => {
     })
   }
 
+  test('the pictures of the README', { timeout: 120e3, skip: !process.env.COMETES_README && 'only with COMETES_README=1' }, async () => {
+    const folder = new URL('screenshots/', import.meta.url).pathname
+    const shot = (page, name) => page.screenshot({ path: join(folder, name + '.webp'), type: 'webp', quality: 82 })
+    const chat = await open(browser, relay.url + '/?room=comet&user=ada', { width: 1000, height: 590 })
+    await until('it is there', () => chat.evaluate(() => document.body.dataset.status === 'open'))
+    await sleep(1200)
+    const said = async (user, text, way) => {
+      if (user !== 'ada') await fetch(`${relay.url}/rooms/comet?user=${user}`, { method: 'POST', body: text })
+      else await chat.evaluate((text, way) => {
+        if (way) document.querySelector(`#menu [value=${way}]`).click()
+        document.querySelector('#text').value = text
+        document.querySelector('#say').requestSubmit()
+      }, text, way)
+      await sleep(700)
+    }
+    for (const user of ['bob', 'grace']) await fetch(`${relay.url}/rooms/comet/presence?user=${user}`, { method: 'POST', body: 'online' })
+    await sleep(300)
+    await said('bob', 'Good morning! Did the relay survive the night?')
+    await said('ada', 'It did. I restarted my laptop, and nothing was missing.')
+    await said('grace', 'From a shell, too: `curl -d hi localhost:8080/rooms/comet`')
+    await said('ada', 'Now I read by long polling, as in 2000.', 'longpoll')
+    await said('bob', '@ada and I cannot tell the difference.')
+    await said('ada', 'Which was the idea. Back to the future.', 'ws')
+    await fetch(relay.url + '/rooms/comet/presence?user=grace', { method: 'POST', body: 'typing' })
+    await until('grace types', () => chat.evaluate(() => /grace is typing/.test(document.querySelector('#typing').textContent)))
+    await shot(chat, 'chat')
+    await chat.close()
+    const lab = await open(browser, relay.url + '/lab.html', { width: 1000, height: 590 })
+    await until('it is ready', () => lab.evaluate(() => 'ready' in document.body.dataset), 60e3)
+    await lab.evaluate(() => { document.querySelector('#rate').value = 2; document.querySelector('#reset').click(); document.querySelector('#steady').click() })
+    await sleep(9e3)
+    await lab.evaluate(() => { document.querySelector('#cut').click() })
+    await sleep(8e3)
+    await lab.evaluate(() => scrollTo(0, document.querySelector('#controls').getBoundingClientRect().top + scrollY - 55))
+    await sleep(200)
+    await shot(lab, 'lab')
+    await lab.close()
+  })
+
   test('what asks for a token', { timeout: 60e3 }, async () => {
     for (const [path, form] of [['/', '#token form'], ['/stats.html', '#enter form']]) {
       const page = await open(browser, guarded.url + path)
