@@ -273,7 +273,8 @@ func (ses *session) write(b []byte, events []*event) error {
 }
 
 // unwritten returns b, which holds the events, without its first n bytes. What is
-// around the events is copied, since b is reused; a big event is shared.
+// around the events is copied, since b is reused; a big event is shared, unless most of
+// it was sent: the rest would keep the whole in memory, and only the rest is counted.
 func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
 	copied := func(b []byte) {
 		if n < len(b) {
@@ -290,10 +291,13 @@ func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
 			break // this technique writes something else, and it would cost to look for all
 		}
 		copied(b[:i])
-		if b = b[i+len(e.json):]; n < len(e.json) {
+		if n < len(e.json)/2 {
 			rest = append(rest, e.json[n:])
+			n = 0
+		} else {
+			copied(b[i : i+len(e.json)])
 		}
-		n = max(0, n-len(e.json))
+		b = b[i+len(e.json):]
 	}
 	copied(b)
 	return rest
@@ -461,7 +465,7 @@ func (p *writerPool) throttle() {
 // run is a writer: it serves what is in the queue until there is nothing.
 func (p *writerPool) run() {
 	sc := p.server.scratches.Get().(*scratch)
-	defer p.server.scratches.Put(sc)
+	defer p.server.putScratch(sc)
 	var array [wakeBatchSize]*session
 	for {
 		p.mu.Lock()
@@ -562,7 +566,7 @@ func (ses *session) writePending() {
 		ses.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 		n, err := ses.conn.Write(ses.pending[0])
 		ses.server.unsentBytes.Add(-int64(n))
-		if ses.pending[0] = ses.pending[0][n:]; len(ses.pending[0]) == 0 {
+		if ses.pending[0] = bytes.Clone(ses.pending[0][n:]); len(ses.pending[0]) == 0 { // nothing of it, or all, unless the time was up
 			ses.pending = ses.pending[1:]
 		}
 		if err != nil && (n == 0 || ses.gone.Load()) {
