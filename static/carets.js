@@ -3,7 +3,7 @@
  * same text is in an element behind it, the mirror, whose characters a Range can find.
  */
 import { applyColour, make } from './people.js'
-import { move } from './rebase.js'
+import { isText, move } from './rebase.js'
 
 export const CARET_TTL = 60 // seconds that a caret is shown
 const MOST = 100 // carets
@@ -39,7 +39,7 @@ export function showPresence(from, data) {
 
 /** Shows where somebody is, or what they have selected. */
 export function showCaret(client, name = 'somebody', from, to = from) {
-  if (!(from >= 0 && from <= to && to <= input.value.length) || !peers.has(client) && peers.size === MOST) return
+  if (!Number.isInteger(from) || !Number.isInteger(to) || from < 0 || from > to || to > input.value.length || !peers.has(client) && peers.size === MOST) return
   const peer = peers.get(client) ?? { el: $('carets').appendChild(make('div', 'peer')) }
   clearTimeout(peer.timer)
   Object.assign(peer, { name, from, to, caret: make('div', 'caret', make('bdi', '', name)), timer: setTimeout(remove, CARET_TTL * 1e3, client) })
@@ -59,6 +59,16 @@ function remove(client) {
 /** Moves all carets over a change to the text. */
 export function moveCarets(change) {
   for (const peer of peers.values()) Object.assign(peer, { from: move(peer.from, change), to: move(peer.to, change) })
+}
+
+/** Where a change ends, and so the caret of who made it. */
+export function endOf(change) {
+  let at = 0, end = 0
+  for (const step of change) {
+    if (isText(step) || step > 0) at += step.length ?? step
+    if (isText(step) || step < 0) end = at
+  }
+  return end
 }
 
 // Drawing.

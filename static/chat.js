@@ -6,8 +6,8 @@
  * is shown twice. Text of a user is never inserted as HTML.
  */
 import { Comet } from './comet.js'
-import { capitalized, copy, copyButton, insertMarkup, names, quoteForShell, years } from './page.js'
-import { applyColour, browserStorage, cleanName, colourOf, make, showStatus, tabStorage } from './people.js'
+import { copy, copyButton, insertMarkup, names, quoteForShell } from './page.js'
+import { applyColour, browserStorage, cleanName, colourOf, make, nameTechniques, showStatus, tabStorage } from './people.js'
 import { access, askForToken } from './token.js'
 
 const MAX_MESSAGES = 1000 // in the page; older ones are removed
@@ -666,10 +666,7 @@ $('invite').onclick = async ({ target: button }) => {
   setTimeout(() => button.textContent = 'Copy an invitation', 3000)
 }
 $('curl').after(copyButton(() => $('curl').textContent))
-for (const way of $('menu').querySelectorAll('[name=way]')) if (names[way.value]) {
-  way.nextElementSibling.textContent = capitalized(names[way.value])
-  way.parentElement.append(make('small', '', years[way.value]))
-}
+nameTechniques()
 
 tabStorage.set('name', me)
 input.value = tabStorage.get('draft')

@@ -6,10 +6,10 @@
  * (replica.js, rebase.js) and tried again. Every so many edits somebody publishes the whole text, for those who come later.
  * Text of others gets into the page only as the value of a textarea, or as text.
  */
-import { CARET_TTL, draw, enter, moveCarets, ownTop, showCaret, showPresence } from './carets.js'
+import { CARET_TTL, draw, endOf, enter, moveCarets, ownTop, showCaret, showPresence } from './carets.js'
 import { backoff, Comet } from './comet.js'
-import { capitalized, copy, insertMarkup, names, years } from './page.js'
-import { browserStorage, cleanName, make, showStatus, tabStorage } from './people.js'
+import { copy, insertMarkup } from './page.js'
+import { browserStorage, cleanName, make, nameTechniques, showStatus, tabStorage } from './people.js'
 import { apply, compose, diff, isEmpty, isText, move, transform } from './rebase.js'
 import { History, MAX, Replica } from './replica.js'
 import { Room } from './room.js'
@@ -51,7 +51,7 @@ function onEvent({ id, type, from, data }) {
   show(change)
   if (replica.head === head) return replica.lost && recover(PATIENCE)
   if (type === 'snapshot') messages = bytes = wanted = 0
-  else if (change && !data.key.startsWith(client + '.')) showCaret(data.key.split('.')[0], from, endOf(change))
+  else if (change) showCaret(data.key.split('.')[0], from, endOf(change)) // of our own edit there is nothing to show
 }
 
 function onCaret(name, { client: writer, base, from, to, lost }) {
@@ -149,7 +149,7 @@ async function publishNext() {
 }
 
 async function publishSoon(what) {
-  if (what === 'snapshot' && messages) wanted = true
+  wanted ||= what === 'snapshot' && messages > 0
   more = true
   if (publishing || !rights?.write || !me) return
   publishing = true
@@ -268,16 +268,6 @@ function takeBack(which) {
   act(change)
 }
 
-/** Where a change ends. */
-const endOf = change => {
-  let at = 0, end = 0
-  for (const step of change) {
-    if (isText(step) || step > 0) at += step.length ?? step
-    if (isText(step) || step < 0) end = at
-  }
-  return end
-}
-
 input.onbeforeinput = e => {
   const which = { historyUndo: 'undo', historyRedo: 'redo' }[e.inputType]
   if (!which) return
@@ -330,8 +320,7 @@ $('notice').onclick = ({ target: { value } }) => {
   if (value === 'close') $('notice').hidden = true
 }
 
-function onStatus(detail) {
-  const { status, error } = detail
+function onStatus(detail, { status, error } = detail) {
   showStatus(detail)
   if (status === 'closed' && error?.status === 401) showTokenForm(error.message)
   if (status === 'open') resume()
@@ -386,10 +375,7 @@ $('room').onblur = () => { $('room').value = room } // only Enter changes the ro
 onhashchange = () => roomInURL() === room || location.reload()
 
 $('app').hidden = false
-for (const way of $('menu').elements.way) if (names[way.value]) {
-  way.nextElementSibling.textContent = capitalized(names[way.value])
-  way.parentElement.append(make('small', '', years[way.value]))
-}
+nameTechniques()
 $('room').value = room
 $('room').size = Math.max(5, room.length)
 $('name').value = browserStorage.get('name')

@@ -2,7 +2,7 @@
  * people.js: what the chat and the pad share: names and their colours, what the browser remembers, and what is said about
  * the connection.
  */
-import { names } from './page.js'
+import { capitalized, names, years } from './page.js'
 
 const $ = id => document.getElementById(id)
 
@@ -45,6 +45,14 @@ export function applyColour(el, name) {
   const n = colourIndex(name)
   el.style.setProperty('--hue', n % 12 * 30 + 15)
   el.classList.toggle('second', n >= 12)
+}
+
+/** Writes the names of the techniques into the menu. */
+export function nameTechniques() {
+  for (const way of $('menu').elements.way) if (names[way.value]) {
+    way.nextElementSibling.textContent = capitalized(names[way.value])
+    way.parentElement.append(make('small', '', years[way.value]))
+  }
 }
 
 let countdown

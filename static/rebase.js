@@ -49,12 +49,10 @@ export function apply(text, change) {
 /** The change that takes back a change to a text. */
 export function invert(change, text) {
   let at = 0
-  const undo = []
-  for (const step of change) {
+  return change.reduce((undo, step) => {
     if (!isText(step)) at += Math.abs(step)
-    add(undo, isText(step) ? -step.length : step > 0 ? step : text.slice(at + step, at))
-  }
-  return undo
+    return add(undo, isText(step) ? -step.length : step > 0 ? step : text.slice(at + step, at))
+  }, [])
 }
 
 /** Two successive changes as one. */
@@ -104,10 +102,9 @@ export function move(at, change, behind = false) {
 
 /** The last place up to `at` that is not inside of what people see as one character: a letter with accents, an emoji. */
 export function boundary(text, at) {
-  const start = Math.max(0, at - 64), character = characters.segment(text.slice(start, at + 64)).containing(at - start)
-  return character ? start + character.index : at
+  const start = Math.max(0, at - 64), around = text.slice(start, at + 64)
+  return start + (new Intl.Segmenter().segment(around).containing(at - start)?.index ?? at - start)
 }
-const characters = new Intl.Segmenter
 
 /** The change from one text to another, in whole characters. It ends where the caret is now, if that is possible. */
 export function diff(old, text, caret = 0) {

@@ -24,7 +24,7 @@ const isId = Number.isSafeInteger
 
 /** Whether everybody can apply a change to a text. */
 function fits(change, text) {
-  if (!Array.isArray(change) || !change.every(step => isText(step) || isId(step)) || isEmpty(change)) return false
+  if (!Array.isArray(change) || !change.every(step => isText(step) || isId(step))) return false
   return change.reduce((sum, step) => sum + (isText(step) ? 0 : Math.abs(step)), 0) <= text.length && isGood(apply(text, change))
 }
 
