@@ -7,7 +7,7 @@ import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { after, before, describe, test } from 'node:test'
 import { missing } from './harm.mjs'
-import { browse, open, sleep, start, until } from './relay.mjs'
+import { browse, browsers, open, sleep, start, until } from './relay.mjs'
 
 const axe = readFileSync(createRequire(import.meta.url).resolve('axe-core/axe.min.js'), 'utf8')
 const shots = process.env.COMETES_SHOTS
@@ -36,19 +36,21 @@ const pages = {
   camera: ['/camera.html', 'main'],
 }
 
-describe('axe', { skip: missing('/usr/bin/chromium') }, () => {
+const files = { chromium: '/usr/bin/chromium', firefox: '/usr/bin/firefox-esr' }
+for (const browserName of browsers) describe('axe in ' + browserName, { skip: missing(files[browserName]) }, () => {
+  const chromium = browserName === 'chromium' // only there a test can change what the media are; Firefox is dark
   let relay, guarded, browser
-  before(async () => [relay, guarded, browser] = await Promise.all([start('-rate', '1000'), start('-secret', 'secret'), browse('chromium')]))
+  before(async () => [relay, guarded, browser] = await Promise.all([start('-rate', '1000'), start('-secret', 'secret'), browse(browserName, chromium ? {} : { extraPrefsFirefox: { 'ui.systemUsesDarkTheme': 1 } })]))
   after(() => Promise.all([browser?.close(), relay?.stop(), guarded?.stop()]))
 
   /** What axe finds in the views of an open page. */
   async function check(page, name) {
-    const found = [], session = await page.createCDPSession()
-    for (const [view, [size, media = {}]] of Object.entries(views)) {
+    const found = [], session = chromium && await page.createCDPSession()
+    for (const [view, [size, media = {}]] of Object.entries(views).filter(([view]) => chromium || view.endsWith('dark'))) {
       await page.setViewport(size)
-      await session.send('Emulation.setEmulatedMedia', { features: ['prefers-color-scheme', 'forced-colors'].map(name => ({ name, value: media[name] ?? '' })) })
-      await sleep(150)
-      if (shots) await page.screenshot({ path: join(shots, `${name}-${view}.png`), fullPage: true })
+      if (chromium) await session.send('Emulation.setEmulatedMedia', { features: ['prefers-color-scheme', 'forced-colors'].map(name => ({ name, value: media[name] ?? '' })) })
+      await sleep(100)
+      if (shots && chromium) await page.screenshot({ path: join(shots, `${name}-${view}.png`), fullPage: true })
       const { violations, wide } = await page.evaluate(async view => {
         const { violations } = await window.axe.run({ iframes: false, rules: view === 'forced' ? { 'color-contrast': { enabled: false } } : {} }) // the colours are not ours there
         return { violations: violations.map(({ id, nodes }) => `${id}: ${nodes.map(node => node.target.join(' ')).slice(0, 4).join(', ')} ${nodes[0].any[0]?.message ?? ''}`), wide: document.documentElement.scrollWidth > innerWidth }
@@ -72,7 +74,7 @@ describe('axe', { skip: missing('/usr/bin/chromium') }, () => {
     })
   }
 
-  test('the pictures of the README', { timeout: 120e3, skip: !process.env.COMETES_README && 'only with COMETES_README=1' }, async () => {
+  test('the pictures of the README', { timeout: 120e3, skip: !(chromium && process.env.COMETES_README) && 'only with COMETES_README=1' }, async () => {
     const folder = new URL('screenshots/', import.meta.url).pathname
     const shot = (page, name) => page.screenshot({ path: join(folder, name + '.webp'), type: 'webp', quality: 82 })
     const chat = await open(browser, relay.url + '/?room=comet&user=ada', { width: 1000, height: 590 })
