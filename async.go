@@ -89,7 +89,6 @@ type session struct {
 	head          []byte      // the head of the answer, sent before everything
 	pending       net.Buffers // what a full socket did not take
 	kernelTimeout bool        // the kernel ends the connection when the client acknowledges nothing
-	poll          *heldPoll   // of a long-poll
 
 	// Of a WebSocket.
 	proxied      bool // there is, or may be, a proxy in between
@@ -108,11 +107,10 @@ type session struct {
 const (
 	stateNew = iota // not in the pool yet
 	stateIdle
-	stateQueued   // a writer will come
-	stateWriting  // a writer serves it
-	stateDirty    // the same, and there is more to do
-	stateBlocked  // its socket is full; no writer comes
-	stateAnswered // a long-poll has its answer: the session is the goroutine's that reads
+	stateQueued  // a writer will come
+	stateWriting // a writer serves it
+	stateDirty   // the same, and there is more to do
+	stateBlocked // its socket is full; no writer comes
 	stateClosed
 )
 
@@ -122,8 +120,6 @@ type writerPool struct {
 	server     *server
 	trustProxy bool
 	received   func(t *technique, bytes int) // counts what WebSockets send
-	requested  func(t *technique, bytes int) // counts requests that net/http does not see
-	resumed    *resumedConns                 // connections of long-polls, for the next request
 
 	mu       sync.Mutex // guards what follows
 	queue    []*session
@@ -135,7 +131,7 @@ type writerPool struct {
 
 // newWriterPool has the server's streams served by a pool.
 func newWriterPool(s *server, trustProxy bool) *writerPool {
-	p := &writerPool{server: s, trustProxy: trustProxy, received: func(*technique, int) {}, requested: func(*technique, int) {}, resumed: newResumedConns()}
+	p := &writerPool{server: s, trustProxy: trustProxy, received: func(*technique, int) {}}
 	s.takeOver = p.takeOver
 	s.relay.wakeAll = p.wakeSubscriptions
 	publish := s.publish
@@ -151,11 +147,8 @@ func newWriterPool(s *server, trustProxy bool) *writerPool {
 
 // takeOver serves a stream by the pool if it has a connection of its own.
 func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream, q *request) (taken bool, err error) {
-	if st.technique.mode == longPoll {
-		return p.takeOverPoll(w, r, st, q)
-	}
 	ses := &session{stream: st, pool: p, ws: st.technique.name == "ws"}
-	if !ses.ws && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
+	if st.technique.mode == longPoll || !ses.ws && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
 		return false, nil
 	}
 	if ses.ws {
@@ -175,7 +168,7 @@ func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream
 
 // hijack takes over the connection of a stream. The handler is done then.
 func (ses *session) hijack(w http.ResponseWriter) error {
-	conn, _, _, err := hijack(w)
+	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		ses.close()
 		return err
@@ -280,8 +273,7 @@ func (ses *session) write(b []byte, events []*event) error {
 }
 
 // unwritten returns b, which holds the events, without its first n bytes. What is
-// around the events is copied, since b is reused; a big event is shared, unless most of
-// it was sent: the rest would keep the whole in memory, and only the rest is counted.
+// around the events is copied, since b is reused; a big event is shared.
 func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
 	copied := func(b []byte) {
 		if n < len(b) {
@@ -298,13 +290,10 @@ func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
 			break // this technique writes something else, and it would cost to look for all
 		}
 		copied(b[:i])
-		if n < len(e.json)/2 {
+		if b = b[i+len(e.json):]; n < len(e.json) {
 			rest = append(rest, e.json[n:])
-			n = 0
-		} else {
-			copied(b[i : i+len(e.json)])
 		}
-		b = b[i+len(e.json):]
+		n = max(0, n-len(e.json))
 	}
 	copied(b)
 	return rest
@@ -334,18 +323,6 @@ func (p *writerPool) add(ses *session) {
 	p.mu.Unlock()
 }
 
-// remove ends what add began.
-func (p *writerPool) remove(ses *session) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	last := p.sessions[len(p.sessions)-1]
-	p.sessions[ses.index], last.index = last, ses.index
-	p.sessions[len(p.sessions)-1] = nil
-	if p.sessions = p.sessions[:len(p.sessions)-1]; len(p.sessions) == gcThreshold/2 {
-		go setGCPercent(100)
-	}
-}
-
 // setGCPercent sets how much garbage there may be, in percent of the memory in use,
 // unless GOGC does.
 func setGCPercent(percent int) {
@@ -362,7 +339,7 @@ func (p *writerPool) tick() {
 		defer p.mu.Unlock()
 		now := time.Now().UnixNano()
 		for _, ses := range p.sessions {
-			if ses.poll == nil && ses.due(now) && ses.state.CompareAndSwap(stateIdle, stateQueued) {
+			if ses.due(now) && ses.state.CompareAndSwap(stateIdle, stateQueued) {
 				p.pushLocked(ses)
 			}
 		}
@@ -378,51 +355,47 @@ func (p *writerPool) wakeSubscriptions(subscriptions []*subscription) {
 	defer batch.flush()
 	for _, s := range subscriptions {
 		if ses, ok := s.subscriber.driver.(*session); ok {
-			batch.add(ses)
+			ses.wakeIn(&batch)
 		} else {
 			s.subscriber.wake()
 		}
 	}
 }
 
-// wakeAll has all sessions served, so they see that the relay stops. Connections that
-// wait for a request end.
+// wakeAll has all sessions served, so they see that the relay stops.
 func (p *writerPool) wakeAll() {
 	p.mu.Lock()
 	all := slices.Clone(p.sessions) // to wake takes the lock
 	p.mu.Unlock()
 	var batch wakeBatch
 	for _, ses := range all {
-		if ses.poll != nil {
-			ses.gone.Store(true)
-			ses.conn.SetReadDeadline(longAgo)
-		}
-		batch.add(ses)
+		ses.wakeIn(&batch)
 	}
 	batch.flush()
 }
 
 // wake has the session served, now or once more.
 func (ses *session) wake() {
-	if ses.claim() {
-		ses.pool.enqueue(ses)
-	}
+	var batch wakeBatch
+	ses.wakeIn(&batch)
+	batch.flush()
 }
 
-// claim reports whether the caller is to put the session into the queue.
-func (ses *session) claim() bool {
+// wakeIn is wake when the batch is flushed.
+func (ses *session) wakeIn(batch *wakeBatch) {
 	for {
 		switch ses.state.Load() {
 		case stateIdle:
 			if ses.state.CompareAndSwap(stateIdle, stateQueued) {
-				return true
+				batch.add(ses)
+				return
 			}
 		case stateWriting:
 			if ses.state.CompareAndSwap(stateWriting, stateDirty) {
-				return false
+				return
 			}
 		default:
-			return false
+			return
 		}
 	}
 }
@@ -435,9 +408,6 @@ type wakeBatch struct {
 }
 
 func (b *wakeBatch) add(ses *session) {
-	if !ses.claim() {
-		return
-	}
 	b.sessions[b.n] = ses
 	if b.n++; b.n == len(b.sessions) {
 		b.flush()
@@ -491,7 +461,7 @@ func (p *writerPool) throttle() {
 // run is a writer: it serves what is in the queue until there is nothing.
 func (p *writerPool) run() {
 	sc := p.server.scratches.Get().(*scratch)
-	defer p.server.putScratch(sc)
+	defer p.server.scratches.Put(sc)
 	var array [wakeBatchSize]*session
 	for {
 		p.mu.Lock()
@@ -542,9 +512,6 @@ func (ses *session) writeDue(sc *scratch, now int64) (err error) {
 			return net.ErrClosed
 		}
 	}
-	if ses.poll != nil {
-		return ses.answerPoll(sc, now)
-	}
 	if ses.gone.Load() {
 		return net.ErrClosed
 	}
@@ -560,9 +527,7 @@ func (ses *session) writeDue(sc *scratch, now int64) (err error) {
 // afterWrite ends a turn.
 func (ses *session) afterWrite(err error) {
 	switch {
-	case err == errAnswered:
-		ses.finishAnswer()
-	case err == errBlocked && (ses.ws || ses.poll != nil): // whose goroutine does nothing but read
+	case err == errBlocked && ses.ws: // whose reading goroutine is in the library
 		ses.state.Store(stateBlocked)
 		go ses.writePending()
 	case err == errBlocked:
@@ -597,7 +562,7 @@ func (ses *session) writePending() {
 		ses.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 		n, err := ses.conn.Write(ses.pending[0])
 		ses.server.unsentBytes.Add(-int64(n))
-		if ses.pending[0] = bytes.Clone(ses.pending[0][n:]); len(ses.pending[0]) == 0 { // nothing of it, or all, unless the time was up
+		if ses.pending[0] = ses.pending[0][n:]; len(ses.pending[0]) == 0 {
 			ses.pending = ses.pending[1:]
 		}
 		if err != nil && (n == 0 || ses.gone.Load()) {
@@ -619,15 +584,16 @@ func (ses *session) release(byeSent bool) {
 	for _, b := range ses.pending {
 		ses.server.unsentBytes.Add(-int64(len(b)))
 	}
-	ses.pool.remove(ses)
-	if ses.poll == nil || !ses.poll.sent {
-		ses.close()
-	} else {
-		ses.server.release(ses.quota, ses.technique)
+	p := ses.pool
+	p.mu.Lock()
+	last := p.sessions[len(p.sessions)-1]
+	p.sessions[ses.index], last.index = last, ses.index
+	p.sessions[len(p.sessions)-1] = nil
+	if p.sessions = p.sessions[:len(p.sessions)-1]; len(p.sessions) == gcThreshold/2 {
+		go setGCPercent(100)
 	}
-	if ses.poll != nil {
-		ses.poll.answered <- struct{}{}
-	}
+	p.mu.Unlock()
+	ses.close()
 	if !byeSent {
 		ses.conn.Close()
 		return
@@ -798,13 +764,14 @@ type wsHijacker struct {
 }
 
 func (h wsHijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, early, _, err := hijack(h.ResponseWriter) // a client may send before it has our answer
+	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
 	if err != nil {
 		return nil, nil, err
 	}
 	h.ses.conn = conn
 	c := wsConn{conn, h.ses}
-	in := bufio.NewReaderSize(bytes.NewReader(early), max(128, len(early)))
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // a client may send before it has our answer
+	in := bufio.NewReaderSize(bytes.NewReader(bytes.Clone(early)), max(128, len(early)))
 	in.Peek(len(early))
 	return c, bufio.NewReadWriter(in, bufio.NewWriterSize(c, maxControlFrame)), nil
 }

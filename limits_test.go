@@ -236,6 +236,15 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 			},
 			first, "GET /rooms/a/multipart?as=svg&w=99", "", nil, 503, "10", "", leave},
 		{"an origin", "origin", nil, func(*testbed) {}, first, "POST /rooms/a", "hi", []string{"Origin: https://evil.example"}, 403, "", "", nil},
+		{"bodies that are being received", "memory", nil,
+			func(b *testbed) {
+				for i := range b.limiter.receipts.max*3/4/(bodyFactor*50_000) {
+					c, _ := b.dialFrom(fmt.Sprintf("192.0.2.%d", i+3))
+					go io.WriteString(c, "POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n\r\n")
+				}
+				synctest.Wait()
+			},
+			first, "POST /rooms/a", strings.Repeat("x", 50_000), nil, 503, "1", "", wait(stillTime + time.Millisecond)},
 		{"a token", "token", []string{"-secret", firstSecret}, func(*testbed) {}, first, "POST /rooms/a", "hi", nil, 401, "", "", nil},
 	} {
 		covered[tc.reason] = true
@@ -387,16 +396,16 @@ func TestTheLimitListenerAcceptsNoMoreThanItMay(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c.SetWriteDeadline(time.Now().Add(time.Millisecond))
-			go io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+			c.SetWriteDeadline(time.Now().Add(time.Second))
+			go io.WriteString(c, "GET /rooms/a/stream HTTP/1.1\r\nHost: x\r\n\r\n")
 			c.SetReadDeadline(time.Now().Add(5 * time.Second))
 			data := make([]byte, 1024)
 			n, _ := c.Read(data)
 			switch {
-			case strings.HasPrefix(string(data[:n]), "HTTP/1.1 503 "):
+			case strings.Contains(string(data[:n]), "too many connections"):
 				out++
 				c.Close()
-			case strings.HasPrefix(string(data[:n]), "HTTP/1.1 200 "):
+			case strings.HasPrefix(string(data[:n]), "HTTP/1.1 200 "), strings.Contains(string(data[:n]), errTooManyStreams.message):
 				in++
 				conns = append(conns, c)
 			default:

@@ -22,7 +22,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -105,13 +104,15 @@ type config struct {
 	redis       string // layer: redis.go
 	redisPrefix string // layer: redis.go
 	redisEvents int    // layer: redis.go
+	memory      int64 // bytes; see availableMemory
 	limits
 }
 
 // parseFlags reads the flags. A flag that is not given has an environment variable:
-// COMETES_ROOM_BYTES for -room-bytes.
-func parseFlags(args []string, getenv func(string) string) (config, error) {
-	var c config
+// COMETES_ROOM_BYTES for -room-bytes. Some defaults come from the memory there is.
+func parseFlags(args []string, getenv func(string) string, memory int64) (config, error) {
+	c := config{memory: memory}
+	bounds := boundsFor(memory)
 	fs := flag.NewFlagSet("cometes", flag.ContinueOnError)
 	fs.StringVar(&c.addr, "addr", ":"+cmp.Or(getenv("PORT"), "8080"), "`address` to listen on; PORT, as the platforms set it, is another way to say the port")
 	fs.StringVar(&c.origins, "origins", "", "whose pages may read and publish, beside the relay's own: a `list` such as https://a.example,https://b.example, or * for all")
@@ -122,7 +123,7 @@ func parseFlags(args []string, getenv func(string) string) (config, error) {
 	fs.BoolVar(&c.h2c, "h2c", false, "speak HTTP/2 without TLS too, to a proxy; WebSockets need HTTP/1.1")
 	fs.BoolVar(&c.healthcheck, "healthcheck", false, "ask the relay at -addr for its health, and exit")
 	fs.StringVar(&c.metricsAddr, "metrics-addr", "", "`address` to serve /metrics on, and no longer at -addr")
-	fs.IntVar(&c.streams, "streams", 10_000, "most streams and waiting long-polls")
+	fs.IntVar(&c.streams, "streams", bounds.streams, "most streams and waiting long-polls; 10,000 for 256 MiB of memory")
 	fs.IntVar(&c.perAddr, "per-addr", 256, "most connections, and most streams and waiting long-polls, of one client address")
 	fs.Float64Var(&c.rate, "rate", 50, "most publishes a second of one client address")
 	fs.Float64Var(&c.roomRate, "room-rate", 1000, "most publishes a second to one room")
@@ -130,7 +131,7 @@ func parseFlags(args []string, getenv func(string) string) (config, error) {
 	fs.IntVar(&c.maxUsers, "users", defaultLimits.maxUsers, "most users present, counted by room")
 	fs.IntVar(&c.maxEvents, "events", defaultLimits.maxEvents, "messages that a room keeps")
 	fs.IntVar(&c.maxRoomBytes, "room-bytes", defaultLimits.maxRoomBytes, "`bytes` of messages that a room keeps")
-	fs.IntVar(&c.maxBytes, "all-bytes", defaultLimits.maxBytes, "`bytes` of messages that all rooms keep together; the rooms idle longest lose theirs first")
+	fs.IntVar(&c.maxBytes, "all-bytes", bounds.logBytes, "`bytes` of messages that all rooms keep together, an eighth of the memory; the rooms idle longest lose theirs first")
 	fs.IntVar(&c.maxRooms, "rooms", defaultLimits.maxRooms, "most rooms")
 	fs.DurationVar(&c.roomIdle, "idle", defaultLimits.roomIdle, "a room that nobody reads or publishes to is forgotten after this time")
 	fs.DurationVar(&c.presenceTTL, "present", defaultLimits.presenceTTL, "a user who polls is present for this time")
@@ -184,14 +185,17 @@ const (
 
 // run serves until ctx is done, and then ends every stream with a bye before it returns.
 func run(ctx context.Context, args []string, getenv func(string) string) error {
-	c, err := parseFlags(args, getenv)
+	memory, source := availableMemory(os.DirFS("/"))
+	c, err := parseFlags(args, getenv, memory)
 	if err != nil {
 		return err
 	}
 	if c.healthcheck {
 		return healthcheck(c.addr)
 	}
-	limitMemory(getenv)
+	if source == "cgroup" && getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(memory / 10 * 9) // the rest is the kernel's, for sockets
+	}
 	a, err := newApp(c)
 	if err != nil {
 		return err
@@ -207,14 +211,14 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 	defer stopMetrics() // layer: stats.go
 	if isTerminal(os.Stderr) {
 		fmt.Fprintln(os.Stderr, greeting(listener.Addr().String(), a.access.secrets != nil))
-		return serve(ctx, a, a.http(c.h2c), a.limitListener(listener))
+		return serve(ctx, a, a.http(c.h2c), a.listen(listener))
 	}
 	slog.Info("listening", "addr", listener.Addr().String(), "version", version(), "instance", a.instance,
-		"streams", c.streams, "all-bytes", c.maxBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", a.access.secrets != nil)
+		"memory", memory, "memory-from", source, "streams", c.streams, "all-bytes", c.maxBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", a.access.secrets != nil)
 	if a.access.secrets == nil {
 		slog.Warn("the relay is open: anybody may read and publish; -secret closes it")
 	}
-	return serve(ctx, a, a.http(c.h2c), a.limitListener(listener))
+	return serve(ctx, a, a.http(c.h2c), a.listen(listener))
 }
 
 // http returns the HTTP server.
@@ -231,19 +235,26 @@ func (a *app) http(h2c bool) *http.Server {
 	}
 	srv.Protocols.SetHTTP1(true)
 	srv.Protocols.SetUnencryptedHTTP2(h2c)
+	srv.HTTP2 = &http.HTTP2Config{MaxReadFrameSize: 16 << 10, MaxReceiveBufferPerConnection: 64 << 10, MaxReceiveBufferPerStream: 64 << 10} // the least there is
+	a.limiter.attach(srv)
 	return srv
 }
 
-// limitListener guards the listener. Beside what is held there are requests that
-// come and go; a tenth is for them, and 100 at least.
-func (a *app) limitListener(l net.Listener) net.Listener {
+// listen returns the listener for http, around l. Beside what is held there are requests
+// that come and go; a tenth of the connections is for them, and 100 at least.
+func (a *app) listen(l net.Listener) net.Listener {
 	most := a.limiter.maxStreams
-	d := &limitListener{Listener: l, maxConns: most + max(most/10, 100), countRefusal: a.refused}
+	d := &limitListener{Listener: l, limiter: a.limiter, maxConns: most + max(most/10, 100), countRefusal: a.refused}
 	if d.addrs.perAddr = a.config.perAddr; a.config.trustProxy {
 		d.addrs.perAddr = math.MaxInt // all come from the proxy
 	}
 	d.spareFD, _ = os.Open(os.DevNull)
-	return d
+	a.stats.gauges = []gauge{ // layer: stats.go
+		{"open_connections", "Connections.", d.open.Load},                                                                         // layer: stats.go
+		{"served_connections", "Connections with a request, or between two.", a.limiter.served.inUse},                             // layer: stats.go
+		{"reserved_bytes", "Bytes reserved for bodies that arrive, and for answers that clients take.", a.limiter.receipts.inUse}, // layer: stats.go
+	} // layer: stats.go
+	return a.limiter.listen(d)
 }
 
 // healthcheck asks the relay at addr for its health.
@@ -265,24 +276,6 @@ func healthcheck(addr string) error {
 		return fmt.Errorf("the relay answers %s", resp.Status)
 	}
 	return nil
-}
-
-// limitMemory has the runtime stay below nine tenths of the container's memory (cgroup v2
-// or v1), unless GOMEMLIMIT is set.
-func limitMemory(getenv func(string) string) {
-	if getenv("GOMEMLIMIT") != "" {
-		return
-	}
-	for _, name := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} {
-		b, err := os.ReadFile(name)
-		if err != nil {
-			continue
-		}
-		if n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64); err == nil && n < 1<<40 { // v1 has a huge number for none
-			debug.SetMemoryLimit(n / 10 * 9)
-		}
-		return
-	}
 }
 
 // release is set by the linker, for builds that cannot see the repository.
@@ -328,6 +321,7 @@ func newApp(c config) (*app, error) {
 	}
 	s := newServer(newRelay(c.limits))
 	s.heartbeat, s.maxAge, s.maxBody = c.beat, c.age, c.body
+	s.maxUnsent = boundsFor(c.memory).unsent
 	a := &app{server: s, config: c, handler: s}
 	if a.redis, err = newRedis(s, c.redis, c.redisPrefix, c.redisEvents); err != nil { // layer: redis.go
 		return nil, err // layer: redis.go
@@ -338,12 +332,10 @@ func newApp(c config) (*app, error) {
 	a.handler = a.stats.wrap(a.handler)                    // layer: stats.go
 	a.pictures.skipped = func() { a.stats.skipped.Add(1) } // layer: stats.go picture.go
 	a.pool.received = a.stats.received                     // layer: stats.go async.go
-	a.pool.requested = a.stats.requested                   // layer: stats.go async.go
 	a.handler = wrapPages(s, a.handler)
 	a.handler = a.redis.wrap(a.handler) // layer: redis.go
-	a.limiter = &limiter{maxStreams: int64(c.streams), roomRate: c.roomRate}
-	a.limiter.addrs = addrLimiter{trustProxy: c.trustProxy, fly: c.fly, perAddr: c.perAddr, rate: c.rate}
-	a.handler = a.limiter.wrap(a.handler)
+	a.limiter = newLimiter(c)
+	a.handler = a.limiter.wrap(s, a.handler)
 	a.access = &access{origins: origins, secrets: parseSecrets(c.secret), trustProxy: c.trustProxy}
 	if c.secret != "" && a.access.secrets == nil {
 		return nil, errors.New("-secret is blank")
@@ -357,7 +349,6 @@ func serve(ctx context.Context, a *app, srv *http.Server, listener net.Listener)
 	defer a.redis.close() // layer: redis.go
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(listener) }()
-	go srv.Serve(a.pool.resumed) // layer: async.go
 	sweep := time.NewTicker(a.relay.roomIdle / 10)
 	defer sweep.Stop()
 	for ctx.Err() == nil {

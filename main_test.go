@@ -61,7 +61,7 @@ func TestFlags(t *testing.T) {
 		{nil, nil, func(c config) any { return c.roomIdle }, 10 * time.Minute},
 		{[]string{"-idle=1s", "-present", "1h"}, nil, func(c config) any { return c.presenceTTL }, time.Hour},
 	} {
-		c, err := parseFlags(test.args, testEnv(test.env...))
+		c, err := parseFlags(test.args, testEnv(test.env...), defaultMemory)
 		if err != nil || test.get(c) != test.want {
 			t.Errorf("%q %q: %v %v, want %v", test.args, test.env, test.get(c), err, test.want)
 		}
@@ -91,7 +91,7 @@ func TestFlagsRefused(t *testing.T) {
 		{nil, []string{"COMETES_ROOM_BYTES=1e6"}, "COMETES_ROOM_BYTES"},
 		{nil, []string{"COMETES_ALL_BYTES=1"}, "-all-bytes"},
 	} {
-		if _, err := parseFlags(test.args, testEnv(test.env...)); err == nil || !strings.Contains(err.Error(), test.names) {
+		if _, err := parseFlags(test.args, testEnv(test.env...), defaultMemory); err == nil || !strings.Contains(err.Error(), test.names) {
 			t.Errorf("%q %q: %v, want an error that names %s", test.args, test.env, err, test.names)
 		}
 	}
@@ -102,7 +102,7 @@ func TestFlagsRefused(t *testing.T) {
 			t.Errorf("-secret %q: %v; want an error, not an open relay", secret, err)
 		}
 	}
-	if _, err := parseFlags([]string{"-help"}, testEnv()); !errors.Is(err, flag.ErrHelp) {
+	if _, err := parseFlags([]string{"-help"}, testEnv(), defaultMemory); !errors.Is(err, flag.ErrHelp) {
 		t.Errorf("-help: %v", err)
 	}
 	for _, list := range []string{"example.com", "https://", "https://a.example/", "https://a.example/path", "ftp:a", "null", "https://a.example,b"} {
@@ -132,7 +132,7 @@ func TestHelp(t *testing.T) {
 	}
 	was := os.Stderr
 	os.Stderr = w
-	parseFlags([]string{"-help"}, testEnv())
+	parseFlags([]string{"-help"}, testEnv(), defaultMemory)
 	os.Stderr = was
 	w.Close()
 	help, _ := io.ReadAll(r)

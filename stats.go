@@ -35,6 +35,13 @@ type stats struct {
 	techniques     map[*technique]*techniqueStats
 	refused        map[string]*atomic.Int64 // by reason
 	elsewhere      bool                     // /metrics has an address of its own
+	gauges         []gauge
+}
+
+// A gauge is a number of another layer.
+type gauge struct {
+	name, help string
+	value      func() int64
 }
 
 // techniqueStats are what one technique did since the start.
@@ -52,7 +59,7 @@ type techniqueStats struct {
 var delayBounds = [...]int64{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000}
 
 // reasons are what a request or connection is refused for.
-var reasons = []string{"address", "body", "connections", "descriptors", "origin", "pictures", "rate", "redis", "room", "rooms", "streams", "token", "users"}
+var reasons = []string{"address", "body", "connections", "descriptors", "memory", "origin", "pictures", "rate", "redis", "room", "rooms", "streams", "token", "users"}
 
 // newStats counts what the server does.
 func newStats(s *server) *stats {
@@ -138,12 +145,6 @@ func (b *statsBatch) flush() {
 	*b = statsBatch{all: b.all}
 }
 
-// requested counts a request that net/http did not see.
-func (st *stats) requested(t *technique, bytes int) {
-	st.techniques[t].requests.Add(1)
-	st.received(t, bytes)
-}
-
 // received counts bytes that a WebSocket's client sent.
 func (st *stats) received(t *technique, bytes int) { st.techniques[t].in.Add(int64(bytes)) }
 
@@ -181,7 +182,7 @@ func (st *stats) wrap(next http.Handler) http.Handler {
 				st.start(r)
 			}
 			defer func() {
-				if w.Header()["Date"] == nil && t.name != "ws" { // else the connection was taken over
+				if w.Header()["Transfer-Encoding"] == nil && t.name != "ws" { // else the connection was taken over
 					c.out.Add(headSize(len("HTTP/1.1 200 OK"), w.Header()))
 				}
 			}()
@@ -289,8 +290,7 @@ func (st *stats) listRooms(w http.ResponseWriter, r *http.Request, q *request) e
 		return q.err
 	}
 	rooms, more := st.server.relay.list(prefix, maxListed)
-	writeJSON(w, http.StatusOK, map[string]any{"rooms": rooms, "more": more})
-	return nil
+	return q.writeJSON(w, map[string]any{"rooms": rooms, "more": more})
 }
 
 // handleMetrics is GET /metrics, for those who may read _stats.
@@ -349,6 +349,10 @@ func (st *stats) metrics(w http.ResponseWriter) {
 	one("users", "gauge", "Users present, counted by room.", users)
 	one("history_bytes", "gauge", "Bytes of events kept.", bytes)
 	one("memory_bytes", "gauge", "Memory the runtime has from the system.", memory())
+	one("unsent_bytes", "gauge", "Bytes that streams have not taken yet.", st.server.unsentBytes.Load())
+	for _, g := range st.gauges {
+		one(g.name, "gauge", g.help, g.value())
+	}
 	one("goroutines", "gauge", "Goroutines.", runtime.NumGoroutine())
 	fmt.Fprintf(&b, "# HELP cometes_refused_total Requests and connections refused.\n# TYPE cometes_refused_total counter\n")
 	for _, reason := range reasons {

@@ -73,7 +73,7 @@ var techniques = newTechniques()
 
 func newTestbed(t testing.TB, network string, tune ...func(*config)) *testbed {
 	t.Helper()
-	c, err := parseFlags(nil, func(string) string { return "" })
+	c, err := parseFlags(nil, func(string) string { return "" }, defaultMemory)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -147,7 +147,7 @@ func newTestbed(t testing.TB, network string, tune ...func(*config)) *testbed {
 // that limits connections. Clients connect from any address; see dialFrom.
 func newLimitedTestbed(t testing.TB, args ...string) *testbed {
 	t.Helper()
-	c, err := parseFlags(args, func(string) string { return "" })
+	c, err := parseFlags(args, func(string) string { return "" }, defaultMemory)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +161,7 @@ func newLimitedTestbed(t testing.TB, args ...string) *testbed {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		serve(ctx, a, a.http(c.h2c), a.limitListener(b.listener))
+		serve(ctx, a, a.http(c.h2c), a.listen(b.listener))
 	}()
 	b.close = sync.OnceFunc(func() {
 		cancel()
@@ -691,7 +691,7 @@ func newTestEncoder(tb testing.TB, t *technique) encoder {
 
 // newTestApp returns a relay without a listener.
 func newTestApp(t testing.TB) *app {
-	c, err := parseFlags(nil, func(string) string { return "" })
+	c, err := parseFlags(nil, func(string) string { return "" }, defaultMemory)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -139,7 +139,7 @@ func pollBody(b []byte, cursor int64, events []*event) []byte {
 // The comment keeps a callback's name from being read as another kind of file: a Flash
 // movie can be spelled in letters and digits.
 func jsonp(_ *server, q *request) encoder {
-	callback := strings.Clone(q.param("callback")) // a clone does not keep the whole URL in memory
+	callback := q.param("callback")
 	if !validCallback(callback) {
 		q.fail(badRequest("callback is the name of a function: a JavaScript name, or several with dots between them, of at most %d characters", maxName))
 	}
@@ -385,39 +385,10 @@ func asText(data json.RawMessage) string {
 	return text
 }
 
-// html returns the event as a line of a page.
-func (s *server) html(e *event) []byte { return s.lines.get(e, s.eventHTML) }
-
-// A cache keeps what was made of the newest events, since most subscribers are sent the
-// same at the same time. It is bounded: each of a few slots holds one value.
-type cache struct {
-	slots    []atomic.Pointer[cached]
-	maxBytes int // of a value; a larger one is made again each time
-}
-
-type cached struct {
-	id    int64 // of the event
-	value []byte
-}
-
-func newCache(slots, maxBytes int) *cache {
-	return &cache{make([]atomic.Pointer[cached], slots), maxBytes}
-}
-
-// get returns what make makes of an event.
-func (c *cache) get(e *event, make func(*event) []byte) []byte {
-	if e.publishedAt == 0 { // a notice may have the id of an event
-		return make(e)
-	}
-	slot := &c.slots[e.id%int64(len(c.slots))]
-	if v := slot.Load(); v != nil && v.id == e.id {
-		return v.value
-	}
-	value := make(e)
-	if len(value) <= c.maxBytes {
-		slot.Store(&cached{e.id, value})
-	}
-	return value
+// html returns the event as a line of a page. It is made once for all subscribers.
+func (s *server) html(e *event) []byte {
+	e.htmlOnce.Do(func() { e.htmlCache = s.eventHTML(e) })
+	return e.htmlCache
 }
 
 // plainHTML is the simplest way to show an event.
@@ -440,6 +411,7 @@ type server struct {
 	heartbeat  time.Duration // a stream is never silent for longer
 	maxAge     time.Duration // of a stream; 0 for no limit
 	maxBody    int64         // bytes of a publish
+	maxUnsent  int64         // bytes that all clients together have not taken yet
 	instance   string        // names this process in hello
 
 	publish   func(publishRequest) (id int64, isNew bool, err error)
@@ -453,9 +425,8 @@ type server struct {
 	refused   func(reason string)                                                                 // counts what is refused
 
 	activeAtStop atomic.Int64
-	unsentBytes  atomic.Int64 // that are being written, or that full sockets did not take; bounded by relay.maxBytes
+	unsentBytes  atomic.Int64 // that are being written, or that full sockets did not take; at most maxUnsent
 	scratches    sync.Pool
-	lines        *cache // of pages
 }
 
 func newServer(r *relay) *server {
@@ -464,9 +435,9 @@ func newServer(r *relay) *server {
 		techniques: newTechniques(),
 		heartbeat:  15 * time.Second,
 		maxBody:    64 << 10,
+		maxUnsent:  int64(r.maxBytes),
 		instance:   rand.Text()[:8],
 		publish:    r.publish,
-		lines:      newCache(64, 16<<10),
 		image:      func(string, []byte) ([]byte, error) { return nil, errImage },
 		erase:      r.erase,
 		catchUp:    func(context.Context, int64) {},
@@ -493,17 +464,9 @@ type counter func(t *technique, events []*event, bytes int, now int64)
 // withScratch calls do with a scratch from the pool.
 func (s *server) withScratch(do func(*scratch) error) error {
 	sc := s.scratches.Get().(*scratch)
-	defer s.putScratch(sc)
+	defer s.scratches.Put(sc)
 	defer sc.count(nil, nil, 0, 0)
 	return do(sc)
-}
-
-// putScratch gives a scratch back to the pool. One that wrote a big page has grown too large to keep.
-func (s *server) putScratch(sc *scratch) {
-	if cap(sc.buf) > maxScratch {
-		sc.buf = nil
-	}
-	s.scratches.Put(sc)
 }
 
 const (
@@ -512,8 +475,6 @@ const (
 
 	// A slow client gets a new deadline for each chunk of this size.
 	writeChunk = 16 << 10
-
-	maxScratch = 256 << 10 // bytes of a scratch in the pool
 )
 
 // serve answers a request for events, until there is no more to say or the client
@@ -606,6 +567,9 @@ const maxAnswer = 256 << 10
 // answer writes events as a whole answer.
 func (st *stream) answer(w http.ResponseWriter, events []*event) error {
 	b := st.enc.encode([]byte(st.enc.preamble), st.sub.cursor, events...)
+	if err := st.quota.reserve(len(b)); err != nil {
+		return err
+	}
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	st.server.withScratch(func(sc *scratch) error { sc.count(st.technique, events, len(b), time.Now().UnixMilli()); return nil })
 	return writer(w)(b)
@@ -823,7 +787,7 @@ func (s *server) stop() {
 // reserveUnsent counts bytes that a client has not taken yet. It returns
 // errClientGone when all who are slow have no room left.
 func (s *server) reserveUnsent(n int) error {
-	if s.unsentBytes.Add(int64(n)) > int64(s.relay.maxBytes) {
+	if s.unsentBytes.Add(int64(n)) > s.maxUnsent {
 		s.dropped()
 		return errClientGone
 	}
@@ -1045,6 +1009,7 @@ type quota interface {
 	publishTo(room string) error // before it is appended; may not block
 	hold() error                 // a stream or long-poll
 	release()
+	reserve(bytes int) error // an answer that may be long, until the request ends
 }
 
 // unlimited is the rights and the quota of a client that nobody limits.
@@ -1057,6 +1022,7 @@ func (unlimited) publish() error         { return nil }
 func (unlimited) publishTo(string) error { return nil }
 func (unlimited) hold() error            { return nil }
 func (unlimited) release()               {}
+func (unlimited) reserve(int) error      { return nil }
 
 func newPermit() *permit {
 	return &permit{expiresAt: math.MaxInt64, ancestors: "*", rights: unlimited{}, quota: unlimited{}}
@@ -1171,6 +1137,16 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Header()["Content-Type"] = jsonUTF8
 	w.WriteHeader(status)
 	w.Write(append(b, '\n'))
+}
+
+// writeJSON answers with what may be long.
+func (q *request) writeJSON(w http.ResponseWriter, v any) error {
+	b, _ := json.Marshal(v)
+	if err := q.permit.quota.reserve(len(b)); err != nil {
+		return err
+	}
+	writeJSON(w, http.StatusOK, json.RawMessage(b))
+	return nil
 }
 
 var (
@@ -1304,8 +1280,8 @@ func (q *request) intParam(name string, low, high, absent int64) int64 {
 
 // parseSubscribe reads what a technique takes, and returns its encoder.
 func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encoder {
-	q.user = strings.Clone(q.userParam()) // a clone does not keep the whole URL in memory
-	q.sub = subscribeRequest{rooms: q.rooms, client: strings.Clone(q.clientParam()), longLived: t.mode != immediate, cursor: -1}
+	q.user = q.userParam()
+	q.sub = subscribeRequest{rooms: q.rooms, client: q.clientParam(), longLived: t.mode != immediate, cursor: -1}
 	q.gatherLastEventID(r.Header)
 	for _, name := range []string{"after", "lastEventId", "Last-Event-ID"} { // the last of them counts
 		q.sub.cursor = q.intParam(name, 0, math.MaxInt64, q.sub.cursor)
@@ -1613,8 +1589,7 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 	if r.Method != http.MethodPost {
 		ros := s.relay.roster(room)
 		ros.Room = room
-		writeJSON(w, http.StatusOK, ros)
-		return nil
+		return q.writeJSON(w, ros)
 	}
 	if err := q.permit.quota.publish(); err != nil {
 		return err
@@ -1661,9 +1636,13 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request, q *request, fi
 		return nil, "", errTooBig // before a client that expects 100 is told to continue
 	}
 	b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.maxBody))
-	switch _, tooBig := errors.AsType[*http.MaxBytesError](err); {
+	_, tooBig := errors.AsType[*http.MaxBytesError](err)
+	switch limit, ok := errors.AsType[httpError](err); {
 	case tooBig:
 		return nil, "", errTooBig
+	case ok:
+		w.Header().Set("Connection", "close") // or net/http would wait for the rest first
+		return nil, "", limit
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		w.Header().Set("Connection", "close")
 		return nil, "", errSlow
