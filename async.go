@@ -89,6 +89,7 @@ type session struct {
 	head          []byte      // the head of the answer, sent before everything
 	pending       net.Buffers // what a full socket did not take
 	kernelTimeout bool        // the kernel ends the connection when the client acknowledges nothing
+	poll          *heldPoll   // of a long-poll
 
 	// Of a WebSocket.
 	proxied      bool // there is, or may be, a proxy in between
@@ -107,10 +108,11 @@ type session struct {
 const (
 	stateNew = iota // not in the pool yet
 	stateIdle
-	stateQueued  // a writer will come
-	stateWriting // a writer serves it
-	stateDirty   // the same, and there is more to do
-	stateBlocked // its socket is full; no writer comes
+	stateQueued   // a writer will come
+	stateWriting  // a writer serves it
+	stateDirty    // the same, and there is more to do
+	stateBlocked  // its socket is full; no writer comes
+	stateAnswered // a long-poll has its answer: the session is the goroutine's that reads
 	stateClosed
 )
 
@@ -120,6 +122,8 @@ type writerPool struct {
 	server     *server
 	trustProxy bool
 	received   func(t *technique, bytes int) // counts what WebSockets send
+	requested  func(t *technique, bytes int) // counts requests that net/http does not see
+	resumed    *resumedConns                 // connections of long-polls, for the next request
 
 	mu       sync.Mutex // guards what follows
 	queue    []*session
@@ -131,7 +135,7 @@ type writerPool struct {
 
 // newWriterPool has the server's streams served by a pool.
 func newWriterPool(s *server, trustProxy bool) *writerPool {
-	p := &writerPool{server: s, trustProxy: trustProxy, received: func(*technique, int) {}}
+	p := &writerPool{server: s, trustProxy: trustProxy, received: func(*technique, int) {}, requested: func(*technique, int) {}, resumed: newResumedConns()}
 	s.takeOver = p.takeOver
 	s.relay.wakeAll = p.wakeSubscriptions
 	publish := s.publish
@@ -147,8 +151,11 @@ func newWriterPool(s *server, trustProxy bool) *writerPool {
 
 // takeOver serves a stream by the pool if it has a connection of its own.
 func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream, q *request) (taken bool, err error) {
+	if st.technique.mode == longPoll {
+		return p.takeOverPoll(w, r, st, q)
+	}
 	ses := &session{stream: st, pool: p, ws: st.technique.name == "ws"}
-	if st.technique.mode == longPoll || !ses.ws && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
+	if !ses.ws && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
 		return false, nil
 	}
 	if ses.ws {
@@ -168,7 +175,7 @@ func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream
 
 // hijack takes over the connection of a stream. The handler is done then.
 func (ses *session) hijack(w http.ResponseWriter) error {
-	conn, _, err := http.NewResponseController(w).Hijack()
+	conn, _, _, err := hijack(w)
 	if err != nil {
 		ses.close()
 		return err
@@ -273,7 +280,8 @@ func (ses *session) write(b []byte, events []*event) error {
 }
 
 // unwritten returns b, which holds the events, without its first n bytes. What is
-// around the events is copied, since b is reused; a big event is shared.
+// around the events is copied, since b is reused; a big event is shared, unless most of
+// it was sent: the rest would keep the whole in memory, and only the rest is counted.
 func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
 	copied := func(b []byte) {
 		if n < len(b) {
@@ -290,10 +298,13 @@ func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
 			break // this technique writes something else, and it would cost to look for all
 		}
 		copied(b[:i])
-		if b = b[i+len(e.json):]; n < len(e.json) {
+		if n < len(e.json)/2 {
 			rest = append(rest, e.json[n:])
+			n = 0
+		} else {
+			copied(b[i : i+len(e.json)])
 		}
-		n = max(0, n-len(e.json))
+		b = b[i+len(e.json):]
 	}
 	copied(b)
 	return rest
@@ -323,6 +334,18 @@ func (p *writerPool) add(ses *session) {
 	p.mu.Unlock()
 }
 
+// remove ends what add began.
+func (p *writerPool) remove(ses *session) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	last := p.sessions[len(p.sessions)-1]
+	p.sessions[ses.index], last.index = last, ses.index
+	p.sessions[len(p.sessions)-1] = nil
+	if p.sessions = p.sessions[:len(p.sessions)-1]; len(p.sessions) == gcThreshold/2 {
+		go setGCPercent(100)
+	}
+}
+
 // setGCPercent sets how much garbage there may be, in percent of the memory in use,
 // unless GOGC does.
 func setGCPercent(percent int) {
@@ -339,7 +362,7 @@ func (p *writerPool) tick() {
 		defer p.mu.Unlock()
 		now := time.Now().UnixNano()
 		for _, ses := range p.sessions {
-			if ses.due(now) && ses.state.CompareAndSwap(stateIdle, stateQueued) {
+			if ses.poll == nil && ses.due(now) && ses.state.CompareAndSwap(stateIdle, stateQueued) {
 				p.pushLocked(ses)
 			}
 		}
@@ -355,47 +378,51 @@ func (p *writerPool) wakeSubscriptions(subscriptions []*subscription) {
 	defer batch.flush()
 	for _, s := range subscriptions {
 		if ses, ok := s.subscriber.driver.(*session); ok {
-			ses.wakeIn(&batch)
+			batch.add(ses)
 		} else {
 			s.subscriber.wake()
 		}
 	}
 }
 
-// wakeAll has all sessions served, so they see that the relay stops.
+// wakeAll has all sessions served, so they see that the relay stops. Connections that
+// wait for a request end.
 func (p *writerPool) wakeAll() {
 	p.mu.Lock()
 	all := slices.Clone(p.sessions) // to wake takes the lock
 	p.mu.Unlock()
 	var batch wakeBatch
 	for _, ses := range all {
-		ses.wakeIn(&batch)
+		if ses.poll != nil {
+			ses.gone.Store(true)
+			ses.conn.SetReadDeadline(longAgo)
+		}
+		batch.add(ses)
 	}
 	batch.flush()
 }
 
 // wake has the session served, now or once more.
 func (ses *session) wake() {
-	var batch wakeBatch
-	ses.wakeIn(&batch)
-	batch.flush()
+	if ses.claim() {
+		ses.pool.enqueue(ses)
+	}
 }
 
-// wakeIn is wake when the batch is flushed.
-func (ses *session) wakeIn(batch *wakeBatch) {
+// claim reports whether the caller is to put the session into the queue.
+func (ses *session) claim() bool {
 	for {
 		switch ses.state.Load() {
 		case stateIdle:
 			if ses.state.CompareAndSwap(stateIdle, stateQueued) {
-				batch.add(ses)
-				return
+				return true
 			}
 		case stateWriting:
 			if ses.state.CompareAndSwap(stateWriting, stateDirty) {
-				return
+				return false
 			}
 		default:
-			return
+			return false
 		}
 	}
 }
@@ -408,6 +435,9 @@ type wakeBatch struct {
 }
 
 func (b *wakeBatch) add(ses *session) {
+	if !ses.claim() {
+		return
+	}
 	b.sessions[b.n] = ses
 	if b.n++; b.n == len(b.sessions) {
 		b.flush()
@@ -461,7 +491,7 @@ func (p *writerPool) throttle() {
 // run is a writer: it serves what is in the queue until there is nothing.
 func (p *writerPool) run() {
 	sc := p.server.scratches.Get().(*scratch)
-	defer p.server.scratches.Put(sc)
+	defer p.server.putScratch(sc)
 	var array [wakeBatchSize]*session
 	for {
 		p.mu.Lock()
@@ -512,6 +542,9 @@ func (ses *session) writeDue(sc *scratch, now int64) (err error) {
 			return net.ErrClosed
 		}
 	}
+	if ses.poll != nil {
+		return ses.answerPoll(sc, now)
+	}
 	if ses.gone.Load() {
 		return net.ErrClosed
 	}
@@ -527,7 +560,9 @@ func (ses *session) writeDue(sc *scratch, now int64) (err error) {
 // afterWrite ends a turn.
 func (ses *session) afterWrite(err error) {
 	switch {
-	case err == errBlocked && ses.ws: // whose reading goroutine is in the library
+	case err == errAnswered:
+		ses.finishAnswer()
+	case err == errBlocked && (ses.ws || ses.poll != nil): // whose goroutine does nothing but read
 		ses.state.Store(stateBlocked)
 		go ses.writePending()
 	case err == errBlocked:
@@ -562,7 +597,7 @@ func (ses *session) writePending() {
 		ses.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 		n, err := ses.conn.Write(ses.pending[0])
 		ses.server.unsentBytes.Add(-int64(n))
-		if ses.pending[0] = ses.pending[0][n:]; len(ses.pending[0]) == 0 {
+		if ses.pending[0] = bytes.Clone(ses.pending[0][n:]); len(ses.pending[0]) == 0 { // nothing of it, or all, unless the time was up
 			ses.pending = ses.pending[1:]
 		}
 		if err != nil && (n == 0 || ses.gone.Load()) {
@@ -584,16 +619,15 @@ func (ses *session) release(byeSent bool) {
 	for _, b := range ses.pending {
 		ses.server.unsentBytes.Add(-int64(len(b)))
 	}
-	p := ses.pool
-	p.mu.Lock()
-	last := p.sessions[len(p.sessions)-1]
-	p.sessions[ses.index], last.index = last, ses.index
-	p.sessions[len(p.sessions)-1] = nil
-	if p.sessions = p.sessions[:len(p.sessions)-1]; len(p.sessions) == gcThreshold/2 {
-		go setGCPercent(100)
+	ses.pool.remove(ses)
+	if ses.poll == nil || !ses.poll.sent {
+		ses.close()
+	} else {
+		ses.server.release(ses.quota, ses.technique)
 	}
-	p.mu.Unlock()
-	ses.close()
+	if ses.poll != nil {
+		ses.poll.answered <- struct{}{}
+	}
 	if !byeSent {
 		ses.conn.Close()
 		return
@@ -764,14 +798,13 @@ type wsHijacker struct {
 }
 
 func (h wsHijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	conn, early, _, err := hijack(h.ResponseWriter) // a client may send before it has our answer
 	if err != nil {
 		return nil, nil, err
 	}
 	h.ses.conn = conn
 	c := wsConn{conn, h.ses}
-	early, _ := rw.Reader.Peek(rw.Reader.Buffered()) // a client may send before it has our answer
-	in := bufio.NewReaderSize(bytes.NewReader(bytes.Clone(early)), max(128, len(early)))
+	in := bufio.NewReaderSize(bytes.NewReader(early), max(128, len(early)))
 	in.Peek(len(early))
 	return c, bufio.NewReadWriter(in, bufio.NewWriterSize(c, maxControlFrame)), nil
 }

@@ -332,6 +332,7 @@ func newApp(c config) (*app, error) {
 	a.handler = a.stats.wrap(a.handler)                    // layer: stats.go
 	a.pictures.skipped = func() { a.stats.skipped.Add(1) } // layer: stats.go picture.go
 	a.pool.received = a.stats.received                     // layer: stats.go async.go
+	a.pool.requested = a.stats.requested                   // layer: stats.go async.go
 	a.handler = wrapPages(s, a.handler)
 	a.handler = a.redis.wrap(a.handler) // layer: redis.go
 	a.limiter = newLimiter(c)
@@ -349,6 +350,7 @@ func serve(ctx context.Context, a *app, srv *http.Server, listener net.Listener)
 	defer a.redis.close() // layer: redis.go
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(listener) }()
+	go srv.Serve(a.pool.resumed) // layer: async.go
 	sweep := time.NewTicker(a.relay.roomIdle / 10)
 	defer sweep.Stop()
 	for ctx.Err() == nil {

@@ -20,6 +20,7 @@ import (
 	"html"
 	"io"
 	"io/fs"
+	"math"
 	"net/http"
 	"net/url"
 	"path"
@@ -77,7 +78,7 @@ func readFiles() map[string]file {
 }
 
 // shortcuts are addresses that people type for pages.
-var shortcuts = map[string]string{"/lab": "./lab.html", "/stats": "./stats.html", "/rooms": "./stats.html#rooms", "/rooms/": "../stats.html#rooms"}
+var shortcuts = map[string]string{"/lab": "./lab.html", "/pad": "./pad.html", "/stats": "./stats.html", "/rooms": "./stats.html#rooms", "/rooms/": "../stats.html#rooms"}
 
 const pageMethods = "GET, HEAD, OPTIONS"
 
@@ -401,20 +402,69 @@ func (e *event) text() string {
 	return asText(f.Data) + "\n"
 }
 
-// multipartHTML is multipart with as=html: each part is a whole page.
+// multipartHTML is multipart with as=html: each part is a whole page. It is read from the
+// log again, so that nothing is kept of what the log drops.
 func multipartHTML(s *server, q *request) encoder {
 	enc, next := multipartOf("text/html; charset=utf-8")
 	enc.last = pageMessages
-	var shown []*event
-	enc.batch = func(b []byte, _ int64, events []*event) []byte {
-		for _, e := range events {
-			if e.isErasure() {
-				shown = nil
-			}
-			shown = append(shown, e)
+	head := s.pageHead(q, "")
+	var sub *subscriber
+	var from int64 // what lies after it is shown
+	var gap *event // the newest
+	enc.subscribe = func(to *subscriber, req subscribeRequest) (func(), error) {
+		sub, req.maxBatchBytes = to, math.MaxInt // a page shows them all
+		err := s.relay.subscribe(sub, req)
+		if from = sub.cursor; sub.lost != "" {
+			from = 0
 		}
-		shown = append([]*event(nil), shown[max(0, len(shown)-pageMessages):]...)
-		return append(s.appendPage(append(b, s.pageHead(q, "")...), shown), next...)
+		return nil, err
+	}
+	enc.batch = func(b []byte, _ int64, events []*event) []byte {
+		var shown []*event
+		if events[0].kind != "hello" { // before anything was read
+			shown = sub.newest(from)
+		}
+		for _, e := range events {
+			if e.kind == "gap" {
+				gap = e
+			}
+		}
+		if gap != nil {
+			i, _ := slices.BinarySearchFunc(shown, gap.id+1, func(e *event, id int64) int { return cmp.Compare(e.id, id) })
+			shown = slices.Insert(shown, i, gap)
+		}
+		switch e := events[len(events)-1]; {
+		case e.kind == "bye":
+			shown = append(shown, e)
+		case e.kind != "hello" && sub.seesPresence:
+			shown = sub.appendRosters(shown)
+		}
+		return append(s.appendPage(append(b, head...), shown), next...)
 	}
 	return enc
+}
+
+// newest returns what the subscriber has read after a cursor and the log still holds,
+// oldest first: as many messages as a page shows, and signals that have not expired, but
+// for presence.
+func (sub *subscriber) newest(after int64) (events []*event) {
+	now := time.Now().UnixMilli()
+	for i := range sub.subscriptions {
+		h := sub.subscriptions[i].room.history.Load()
+		messages := between(h.messages, after, sub.cursor)
+		events = append(events, messages[max(0, len(messages)-pageMessages):]...)
+		for _, e := range between(h.signals, after, sub.cursor) {
+			if e.expiresAt > now && e.kind != "presence" {
+				events = append(events, e)
+			}
+		}
+	}
+	slices.SortFunc(events, func(a, b *event) int { return cmp.Compare(a.id, b.id) })
+	bytes := 0
+	for i, e := range slices.Backward(events) {
+		if bytes += len(e.json); bytes > maxAnswer {
+			return events[min(i+1, len(events)-1):]
+		}
+	}
+	return events
 }

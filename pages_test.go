@@ -83,6 +83,7 @@ func TestShortcuts(t *testing.T) {
 			"/rooms":                "./stats.html#rooms",
 			"/rooms/":               "../stats.html#rooms",
 			"/lab":                  "./lab.html",
+			"/pad":                  "./pad.html",
 			"/stats?room=temp":      "./stats.html?room=temp",
 			"/rooms/no%20name":      "",
 			"/nothing":              "",

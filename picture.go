@@ -25,7 +25,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 	"unicode"
 )
@@ -35,8 +34,7 @@ const (
 	drawMessages = 120 // at most, in a picture
 	maxPictures  = 100 // rooms and sizes that are watched; each has a goroutine
 
-	minImageBytes = 1024     // bytes of an image of another origin that Chromium waits for before it shows it
-	maxDecoded    = 64 << 10 // bytes of an image that is kept for the next viewer
+	minImageBytes = 1024 // bytes of an image of another origin that Chromium waits for before it shows it
 
 	minSide, maxSide            = 80, 2000 // pixels
 	pictureWidth, pictureHeight = 480, 240
@@ -47,11 +45,13 @@ type pictures struct {
 	server  *server
 	log     *relay // of pictures
 	skipped func() // counts messages that a graph of numbers cannot show
+	reserve func(bytes int64) error
+	release func(bytes int64)
 
 	mu        sync.Mutex // guards renderers
 	renderers map[pictureKey]*renderer
 
-	decoded [16]atomic.Pointer[image] // the newest images that were sent, by id
+	decoded *cache // of published images
 }
 
 // A pictureKey is a room and a size.
@@ -65,7 +65,7 @@ func (k pictureKey) String() string { return fmt.Sprintf("%s %d %d", k.room, k.w
 // newPictures has the server take images, and adds the representations image and svg to
 // the technique multipart.
 func newPictures(s *server) *pictures {
-	p := &pictures{server: s, skipped: func() {}, renderers: map[pictureKey]*renderer{}}
+	p := &pictures{server: s, skipped: func() {}, reserve: func(int64) error { return nil }, release: func(int64) {}, renderers: map[pictureKey]*renderer{}, decoded: newCache(16, 64<<10)}
 	p.log = newRelay(limits{maxEvents: 1, maxRoomBytes: 1 << 20, maxBytes: s.relay.maxBytes, maxRooms: maxPictures, maxUsers: s.relay.maxUsers})
 	p.log.wakeAll = s.relay.wakeAll
 	s.image = encodeImage
@@ -100,36 +100,15 @@ func encodeImage(contentType string, b []byte) ([]byte, error) {
 	return append(base64.StdEncoding.AppendEncode(data, b), '"'), nil
 }
 
-// An image is what an event of the type image holds.
-type image struct {
-	id          int64 // of the event
-	contentType string
-	data        []byte // nil if it is no image
-}
-
-// decode returns the image of an event, or nil if it has none. The newest are kept, since
-// many viewers are sent the same: at most 1 MB.
-func (p *pictures) decode(e *event) *image {
-	if e.kind != "image" {
+// decodeImage returns the image of an event, or nil if it has none.
+func decodeImage(e *event) []byte {
+	url, _ := strings.CutPrefix(asText(e.decode().Data), "data:")
+	contentType, encoded, _ := strings.Cut(url, ";base64,")
+	b, err := base64.StdEncoding.DecodeString(encoded)
+	if err != nil || checkImage(contentType, b) != nil {
 		return nil
 	}
-	slot := &p.decoded[e.id%int64(len(p.decoded))]
-	img := slot.Load()
-	if img == nil || img.id != e.id {
-		img = &image{id: e.id}
-		url, _ := strings.CutPrefix(asText(e.decode().Data), "data:")
-		contentType, encoded, _ := strings.Cut(url, ";base64,")
-		if b, err := base64.StdEncoding.DecodeString(encoded); err == nil && checkImage(contentType, b) == nil {
-			img.contentType, img.data = strings.Clone(contentType), b
-		}
-		if len(img.data) <= maxDecoded {
-			slot.Store(img)
-		}
-	}
-	if img.data == nil {
-		return nil
-	}
-	return img
+	return b
 }
 
 // pushImages is multipart with as=image. A viewer is sent the newest image of its rooms,
@@ -143,14 +122,14 @@ func (p *pictures) pushImages(s *server, q *request) encoder {
 	boundary := rand.Text()
 	var (
 		sub    *subscriber
-		img    *image // to be sent
+		img    []byte // to be sent
 		shown  int64  // the event that was sent last
 		opened string // type of the part that has begun
 	)
 	head := func(b []byte) []byte { return append(append(append(b, "Content-Type: "...), opened...), "\r\n\r\n"...) }
-	part := func(b []byte, img *image) []byte {
-		b = append(append(append(append(b, img.data...), "\r\n--"...), boundary...), "\r\n"...)
-		opened = img.contentType
+	part := func(b, img []byte) []byte {
+		b = append(append(append(append(b, img...), "\r\n--"...), boundary...), "\r\n"...)
+		opened = http.DetectContentType(img)
 		return head(b)
 	}
 	return encoder{
@@ -163,17 +142,19 @@ func (p *pictures) pushImages(s *server, q *request) encoder {
 		},
 		choose: func(events []*event) []*event {
 			for i, e := range slices.Backward(events) {
-				if img = p.decode(e); img != nil {
-					return events[i : i+1]
+				if e.kind == "image" {
+					if img = p.decoded.get(e, decodeImage); img != nil {
+						return events[i : i+1]
+					}
 				}
 			}
 			return nil
 		},
 		event: func(b []byte, e *event) []byte {
-			if opened == "" {
-				opened = img.contentType
+			if contentType := http.DetectContentType(img); opened == "" {
+				opened = contentType
 				b = head(b)
-			} else if opened != img.contentType {
+			} else if opened != contentType {
 				b = part(b, img)
 			}
 			b = part(b, img)
@@ -185,7 +166,7 @@ func (p *pictures) pushImages(s *server, q *request) encoder {
 				return "X-Beat: 1\r\n"
 			}
 			if e := sub.find(shown); e != nil {
-				return string(part(nil, p.decode(e)))
+				return string(part(nil, p.decoded.get(e, decodeImage)))
 			}
 			return "" // the log has dropped it
 		},
@@ -231,7 +212,11 @@ func (p *pictures) watch(key pictureKey, sub *subscriber, req subscribeRequest) 
 			return nil, limitError(http.StatusServiceUnavailable, "too many pictures are watched; try again later", "pictures", 10)
 		}
 		c = &renderer{pictureKey: key, p: p}
+		if err := p.reserve(c.size()); err != nil {
+			return nil, err
+		}
 		if err := p.server.relay.subscribe(&c.sub, subscribeRequest{rooms: []string{key.room}, cursor: -1, last: drawMessages, maxBatchBytes: 1 << 20}); err != nil {
+			p.release(c.size())
 			return nil, err
 		}
 		var ctx context.Context
@@ -248,6 +233,7 @@ func (p *pictures) watch(key pictureKey, sub *subscriber, req subscribeRequest) 
 		}
 		c.stop()
 		delete(p.renderers, key)
+		p.release(c.size())
 		p.log.mu.Lock()
 		defer p.log.mu.Unlock()
 		if rm := p.log.rooms[key.String()]; rm != nil && rm.lruElem != nil {
@@ -319,8 +305,8 @@ func (c *renderer) draw() {
 				c.points = nil
 			}
 		}
+		clear(c.events) // they must not be kept when the log drops them
 	}
-	clear(c.events)
 	log := c.p.log
 	log.mu.Lock()
 	defer log.unlock()
@@ -332,8 +318,15 @@ func (c *renderer) draw() {
 // columns is how many characters of a line fit: those of 13 pixels are about 7 wide.
 func (c *renderer) columns() int { return (c.w - 2*margin) / 7 }
 
+// rows is how many lines fit.
+func (c *renderer) rows() int { return (c.h - margin) / lineHeight }
+
+// size is what a renderer keeps, at most, in bytes: a character takes 4 as part of a
+// line, in which a name may stand twice, and 6 in SVG; then the numbers, and the rest.
+func (c *renderer) size() int64 { return int64(c.rows()*c.columns()*14 + 16<<10) }
+
 // addPoint adds a message. It keeps what is drawn, and not the message, which the log may
-// drop.
+// drop: of those that scroll off only the number.
 func (c *renderer) addPoint(e *event) {
 	f := e.decode()
 	text := asText(f.Data)
@@ -347,6 +340,9 @@ func (c *renderer) addPoint(e *event) {
 		c.points = slices.Delete(c.points, 0, 1)
 	}
 	c.points = append(c.points, m)
+	if i := len(c.points) - 1 - c.rows(); i >= 0 {
+		c.points[i].from, c.points[i].text = "", ""
+	}
 }
 
 // numbers returns the numbers of the room, or none if less than half of it are.
@@ -415,9 +411,8 @@ func formatNumber(n float64) string { return strconv.FormatFloat(n, 'g', 5, 64) 
 
 // drawText writes the last lines that fit, the newest at the bottom.
 func (c *renderer) drawText(b []byte) []byte {
-	fit := (c.h - margin) / lineHeight
 	wide := c.columns()
-	said := c.points[max(0, len(c.points)-fit):]
+	said := c.points[max(0, len(c.points)-c.rows()):]
 	for i, m := range said {
 		from := truncate(m.from, wide/3)
 		text := truncate(m.text, wide-len([]rune(from))-1)

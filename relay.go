@@ -48,6 +48,9 @@ var defaultLimits = limits{
 // its slot in the log, an entry in the map of keys.
 const eventOverhead = 256
 
+// An event above this size, in bytes, does not wait until its log moves to another array.
+const largeEvent = 1 << 10
+
 // An event does not change after it was published. Its JSON is encoded once and
 // framed many times. json.Marshal escapes <, >, & and U+2028, so the same line is
 // safe in SSE, NDJSON, JSONP and a <script>.
@@ -58,9 +61,6 @@ type event struct {
 	expiresAt   int64  // Unix milliseconds; 0 for a message, else it is a signal
 	key         string
 	json        []byte
-
-	htmlOnce  sync.Once
-	htmlCache []byte // see (*server).html
 }
 
 func (e *event) size() int { return eventOverhead + len(e.json) + len(e.key) }
@@ -272,6 +272,7 @@ func (r *relay) addToHistory(rm *room, e *event) {
 	*log = appendEvent(*log, e)
 	*bytes += e.size()
 	r.bytes += e.size()
+	large := false
 	for len(*log) > 1 {
 		old := (*log)[0]
 		expired := old.expiresAt != 0 && old.expiresAt <= e.publishedAt
@@ -287,6 +288,10 @@ func (r *relay) addToHistory(rm *room, e *event) {
 		*bytes -= old.size()
 		r.bytes -= old.size()
 		*log = (*log)[1:]
+		large = large || old.size() > largeEvent
+	}
+	if large { // the array would keep it in memory, and it counts no more
+		*log = moveLog(*log)
 	}
 	rm.history.Store(&h)
 }
@@ -296,9 +301,13 @@ func (r *relay) addToHistory(rm *room, e *event) {
 // soon collected.
 func appendEvent(log []*event, e *event) []*event {
 	if len(log) == cap(log) {
-		log = append(make([]*event, 0, len(log)+len(log)/4+4), log...)
+		log = moveLog(log)
 	}
 	return append(log, e)
+}
+
+func moveLog(log []*event) []*event {
+	return append(make([]*event, 0, len(log)+len(log)/4+4), log...)
 }
 
 // unlock releases r.mu and then wakes the subscribers of the rooms that changed, so
@@ -605,6 +614,9 @@ func (s *subscription) detach() {
 	last.index = s.index
 	s.room.subscriptions[s.index], s.room.subscriptions[end] = last, nil
 	s.room.subscriptions = s.room.subscriptions[:end]
+	if end == 0 {
+		s.room.subscriptions = nil // a crowd may have left a large array
+	}
 }
 
 // Reading.

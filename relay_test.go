@@ -1019,21 +1019,23 @@ func TestASlowSubscriberKeepsNothing(t *testing.T) {
 }
 
 // What the log drops is soon collected, even if an array of the log still refers to
-// it.
+// it; a large event at once.
 func TestTheLogKeepsLittleOfWhatItDropped(t *testing.T) {
 	const n = 256
-	r := newTestRelay(limits{maxEvents: n})
-	for range n {
-		publishText(t, r, "a", "x")
+	for text, more := range map[string]int{"x": n + n/4 + 8, strings.Repeat("x", largeEvent): n} {
+		r := newTestRelay(limits{maxEvents: n})
+		for range n {
+			publishText(t, r, "a", text)
+		}
+		events := weakMessages(r, "a")
+		for range more {
+			publishText(t, r, "a", text)
+		}
+		if kept := countAlive(events); kept > 0 {
+			t.Errorf("%d of %d dropped events of %d bytes are kept", kept, n, len(text))
+		}
+		runtime.KeepAlive(r)
 	}
-	events := weakMessages(r, "a")
-	for range n + n/4 + 8 {
-		publishText(t, r, "a", "x")
-	}
-	if kept := countAlive(events); kept > 0 {
-		t.Errorf("%d of %d dropped events are kept", kept, n)
-	}
-	runtime.KeepAlive(r)
 }
 
 // A short string may be part of a long one, the request it came in, and then keeps all

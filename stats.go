@@ -145,6 +145,12 @@ func (b *statsBatch) flush() {
 	*b = statsBatch{all: b.all}
 }
 
+// requested counts a request that net/http did not see.
+func (st *stats) requested(t *technique, bytes int) {
+	st.techniques[t].requests.Add(1)
+	st.received(t, bytes)
+}
+
 // received counts bytes that a WebSocket's client sent.
 func (st *stats) received(t *technique, bytes int) { st.techniques[t].in.Add(int64(bytes)) }
 
@@ -182,7 +188,7 @@ func (st *stats) wrap(next http.Handler) http.Handler {
 				st.start(r)
 			}
 			defer func() {
-				if w.Header()["Transfer-Encoding"] == nil && t.name != "ws" { // else the connection was taken over
+				if w.Header()["Date"] == nil && t.name != "ws" { // else the connection was taken over
 					c.out.Add(headSize(len("HTTP/1.1 200 OK"), w.Header()))
 				}
 			}()

@@ -139,7 +139,7 @@ func pollBody(b []byte, cursor int64, events []*event) []byte {
 // The comment keeps a callback's name from being read as another kind of file: a Flash
 // movie can be spelled in letters and digits.
 func jsonp(_ *server, q *request) encoder {
-	callback := q.param("callback")
+	callback := strings.Clone(q.param("callback")) // a clone does not keep the whole URL in memory
 	if !validCallback(callback) {
 		q.fail(badRequest("callback is the name of a function: a JavaScript name, or several with dots between them, of at most %d characters", maxName))
 	}
@@ -385,10 +385,39 @@ func asText(data json.RawMessage) string {
 	return text
 }
 
-// html returns the event as a line of a page. It is made once for all subscribers.
-func (s *server) html(e *event) []byte {
-	e.htmlOnce.Do(func() { e.htmlCache = s.eventHTML(e) })
-	return e.htmlCache
+// html returns the event as a line of a page.
+func (s *server) html(e *event) []byte { return s.lines.get(e, s.eventHTML) }
+
+// A cache keeps what was made of the newest events, since most subscribers are sent the
+// same at the same time. It is bounded: each of a few slots holds one value.
+type cache struct {
+	slots    []atomic.Pointer[cached]
+	maxBytes int // of a value; a larger one is made again each time
+}
+
+type cached struct {
+	id    int64 // of the event
+	value []byte
+}
+
+func newCache(slots, maxBytes int) *cache {
+	return &cache{make([]atomic.Pointer[cached], slots), maxBytes}
+}
+
+// get returns what make makes of an event.
+func (c *cache) get(e *event, make func(*event) []byte) []byte {
+	if e.publishedAt == 0 { // a notice may have the id of an event
+		return make(e)
+	}
+	slot := &c.slots[e.id%int64(len(c.slots))]
+	if v := slot.Load(); v != nil && v.id == e.id {
+		return v.value
+	}
+	value := make(e)
+	if len(value) <= c.maxBytes {
+		slot.Store(&cached{e.id, value})
+	}
+	return value
 }
 
 // plainHTML is the simplest way to show an event.
@@ -427,6 +456,7 @@ type server struct {
 	activeAtStop atomic.Int64
 	unsentBytes  atomic.Int64 // that are being written, or that full sockets did not take; at most maxUnsent
 	scratches    sync.Pool
+	lines        *cache // of pages
 }
 
 func newServer(r *relay) *server {
@@ -438,6 +468,7 @@ func newServer(r *relay) *server {
 		maxUnsent:  int64(r.maxBytes),
 		instance:   rand.Text()[:8],
 		publish:    r.publish,
+		lines:      newCache(64, 16<<10),
 		image:      func(string, []byte) ([]byte, error) { return nil, errImage },
 		erase:      r.erase,
 		catchUp:    func(context.Context, int64) {},
@@ -464,9 +495,17 @@ type counter func(t *technique, events []*event, bytes int, now int64)
 // withScratch calls do with a scratch from the pool.
 func (s *server) withScratch(do func(*scratch) error) error {
 	sc := s.scratches.Get().(*scratch)
-	defer s.scratches.Put(sc)
+	defer s.putScratch(sc)
 	defer sc.count(nil, nil, 0, 0)
 	return do(sc)
+}
+
+// putScratch gives a scratch back to the pool. One that wrote a big page has grown too large to keep.
+func (s *server) putScratch(sc *scratch) {
+	if cap(sc.buf) > maxScratch {
+		sc.buf = nil
+	}
+	s.scratches.Put(sc)
 }
 
 const (
@@ -475,6 +514,8 @@ const (
 
 	// A slow client gets a new deadline for each chunk of this size.
 	writeChunk = 16 << 10
+
+	maxScratch = 256 << 10 // bytes of a scratch in the pool
 )
 
 // serve answers a request for events, until there is no more to say or the client
@@ -1280,8 +1321,8 @@ func (q *request) intParam(name string, low, high, absent int64) int64 {
 
 // parseSubscribe reads what a technique takes, and returns its encoder.
 func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encoder {
-	q.user = q.userParam()
-	q.sub = subscribeRequest{rooms: q.rooms, client: q.clientParam(), longLived: t.mode != immediate, cursor: -1}
+	q.user = strings.Clone(q.userParam()) // a clone does not keep the whole URL in memory
+	q.sub = subscribeRequest{rooms: q.rooms, client: strings.Clone(q.clientParam()), longLived: t.mode != immediate, cursor: -1}
 	q.gatherLastEventID(r.Header)
 	for _, name := range []string{"after", "lastEventId", "Last-Event-ID"} { // the last of them counts
 		q.sub.cursor = q.intParam(name, 0, math.MaxInt64, q.sub.cursor)

@@ -31,6 +31,7 @@ import (
 	"testing/synctest"
 	"time"
 	"unicode/utf8"
+	"weak"
 
 	"github.com/coder/websocket"
 )
@@ -2238,4 +2239,71 @@ func newestEvent(t *testing.T, s *app, after int64) string {
 		t.Fatalf("%v: %s, want one event", err, w.Body)
 	}
 	return string(answer.Events[0])
+}
+
+// No stream keeps an event that the log has dropped, whatever it shows of it.
+func TestStreamsKeepNoEvents(t *testing.T) {
+	for _, network := range []string{pipe, core} {
+		runOnNetwork(t, network, func(t *testing.T) {
+			b := newTestbed(t, network, func(c *config) { c.maxEvents = 8 })
+			paths := []string{"multipart?as=svg", "multipart?as=image", "sse?as=data"}
+			for _, v := range variants {
+				if v.streams() && v.technique != "ws" {
+					paths = append(paths, v.technique+"?"+v.query)
+				}
+			}
+			for _, path := range paths {
+				res, err := b.client.Get(b.url + "/rooms/a/" + path)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer res.Body.Close()
+				go io.Copy(io.Discard, res.Body)
+			}
+			defer b.webSocket("a").close()
+			var events []weak.Pointer[event]
+			for i := range 40 {
+				b.post("a", strings.Repeat("word ", 400*(i%3)))
+				time.Sleep(time.Second) // all are sent it, one by one
+				published := weakMessages(b.relay, "a")
+				events = append(events, published[len(published)-1])
+			}
+			time.Sleep(time.Minute)
+			if kept, small := countAlive(events), 5; kept > 8+small { // of small ones the log's array may hold some
+				t.Errorf("%s: %d events are in memory; the log has 8", network, kept)
+			}
+		})
+	}
+}
+
+// A stream keeps nothing of the request that opened it.
+func TestStreamsKeepNoRequests(t *testing.T) {
+	b := newTestbed(t, tcp)
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	const n, size = 50, 12 << 10
+	for _, path := range []string{"sse?", "html?", "multipart?as=html&", "multipart?as=image&", "ws?", "iframe?"} {
+		before := heap()
+		for i := range n {
+			conn, err := b.dial(context.Background())
+			if err != nil {
+				t.Fatal(err)
+			}
+			fmt.Fprintf(conn, "GET /rooms/a/%suser=u%d&client=c&x=%s HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n", path, i, strings.Repeat("x", size))
+			if _, err := conn.Read(make([]byte, 1)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b.settle()
+		if grown := int64(heap()-before) / n; grown > size {
+			t.Errorf("%s keeps %d bytes a client; its request had %d", path, grown, size)
+		}
+		b.disconnect()
+		b.settle()
+	}
 }

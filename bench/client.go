@@ -57,6 +57,7 @@ type client struct {
 	pend   []byte // bytes of a head or a framing not yet whole
 	tail   []byte // bytes of an event not yet whole
 	cursor int64
+	cond   []byte   // what nchan has in place of a cursor: headers of a conditional request
 	last   int64    // order of the last event: the relay's id, or else the number in the room
 	seen   []uint64 // a bit a message of the room
 }
@@ -191,7 +192,8 @@ func (s *swarm) ended(c *client, err error) {
 // answers at once, so that from then on they hold a cursor and can lose nothing.
 func (c *client) request() []byte {
 	technique, q := c.s.technique, url.Values{}
-	if c.asks && c.cursor == 0 {
+	if c.s.server == "nchan" { // whose cursor is in headers
+	} else if c.asks && c.cursor == 0 {
 		technique = "poll"
 	} else if c.asks {
 		q.Set("after", strconv.FormatInt(c.cursor, 10))
@@ -212,6 +214,7 @@ func (c *client) request() []byte {
 	} else {
 		b = append(b, leanHead...)
 	}
+	b = append(b, c.cond...)
 	switch technique {
 	case "sse":
 		b = append(b, "Accept: text/event-stream\r\n"...) // without it nchan answers 403
@@ -342,6 +345,16 @@ func (c *client) head(h []byte) error {
 		c.state, c.left = inLength, field(low, "content-length")
 	default:
 		c.state = inClose
+	}
+	if c.asks && c.s.server == "nchan" {
+		c.cond = c.cond[:0]
+		for _, line := range bytes.Split(h, []byte("\r\n")) {
+			if v, ok := bytes.CutPrefix(line, []byte("Last-Modified: ")); ok {
+				c.cond = fmt.Appendf(c.cond, "If-Modified-Since: %s\r\n", v)
+			} else if v, ok := bytes.CutPrefix(line, []byte("Etag: ")); ok {
+				c.cond = fmt.Appendf(c.cond, "If-None-Match: %s\r\n", v)
+			}
+		}
 	}
 	if sec := field(low, "refresh"); sec > 0 {
 		c.s.interval = time.Duration(sec) * time.Second

@@ -243,12 +243,18 @@ func (b *bench) longpoll(ctx context.Context) (err error) {
 	sp := spec{technique: "longpoll", n: or(b.n, 10000), rooms: 1, pubs: 1, rate: 1, messages: int(b.duration.Seconds()), settle: 3 * time.Second}
 	fmt.Printf("\nOne room, %d clients that wait by long-poll and ask again, a message a second for %v.\n\n", sp.n, b.duration)
 	var rows []result
-	for _, sp.server = range pick(b.server, "handler", "relay") {
-		r, err := b.row(ctx, sp)
-		if err != nil {
-			return err
+	for range or(b.rounds, 1) {
+		for _, sp.server = range pick(b.server, "handler", "nchan", "relay") {
+			r, err := b.row(ctx, sp)
+			if errors.Is(err, errAbsent) {
+				fmt.Fprintln(os.Stderr, err)
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			rows = append(rows, r)
 		}
-		rows = append(rows, r)
 	}
 	show(rows, cServer, cConnected, cLost, cDoubled, cP50, cP99, cMax, cIdle, cAfter, cPeak,
 		column{"requests", func(r, _ result) string { return fmt.Sprint(r.requests) }},

@@ -66,6 +66,9 @@ func (b *bench) open(ctx context.Context, sp spec) (*session, error) {
 	c, err := dial(ctx, srv.addr)
 	if err == nil {
 		_, err = c.do("POST", "/rooms/warm", "text/plain", []byte("up"))
+		for i := 0; i < sp.rooms && err == nil && sp.server == "nchan" && sp.technique == "longpoll"; i++ {
+			_, err = c.do("POST", fmt.Sprintf("/rooms/r%d", i), "text/plain", []byte("the first answer")) // has the cursor to ask with
+		}
 		c.conn.Close()
 	}
 	if err != nil {

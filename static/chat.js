@@ -6,7 +6,8 @@
  * is shown twice. Text of a user is never inserted as HTML.
  */
 import { Comet } from './comet.js'
-import { capitalized, copy, copyButton, insertMarkup, names, quoteForShell, years } from './page.js'
+import { copy, copyButton, insertMarkup, names, quoteForShell } from './page.js'
+import { applyColour, browserStorage, cleanName, colourOf, make, nameTechniques, showStatus, tabStorage } from './people.js'
 import { access, askForToken } from './token.js'
 
 const MAX_MESSAGES = 1000 // in the page; older ones are removed
@@ -33,45 +34,9 @@ const compare = new Intl.Collator().compare
 const plural = (n, one) => `${n} ${one}${n === 1 ? '' : 's'}`
 const asText = data => typeof data === 'string' ? data : String(JSON.stringify(data))
 
-const make = (tag, className, ...content) => {
-  const el = document.createElement(tag)
-  if (className) el.className = className
-  el.append(...content)
-  return el
-}
 const button = (label, press) => {
   const el = make('button', '', label)
   return Object.assign(el, { type: 'button', onclick: () => press(el) })
-}
-
-/** Values stored for this tab, such as the user's name (a duplicated tab is the same user), or for the whole browser. */
-const storage = area => ({
-  get(key) { try { return window[area].getItem('cometes ' + key) || '' } catch { return '' } },
-  set(key, value) { try { window[area].setItem('cometes ' + key, value) } catch { } },
-})
-const tabStorage = storage('sessionStorage'), browserStorage = storage('localStorage')
-
-// Colours.
-
-const COLOURS = 24 // 12 hues, light and dark
-const colourOf = new Map // by name
-
-/** A name has the same colour in every browser, unless another name in the page has that colour already. */
-function colourIndex(name) {
-  if (colourOf.has(name)) return colourOf.get(name)
-  let hash = 0
-  for (const c of name) hash = Math.imul(hash ^ c.codePointAt(0), 0x5bd1e995) ^ hash >>> 15
-  let n = (hash >>> 0) % COLOURS
-  if (colourOf.size === COLOURS) return n
-  for (const taken = [...colourOf.values()]; taken.includes(n);) n = (n + 7) % COLOURS
-  colourOf.set(name, n)
-  return n
-}
-
-function applyColour(el, name) {
-  const n = colourIndex(name)
-  el.style.setProperty('--hue', n % 12 * 30 + 15)
-  el.classList.toggle('second', n >= 12)
 }
 
 // Rooms and names.
@@ -83,12 +48,6 @@ let unread // messages since the page was hidden
 let newBelow // new messages below the visible part of the log
 let gapCount, countByVia // gaps; messages by technique
 let me = cleanName(new URLSearchParams(location.search).get('user') ?? '') || tabStorage.get('name')
-
-/** A name that the relay accepts: at most 64 characters, none that control the terminal or the direction of text. */
-function cleanName(name) {
-  const plain = name.replace(/[\p{Cc}\u061C\u200E\u200F\u2028-\u202E\u2066-\u2069]/gu, '').trim()
-  return [...plain].slice(0, 64).join('').trim()
-}
 
 /** The room in the URL: ?room=lobby or #lobby. */
 function roomInURL() {
@@ -251,21 +210,9 @@ function focusOn() {
 
 // The connection.
 
-let countdown
-function onStatus({ status, via, retryIn, error, leader }) {
-  const words = { connecting: 'connecting', open: 'connected by ' + names[via], closed: 'not connected' }[status] ?? status
-  if ($('words').textContent !== words) $('words').textContent = words // or a screen reader reads it out again
-  document.body.dataset.status = status
-  const at = Date.now() + retryIn
-  const more = () => $('more').textContent =
-    status === 'open' ? leader ? '' : ', through another tab' :
-    status === 'offline' ? ': what you write is kept for later' :
-    status === 'closed' ? `: ${error?.status === 401 ? 'this relay asks for a token' : error?.message}` :
-    retryIn ? ` in ${Math.max(1, Math.ceil((at - Date.now()) / 1e3))} s` : '…'
-  clearInterval(countdown)
-  if (status === 'reconnecting' && retryIn) countdown = setInterval(more, 1e3)
-  more()
-  $('trouble').textContent = !error ? '' : `${status === 'open' ? 'That technique failed' : 'Trouble'}: ${error.message}.`
+function onStatus(detail) {
+  const { status, via, error } = detail
+  showStatus(detail)
   for (const mine of outbox) if (mine.state === 'pending') setState(mine, 'pending')
   if (status === 'closed' && error?.status === 401) showTokenForm(rights.exp * 1e3 < Date.now() ? 'it has expired' : error.message)
   if (status !== 'open') return
@@ -719,10 +666,7 @@ $('invite').onclick = async ({ target: button }) => {
   setTimeout(() => button.textContent = 'Copy an invitation', 3000)
 }
 $('curl').after(copyButton(() => $('curl').textContent))
-for (const way of $('menu').querySelectorAll('[name=way]')) if (names[way.value]) {
-  way.nextElementSibling.textContent = capitalized(names[way.value])
-  way.parentElement.append(make('small', '', years[way.value]))
-}
+nameTechniques()
 
 tabStorage.set('name', me)
 input.value = tabStorage.get('draft')

@@ -1,0 +1,244 @@
+// The pad's arithmetic, and its copies of a text, in Node: what several clients do at once, with a log in memory that is as
+// the relay's. Each inserted character is unique, so one that is lost, doubled or cut in half is found.
+
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { apply, boundary, compose, diff, invert, isEmpty, move, transform } from '../static/rebase.js'
+import { History, MAX, Replica } from '../static/replica.js'
+
+const RUNS = +process.env.RUNS || 10_000
+
+/** Numbers that a seed decides. */
+function random(seed) {
+  const next = () => {
+    seed = seed + 0x6d2b79f5 | 0
+    let t = Math.imul(seed ^ seed >>> 15, 1 | seed)
+    t = t + Math.imul(t ^ t >>> 7, 61 | t) ^ t
+    return ((t ^ t >>> 14) >>> 0) / 2 ** 32
+  }
+  return n => Math.floor(next() * n)
+}
+
+/** A new character at each call: of one unit, of two, or one with an accent. */
+function letters() {
+  let n = 0
+  return () => ++n % 3 ? String.fromCodePoint(0x4e00 + n) : String.fromCodePoint(0x20000 + n)
+}
+
+const ends = text => [0, ...[...text].map((at => c => at += c.length)(0))]
+
+/** The text with something inserted or deleted, at the borders of characters. */
+function changed(text, rand, letter) {
+  const places = ends(text), i = rand(places.length), from = places[i], to = places[Math.min(i + rand(4), places.length - 1)]
+  if (rand(3)) return text.slice(0, from) + Array.from({ length: 1 + rand(3) }, letter).join('') + text.slice(from)
+  return text.slice(0, from) + text.slice(to)
+}
+
+test('changes: applied, inverted, composed and transformed, they agree', () => {
+  for (let seed = 1; seed <= RUNS; seed++) {
+    const rand = random(seed), letter = letters()
+    const text = Array.from({ length: rand(12) }, letter).join('')
+    const edit = from => {
+      let all = [], now = from
+      for (let n = rand(4); n--;) {
+        const next = changed(now, rand, letter)
+        all = compose(all, diff(now, next))
+        now = next
+      }
+      assert.equal(apply(from, all), now, `seed ${seed}`)
+      return all
+    }
+    const a = edit(text), b = edit(text), [a2, b2] = transform(a, b)
+    assert.equal(apply(apply(text, a), invert(a, text)), text, `seed ${seed}`)
+    assert.equal(apply(apply(text, b), a2), apply(apply(text, a), b2), `seed ${seed}: ${text} ${JSON.stringify([a, b])}`)
+    assert.deepEqual(compose(a, []), compose([], a))
+    for (const change of [a, b, a2, b2, compose(a, b2)]) for (const [i, step] of change.entries()) {
+      assert.ok(step && (typeof step === 'number' || typeof change[i - 1] !== 'string') && !(typeof step === 'string' && change[i - 1] < 0), JSON.stringify(change))
+    }
+    for (const at of ends(text)) assert.ok(ends(apply(text, a)).includes(move(at, a)), `seed ${seed}`)
+  }
+})
+
+test('text that looks like a number is text', () => {
+  assert.equal(apply('ab', [1, '-5', -1]), 'a-5')
+  assert.deepEqual(compose([1, '-5'], [1, '7', -1]), [1, '75'])
+  assert.deepEqual(transform(['5'], ['-1', -2]), [[2, '5'], ['-1', 1, -2]])
+  assert.equal(isEmpty([5]), true)
+  assert.equal(isEmpty(['5']), false)
+  assert.equal(move(2, [1, '55', -1]), 3)
+})
+
+test('at one place the earlier text is in front, and a caret stays before what others insert there', () => {
+  assert.deepEqual(transform([2, 'mine'], [2, 'yours']), [[7, 'mine'], [2, 'yours', 4]])
+  assert.equal(move(2, [2, 'yours']), 2)
+  assert.equal(move(2, [1, 'yours']), 7)
+  assert.equal(move(3, [1, -4]), 1)
+})
+
+test('a difference is where the caret is, and never inside of a character', () => {
+  assert.deepEqual(diff('hello', 'helllo', 3), [2, 'l'])
+  assert.deepEqual(diff('aaaa', 'aaa', 1), [1, -1])
+  for (const [old, text, change] of [['😀', '😁', ['😁', -2]], ['a👩b', 'a👩‍🔬b', [1, '👩‍🔬', -2]], ['e', 'e\u0301', ['e\u0301', -1]], ['e\u0301', 'a\u0301', ['a\u0301', -2]],
+    ['🇩🇪', '🇩🇰', ['🇩🇰', -4]], ['👍🏽', '👍🏿', ['👍🏿', -4]], ['한', '하', ['하', -1]], ['😀😀', '😀', [-2]]]) {
+    assert.deepEqual(diff(old, text), change)
+    assert.equal(apply(old, diff(old, text)), text)
+  }
+  assert.equal(boundary('a👩‍🔬b', 4), 1)
+})
+
+/**
+ * A room: messages with ids in one order, `if`, keys, and a bound on what is kept; as the relay has them. A restart
+ * forgets it all, and its ids begin higher.
+ */
+class Room {
+  id = 1000; log = []; keys = new Map; floor = 0
+  constructor(keeps) { this.keeps = keeps }
+  get newest() { return this.log.at(-1)?.id ?? 0 }
+  publish(type, data, { if: newest, key }) {
+    if (this.keys.has(key)) return { status: 200, id: this.keys.get(key) }
+    if (newest !== undefined && newest !== this.newest) return { status: 412, id: this.newest }
+    const id = ++this.id
+    this.log.push(structuredClone({ id, type, data }))
+    if (key) this.keys.set(key, id)
+    if (this.log.length > this.keeps) this.floor = this.log.shift().id
+    return { status: 201, id }
+  }
+  after(cursor) {
+    if (cursor < this.floor) return [{ id: this.floor, type: 'gap' }, ...this.log]
+    return this.log.filter(({ id }) => id > cursor)
+  }
+  restart() {
+    this.restarted = true
+    this.id += 1e6
+    this.floor = this.id
+    this.log = []
+    this.keys.clear()
+  }
+}
+
+/** A client as pad.js is one, except that a test says when something happens. */
+class Client {
+  newest = 0; cursor = 0; lastSnapshot = 0; online = true
+  constructor(room, name) {
+    this.room = room
+    this.replica = new Replica(name)
+    this.text = '' // what a textarea would show
+    this.history = new History
+  }
+  show(change) {
+    if (!change) return
+    this.text = apply(this.text, change)
+    this.history.rebase(change)
+  }
+  type(text) {
+    const change = diff(this.text, text)
+    if (isEmpty(change)) return
+    this.history.add(change, this.text)
+    this.replica.edit(change)
+    this.text = text
+  }
+  undo(which = 'undo') {
+    const change = this.history[which](this.text)
+    if (!change) return
+    this.replica.edit(change)
+    this.text = apply(this.text, change)
+  }
+  take(event) {
+    if (event.type === 'gap') {
+      this.replica.lost = true
+      this.newest = 0
+    } else if (event.id > this.newest) {
+      this.newest = event.id
+      this.show(this.replica.receive(event))
+      if (event.type === 'snapshot') this.lastSnapshot = event.id
+    }
+    assert.equal(this.text, this.replica.view)
+  }
+  /** Reads some of what is new. */
+  read(most = Infinity) {
+    if (this.online) for (const event of this.room.after(this.cursor).slice(0, most)) {
+      this.cursor = event.id
+      this.take(event)
+    }
+  }
+  /** Publishes what is next. The answer may be lost. */
+  publish(answered = true) {
+    if (!this.online) return
+    const { replica, room } = this
+    if (replica.lost) return this.recover()
+    const due = room.log.filter(({ id, type }) => id > this.lastSnapshot && type === 'edit').length >= 6
+    if (due) for (const [i, part] of replica.snapshot().entries()) {
+      const { status, id } = room.publish('snapshot', { ...part, after: i ? this.newest : undefined }, { if: this.newest })
+      if (status !== 201) return
+      this.take({ id, type: 'snapshot', data: { ...part, after: i ? this.newest : undefined } })
+    }
+    const data = structuredClone(replica.next())
+    if (!data) return
+    const { status, id } = room.publish('edit', data, { if: this.newest, key: data.key })
+    if (answered && status === 201) this.take({ id, type: 'edit', data })
+    if (answered && status === 412 && id < replica.head) replica.lost = true
+    if (answered && status === 200 && id <= this.newest && replica.pending[0]?.key === data.key) this.show(replica.drop())
+  }
+  recover() {
+    const { replica, room } = this
+    this.read()
+    if (!replica.lost) return
+    const newer = new Replica
+    for (const event of room.log) newer.receive(event)
+    this.show(replica.follow(newer))
+    if (replica.lost) for (const [i, part] of replica.snapshot(newer).entries()) {
+      const { status, id } = room.publish('snapshot', part, { if: room.newest })
+      assert.equal(status, 201)
+      this.take({ id, type: 'snapshot', data: part })
+    }
+  }
+}
+
+test(`${RUNS} runs of two to six clients, with delays, cuts, lost answers, snapshots, undo and restarts: equal texts, every character once`, t => {
+  const count = { restarts: 0, gaps: 0, snapshots: 0 }
+  for (let seed = 1; seed <= RUNS; seed++) {
+    const rand = random(seed), letter = letters(), room = new Room(seed % 3 ? 40 : 14)
+    const clients = Array.from({ length: 2 + rand(5) }, (_, i) => new Client(room, 'c' + i))
+    const deleted = new Set, undone = seed % 4 === 0, restarting = seed % 5 === 0
+    try {
+      for (let n = 20 + rand(60); n--;) {
+        const one = clients[rand(clients.length)], what = rand(20)
+        if (what < 7) {
+          const old = one.text
+          one.type(changed(old, rand, letter))
+          const now = new Set(one.text)
+          for (const c of old) if (!now.has(c)) deleted.add(c)
+        } else if (what < 11) one.read(1 + rand(4))
+        else if (what < 17) one.publish(rand(8) > 0)
+        else if (what < 18 && undone) one.undo(rand(3) ? 'undo' : 'redo')
+        else if (what === 18) one.online = !one.online
+        else if (what === 19 && restarting && !room.restarted && !rand(3)) room.restart()
+      }
+      for (const one of clients) one.online = true
+      for (let n = 0; n < 400 && (n < 3 || clients.some(one => one.replica.pending.length || one.replica.lost)); n++) for (const one of clients) {
+        one.read()
+        one.publish()
+      }
+      for (const one of clients) one.read()
+      for (const one of clients) assert.deepEqual([one.replica.pending, one.replica.lost], [[], false])
+      for (const one of clients) assert.equal(one.text, clients[0].text)
+      const { text } = clients[0], found = new Set(text)
+      assert.ok(text.isWellFormed())
+      count.restarts += !!room.restarted
+      count.snapshots += room.log.filter(({ type }) => type === 'snapshot').length
+      const late = new Replica // somebody who comes now
+      for (const event of room.log) late.receive(event)
+      assert.equal(late.text, text)
+      if (!undone) assert.equal(found.size, [...text].length, 'none is doubled') // if two delete the same and both undo that, it is there twice
+      const written = letter().codePointAt(0)
+      if (!undone) for (let i = 1; i < (written & 0xffff) - (written < 0x20000 ? 0x4e00 : 0); i++) {
+        const c = i % 3 ? String.fromCodePoint(0x4e00 + i) : String.fromCodePoint(0x20000 + i)
+        assert.equal(found.has(c), !deleted.has(c), `character ${i}`)
+      }
+    } catch (error) {
+      error.message = `seed ${seed}: ${error.message}`
+      throw error
+    }
+  }
+  t.diagnostic(JSON.stringify(count))
+})

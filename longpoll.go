@@ -1,0 +1,373 @@
+// Long-polls that wait without net/http. A request that waits costs what an idle stream
+// costs there, and more: two buffers, two goroutines, the request. So its connection is
+// taken over like that of a stream. A writer of the pool sends the answer. One goroutine
+// waits to read, which shows whether the client is still there; what it reads after the
+// answer is the next request. With these bytes the connection goes back to the
+// http.Server, through a listener of our own. So between two requests it costs no more
+// than a stream, either.
+//
+// Clients that long-poll ask again in the same words, with another cursor. Where the
+// head of a request repeats the one before on its connection, except for the digits of
+// the cursor, there is nothing to parse, and nothing to check again but the token's
+// expiry and the limits. It is held at once, without net/http.
+//
+// HTTP/2 and HTTP/1.0 are served by (*stream).serveOnce, and so is a request with a body.
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"net"
+	"net/http"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unique"
+)
+
+const (
+	// The head of a request is kept for the comparison up to this size, in bytes.
+	maxKeptHead = 2 << 10
+
+	// A cursor of more digits is left to net/http.
+	maxCursorDigits = 18
+)
+
+// errAnswered says that a long-poll has its whole answer.
+var errAnswered = errors.New("answered")
+
+// A heldPoll is what a session keeps of the request of a long-poll. Heads are the same for
+// many clients, and such are kept once.
+type heldPoll struct {
+	question   subscribeRequest
+	wait       time.Duration
+	expiresAt  int64                    // when its token expires, Unix nanoseconds
+	answerHead unique.Handle[string]    // without Content-Length and Date
+	head       [2]unique.Handle[string] // of the request: before and after the digits of its cursor; see keepHead
+	due        atomic.Bool              // the wait is over, or the client left: the answer is due without an event, too
+	last       bool                     // the connection ends with the answer
+	asked      bool                     // the session is to subscribe once more
+	sent       bool                     // the answer was given to the socket, or is pending
+	answered   chan struct{}            // receives a token with each answer; then the session is the reader's
+	answeredAt time.Time
+}
+
+// takeOverPoll answers a long-poll if something is due, and otherwise has it wait in
+// the pool.
+func (p *writerPool) takeOverPoll(w http.ResponseWriter, r *http.Request, st *stream, q *request) (taken bool, err error) {
+	if r.ProtoMajor != 1 || r.ProtoMinor != 1 || r.ContentLength != 0 {
+		return false, nil
+	}
+	ses := &session{stream: st, pool: p, poll: &heldPoll{question: q.sub}}
+	ses.poll.question.driver, ses.poll.question.maxBatchBytes = ses, maxAnswer
+	if err := p.server.relay.subscribe(&st.sub, ses.poll.question); err != nil {
+		p.server.release(st.quota, st.technique)
+		return true, err
+	}
+	if events := st.sub.next(nil); len(events) > 0 || q.wait <= 0 {
+		defer st.close()
+		return true, st.answer(w, events)
+	}
+	conn, early, head, err := hijack(w)
+	if err != nil {
+		st.close()
+		return true, err
+	}
+	ses.conn = conn
+	ses.poll.keep(r, q, w.Header())
+	buf := make([]byte, 64) // enough to notice a request
+	if len(early) == 0 && ses.poll.keepHead(q, head) {
+		buf = make([]byte, len(head)+maxCursorDigits)
+	}
+	p.add(ses)
+	go ses.readRequests(buf, early)
+	return true, nil
+}
+
+// keep copies what is needed of the request, so nothing keeps the request itself.
+func (p *heldPoll) keep(r *http.Request, q *request, header http.Header) {
+	p.wait, p.expiresAt, p.last = q.wait, q.permit.expiresAt, r.Close
+	p.answered = make(chan struct{}, 1)
+	p.question.user, p.question.client = strings.Clone(p.question.user), strings.Clone(p.question.client)
+	p.question.rooms = nil
+	for _, room := range q.rooms {
+		p.question.rooms = append(p.question.rooms, strings.Clone(room))
+	}
+	var head strings.Builder
+	head.WriteString("HTTP/1.1 200 OK\r\n")
+	header.Write(&head)
+	p.answerHead = unique.Make(head.String())
+	header.Set("Date", "") // for stats.go: what is written is counted here
+}
+
+// afterParameter finds the digits of the cursor in the head of a request.
+var afterParameter = regexp.MustCompile(`^GET [^? ]*\?(?:[^ ]*&)?after=([0-9]+)[& ]`)
+
+// keepHead keeps the head of a request, if it is known, and reports whether it did. What
+// the request asks must depend on nothing that could differ the next time, so its cursor
+// must be the parameter after. The relay's own rooms are left out: that somebody asks
+// for them must be seen each time.
+func (p *heldPoll) keepHead(q *request, head []byte) bool {
+	at := afterParameter.FindSubmatchIndex(head)
+	if at == nil || len(q.values["lastEventId"])+len(q.values["Last-Event-ID"]) > 0 ||
+		slices.ContainsFunc(q.rooms, func(room string) bool { return room[0] == '_' }) {
+		return false
+	}
+	p.head = [2]unique.Handle[string]{unique.Make(string(head[:at[2]])), unique.Make(string(head[at[3]:]))}
+	return true
+}
+
+// repeated returns the cursor of a request if its head is the one that was kept, except
+// for the cursor.
+func (p *heldPoll) repeated(head []byte) (cursor int64, ok bool) {
+	if p.head[0] == (unique.Handle[string]{}) {
+		return 0, false
+	}
+	before, after := p.head[0].Value(), p.head[1].Value()
+	from, to := len(before), len(head)-len(after)
+	if digits := to - from; digits < 1 || digits > maxCursorDigits || string(head[:from]) != before || string(head[to:]) != after {
+		return 0, false
+	}
+	for _, c := range head[from:to] {
+		if c < '0' || c > '9' {
+			return 0, false
+		}
+		cursor = 10*cursor + int64(c-'0')
+	}
+	return cursor, true
+}
+
+// readRequests reads what the client of a long-poll sends, into buf: the next request,
+// or nothing until it leaves. early was read already.
+func (ses *session) readRequests(buf, early []byte) {
+	p := ses.poll
+	for {
+		b, err := early, error(nil)
+		end := time.Now().Add(p.wait)
+		if len(early) == 0 {
+			b, err = ses.read(buf, end)
+		}
+		if ses.awaitAnswer(err, end); errors.Is(err, os.ErrDeadlineExceeded) {
+			b, err = ses.read(buf, p.answeredAt.Add(idleTimeout))
+		}
+		if !ses.state.CompareAndSwap(stateAnswered, stateNew) {
+			return // the answer was the last, or failed
+		}
+		if err != nil || ses.gone.Load() {
+			ses.state.Store(stateClosed)
+			ses.pool.remove(ses)
+			ses.conn.Close()
+			return
+		}
+		cursor, ok := p.repeated(b)
+		if !ok || !ses.ask(cursor) {
+			ses.state.Store(stateClosed)
+			ses.pool.remove(ses)
+			ses.pool.resumed.add(&resumedConn{Conn: ses.conn, unread: bytes.Clone(b)})
+			return
+		}
+		ses.pool.requested(ses.technique, len(b))
+	}
+}
+
+// read reads what comes until the time end.
+func (ses *session) read(buf []byte, end time.Time) ([]byte, error) {
+	ses.conn.SetReadDeadline(end)
+	if ses.gone.Load() { // and that deadline was set in vain
+		return nil, net.ErrClosed
+	}
+	n, err := ses.conn.Read(buf)
+	if n > 0 {
+		err = nil
+	}
+	return buf[:n], err
+}
+
+// awaitAnswer waits for the answer. It is due at once if to read has failed, and else at
+// the time end.
+func (ses *session) awaitAnswer(err error, end time.Time) {
+	select {
+	case <-ses.poll.answered:
+		return
+	default:
+	}
+	if err == nil { // the client sends before it has its answer
+		select {
+		case <-ses.poll.answered:
+			return
+		case <-time.After(time.Until(end)):
+		}
+	}
+	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		ses.gone.Store(true)
+	}
+	ses.poll.due.Store(true)
+	ses.wake()
+	<-ses.poll.answered
+}
+
+// ask holds a request that repeats the one before, and reports whether it did. If not,
+// net/http finds the same, and says why. A writer goes on, whose stack is large enough
+// to subscribe: ten thousand goroutines like this one keep theirs small.
+func (ses *session) ask(cursor int64) bool {
+	p, s := ses.poll, ses.server
+	if time.Now().UnixNano() >= p.expiresAt || cursor > s.relay.lastID.Load() || s.hold(ses.quota, ses.technique) != nil {
+		return false
+	}
+	p.question.cursor = cursor
+	p.wait = min(p.wait, time.Until(time.Unix(0, p.expiresAt)))
+	p.asked, p.sent = true, false
+	p.due.Store(false)
+	ses.requeue()
+	return true
+}
+
+// answerPoll writes the answer if it is due, and returns errAnswered when it is sent.
+func (ses *session) answerPoll(sc *scratch, now int64) error {
+	p := ses.poll
+	if p.sent {
+		return errAnswered
+	}
+	if p.asked {
+		p.asked = false
+		if err := ses.server.relay.subscribe(&ses.sub, p.question); err != nil {
+			return err // the connection closes; a client asks again on another, and is told why
+		}
+	}
+	stopping := ses.server.relay.isStopping() // asked before reading: what was published before is in the answer
+	sc.events = ses.sub.next(sc.events[:0])
+	defer clear(sc.events)
+	if len(sc.events) == 0 && !stopping && !p.due.Load() {
+		return nil
+	}
+	ses.sub.unsubscribe()
+	p.sent = true
+	p.last = p.last || stopping || ses.gone.Load()
+
+	head := p.answerHead.Value()
+	room := len(head) + 128 // for the head, whose Content-Length is known last
+	b := append(sc.buf[:0], make([]byte, room)...)
+	b = ses.enc.encode(append(b, ses.enc.preamble...), ses.sub.cursor, sc.events...)
+	sc.buf = b
+	sc.count(ses.technique, sc.events, len(b)-room, now/1e6)
+	var array [128]byte
+	line := append(strconv.AppendInt(append(array[:0], "Content-Length: "...), int64(len(b)-room), 10), "\r\nDate: "...)
+	line = time.Unix(0, now).UTC().AppendFormat(line, http.TimeFormat)
+	if p.last {
+		line = append(line, "\r\nConnection: close"...)
+	}
+	line = append(line, "\r\n\r\n"...)
+	b = b[room-len(head)-len(line):]
+	copy(b[copy(b, head):], line)
+	sc.count(ses.technique, nil, len(head)+len(line), 0)
+	return cmp.Or(ses.write(b, sc.events), errAnswered)
+}
+
+// finishAnswer gives the session to the goroutine that reads.
+func (ses *session) finishAnswer() {
+	p := ses.poll
+	if p.last || ses.gone.Load() {
+		ses.release(true)
+		return
+	}
+	p.answeredAt = time.Now()
+	if !ses.state.CompareAndSwap(stateWriting, stateAnswered) {
+		ses.requeue()
+		return
+	}
+	ses.server.release(ses.quota, ses.technique)
+	p.answered <- struct{}{}
+}
+
+// A resumedConn is a connection that goes back to the http.Server. It keeps the head of
+// its first request, for keepHead.
+type resumedConn struct {
+	net.Conn
+	unread []byte
+	head   []byte
+	wrote  atomic.Bool // something was written, so what is read may be the second request
+}
+
+// NetConn returns the connection within.
+func (c *resumedConn) NetConn() net.Conn { return c.Conn }
+
+func (c *resumedConn) Read(b []byte) (n int, err error) {
+	if len(c.unread) > 0 {
+		n = copy(b, c.unread)
+		c.unread = c.unread[n:]
+	} else {
+		n, err = c.Conn.Read(b)
+	}
+	if n > 0 {
+		if c.head = append(c.head, b[:n]...); len(c.head) > maxKeptHead || c.wrote.Load() {
+			c.head = nil
+			c.wrote.Store(true)
+		}
+	}
+	return n, err
+}
+
+func (c *resumedConn) Write(b []byte) (int, error) {
+	c.wrote.Store(true)
+	return c.Conn.Write(b)
+}
+
+// hijack takes over a request's connection. It returns what the client has sent beyond
+// the request, and the head of the request if that is known.
+func hijack(w http.ResponseWriter) (conn net.Conn, early, head []byte, err error) {
+	conn, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	early, _ = rw.Reader.Peek(rw.Reader.Buffered())
+	early = bytes.Clone(early)
+	if c, ok := conn.(*resumedConn); ok {
+		conn, early = c.Conn, append(early, c.unread...)
+		if !c.wrote.Load() {
+			head = c.head
+		}
+	}
+	return conn, early, head, nil
+}
+
+// resumedConns is the listener that gives the http.Server its connections back.
+type resumedConns struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func newResumedConns() *resumedConns {
+	return &resumedConns{conns: make(chan net.Conn), closed: make(chan struct{})}
+}
+
+func (l *resumedConns) add(conn net.Conn) {
+	select {
+	case l.conns <- conn:
+	case <-l.closed:
+		conn.Close()
+	}
+}
+
+func (l *resumedConns) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.conns:
+		return conn, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *resumedConns) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *resumedConns) Addr() net.Addr { return &net.TCPAddr{} }

@@ -1,0 +1,400 @@
+/**
+ * pad.js: a text that many people write at once, and an example of how to build on the relay's order and on `if`.
+ *
+ * What is written here is an edit. It is published with `if`: only if the room's newest message is still the one that the
+ * edit was made on. If somebody else was faster the relay says so; then their edit is taken first, ours is moved over it
+ * (replica.js, rebase.js) and tried again. Every so many edits somebody publishes the whole text, for those who come later.
+ * Text of others gets into the page only as the value of a textarea, or as text.
+ */
+import { CARET_TTL, draw, endOf, enter, moveCarets, ownTop, showCaret, showPresence } from './carets.js'
+import { backoff, Comet } from './comet.js'
+import { copy, insertMarkup } from './page.js'
+import { browserStorage, cleanName, make, nameTechniques, showStatus, tabStorage } from './people.js'
+import { apply, compose, diff, isEmpty, isText, move, transform } from './rebase.js'
+import { History, MAX, Replica } from './replica.js'
+import { Room } from './room.js'
+import { access, askForToken } from './token.js'
+
+const PACE = 180 // ms from one edit to the next; what is typed meanwhile is one edit
+const SNAPSHOT_AFTER = 64, SNAPSHOT_LATEST = 128 // messages; a room keeps 256 of them
+const SNAPSHOT_BYTES = 250e3 // or so many characters of JSON; a room keeps a megabyte
+const PATIENCE = 3e3 // ms in which somebody else may publish a snapshot, before we do
+
+const $ = id => document.getElementById(id)
+$('plain').remove()
+insertMarkup()
+const input = $('text')
+const client = Math.random().toString(36).slice(2, 10) // the name of this page among all that write
+const roomInURL = () => (location.hash.slice(1) || new URLSearchParams(location.search).get('room') || '').trim().replace(/[^A-Za-z0-9_.:-]+/g, '-').slice(0, 64) || 'pad'
+const room = roomInURL(), ourRoom = new Room(room)
+const sleep = ms => new Promise(done => setTimeout(done, ms))
+const isMessage = type => !['presence', 'gap', 'caret'].includes(type)
+
+let me = cleanName(new URLSearchParams(location.search).get('user') ?? '') || tabStorage.get('name')
+let comet, rights
+let replica = new Replica(client), history = new History
+let newest = 0 // the newest message of the room
+let messages = 0, bytes = 0 // since the last snapshot
+let refused // why the relay does not take our edits
+
+// What others do.
+
+function onEvent({ id, type, from, data }) {
+  if (type === 'presence') return showPresence(from, data)
+  if (type === 'gap') return onGap(data?.reason)
+  if (type === 'caret') return onCaret(from, Object(data))
+  if (id <= newest) return // it was the answer to a request of our own
+  newest = id
+  if (++messages === SNAPSHOT_LATEST) setTimeout(publishSoon, Math.random() * 2e3, 'snapshot') // who wrote has left: anybody may
+  bytes += JSON.stringify(data).length
+  const { head } = replica, change = replica.receive({ id, type, data })
+  show(change)
+  if (replica.head === head) return replica.lost && recover(PATIENCE)
+  if (type === 'snapshot') messages = bytes = wanted = 0
+  else if (change) showCaret(data.key.split('.')[0], from, endOf(change)) // of our own edit there is nothing to show
+}
+
+function onCaret(name, { client: writer, base, from, to, lost }) {
+  if (writer === client || !isText(writer) || writer.length > 32) return
+  if (lost === true) setTimeout(publishSoon, Math.random() * 1e3, 'snapshot')
+  else showCaret(writer, name, replica.track(from, base), replica.track(to, base))
+}
+
+function onGap(reason) {
+  if (reason !== 'history') newest = 0
+  if (reason === 'erased') {
+    offer('An operator erased this text.', replica.view)
+    const { view } = replica
+    replica = new Replica(client)
+    show(diff(view, ''))
+    history = new History
+  } else {
+    replica.lost = true
+    recover(reason === 'history' ? PATIENCE : 0)
+  }
+}
+
+let recovering
+/**
+ * Our text may not be the room's: the relay was restarted, or forgot what we have missed. A snapshot makes it so; it comes
+ * from somebody else, or from us.
+ */
+async function recover(wait) {
+  if (recovering) return
+  recovering = true
+  await sleep(Math.random() * 500 + 100)
+  if (replica.lost && wait) publishSoon() // asks for one
+  if (replica.lost && wait) await sleep(wait)
+  for (let tries = 0; replica.lost;) try {
+    const events = (await ourRoom.read('last=256')).filter(({ type }) => isMessage(type)), last = events.at(-1)?.id ?? 0
+    if (!replica.lost) break
+    if (last >= newest) {
+      const newer = new Replica
+      for (const event of events) newer.receive(event)
+      newest = last
+      show(replica.follow(newer))
+      if (replica.lost) await (me && rights.write ? publishSnapshot(newer) : sleep(PATIENCE))
+    }
+  } catch (error) {
+    if (error.status !== 412) await pause(error.retry || backoff(tries++))
+  }
+  recovering = false
+  publishSoon()
+}
+
+// What we do: edits, snapshots and carets, one request after the other.
+
+/** Publishes. Then nothing came in between, so we need not wait for the event. */
+async function publish(type, data, query) {
+  const { id, isNew } = await ourRoom.publish(type, data, { user: me, ...query })
+  if (isNew) onEvent({ id, type, data, from: me })
+  return id
+}
+
+async function publishSnapshot(newer) {
+  let after
+  for (const part of replica.snapshot(newer)) after = await publish('snapshot', { ...part, after }, { if: newest })
+}
+
+let publishing, more, caretMoved, asked
+let wrote, wanted // who has just written publishes a snapshot if one is due; everybody, if somebody needs one
+
+/** Publishes what is next. Returns whether there was something. */
+async function publishNext() {
+  const { lost } = replica
+  for (let n = 0; replica.waiting && n < 5; n++) await sleep(100) // somebody is publishing a long snapshot
+  if (!lost && messages && (wanted || wrote && (messages >= SNAPSHOT_AFTER || bytes > SNAPSHOT_BYTES))) {
+    await publishSnapshot()
+    wrote = wanted = false
+    return true
+  }
+  while (!lost && replica.full) {
+    offer(`The text is full: it has at most ${MAX.toLocaleString('en')} characters. This did not fit:`, replica.pending[0].change.filter(isText).join(''))
+    show(replica.drop())
+  }
+  const edit = lost ? undefined : replica.next()
+  if (edit) {
+    const id = await publish('edit', edit, { if: newest, key: edit.key })
+    await arrival(id)
+    wrote = true
+    if (replica.pending[0]?.key === edit.key) show(replica.drop()) // it was published before, and not taken
+    return true
+  }
+  if (lost ? asked : !caretMoved) return false
+  caretMoved = false
+  asked = lost
+  const [from, to] = caret = [input.selectionStart, input.selectionEnd]
+  await publish('caret', { client, base: replica.head, from, to, lost }, { ttl: CARET_TTL })
+  return true
+}
+
+async function publishSoon(what) {
+  wanted ||= what === 'snapshot' && messages > 0
+  more = true
+  if (publishing || !rights?.write || !me) return
+  publishing = true
+  for (let tries = 0; more;) try {
+    more = false
+    if (!await publishNext()) continue
+    more = true
+    tries = 0
+    refused = undefined
+    showState()
+    await sleep(PACE)
+  } catch (error) {
+    more = !error.final
+    if (error.status === 412) await afterConflict(error.id)
+    else if (error.final) refused = error.message
+    else await pause(error.retry || Math.min(backoff(tries++), 5e3))
+  }
+  publishing = false
+  showState()
+}
+
+/** Waits until an event has come by the connection, or else asks for it. */
+async function arrival(id) {
+  for (let n = 0; newest < id && n < 5; n++) await sleep(20)
+  if (newest < id) (await ourRoom.read('after=' + newest)).forEach(onEvent)
+}
+
+/** Somebody was faster. Their edit is taken first. */
+async function afterConflict(id) {
+  const before = newest
+  await arrival(id).catch(() => { })
+  if (id < before && newest === before) newest = id // what we took for the newest message was none, or is forgotten
+  if (id < replica.head) onGap('restart')
+  await sleep(20 + Math.random() * 60) // so that not all who were too late try again at the same time
+}
+
+/** Waits, but not longer than until the connection is back. */
+let resume = () => { }
+const pause = ms => new Promise(done => {
+  resume = done
+  setTimeout(done, ms)
+})
+
+// The textarea. Others' changes wait while a word is being composed: to touch the value would end that.
+
+let shown = '' // the textarea's value, as far as it is in the replica
+let held = [] // what others have changed since
+let composing, composeTimer, last = {} // input
+
+/** Shows a change by somebody else. */
+function show(change) {
+  if (!change || isEmpty(change)) return
+  history.rebase(change)
+  moveCarets(change)
+  held = compose(held, change)
+  if (!composing) release()
+}
+
+function release() {
+  const { selectionStart: from, selectionEnd: to, selectionDirection } = input, change = held, top = ownTop()
+  held = []
+  shown = apply(shown, change)
+  input.value = shown
+  caret = caret.map(at => move(at, change))
+  input.setSelectionRange(move(from, change, from < to), move(to, change), selectionDirection)
+  draw(top)
+}
+
+/** Takes over what was written into the textarea. */
+function commit(joins) {
+  const value = input.value.toWellFormed(), { selectionEnd } = input
+  if (value !== input.value && !composing) {
+    input.value = value
+    input.setSelectionRange(selectionEnd, selectionEnd)
+  }
+  let change = diff(shown, value, selectionEnd)
+  if (isEmpty(change)) return
+  shown = value;
+  [change, held] = transform(change, held)
+  history.add(change, replica.view, joins)
+  act(change)
+}
+
+function act(change) {
+  replica.edit(change)
+  moveCarets(change)
+  caret = [input.selectionStart, input.selectionEnd]
+  draw()
+  showState()
+  publishSoon()
+}
+
+input.oninput = ({ inputType, isComposing }) => {
+  clearTimeout(composeTimer)
+  if (isComposing || composing) composeTimer = setTimeout(commit, 1e3) // it may be composing for long
+  else {
+    const joins = inputType === last.type && performance.now() - last.time < 1e3 && /^(insertText|deleteContent)/.test(inputType)
+    last = { type: inputType, time: performance.now() }
+    commit(joins)
+  }
+  draw()
+  showState()
+}
+input.addEventListener('compositionstart', () => composing = true)
+input.addEventListener('compositionend', () => setTimeout(() => { // in some browsers its last input event comes after it
+  composing = false
+  commit()
+  if (!isEmpty(held)) release()
+}))
+
+function takeBack(which) {
+  const change = !composing && !input.readOnly && history[which](replica.view)
+  if (!change) return
+  input.value = shown = apply(shown, change)
+  input.setSelectionRange(endOf(change), endOf(change))
+  act(change)
+}
+
+input.onbeforeinput = e => {
+  const which = { historyUndo: 'undo', historyRedo: 'redo' }[e.inputType]
+  if (!which) return
+  e.preventDefault() // the browser's own would undo what others did
+  takeBack(which)
+}
+input.onkeydown = e => {
+  const key = e.key.toLowerCase(), which = { z: e.shiftKey ? 'redo' : 'undo', y: 'redo' }[key]
+  if (!which || !(e.ctrlKey || e.metaKey) || e.altKey) return
+  e.preventDefault()
+  takeBack(which)
+}
+for (const which of ['undo', 'redo']) $(which).onclick = () => takeBack(which)
+
+let caret = [0, 0] // where others see ours
+document.onselectionchange = () => {
+  const { selectionStart: from, selectionEnd: to } = input
+  if (document.activeElement !== input || composing || replica.pending.length || from === caret[0] && to === caret[1]) return // an edit shows it anyway
+  caretMoved = true
+  setTimeout(publishSoon, PACE)
+}
+
+// Whether all is saved; and what is said about the connection.
+
+const isSaved = () => !replica.pending.length && input.value === shown
+
+function showState() {
+  const open = comet?.status === 'open', words = refused ? `Not saved: ${refused}` : replica.lost ? 'Reading the text again…' :
+    isSaved() ? 'Saved' : open ? 'Saving…' : 'Not saved: waiting for the connection'
+  document.body.dataset.saved = isSaved() && !replica.lost ? 'yes' : 'no'
+  if ($('saved').textContent !== words) $('saved').textContent = words
+  const { length } = input.value, full = length >= MAX ? `The text is full: it has ${MAX.toLocaleString('en')} characters.` : ''
+  $('count').textContent = `${length.toLocaleString('en')} of ${MAX.toLocaleString('en')} characters`
+  $('count').classList.toggle('near', length > 0.95 * MAX)
+  if ($('full').textContent !== full) $('full').textContent = full
+  $('undo').disabled = !history.canUndo || input.readOnly
+  $('redo').disabled = !history.canRedo || input.readOnly
+}
+addEventListener('beforeunload', e => isSaved() || e.preventDefault())
+
+/** Shows text that is not in the pad, to be copied. */
+function offer(why, text) {
+  if (!text) return
+  $('lost').value = $('notice').hidden ? text : $('lost').value + text
+  $('notice').hidden = false
+  $('notice').firstElementChild.textContent = why
+}
+$('notice').onclick = ({ target: { value } }) => {
+  if (value === 'copy') copy($('lost').value)
+  if (value === 'close') $('notice').hidden = true
+}
+
+function onStatus(detail, { status, error } = detail) {
+  showStatus(detail)
+  if (status === 'closed' && error?.status === 401) showTokenForm(error.message)
+  if (status === 'open') resume()
+  showState()
+}
+$('menu').onchange = e => comet?.use(e.target.value === 'auto' ? null : e.target.value)
+$('menu').onsubmit = e => e.preventDefault()
+
+const showTokenForm = error => askForToken($('token'), error, `-read ${room} -write ${room}`)
+
+/** Connects under the user's name; again when that changes. */
+function connect(after) {
+  comet?.close()
+  enter(me)
+  comet = new Comet('/rooms/' + room, { user: me || undefined, presence: true, after })
+  comet.addEventListener('status', e => e.target === comet && onStatus(e.detail))
+  comet.addEventListener('event', e => e.target === comet && onEvent(e.detail))
+  const { value } = $('menu').elements.way
+  if (value !== 'auto') comet.use(value)
+  $('naming').hidden = !!me || !rights.write
+  $('me').hidden = !me
+  $('me').replaceChildren('as ', make('bdi', '', me))
+  $('me').disabled = !!rights.user
+  input.readOnly = !me || !rights.write
+  input.placeholder = !rights.write ? 'Your token does not allow you to write here' : me ? 'Write here' : 'Give your name below to write here'
+  draw()
+  publishSoon()
+}
+
+$('me').onclick = () => {
+  $('naming').hidden = false
+  $('name').value = me
+  $('name').select()
+}
+$('naming').onsubmit = e => {
+  e.preventDefault()
+  const name = cleanName($('name').value), url = new URL(location)
+  if (!name) return
+  me = name
+  tabStorage.set('name', me)
+  browserStorage.set('name', me)
+  url.searchParams.delete('user')
+  window.history.replaceState(null, '', url)
+  connect(comet.cursor)
+  input.focus()
+}
+$('go').onsubmit = e => {
+  e.preventDefault()
+  location.hash = $('room').value
+}
+$('room').onblur = () => { $('room').value = room } // only Enter changes the room
+onhashchange = () => roomInURL() === room || location.reload()
+
+$('app').hidden = false
+nameTechniques()
+$('room').value = room
+$('room').size = Math.max(5, room.length)
+$('name').value = browserStorage.get('name')
+document.title = `${room} · The pad · Cometes`
+tabStorage.set('name', me)
+rights = await access(room)
+me = rights.user || me
+if (rights.refused) showTokenForm(rights.error)
+else if (!rights.read) onStatus({ status: 'closed', error: new Error('your token is for other rooms') })
+else {
+  enter(me)
+  for (let tries = 0, events; !events;) try {
+    events = await ourRoom.read('last=256')
+    events.forEach(onEvent)
+    connect(events.cursor)
+  } catch (error) {
+    if (error.final) throw error
+    onStatus({ status: 'reconnecting' })
+    await pause(backoff(tries++))
+  }
+  if (me && matchMedia('(hover: hover)').matches) input.focus()
+}
