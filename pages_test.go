@@ -85,6 +85,7 @@ func TestShortcuts(t *testing.T) {
 			"/lab":                  "./lab.html",
 			"/pad":                  "./pad.html",
 			"/stats?room=temp":      "./stats.html?room=temp",
+			"/inspect?room=a,b":     "./inspect.html?room=a%2Cb",
 			"/rooms/no%20name":      "",
 			"/nothing":              "",
 			"/rooms/lobby/presence": "",

@@ -396,7 +396,10 @@ for (const name of browsers) describe(name, () => {
     const curve = () => page.evaluate(() => document.querySelectorAll('#relay .graph')[1]?.querySelector('.curve')?.getAttribute('d'))
     const first = await until('a curve', curve)
     assert.equal(await textOf(page, '#numbers .nothing'), 'Nothing yet')
-    await seriesContrast(page)
+    for (const value of name === 'chromium' ? ['dark', 'light'] : ['light']) {
+      if (name === 'chromium') await page.emulateMediaFeatures([{ name: 'prefers-color-scheme', value }])
+      await seriesContrast(page)
+    }
     for (let i = 0; i < 20; i++) await feed(String(i * i))
     await feed('warm')
     await feed('{}')

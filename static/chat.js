@@ -152,7 +152,7 @@ function showNaming(show) {
 $('go').onsubmit = e => {
   e.preventDefault()
   const name = $('room').value.trim()
-  if (name === room || !/^[\w.:-]{1,64}$/.test(name)) return showNoRoom(name !== room && (name || 'nothing'))
+  if (name === room || !/^[\w.:-]{1,64}$/.test(name)) return showNoRoom(name !== room && name)
   showNoRoom()
   history.pushState(null, '', '?room=' + name)
   enterRoom(name)
@@ -427,6 +427,7 @@ new ResizeObserver(keepAtEnd).observe(scroller) // the phone's keyboard appears,
 const outbox = new Set // of { text, key, time, el, note, state }; and id, once the relay has answered
 
 function submit(text) {
+  showNoRoom()
   const note = make('div', 'note'), time = Date.now()
   const mine = { text, time, note, el: make('div', '', textElement(text), note), key: time.toString(36) + Math.random().toString(36) }
   outbox.add(mine)
