@@ -338,7 +338,7 @@ for (const name of browsers) describe(name, () => {
     }
     assert.deepEqual(await page.evaluate(() => Object.fromEntries(new URLSearchParams(location.search))), { room: `${a},${b}`, via: 'ws', last: '5' })
 
-    await set('#via', 'stream')
+    await set('#via', 'sse')
     await set('#from', 'after')
     await set('#n', String(id))
     await press(page, '#read .first')

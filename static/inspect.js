@@ -38,7 +38,8 @@ function connect(it) {
   say('connecting…')
   const url = more => {
     const { after, last, ...rest } = it.query
-    return address(technique.name, { ...more, ...rest, ...it.cursor ? { after: it.cursor } : { after, last: last ?? more?.last }, _: unique() }, rooms)
+    const names = technique.name === 'sse' ? 0 : undefined // so that an EventSource shows every type
+    return address(technique.name, { ...more, names, ...rest, ...it.cursor ? { after: it.cursor } : { after, last: last ?? more?.last }, _: unique() }, rooms)
   }
   const link = {
     api: 'fetch', url,
