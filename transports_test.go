@@ -2307,3 +2307,35 @@ func TestStreamsKeepNoRequests(t *testing.T) {
 		b.settle()
 	}
 }
+
+// The README shows the loop as it is, and names functions that there are.
+func TestREADME(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var core string
+	for _, name := range []string{"relay.go", "transports.go", "presence.go"} {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		core += string(b)
+	}
+	_, section, _ := strings.Cut(string(readme), "## The whole relay in three files\n")
+	section, _, _ = strings.Cut(section, "\nEverything else is a layer")
+	_, loop, _ := strings.Cut(section, "```go\n")
+	loop, _, _ = strings.Cut(loop, "```")
+	if loop == "" || !strings.Contains(core, loop) {
+		t.Errorf("the README shows a loop that is not in the code:\n%s", loop)
+	}
+	names := regexp.MustCompile("`(?:\\(\\*\\w+\\)\\.)?(\\w+)`").FindAllStringSubmatch(section, -1)
+	for _, m := range names {
+		if !regexp.MustCompile(`\b`+m[1]+`\b`).MatchString(core) && m[1] != "synctest" {
+			t.Errorf("the README names %s, which is not in the code", m[1])
+		}
+	}
+	if len(names) < 10 {
+		t.Errorf("the README names %d functions", len(names))
+	}
+}
