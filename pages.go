@@ -27,6 +27,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -90,7 +91,8 @@ func isPage(p string) bool {
 
 // wrapPages returns a handler that answers for pages, and adds to the server what pages need.
 func wrapPages(s *server, next http.Handler) http.Handler {
-	s.eventHTML = fullHTML
+	lines := newCache(64, 16<<10)
+	s.eventHTML = func(e *event) []byte { return lines.get(e, fullHTML) }
 	s.technique("html").encoder = func(s *server, q *request) encoder {
 		enc := endlessPage(s, q)
 		enc.preamble = s.pageHead(q, "") + "<main class=\"log endless\">\n"
@@ -467,4 +469,36 @@ func (sub *subscriber) newest(after int64) (events []*event) {
 		}
 	}
 	return events
+}
+
+// A cache keeps what was made of the newest events, since most subscribers are sent the
+// same at the same time. It is bounded: each of a few slots holds one value.
+type cache struct {
+	slots    []atomic.Pointer[cached]
+	maxBytes int // of a value; a larger one is made again each time
+}
+
+type cached struct {
+	id    int64 // of the event
+	value []byte
+}
+
+func newCache(slots, maxBytes int) *cache {
+	return &cache{make([]atomic.Pointer[cached], slots), maxBytes}
+}
+
+// get returns what make makes of an event.
+func (c *cache) get(e *event, make func(*event) []byte) []byte {
+	if e.publishedAt == 0 { // a notice may have the id of an event
+		return make(e)
+	}
+	slot := &c.slots[e.id%int64(len(c.slots))]
+	if v := slot.Load(); v != nil && v.id == e.id {
+		return v.value
+	}
+	value := make(e)
+	if len(value) <= c.maxBytes {
+		slot.Store(&cached{e.id, value})
+	}
+	return value
 }

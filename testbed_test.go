@@ -686,7 +686,8 @@ func newTestEncoder(tb testing.TB, t *technique) encoder {
 			tb.Fatal(q.err)
 		}
 	}()
-	return t.encoder(newServer(newRelay(defaultLimits)), q)
+	s := newTestApp(tb).server
+	return s.technique(t.name).encoder(s, q)
 }
 
 // newTestApp returns a relay without a listener.

@@ -324,7 +324,7 @@ func endlessPage(s *server, q *request) encoder {
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Content-Security-Policy": q.pagePolicy()},
 		preamble:    plainHead + "<main class=\"log endless\">\n",
-		event:       func(b []byte, e *event) []byte { return append(b, s.html(e)...) },
+		event:       func(b []byte, e *event) []byte { return append(b, s.eventHTML(e)...) },
 		heartbeat:   "<!-- beat -->\n",
 		last:        pageMessages,
 	}
@@ -355,7 +355,7 @@ func (s *server) appendPage(b []byte, events []*event) []byte {
 	b = append(b, "<main class=\"log\">\n"...)
 	for _, e := range slices.Backward(events[max(0, len(events)-pageMessages):]) {
 		if e.kind != "hello" {
-			b = append(b, s.html(e)...)
+			b = append(b, s.eventHTML(e)...)
 		}
 	}
 	return append(b, "</main>\n"...)
@@ -383,41 +383,6 @@ func asText(data json.RawMessage) string {
 		return string(data)
 	}
 	return text
-}
-
-// html returns the event as a line of a page.
-func (s *server) html(e *event) []byte { return s.lines.get(e, s.eventHTML) }
-
-// A cache keeps what was made of the newest events, since most subscribers are sent the
-// same at the same time. It is bounded: each of a few slots holds one value.
-type cache struct {
-	slots    []atomic.Pointer[cached]
-	maxBytes int // of a value; a larger one is made again each time
-}
-
-type cached struct {
-	id    int64 // of the event
-	value []byte
-}
-
-func newCache(slots, maxBytes int) *cache {
-	return &cache{make([]atomic.Pointer[cached], slots), maxBytes}
-}
-
-// get returns what make makes of an event.
-func (c *cache) get(e *event, make func(*event) []byte) []byte {
-	if e.publishedAt == 0 { // a notice may have the id of an event
-		return make(e)
-	}
-	slot := &c.slots[e.id%int64(len(c.slots))]
-	if v := slot.Load(); v != nil && v.id == e.id {
-		return v.value
-	}
-	value := make(e)
-	if len(value) <= c.maxBytes {
-		slot.Store(&cached{e.id, value})
-	}
-	return value
 }
 
 // plainHTML is the simplest way to show an event.
@@ -456,7 +421,6 @@ type server struct {
 	activeAtStop atomic.Int64
 	unsentBytes  atomic.Int64 // that are being written, or that full sockets did not take; at most maxUnsent
 	scratches    sync.Pool
-	lines        *cache // of pages
 }
 
 func newServer(r *relay) *server {
@@ -468,7 +432,6 @@ func newServer(r *relay) *server {
 		maxUnsent:  int64(r.maxBytes),
 		instance:   rand.Text()[:8],
 		publish:    r.publish,
-		lines:      newCache(64, 16<<10),
 		image:      func(string, []byte) ([]byte, error) { return nil, errImage },
 		erase:      r.erase,
 		catchUp:    func(context.Context, int64) {},
