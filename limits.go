@@ -555,8 +555,8 @@ type limitedConn struct {
 	http2    atomic.Bool
 	began    atomic.Int64 // when the phase or the request did, Unix nanoseconds
 	received atomic.Int64 // bytes since
-	place    *allotment       // of limiter.served
-	head     *allotment       // of limiter.receipts, for more than most heads have
+	place    *allotment   // of limiter.served
+	head     *allotment   // of limiter.receipts, for more than most heads have
 	headCost int64
 	writes   atomic.Int32 // that are going on
 	held     atomic.Int32 // requests that are paid for as streams

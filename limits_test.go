@@ -238,7 +238,7 @@ func TestEveryRefusalIsCountedSaysWhenToRetryAndEnds(t *testing.T) {
 		{"an origin", "origin", nil, func(*testbed) {}, first, "POST /rooms/a", "hi", []string{"Origin: https://evil.example"}, 403, "", "", nil},
 		{"bodies that are being received", "memory", nil,
 			func(b *testbed) {
-				for i := range b.limiter.receipts.max*3/4/(bodyFactor*50_000) {
+				for i := range b.limiter.receipts.max * 3 / 4 / (bodyFactor * 50_000) {
 					c, _ := b.dialFrom(fmt.Sprintf("192.0.2.%d", i+3))
 					go io.WriteString(c, "POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n\r\n")
 				}

@@ -104,7 +104,7 @@ type config struct {
 	redis       string // layer: redis.go
 	redisPrefix string // layer: redis.go
 	redisEvents int    // layer: redis.go
-	memory      int64 // bytes; see availableMemory
+	memory      int64  // bytes; see availableMemory
 	limits
 }
 
