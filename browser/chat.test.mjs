@@ -531,14 +531,25 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await until('the worker is there', () => page.evaluate(async () => !!(await navigator.serviceWorker.getRegistration())?.active))
     await page.evaluate(() => {
       Object.defineProperty(document, 'hidden', { value: true, configurable: true })
+      document.hasFocus = () => false
+      window.tones = 0
+      window.AudioContext = class {
+        currentTime = 0
+        createGain() { return { gain: {}, connect() { } } }
+        createOscillator() { return { frequency: {}, connect() { }, start() { window.tones++ }, stop() { } } }
+        close() { }
+      }
       document.dispatchEvent(new Event('visibilitychange', { bubbles: true }))
     })
     await sleep(1000)
-    await publish('bell', 'are you there, @ada?', { user: 'bob' })
+    await publish('bell', 'is ada there?', { user: 'bob' })
     await until('the title counts it', () => page.evaluate(() => document.title === '(1) bell · Cometes'))
+    assert.equal(await page.evaluate(() => window.tones), 0)
+    await publish('bell', 'are you there, @ada?', { user: 'bob' })
+    await until('a mention rings', () => page.evaluate(() => window.tones === 2))
     if (name === 'chromium') assert.deepEqual(await until('a notification', () => page.evaluate(async () => { // headless Firefox shows none
       const all = await (await navigator.serviceWorker.getRegistration()).getNotifications()
-      return all.length && all.map(({ title, body }) => [title, body])
+      return all[0]?.body.startsWith('are') && all.map(({ title, body }) => [title, body]) // it replaced the one before
     })), [['bob in #bell', 'are you there, @ada?']])
     await page.evaluateOnNewDocument(() => Object.defineProperty(window, 'isSecureContext', { value: false }))
     await page.reload()

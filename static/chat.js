@@ -638,12 +638,13 @@ function ring() {
   volume.gain.value = 0.1
   volume.connect(audio.destination)
   for (const [i, frequency] of [880, 1320].entries()) {
-    const tone = Object.assign(audio.createOscillator(), { onended: () => i && audio.close() })
+    const tone = audio.createOscillator()
     tone.frequency.value = frequency
     tone.connect(volume)
     tone.start(audio.currentTime + i * 0.15)
     tone.stop(audio.currentTime + i * 0.15 + 0.12)
   }
+  setTimeout(() => audio.close(), 1000)
 }
 
 function updateBell() {
