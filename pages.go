@@ -133,7 +133,7 @@ func wrapPages(s *server, next http.Handler) http.Handler {
 					return err
 				}
 				_, p := withPermit(r)
-				return s.handle(w, r, &request{rooms: rooms, permit: p}, readMethods, s.handleForm)
+				return s.handle(w, r, &request{rooms: rooms, permit: p}, readMethods, p.rights.read, s.handleForm)
 			})
 		case r.URL.Path == "/healthz" || files[r.URL.Path].contentType != "":
 			s.answer(w, r, s.handlePage)
@@ -299,9 +299,6 @@ func formHTML(room, user, then string) string {
 // handleForm is GET /rooms/{room}/form: the form alone, for a frame in a page that never
 // ends, or with live above a frame with that page.
 func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) error {
-	if err := q.mayRead(); err != nil {
-		return err
-	}
 	user := q.userParam()
 	live := q.param("live")
 	if live != "" && live != "refresh" {

@@ -166,7 +166,7 @@ func (st *stats) wrap(next http.Handler) http.Handler {
 		if isRoom && path == "" {
 			s.answer(w, r, func(w http.ResponseWriter, r *http.Request) error {
 				_, p := withPermit(r)
-				return s.handle(w, r, &request{permit: p}, readMethods, st.listRooms)
+				return s.handle(w, r, &request{permit: p}, readMethods, p.rights.read, st.listRooms)
 			})
 			return
 		}

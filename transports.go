@@ -1175,15 +1175,12 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 	q := &request{rooms: rooms, permit: p}
 	switch verb {
 	case "":
-		return s.handle(w, r, q, roomMethods, s.handleRoom)
+		return s.handle(w, r, q, roomMethods, p.rights.write, s.handleRoom)
 	case "presence":
-		return s.handle(w, r, q, presenceMethods, s.handlePresence)
+		return s.handle(w, r, q, presenceMethods, p.rights.read, s.handlePresence)
 	}
 	if t := s.technique(verb); t != nil {
-		return s.handle(w, r, q, readMethods, func(w http.ResponseWriter, r *http.Request, q *request) error {
-			if err := q.mayRead(); err != nil {
-				return err
-			}
+		return s.handle(w, r, q, readMethods, p.rights.read, func(w http.ResponseWriter, r *http.Request, q *request) error {
 			return s.serve(w, r, q, t)
 		})
 	}
@@ -1208,8 +1205,9 @@ func (s *server) techniqueNames() string {
 	return strings.Join(names, " ")
 }
 
-// handle calls do if the method is one of methods. It answers OPTIONS itself.
-func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, do func(http.ResponseWriter, *http.Request, *request) error) (err error) {
+// handle calls do if the method is one of methods and the client may use each room. It
+// answers OPTIONS itself.
+func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, may func(room string) error, do func(http.ResponseWriter, *http.Request, *request) error) (err error) {
 	switch {
 	case !slices.Contains(methods, r.Method):
 		allowed := strings.Join(methods, ", ")
@@ -1226,6 +1224,16 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, meth
 	}
 	if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		return badRequest("the query is not well formed: %v", err)
+	}
+	for _, room := range q.rooms {
+		if err := may(room); err != nil {
+			return err
+		}
+	}
+	if r.Method == http.MethodPost || r.Method == http.MethodPut {
+		if err := q.permit.quota.publish(); err != nil {
+			return err
+		}
 	}
 	return do(w, r, q)
 }
@@ -1361,15 +1369,6 @@ func (q *request) clientParam() string {
 	return client
 }
 
-func (q *request) mayRead() error {
-	for _, room := range q.rooms {
-		if err := q.permit.rights.read(room); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 func badRoom(name string) error {
 	return badRequest("%.80q is no name for a room: that is 1 to %d of A-Z a-z 0-9 _ . : -", name, maxName)
 }
@@ -1447,8 +1446,10 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 		err = errIf
 	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
 		err = badRequest("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
+	case p.room[0] == '_':
+		err = errReserved
 	default:
-		err = by.mayWrite(p.room)
+		err = by.rights.write(p.room)
 	}
 	if err != nil {
 		return 0, false, err
@@ -1456,14 +1457,6 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 	room := p.room
 	p.allow = func() error { return by.quota.publishTo(room) }
 	return s.publish(p)
-}
-
-func (p *permit) mayWrite(room string) error {
-	err := p.rights.write(room)
-	if err == nil && room[0] == '_' {
-		err = errReserved
-	}
-	return err
 }
 
 // setPresence sets the state of a user in a room, none of it checked yet.
@@ -1495,8 +1488,8 @@ func (s *server) handleRoom(w http.ResponseWriter, r *http.Request, q *request) 
 	if r.Method != http.MethodDelete {
 		return s.handlePublish(w, r, q)
 	}
-	if err := q.permit.mayWrite(q.rooms[0]); err != nil {
-		return err
+	if q.rooms[0][0] == '_' {
+		return errReserved
 	}
 	if err := q.permit.rights.operate(); err != nil {
 		return err
@@ -1509,12 +1502,6 @@ func (s *server) handleRoom(w http.ResponseWriter, r *http.Request, q *request) 
 }
 
 func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *request) error {
-	if err := q.permit.rights.write(q.rooms[0]); err != nil {
-		return err
-	}
-	if err := q.permit.quota.publish(); err != nil {
-		return err
-	}
 	p, err := s.parsePublish(w, r, q)
 	if err != nil {
 		return err
@@ -1583,9 +1570,6 @@ func (s *server) parsePublish(w http.ResponseWriter, r *http.Request, q *request
 
 // handlePresence is GET and POST /rooms/{room}/presence.
 func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *request) error {
-	if err := q.mayRead(); err != nil {
-		return err
-	}
 	if len(q.rooms) > 1 {
 		return errOneRoom
 	}
@@ -1594,9 +1578,6 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 		ros := s.relay.roster(room)
 		ros.Room = room
 		return q.writeJSON(w, ros)
-	}
-	if err := q.permit.quota.publish(); err != nil {
-		return err
 	}
 	body, contentType, err := s.readBody(w, r, q, "state")
 	if err != nil {
