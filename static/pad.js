@@ -49,7 +49,7 @@ function onEvent({ id, type, from, data }) {
   bytes += JSON.stringify(data).length
   const { head } = replica, change = replica.receive({ id, type, data })
   show(change)
-  if (replica.head === head) return replica.lost && recover(PATIENCE)
+  if (replica.head === head) return replica.lost && recover(true)
   if (type === 'snapshot') messages = bytes = wanted = 0
   else if (change) showCaret(data.key.split('.')[0], from, endOf(change)) // of our own edit there is nothing to show
 }
@@ -70,31 +70,31 @@ function onGap(reason) {
     history = new History
   } else {
     replica.lost = true
-    recover(reason === 'history' ? PATIENCE : 0)
+    recover(reason === 'history')
   }
 }
 
 let recovering
 /**
- * Our text may not be the room's: the relay was restarted, or forgot what we have missed. A snapshot makes it so; it comes
- * from somebody else, or from us.
+ * Our text may not be the room's: the relay was restarted, or has forgotten what we missed. A snapshot decides. If the room
+ * has none, somebody else may publish one, or we do.
  */
 async function recover(wait) {
   if (recovering) return
   recovering = true
+  asked = false
   await sleep(Math.random() * 500 + 100)
-  if (replica.lost && wait) publishSoon() // asks for one
-  if (replica.lost && wait) await sleep(wait)
   for (let tries = 0; replica.lost;) try {
-    const events = (await ourRoom.read('last=256')).filter(({ type }) => isMessage(type)), last = events.at(-1)?.id ?? 0
-    if (!replica.lost) break
-    if (last >= newest) {
-      const newer = new Replica
-      for (const event of events) newer.receive(event)
-      newest = last
-      show(replica.follow(newer))
-      if (replica.lost) await (me && rights.write ? publishSnapshot(newer) : sleep(PATIENCE))
-    }
+    const before = newest, events = (await ourRoom.read('last=256')).filter(({ type }) => isMessage(type)), newer = new Replica
+    if (!replica.lost || newest !== before) continue // events came meanwhile
+    for (const event of events) newer.receive(event)
+    newest = events.at(-1)?.id ?? 0
+    show(replica.follow(newer))
+    if (replica.lost && (wait || !me || !rights.write)) {
+      publishSoon() // which asks for one
+      await sleep(PATIENCE)
+      wait = false
+    } else if (replica.lost) await publishSnapshot(newer)
   } catch (error) {
     if (error.status !== 412) await pause(error.retry || backoff(tries++))
   }

@@ -4,11 +4,11 @@
  */
 import { CometError } from './comet.js'
 
-const RATE = 9 // publishes in any second, at most
+const RATE = 8 // requests in any second, at most
 
 export class Room {
   #path
-  #times = [] // of the last publishes
+  #times = [] // of the last requests
 
   constructor(name) {
     this.#path = 'rooms/' + name
@@ -16,9 +16,6 @@ export class Room {
 
   /** Publishes once. Returns the id, and whether it is new: with a known key it is that of the first. */
   async publish(type, data, query) {
-    const wait = (this.#times.at(-RATE) ?? -Infinity) + 1000 - performance.now()
-    if (wait > 0) await new Promise(done => setTimeout(done, wait))
-    if (this.#times.push(performance.now()) > RATE) this.#times.shift()
     const headers = { 'Content-Type': 'application/json' }
     return this.#request('?' + new URLSearchParams({ type, ...query }), { method: 'POST', headers, body: JSON.stringify(data) })
   }
@@ -34,6 +31,9 @@ export class Room {
   }
 
   async #request(path, options) {
+    const wait = (this.#times.at(-RATE) ?? -Infinity) + 1000 - performance.now()
+    if (wait > 0) await new Promise(done => setTimeout(done, wait))
+    if (this.#times.push(performance.now()) > RATE) this.#times.shift()
     const response = await fetch(this.#path + path, { signal: AbortSignal.timeout(15e3), ...options })
     const { ok, status, headers } = response, answer = await response.json().catch(() => ({}))
     if (ok) return { ...answer, isNew: status === 201 }
