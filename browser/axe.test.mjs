@@ -33,7 +33,7 @@ const pages = {
   refresh: ['/rooms/lobby/refresh?user=eve&wait=55', '.message'],
   form: ['/rooms/lobby/form?live=refresh&user=eve', 'form'],
   pad: ['/pad.html', 'main'],
-  camera: ['/camera.html', 'main'],
+  camera: ['/camera.html#cam', '#sent[data-ready]'],
 }
 
 const files = { chromium: '/usr/bin/chromium', firefox: '/usr/bin/firefox-esr' }

@@ -150,7 +150,7 @@ export const browse = (name, options) => puppeteer.launch(name === 'firefox' ? {
   browser: 'firefox', executablePath: '/usr/bin/firefox-esr', headless: true, acceptInsecureCerts: true, ...options,
 } : {
   executablePath: '/usr/bin/chromium', headless: true, acceptInsecureCerts: true, ...options,
-  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', ...options?.args ?? []],
 })
 
 // An exception that a page does not catch fails the test that opened the page. Firefox reports network errors in the same way.

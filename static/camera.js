@@ -1,0 +1,262 @@
+// The camera: frames of a camera, or of a drawn clock, published to a room one by one; and what comes back, in an <img>.
+
+import { copyButton, here, insertMarkup, quoteForShell } from './page.js'
+import { access, askForToken } from './token.js'
+
+const $ = selector => document.querySelector(selector)
+const sleep = ms => new Promise(done => setTimeout(done, ms))
+insertMarkup()
+
+// The room is in the address. Without one it gets a name that nobody guesses: whoever knows it can watch.
+if (location.hash.length < 2) history.replaceState(null, '', '#cam-' + Array.from(crypto.getRandomValues(new Uint8Array(8)), n => (n % 36).toString(36)).join(''))
+const room = decodeURIComponent(location.hash.slice(1))
+const path = 'rooms/' + encodeURIComponent(room)
+addEventListener('hashchange', () => location.reload())
+
+// What this page sends.
+
+const canvas = $('#sent'), pen = canvas.getContext('2d')
+const video = Object.assign(document.createElement('video'), { muted: true, playsInline: true })
+const sentAt = new Map // by number, of the last frames
+const maxSide = 640, minSide = 160
+let live = false
+let number = crypto.getRandomValues(new Uint16Array(1))[0] // of the last frame: another publisher's are not taken for ours
+let limit = 60e3 // bytes of a frame; less if the relay says so
+let side = maxSide, quality = 0.75
+let slower = 1 // after 429: so many times the chosen interval
+
+/** The number is 12 bits and a checksum of 4, as squares along the lower edge. */
+const bits = 16, stripe = 8
+const withChecksum = n => (n &= 4095) << 4 | ((n >> 8 ^ n >> 4 ^ n ^ 5) & 15)
+
+function drawFrame() {
+  const { videoWidth, videoHeight } = video, isVideo = video.srcObject && videoWidth
+  const ratio = isVideo ? videoHeight / videoWidth : 3 / 4
+  const width = Math.round(ratio > 1 ? side / ratio : side), height = Math.round(width * ratio)
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height })
+  isVideo ? pen.drawImage(video, 0, 0, width, height) : drawClock(width, height)
+  const code = withChecksum(++number)
+  for (let i = 0; i < bits; i++) {
+    pen.fillStyle = code >> i & 1 ? '#fff' : '#000'
+    pen.fillRect(Math.round(i * width / bits), height - stripe, Math.ceil(width / bits), stripe)
+  }
+  sentAt.set(number & 4095, performance.now())
+  sentAt.delete(number - 200 & 4095)
+}
+
+function drawClock(width, height) {
+  const now = new Date, x = width / 2, y = height * 0.44, r = height * 0.34
+  const hand = (turn, length, thick) => {
+    pen.lineWidth = thick * r
+    pen.beginPath()
+    pen.moveTo(x, y)
+    pen.lineTo(x + Math.sin(turn * 2 * Math.PI) * length * r, y - Math.cos(turn * 2 * Math.PI) * length * r)
+    pen.stroke()
+  }
+  const seconds = now.getSeconds() + now.getMilliseconds() / 1e3, minutes = now.getMinutes() + seconds / 60
+  pen.fillStyle = `hsl(${seconds * 6} 45% 22%)`
+  pen.fillRect(0, 0, width, height)
+  pen.lineCap = 'round'
+  pen.strokeStyle = '#fff8'
+  for (let i = 0; i < 12; i++) {
+    pen.lineWidth = 0.02 * r
+    pen.beginPath()
+    pen.arc(x, y, r, (i - 0.04) * Math.PI / 6, (i + 0.04) * Math.PI / 6)
+    pen.stroke()
+  }
+  pen.strokeStyle = '#fff'
+  hand((now.getHours() % 12 + minutes / 60) / 12, 0.5, 0.05)
+  hand(minutes / 60, 0.75, 0.035)
+  pen.strokeStyle = '#7fd8c6'
+  hand(seconds / 60, 0.85, 0.02)
+  pen.fillStyle = '#fff'
+  pen.font = `600 ${height * 0.09}px ui-monospace, monospace`
+  pen.textAlign = 'center'
+  pen.fillText(`${now.toTimeString().slice(0, 8)}.${Math.floor(now.getMilliseconds() / 100)}`, x, height * 0.92)
+}
+
+/** Encodes the canvas. What does not fit is encoded smaller the next time. */
+async function encode() {
+  const blob = await new Promise(done => canvas.toBlob(done, 'image/jpeg', quality))
+  const fits = blob.size <= limit
+  if (!fits) quality > 0.4 ? quality -= 0.1 : side = Math.max(minSide, side * 0.8)
+  else if (blob.size < limit / 2 && quality < 0.75) quality += 0.05
+  return fits ? blob : undefined
+}
+
+/** Publishes frames until `live` is no longer this run. A frame lives ten seconds, and pushes no message out of the history. */
+async function publish(run) {
+  let failures = 0
+  while (live === run) {
+    const started = performance.now()
+    let pause = 0, error = ''
+    drawFrame()
+    const frame = await encode()
+    if (frame) try {
+      const sending = performance.now()
+      const response = await fetch(path + '?ttl=10', { method: 'POST', body: frame, headers: { 'Content-Type': 'image/jpeg' } })
+      const answer = await response.json()
+      if (response.ok) {
+        failures = 0
+        slower = Math.max(1, slower * 0.98)
+        sent.add(performance.now() - sending)
+        $('#size').textContent = `${canvas.width} × ${canvas.height}, ${(frame.size / 1e3).toFixed(1)} KB`
+        if (live === run) say(`Live: a frame every ${short(interval() / 1e3)} s.`)
+      } else if (response.status === 413 && limit > 2e3) {
+        limit = frame.size * 0.8
+      } else if (response.status === 401 || response.status === 403 || response.status === 415) {
+        stop(answer.error, true)
+      } else {
+        if (response.status === 429) slower = Math.min(20, slower * 1.5)
+        error = answer.error
+        pause = (response.headers.get('Retry-After') || 2) * 1e3
+      }
+    } catch {
+      error = 'the relay cannot be reached'
+      pause = Math.min(8000, 500 * 2 ** failures++)
+    }
+    if (error && live === run) say(`Waiting: ${error}.`, true)
+    await sleep(Math.max(pause, started + interval() - performance.now(), 0))
+  }
+}
+const interval = () => slower * 1e3 / $('#rate').value
+
+async function start() {
+  const run = live = {}
+  show()
+  const facingMode = $('#source').value
+  let why = ''
+  if (facingMode !== 'clock') {
+    say('Asking for the camera …')
+    try {
+      if (!navigator.mediaDevices?.getUserMedia) throw new Error('browsers give it only to pages from https: or this machine')
+      const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode, width: { ideal: maxSide } } })
+      if (live !== run) return stream.getTracks().forEach(track => track.stop())
+      video.srcObject = stream
+      stream.getVideoTracks()[0].onended = () => stop('The camera has ended.', true)
+      await video.play()
+    } catch (error) {
+      why = ` There is no camera (${error.message.replace(/\.$/, '')}), so this is a clock.`
+      video.srcObject = null
+    }
+  }
+  if (live !== run) return
+  $('#source').dataset.why = why
+  publish(run)
+}
+
+function stop(words = 'Stopped. Nothing is sent.', wrong) {
+  live = false
+  video.srcObject?.getTracks().forEach(track => track.stop())
+  video.srcObject = null
+  say(words, wrong)
+  show()
+}
+
+function say(words, wrong = false) {
+  const text = words + (live ? $('#source').dataset.why ?? '' : '')
+  if ($('#state').textContent !== text) $('#state').textContent = text
+  $('#state').classList.toggle('wrong', wrong)
+}
+
+function show() {
+  $('#start').textContent = live ? 'Stop' : 'Start'
+  $('#start').dataset.live = !!live
+  $('#source').disabled = !!live
+  document.title = `${live ? '● ' : ''}Camera · Cometes`
+}
+
+// What comes back.
+
+const image = $('#shown')
+const squares = Object.assign(document.createElement('canvas'), { width: bits, height: 1 }).getContext('2d', { willReadFrequently: true })
+let changedAt = performance.now(), last
+
+/** The browser goes on loading by itself, but does not begin again when the stream has ended. */
+function watch() {
+  changedAt = performance.now()
+  image.src = `${path}/multipart?as=image&_=${Math.random()}`
+}
+image.onerror = () => setTimeout(watch, 2000)
+document.addEventListener('visibilitychange', () => document.hidden || watch())
+
+/** Reads the number of the frame that is shown. An <img> that was drawn on a canvas once is not always drawn anew; a bitmap of it is new. */
+async function look() {
+  try {
+    const bitmap = await createImageBitmap(image), { width, height } = bitmap
+    squares.drawImage(bitmap, 0, height - stripe * 0.75, width, stripe / 2, 0, 0, bits, 1)
+    bitmap.close()
+    const { data } = squares.getImageData(0, 0, bits, 1)
+    let code = 0
+    for (let i = 0; i < bits; i++) code |= (data[4 * i + 1] > 127) << i
+    const key = data.join()
+    if (key !== last) {
+      last = key
+      changedAt = performance.now()
+      const at = sentAt.get(code >> 4)
+      if (withChecksum(code >> 4) === code && at) {
+        sentAt.delete(code >> 4)
+        returned.add(changedAt - at)
+      }
+    }
+  } catch { } // there is no frame yet
+  if (performance.now() - changedAt > (live && sent.recent() ? 5e3 : 30e3)) watch() // the stream may have ended
+  setTimeout(() => requestAnimationFrame(look), live ? 0 : 200)
+}
+
+// Measuring.
+
+const short = n => n.toLocaleString('en', { maximumSignificantDigits: 2 })
+const duration = ms => ms === undefined ? '–' : ms < 1000 ? `${Math.round(ms)} ms` : `${short(ms / 1e3)} s`
+
+/** The last values of something, and how many came in the last seconds. */
+class Series {
+  #all = []
+  add(value) {
+    this.#all.push({ value, at: performance.now() })
+    if (this.#all.length > 100) this.#all.shift()
+  }
+  recent() { return this.#all.filter(({ at }) => at > performance.now() - 4000).length / 4 }
+  quantile(share) {
+    const sorted = this.#all.map(({ value }) => value).sort((a, b) => a - b)
+    return sorted[Math.ceil(share * sorted.length) - 1]
+  }
+}
+const sent = new Series, returned = new Series
+
+setInterval(() => {
+  $('#fps').textContent = short(sent.recent())
+  $('#returned').textContent = short(returned.recent())
+  $('#publishing').textContent = duration(sent.quantile(0.5))
+  $('#median').textContent = duration(returned.quantile(0.5))
+  $('#most').textContent = duration(returned.quantile(0.95))
+}, 1000)
+
+// The page.
+
+$('.room').textContent = room
+const url = here(path + '/multipart?as=image').href
+for (const [id, text] of Object.entries({ link: location.href, tag: `<img src="${url}" alt="a camera, live">`, curl: `curl -H 'Content-Type: image/jpeg' -T frame.jpg ${quoteForShell(here(path).href)}` })) {
+  $('#' + id).textContent = text
+  $(`#${id} + span`).append(copyButton(() => text))
+}
+$('#controls').onsubmit = event => {
+  event.preventDefault()
+  live ? stop() : start()
+}
+addEventListener('pagehide', () => live && stop())
+
+const rights = await access(room)
+if (rights.refused) {
+  askForToken($('#enter'), rights.error, `-read '${room}' -write '${room}'`)
+} else if (!rights.write) {
+  $('#start').disabled = true
+  say(`Your token does not let you publish to the room ${room}. To use another room, put its name behind the # in the address.`, true)
+} else {
+  say('Nothing is sent yet.')
+}
+if (rights.read) {
+  watch()
+  look()
+}
+canvas.dataset.ready = true
