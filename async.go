@@ -26,6 +26,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -137,7 +138,7 @@ type writerPool struct {
 func newWriterPool(s *server, trustProxy bool) *writerPool {
 	p := &writerPool{server: s, trustProxy: trustProxy, received: func(*technique, int) {}, requested: func(*technique, int) {}, resumed: newResumedConns()}
 	s.takeOver = p.takeOver
-	s.relay.wakeAll = p.wakeSubscriptions
+	s.relay.wakeRoom = p.wakeRoom
 	publish := s.publish
 	s.publish = func(req publishRequest) (int64, bool, error) {
 		id, isNew, err := publish(req)
@@ -372,16 +373,31 @@ func (p *writerPool) tick() {
 	})
 }
 
-// wakeSubscriptions wakes the subscribers of a room.
-func (p *writerPool) wakeSubscriptions(subscriptions []*subscription) {
+// wakeRoom wakes the subscribers of a room. The last handful is served here, by the
+// goroutine that publishes: in a small room that costs less than to wake a writer.
+func (p *writerPool) wakeRoom(rm *room) {
 	var batch wakeBatch
-	defer batch.flush()
-	for _, s := range subscriptions {
+	rm.mu.Lock()
+	for _, s := range rm.subscriptions {
 		if ses, ok := s.subscriber.driver.(*session); ok {
 			batch.add(ses)
 		} else {
 			s.subscriber.wake()
 		}
+	}
+	rm.mu.Unlock()
+	if batch.n == 0 {
+		return
+	}
+	p.mu.Lock()
+	p.queueLocked(batch.sessions[:batch.n]...)
+	busy := p.writers >= runtime.GOMAXPROCS(0) // they will come to it; and who is woken here cannot wake others without end
+	if !busy {
+		p.writers++
+	}
+	p.mu.Unlock()
+	if !busy {
+		p.run(1)
 	}
 }
 
@@ -459,15 +475,24 @@ func (p *writerPool) enqueue(sessions ...*session) {
 }
 
 func (p *writerPool) pushLocked(sessions ...*session) {
+	p.queueLocked(sessions...)
+	p.startLocked()
+}
+
+func (p *writerPool) queueLocked(sessions ...*session) {
 	if p.taken > 0 && p.taken >= len(p.queue)/2 {
 		n := copy(p.queue, p.queue[p.taken:])
 		clear(p.queue[n:])
 		p.queue, p.taken = p.queue[:n], 0
 	}
 	p.queue = append(p.queue, sessions...)
+}
+
+// startLocked starts a writer, unless there are enough.
+func (p *writerPool) startLocked() {
 	if p.writers < runtime.GOMAXPROCS(0) {
 		p.writers++
-		go p.run()
+		go p.run(math.MaxInt)
 	}
 }
 
@@ -488,20 +513,26 @@ func (p *writerPool) throttle() {
 	}
 }
 
-// run is a writer: it serves what is in the queue until there is nothing.
-func (p *writerPool) run() {
+// run is a writer: it serves what is in the queue, so many batches of it, until there
+// is nothing.
+func (p *writerPool) run(batches int) {
 	sc := p.server.scratches.Get().(*scratch)
-	defer p.server.putScratch(sc)
+	defer p.server.scratches.Put(sc)
 	var array [wakeBatchSize]*session
-	for {
+	for ; ; batches-- {
 		p.mu.Lock()
 		batch := array[:copy(array[:], p.queue[p.taken:])]
-		p.taken += len(batch)
-		if len(batch) == 0 {
+		switch {
+		case len(batch) == 0:
 			clear(p.queue)
 			p.queue, p.taken = p.queue[:0], 0
 			p.writers--
+		case batches == 0:
+			p.writers--
+			p.startLocked()
+			batch = nil
 		}
+		p.taken += len(batch)
 		p.mu.Unlock()
 		if len(batch) == 0 {
 			return

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http/httputil"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -584,6 +585,51 @@ func TestASilentWebSocketThatAnswersNoPingsIsDropped(t *testing.T) {
 		io.Copy(io.Discard, c) // reads everything, and sends nothing
 		if d := time.Since(start); d < 3*b.heartbeat || d > 5*b.heartbeat {
 			t.Errorf("it was dropped after %v; the second ping is due after four beats, 60 s", d)
+		}
+	})
+}
+
+// The goroutine that publishes serves a small room itself. Of a large room it serves a
+// handful at most, and the order is the same for all.
+func TestAPublisherServesAHandful(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		var here, elsewhere atomic.Int64
+		subscribe := func(room string, n int) (all []*eventReader) {
+			for range n {
+				all = append(all, b.subscribe(variantOf("stream"), room).begin())
+			}
+			synctest.Wait()
+			for _, ses := range b.pool.sessions {
+				plain := ses.enc.event
+				ses.enc.event = func(b []byte, e *event) []byte {
+					if strings.Contains(string(debug.Stack()), "publishEvent") {
+						here.Add(1)
+					} else {
+						elsewhere.Add(1)
+					}
+					return plain(b, e)
+				}
+			}
+			return all
+		}
+		publish := func(room string, readers []*eventReader) {
+			for i := range 10 {
+				publishEvent(t, b.relay, publishRequest{room: room, kind: "message", data: fmt.Appendf(nil, "%d", i)})
+				for _, e := range readers {
+					e.expect(fmt.Sprint("message ", i))
+				}
+				synctest.Wait()
+			}
+		}
+		publish("small", subscribe("small", 3))
+		if n, others := here.Load(), elsewhere.Load(); n != 30 || others != 0 {
+			t.Errorf("the publisher served %d, and writers %d; want 30 and none", n, others)
+		}
+		here.Store(0)
+		publish("large", subscribe("large", 3*wakeBatchSize))
+		if n := here.Load(); n > 10*wakeBatchSize {
+			t.Errorf("of %d the publisher served %d", 10*3*wakeBatchSize, n)
 		}
 	})
 }

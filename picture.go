@@ -67,7 +67,7 @@ func (k pictureKey) String() string { return fmt.Sprintf("%s %d %d", k.room, k.w
 func newPictures(s *server) *pictures {
 	p := &pictures{server: s, skipped: func() {}, reserve: func(int64) error { return nil }, release: func(int64) {}, renderers: map[pictureKey]*renderer{}, decoded: newCache(16, 64<<10)}
 	p.log = newRelay(limits{maxEvents: 1, maxRoomBytes: 1 << 20, maxBytes: s.relay.maxBytes, maxRooms: maxPictures, maxUsers: s.relay.maxUsers})
-	p.log.wakeAll = s.relay.wakeAll
+	p.log.wakeRoom = s.relay.wakeRoom
 	s.image = encodeImage
 	push := s.technique("multipart")
 	push.as["image"], push.as["svg"] = p.pushImages, p.svg

@@ -110,8 +110,8 @@ type relay struct {
 	lastID   atomic.Int64  // subscribers may read up to here
 	stopping chan struct{} // closed by stop, under mu; then nothing is published any more
 
-	// wakeAll wakes the subscribers of a room. A layer that drives many replaces it.
-	wakeAll func([]*subscription)
+	// wakeRoom wakes the subscribers of a room. A layer that drives many replaces it.
+	wakeRoom func(*room)
 
 	// For a layer that shares one log among many relays.
 	share       func(room, user, client, state string) // see presence.go; called under mu, so it may not block; nil: this relay is alone
@@ -141,7 +141,7 @@ func newRelay(l limits) *relay {
 		limits:    l,
 		epoch:     time.Now().UnixMicro(),
 		stopping:  make(chan struct{}),
-		wakeAll:   wakeEach,
+		wakeRoom:  wakeEach,
 		rooms:     map[string]*room{},
 		lru:       list.New(),
 		forgotten: map[string]*history{},
@@ -319,14 +319,14 @@ func (r *relay) unlock() {
 	r.changed = r.changed[:0]
 	r.mu.Unlock()
 	for _, rm := range changed {
-		rm.mu.Lock()
-		r.wakeAll(rm.subscriptions)
-		rm.mu.Unlock()
+		r.wakeRoom(rm)
 	}
 }
 
-func wakeEach(subscriptions []*subscription) {
-	for _, s := range subscriptions {
+func wakeEach(rm *room) {
+	rm.mu.Lock()
+	defer rm.mu.Unlock()
+	for _, s := range rm.subscriptions {
 		s.subscriber.wake()
 	}
 }
@@ -461,7 +461,7 @@ type subscriber struct {
 	more          bool            // the last batch was cut short
 	maxBatchBytes int
 	wakeup        chan struct{} // holds a token while there may be something to read; nil with a driver
-	driver        any           // what reads for the subscriber in place of a goroutine, if anything; for wakeAll
+	driver        any           // what reads for the subscriber in place of a goroutine, if anything; for wakeRoom
 
 	// See presence.go.
 	seesPresence bool

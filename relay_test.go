@@ -920,11 +920,11 @@ func TestARoomsFloorForgivesNoOther(t *testing.T) {
 	wantRead(t, sub, "4:a:gap(history) 7:b:7 8:b:8 9:b:9 10:b:10 11:a:11 12:a:12 13:a:13 14:a:14")
 }
 
-func TestAStreamWithADriverIsWokenByWakeAll(t *testing.T) {
+func TestAStreamWithADriverIsWokenByIt(t *testing.T) {
 	r := newTestRelay(limits{})
 	st := new(session)
 	st.state.Store(stateWriting)
-	r.wakeAll = new(writerPool).wakeSubscriptions
+	r.wakeRoom = new(writerPool).wakeRoom
 	sub := openSubscriber(t, r, "a", -1, subscribeRequest{driver: st})
 	publishScript(t, r, "b:x a:x")
 	if turn := st.state.Load(); turn != stateDirty || len(sub.wakeup) != 0 {

@@ -117,7 +117,7 @@ func newTestbed(t testing.TB, network string, tune ...func(*config)) *testbed {
 		return conn, nil
 	}
 	if network == core {
-		s.takeOver, s.relay.wakeAll = nil, wakeEach
+		s.takeOver, s.relay.wakeRoom = nil, wakeEach
 	}
 	srv := s.http(false)
 	if network == pipeH2 {
