@@ -1205,9 +1205,12 @@ func (s *server) techniqueNames() string {
 	return strings.Join(names, " ")
 }
 
+// A handler answers a request, or returns an error for the client.
+type handler func(http.ResponseWriter, *http.Request, *request) error
+
 // handle calls do if the method is one of methods and the client may use each room. It
 // answers OPTIONS itself.
-func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, may func(room string) error, do func(http.ResponseWriter, *http.Request, *request) error) (err error) {
+func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, may func(room string) error, do handler) (err error) {
 	switch {
 	case !slices.Contains(methods, r.Method):
 		allowed := strings.Join(methods, ", ")
@@ -1252,7 +1255,7 @@ type request struct {
 	sub  subscribeRequest // what it reads
 }
 
-// fail keeps the first error, so a request can be read to its end before anybody looks.
+// fail keeps the first error: a request is parsed to its end before the error is checked.
 func (q *request) fail(err error) { q.err = cmp.Or(q.err, err) }
 
 // param returns a parameter, or "". Given twice it is an error.
