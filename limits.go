@@ -466,6 +466,7 @@ type limitListener struct {
 	addrs        addrLimiter // by the address of the connection
 	limiter      *limiter
 	open         atomic.Int64
+	most         atomic.Int64 // the most that were open since memory was given back
 	rejecting    atomic.Int64 // connections that are being refused
 	spareFD      *os.File     // closed for the moment it takes to answer
 	countRefusal func(reason string)
@@ -498,7 +499,7 @@ func (d *limitListener) Accept() (net.Conn, error) {
 		case !d.addrs.acquire(addr):
 			d.rejectGently(conn, "address")
 		default:
-			d.open.Add(1)
+			d.most.Store(max(d.most.Load(), d.open.Add(1)))
 			return &limitedConn{Conn: conn, listener: d, addr: addr}, nil
 		}
 	}
@@ -572,10 +573,18 @@ const (
 
 func (v *limitedConn) Close() error {
 	if !v.closed.Swap(true) {
-		v.listener.open.Add(-1)
+		v.listener.left(v.listener.open.Add(-1))
 		v.listener.addrs.release(v.addr)
 	}
 	return v.Conn.Close()
+}
+
+// left has memory given back when most of a crowd has left: the runtime by itself would
+// keep for minutes what nobody uses.
+func (d *limitListener) left(open int64) {
+	if most := d.most.Load(); most > 1000 && open < most/2 && d.most.CompareAndSwap(most, open) {
+		time.AfterFunc(10*time.Second, debug.FreeOSMemory)
+	}
 }
 
 func (v *limitedConn) Read(b []byte) (int, error) {
@@ -1023,17 +1032,18 @@ func (l *limiter) listen(inner net.Listener) net.Listener {
 }
 
 func (a *admission) admit(conn net.Conn) {
-	v := limitedConnOf(conn)
-	if v == conn && !v.readHead() {
-		v.freeHead()
-		conn.Close()
-		return
-	}
-	v.enter()
-	if !v.countHead(v.early) {
-		v.setPhase(http.StateClosed)
-		conn.Close()
-		return
+	if v := limitedConnOf(conn); v != nil {
+		if v == conn && !v.readHead() {
+			v.freeHead()
+			conn.Close()
+			return
+		}
+		v.enter()
+		if !v.countHead(v.early) {
+			v.setPhase(http.StateClosed)
+			conn.Close()
+			return
+		}
 	}
 	a.hand(acceptance{conn, nil})
 }
@@ -1045,6 +1055,8 @@ func (a *admission) hand(got acceptance) {
 	case <-a.done:
 		if v := limitedConnOf(got.conn); v != nil {
 			v.setPhase(http.StateClosed)
+		}
+		if got.conn != nil {
 			got.conn.Close()
 		}
 	}

@@ -350,7 +350,7 @@ func serve(ctx context.Context, a *app, srv *http.Server, listener net.Listener)
 	defer a.redis.close() // layer: redis.go
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(listener) }()
-	go srv.Serve(a.pool.resumed) // layer: async.go
+	go srv.Serve(a.limiter.listen(a.pool.resumed)) // layer: async.go
 	sweep := time.NewTicker(a.relay.roomIdle / 10)
 	defer sweep.Stop()
 	for ctx.Err() == nil {
