@@ -61,12 +61,13 @@ type bounds struct {
 }
 
 func boundsFor(memory int64) bounds {
+	memory = max(memory, 32<<20) // less would not do for the process itself
 	return bounds{
-		streams:  int(memory * 10_000 / defaultMemory),
+		streams:  int(memory >> 20 * 10_000 / 256),
 		logBytes: int(memory / 8),
 		unsent:   memory / 16,
 		receipts: memory / 8,
-		served:   memory * 1024 / defaultMemory,
+		served:   memory >> 20 * 4,
 	}
 }
 

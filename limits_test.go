@@ -10,8 +10,11 @@ import (
 	"io"
 	"net"
 	"net/http/httptest"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"testing"
+	"testing/fstest"
 	"testing/synctest"
 	"time"
 
@@ -523,6 +526,368 @@ func TestARoomsRate(t *testing.T) {
 		}
 		if err := put("a", ""); err != errRoomTooFast {
 			t.Errorf("after an hour, the eleventh at once: %v", err)
+		}
+	})
+}
+
+func TestDefaultsComeFromTheMemoryThereIs(t *testing.T) {
+	for _, tc := range []struct {
+		memory            int64
+		args              []string
+		streams, logBytes int
+	}{
+		{128 << 20, nil, 5_000, 16 << 20},
+		{256 << 20, nil, 10_000, 32 << 20},
+		{1 << 30, nil, 40_000, 128 << 20},
+		{1 << 49, nil, 20_971_520_000, 1 << 46},
+		{1 << 20, nil, 1_250, 4 << 20},
+		{128 << 20, []string{"-streams", "7", "-all-bytes", "2000000"}, 7, 2_000_000},
+	} {
+		c, err := parseFlags(tc.args, testEnv(), tc.memory)
+		if err != nil || c.streams != tc.streams || c.maxBytes != tc.logBytes {
+			t.Errorf("with %d MiB and %q there are %d streams and %d bytes of messages, want %d and %d; %v", tc.memory>>20, tc.args, c.streams, c.maxBytes, tc.streams, tc.logBytes, err)
+		}
+	}
+}
+
+// The bounds' sum is documented at their type.
+func TestAllThatIsHeldAtTheLimitsFits(t *testing.T) {
+	for _, memory := range []int64{128 << 20, 256 << 20, 1 << 30} {
+		b := boundsFor(memory)
+		sum := int64(b.streams)*7_000 + int64(b.logBytes) + b.unsent + b.receipts + b.served*(30_000+3_000+12_000) + 10<<20
+		if sum > memory*17/20 {
+			t.Errorf("of %d MiB the bounds allow %d", memory>>20, sum>>20)
+		}
+	}
+}
+
+func TestTheMemoryOfTheContainerIsFound(t *testing.T) {
+	const none = "9223372036854771712\n"
+	for _, tc := range []struct {
+		name   string
+		files  map[string]string
+		memory int64
+		source string
+	}{
+		{"nothing", nil, 256 << 20, "default"},
+		{"v2, its own namespace", map[string]string{"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "134217728\n"}, 128 << 20, "cgroup"},
+		{"v2, no limit", map[string]string{"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, 256 << 20, "default"},
+		{"v2, nested", map[string]string{"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "536870912\n"}, 512 << 20, "cgroup"},
+		{"v2, a group around it has less", map[string]string{"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "max\n", "sys/fs/cgroup/a/memory.max": "134217728\n"}, 128 << 20, "cgroup"},
+		{"v1", map[string]string{"proc/self/cgroup": "9:cpu:/x\n4:memory:/a\n0::/\n", "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "1073741824\n"}, 1 << 30, "cgroup"},
+		{"v1, mounted as the root", map[string]string{"proc/self/cgroup": "4:memory,hugetlb:/docker/0123\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "134217728\n"}, 128 << 20, "cgroup"},
+		{"v1, no limit", map[string]string{"proc/self/cgroup": "4:memory:/\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": none}, 256 << 20, "default"},
+	} {
+		root := fstest.MapFS{}
+		for name, text := range tc.files {
+			root[name] = &fstest.MapFile{Data: []byte(text)}
+		}
+		if memory, source := availableMemory(root); memory != tc.memory || source != tc.source {
+			t.Errorf("%s: %d from %s, want %d from %s", tc.name, memory, source, tc.memory, tc.source)
+		}
+	}
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(100 << 20))
+	if memory, source := availableMemory(fstest.MapFS{}); memory != 100<<20 || source != "GOMEMLIMIT" {
+		t.Errorf("with GOMEMLIMIT: %d from %s", memory, source)
+	}
+}
+
+func TestABudgetGivesNoMoreThanItHas(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(100_000)
+		cut := map[string]int{}
+		open := func(name string) *allotment { return b.open(func() { cut[name]++ }) }
+		check := func(what string, err, want error, used int64) {
+			t.Helper()
+			if synctest.Wait(); err != want || b.inUse() != used {
+				t.Errorf("%s: %v and %d in use, want %v and %d", what, err, b.inUse(), want, used)
+			}
+		}
+		first, second, small := open("first"), open("second"), open("small")
+		check("a part", first.grow(60_000), nil, 60_000)
+		check("one too many", first.grow(20_000), errTooMuch, 60_000)
+		check("what is left for the big", first.grow(15_000), nil, 75_000)
+		check("one that is big", second.grow(smallShare+1), errTooMuch, 75_000)
+		check("one that is small", small.grow(25_000), nil, 100_000)
+		check("nothing left", second.grow(1), errTooMuch, 100_000)
+		small.free()
+		small.free()
+		check("given back twice", nil, nil, 75_000)
+		check("after its end", small.grow(1), errTooMuch, 75_000)
+
+		time.Sleep(stillTime + 75_000*time.Second/slowRate) // the first is at its time, not beyond it
+		check("before the first is late", second.grow(50_000), errTooMuch, 75_000)
+		time.Sleep(time.Nanosecond)
+		check("when the first is late", second.grow(50_000), nil, 50_000)
+		check("to the first", first.grow(1), errTooMuch, 50_000)
+		first.free()
+		check("what was taken from it is not given back", nil, nil, 50_000)
+		if cut["first"] != 1 || len(cut) != 1 {
+			t.Errorf("cut off were %v", cut)
+		}
+	})
+}
+
+func TestTheMostLateIsCutFirstAndNoMoreThanMust(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBudget(3)
+		var cut []int
+		for i := range 3 {
+			s := b.open(func() { cut = append(cut, i) })
+			s.wait()
+			if i > 0 { // the first does not stand still
+				s.due.Store(time.Now().Add(time.Duration(10-i) * time.Second).UnixNano())
+			}
+		}
+		came := make(chan time.Time, 2)
+		start := time.Now()
+		for range 2 {
+			go func() {
+				b.open(nil).wait()
+				came <- time.Now()
+			}()
+		}
+		for _, want := range []time.Duration{8 * time.Second, 9 * time.Second} {
+			if d := (<-came).Sub(start); d < want || d > want+cutEvery {
+				t.Errorf("let in after %v, want %v", d, want)
+			}
+		}
+		if synctest.Wait(); !slices.Equal(cut, []int{2, 1}) || b.inUse() != 3 {
+			t.Errorf("cut off were %v, and %d are in use", cut, b.inUse())
+		}
+	})
+}
+
+// held is what the limiter has given away.
+func (b *testbed) held() string {
+	synctest.Wait()
+	return fmt.Sprintf("%d bytes reserved, %d connections served, %d streams of %d bytes", b.limiter.receipts.inUse(), b.limiter.served.inUse(), b.limiter.streams.Load(), b.limiter.streamBytes.Load())
+}
+
+const nothingHeld = "0 bytes reserved, 0 connections served, 0 streams of 0 bytes"
+
+func TestWhatIsReservedIsGivenBackOnEveryWayOut(t *testing.T) {
+	body, big := strings.Repeat("x", 20_000), strings.Repeat("x", 40_000)
+	post := func(path, more, body string) string {
+		return "POST " + path + " HTTP/1.1\r\nHost: x\r\n" + more + "\r\n" + body
+	}
+	const length = "Content-Length: 20000\r\n"
+	const ws = "GET /rooms/a/ws HTTP/1.1\r\nHost: x\r\n" + webSocketHeaders
+	for _, tc := range []struct {
+		name, send string
+		during     string // what is held then
+		wait       time.Duration
+		answer     string
+	}{
+		{"a publish", post("/rooms/a", length, body), "0 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, "201"},
+		{"a publish in chunks", post("/rooms/a", "Transfer-Encoding: chunked\r\n", "4e20\r\n"+body+"\r\n0\r\n\r\n"), "0 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, "201"},
+		{"a client that leaves in a body", post("/rooms/a", length, body[1:]), "40000 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, ""},
+		{"one that leaves in a chunk", post("/rooms/a", "Transfer-Encoding: chunked\r\n", "4e20\r\n"+body[:6_000]), "8192 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, ""},
+		{"a body that does not come in time", post("/rooms/a", length, body[1:]), "40000 bytes reserved, 1 connections served, 0 streams of 0 bytes", requestTimeout, "408"},
+		{"a body that is too big", post("/rooms/a", "Content-Length: 80000\r\n", big+big), "0 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, "413"},
+		{"one that says so late", post("/rooms/a", "Transfer-Encoding: chunked\r\n", strings.Repeat("9c40\r\n"+big+"\r\n", 2)), "", 0, "413"},
+		{"a body nobody reads", post("/nothing", length, body), "0 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, "404"},
+		{"a body of an unknown kind", post("/rooms/a", length+"Content-Type: image/tiff\r\n", body), "", 0, "415"},
+		{"a form that is none", post("/rooms/a", length+"Content-Type: multipart/form-data; boundary=b\r\n", body), "", 0, "400"},
+		{"a client that leaves in a head", "GET /rooms/a/poll HTTP/1.1\r\nX: " + body[:10_000], "15872 bytes reserved, 0 connections served, 0 streams of 0 bytes", 0, ""},
+		{"a head that does not come in time", "GET /rooms/a/poll HTTP/1.1\r\nX: " + body[:10_000], "15872 bytes reserved, 0 connections served, 0 streams of 0 bytes", headTimeout, ""},
+		{"a head of many lines", "GET /healthz HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("x:y\r\n", 1000) + "\r\n", "0 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, "200"},
+		{"a head that is too long", "GET /healthz HTTP/1.1\r\nX: " + body + big, "", time.Second, "431"},
+		{"a second head", "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /healthz HTTP/1.1\r\nX: " + body[:14_000], "", 0, "200"},
+		{"no HTTP", "\x16\x03\x01\r\n", "", 0, "400"},
+		{"no request line", "hello\r\n", "", 0, "400"},
+		{"nothing", "", nothingHeld, headTimeout, ""},
+		{"a stream", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of 10240 bytes", 0, "200"},
+		{"a WebSocket", ws, "0 bytes reserved, 0 connections served, 1 streams of 10240 bytes", 0, "101"},
+		{"a long-poll", "GET /rooms/a/longpoll HTTP/1.1\r\nHost: x\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of 10240 bytes", 0, ""},
+		{"a stream of HTTP/1.0", "GET /rooms/a/sse HTTP/1.0\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of 30720 bytes", 0, "200"},
+		{"a long-poll of HTTP/1.0", "GET /rooms/a/longpoll?wait=1 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of 30720 bytes", 0, ""},
+		{"and after it", "GET /rooms/a/longpoll?wait=1 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", "", 2 * time.Second, "200"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newLimitedTestbed(t)
+				c, err := b.dialFrom("192.0.2.1")
+				if err != nil {
+					t.Fatal(err)
+				}
+				go io.WriteString(c, tc.send)
+				var answer syncedLog
+				go io.Copy(&answer, c)
+				if during := b.held(); tc.during != "" && during != tc.during {
+					t.Errorf("there are %s, want %s", during, tc.during)
+				}
+				time.Sleep(tc.wait)
+				synctest.Wait()
+				if _, got, _ := strings.Cut(answer.String(), " "); !strings.HasPrefix(got, tc.answer) {
+					t.Errorf("answered %.80q, want %s", answer.String(), tc.answer)
+				}
+				c.Close()
+				time.Sleep(2 * time.Second) // net/http waits half a second for a client to read why it is turned away
+				if after := b.held(); after != nothingHeld {
+					t.Errorf("at the end there are %s", after)
+				}
+			})
+		})
+	}
+}
+
+const webSocketHeaders = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+
+func TestThoseThatStandStillGiveWayToNewcomers(t *testing.T) {
+	const places = 10
+	for name, text := range map[string]string{
+		"in a body":         "POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhello",
+		"in a chunk":        "POST /rooms/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhello",
+		"in a second head":  "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /he",
+		"between requests":  "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+		"before they read":  strings.Repeat("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 100),
+		"in an unread body": "POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhello",
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newLimitedTestbed(t)
+				b.limiter.served.max = places
+				var conns []net.Conn
+				for i := range 3 * places {
+					c, err := b.dialFrom(fmt.Sprintf("192.0.2.%d", i+1))
+					if err != nil {
+						t.Fatal(err)
+					}
+					conns = append(conns, c)
+					go io.WriteString(c, text)
+					if name != "before they read" {
+						go io.Copy(io.Discard, c)
+					}
+				}
+				synctest.Wait()
+				start := time.Now()
+				if status := b.status("198.51.100.1", "POST /rooms/a"); status != 200 {
+					t.Errorf("a newcomer is answered %d", status)
+				}
+				if d, most := time.Since(start), 4*(stillTime+cutEvery); d == 0 || d > most {
+					t.Errorf("a newcomer waited for %v, want %v at most", d, most)
+				}
+				for _, c := range conns {
+					c.Close()
+				}
+				b.clientFrom("198.51.100.1").CloseIdleConnections()
+				time.Sleep(time.Second)
+				if after := b.held(); after != nothingHeld {
+					t.Errorf("at the end there are %s", after)
+				}
+			})
+		})
+	}
+}
+
+func TestABodyThatStandsStillIsAnswered408WhenOthersNeedItsMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		b.limiter.receipts.max = 160_000 // one of 60,000 bytes, since a quarter is for small ones
+		c, _ := b.dialFrom("192.0.2.1")
+		defer c.Close()
+		go io.WriteString(c, "POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n"+strings.Repeat("x", 50_000))
+		synctest.Wait()
+		big := strings.Repeat("y", 55_000)
+		r, body := b.ask("192.0.2.2", "POST /rooms/a", big)
+		if r.StatusCode != 503 || r.Header.Get("Retry-After") != "1" || !strings.Contains(body, errTooMuch.message) {
+			t.Errorf("beside it: %d %v %s", r.StatusCode, r.Header, body)
+		}
+		if r, body := b.ask("192.0.2.3", "POST /rooms/a", strings.Repeat("z", 10_000)); r.StatusCode != 201 {
+			t.Errorf("a small one beside it: %d %s", r.StatusCode, body)
+		}
+		time.Sleep(stillTime + time.Millisecond)
+		if r, body := b.ask("192.0.2.2", "POST /rooms/a", big); r.StatusCode != 201 {
+			t.Errorf("when it stood still: %d %s", r.StatusCode, body)
+		}
+		data, _ := io.ReadAll(c)
+		if !strings.HasPrefix(string(data), "HTTP/1.1 408 ") {
+			t.Errorf("who stood still is answered %.80q", data)
+		}
+	})
+}
+
+func TestASlowBodyIsReceivedWhileNobodyNeedsItsMemory(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		answer, d := sendSlowly(t, b, "POST /rooms/a HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 10\r\n\r\n", "0123456789", time.Second)
+		if !strings.HasPrefix(answer, "HTTP/1.1 201 ") || d < 10*time.Second {
+			t.Errorf("after %v: %s", d, answer)
+		}
+	})
+}
+
+func TestACrowdThatComesAtOnceWaitsItsTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		b.limiter.served.max = 10
+		answers := make(chan int)
+		for i := range 500 {
+			go func() {
+				answers <- b.status(fmt.Sprintf("10.0.%d.%d", i/250, i%250+1), "POST /rooms/a")
+			}()
+		}
+		start := time.Now()
+		for range 500 {
+			if status := <-answers; status != 200 {
+				t.Errorf("one of a crowd is answered %d", status)
+			}
+		}
+		if d := time.Since(start); d > 5*time.Second {
+			t.Errorf("the last was answered after %v", d)
+		}
+		for _, r := range openStreams(b, 200, "10.1.0.%d", "GET /rooms/a/sse", nil) { // and these keep no place
+			defer r.stop()
+		}
+	})
+}
+
+func TestAStreamThatNetHTTPDrivesCountsForWhatItCosts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipeH2)
+		b.limiter.maxBytes = 3 * requestCost
+		var held []*eventReader
+		for range 3 {
+			held = append(held, b.subscribe(variantOf("stream"), "a").begin())
+		}
+		if res, body := b.do("GET", "/rooms/a/stream", ""); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || !isError(body) {
+			t.Errorf("a fourth stream: %s %s", res.Status, body)
+		}
+		held[0].close()
+		b.settle()
+		b.subscribe(variantOf("stream"), "a").begin()
+	})
+}
+
+func TestALongAnswerIsReservedUntilItIsTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		for range 4 {
+			b.ask("192.0.2.9", "POST /rooms/a", strings.Repeat("x", 60_000))
+		}
+		b.limiter.receipts.max = 400_000
+		c, _ := b.dialFrom("192.0.2.1")
+		go io.WriteString(c, "GET /rooms/a/poll?last=9 HTTP/1.1\r\nHost: x\r\n\r\n")
+		if held := b.held(); !strings.HasPrefix(held, "24") {
+			t.Errorf("there are %s", held)
+		}
+		if r, body := b.ask("192.0.2.2", "GET /rooms/a/poll?last=9", ""); r.StatusCode != 503 || r.Header.Get("Retry-After") != "1" {
+			t.Errorf("beside it: %d %.80s", r.StatusCode, body)
+		}
+		time.Sleep(5 * time.Second) // 250,000 bytes at slowRate, and a bit
+		if r, body := b.ask("192.0.2.2", "GET /rooms/a/poll?last=9", ""); r.StatusCode != 200 {
+			t.Errorf("when it was not taken: %d %.80s", r.StatusCode, body)
+		}
+		if data, _ := io.ReadAll(c); len(data) > 100_000 {
+			t.Errorf("who took nothing still has %d bytes of its answer", len(data))
+		}
+		for _, a := range []string{"192.0.2.2", "192.0.2.9"} {
+			b.clientFrom(a).CloseIdleConnections()
+		}
+		time.Sleep(time.Second)
+		if after := b.held(); after != nothingHeld {
+			t.Errorf("at the end there are %s", after)
 		}
 	})
 }

@@ -61,7 +61,7 @@ func TestFlags(t *testing.T) {
 		{nil, nil, func(c config) any { return c.roomIdle }, 10 * time.Minute},
 		{[]string{"-idle=1s", "-present", "1h"}, nil, func(c config) any { return c.presenceTTL }, time.Hour},
 	} {
-		c, err := parseFlags(test.args, testEnv(test.env...), defaultMemory)
+		c, err := parseFlags(test.args, testEnv(test.env...), 256<<20)
 		if err != nil || test.get(c) != test.want {
 			t.Errorf("%q %q: %v %v, want %v", test.args, test.env, test.get(c), err, test.want)
 		}

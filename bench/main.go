@@ -65,7 +65,7 @@ func main() {
 	flag.StringVar(&b.server, "server", "", "only these servers of relay, floor, nchan, handler; comma separated")
 	flag.BoolVar(&b.cheap, "cheap", false, "of hostile, only three rows, for CI")
 	flag.DurationVar(&b.after, "after", time.Minute, "of hostile, how long after an attack memory is measured")
-	flag.StringVar(&b.only, "only", "", "of hostile, only rows whose names contain this")
+	flag.StringVar(&b.only, "only", "", "of hostile, only rows whose names contain one of these, comma separated")
 	check := flag.Bool("check", false, "1,000 clients of every technique; fail if anything is lost, doubled or out of order")
 	timeout := flag.Duration("timeout", 45*time.Minute, "end everything after this")
 	flag.Parse()
