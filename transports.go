@@ -570,10 +570,14 @@ const maxAnswer = 256 << 10
 
 // answer writes events as a whole answer.
 func (st *stream) answer(w http.ResponseWriter, events []*event) error {
-	b := st.enc.encode([]byte(st.enc.preamble), st.sub.cursor, events...)
-	if err := st.quota.reserve(len(b)); err != nil {
+	size := 0
+	for _, e := range events {
+		size += len(e.json)
+	}
+	if err := st.quota.reserve(size); err != nil {
 		return err
 	}
+	b := st.enc.encode([]byte(st.enc.preamble), st.sub.cursor, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	st.server.withScratch(func(sc *scratch) error { sc.count(st.technique, events, len(b), time.Now().UnixMilli()); return nil })
 	return writer(w)(b)
