@@ -40,6 +40,7 @@ type bench struct {
 	cheap              bool
 	after              time.Duration
 	only               string
+	redisURL           string
 	tmp                string
 }
 
@@ -108,6 +109,7 @@ func (b *bench) run(ctx context.Context, check bool, shapes []string) (err error
 		{"stalled", b.stalled},
 		{"techniques", b.costs},
 		{"hostile", b.hostile},
+		{"redis", b.redis},
 	}
 	var names []string
 	for _, s := range list {

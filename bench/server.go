@@ -56,12 +56,15 @@ func (b *bench) start(ctx context.Context, name string, keep int) (*server, erro
 	s := &server{name: name, addr: freeAddr(), ended: make(chan error, 1)}
 	var args []string
 	switch name {
-	case "relay":
+	case "relay", "redis":
 		bin, err := b.build(ctx)
 		if err != nil {
 			return nil, err
 		}
 		args = []string{bin, "-addr", s.addr}
+		if name == "redis" {
+			args = append(args, "-redis", b.redisURL)
+		}
 		if keep > 0 {
 			args = append(args, "-events", strconv.Itoa(keep))
 		}
