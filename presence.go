@@ -308,6 +308,11 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 		}
 		next = allowedAt // kept until then, or leaving and returning would avoid the limit
 	}
+	r.setTimer(rm, user, l, now, next)
+}
+
+// setTimer has announceChange called again at the time next, if there is one.
+func (r *relay) setTimer(rm *room, user string, l *lease, now, next time.Time) {
 	switch {
 	case next.IsZero():
 	case l.timer != nil:

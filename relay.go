@@ -531,6 +531,9 @@ func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 	return nil
 }
 
+// setCursor puts the subscriber where its client was: next returns all that was published
+// since, and a gap where the log does not reach back so far. A client without a cursor
+// begins with the newest messages, and what the log dropped before is no loss to it.
 func (sub *subscriber) setCursor(q subscribeRequest) {
 	r := sub.relay
 	sub.cursor, sub.lost = q.cursor, ""
