@@ -7,6 +7,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { after, before, describe, test } from 'node:test'
 import { promisify } from 'node:util'
+import { names } from '../static/page.js'
 import { missing } from './harm.mjs'
 import { binary, browse, browsers, open, prefixed, site, sleep, start, token, until } from './relay.mjs'
 
@@ -49,8 +50,7 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
     await opened(page)
     for (const via of ['ws', 'sse', 'stream', 'multipart', 'iframe', 'longpoll', 'jsonp', 'poll', 'ws']) {
       await press(page, `#menu [value=${via}]`)
-      const named = await page.evaluate(via => document.querySelector(`#menu [value=${via}] + b`).textContent, via)
-      await until('connected by ' + named, async () => await text(page, '#words') === 'connected by ' + named)
+      await until('connected by ' + names[via], async () => await text(page, '#words') === 'connected by ' + names[via])
       await say(page, 'by ' + via)
     }
     const links = await page.evaluate(() => [...document.querySelectorAll('[href], [src], [action]')].map(el => el.href?.baseVal ?? el.href ?? el.src ?? el.action))
