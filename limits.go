@@ -584,7 +584,7 @@ func (v *limitedConn) Close() error {
 // keep for minutes what nobody uses.
 func (d *limitListener) left(open int64) {
 	if most := d.most.Load(); most > 1000 && open < most/2 && d.most.CompareAndSwap(most, open) {
-		time.AfterFunc(10*time.Second, debug.FreeOSMemory)
+		time.AfterFunc(5*time.Second, debug.FreeOSMemory)
 	}
 }
 

@@ -310,9 +310,6 @@ func polite(ctx context.Context, addr string) time.Duration {
 		if err == nil {
 			break
 		}
-		if os.Getenv("HOSTILE_DEBUG") != "" {
-			fmt.Fprintln(os.Stderr, time.Since(start), err)
-		}
 		pause(ctx, 250*time.Millisecond)
 	}
 	return time.Since(start)
@@ -359,7 +356,7 @@ func readTo(r *bufio.Reader, text string) error {
 func (b *bench) hostile(ctx context.Context) error {
 	after := b.after
 	if b.cheap {
-		after = 5 * time.Second
+		after = 8 * time.Second
 	}
 	lines := [][]string{{"connections", "n", "alive", "peak MB", "polite during, s", "after, s", "MB before", "MB after", "held"}}
 	defer func() { table(lines) }()
@@ -420,6 +417,8 @@ func (b *bench) attack(ctx context.Context, a *attack, after time.Duration) ([]s
 			if a.then != nil {
 				go a.then(a)
 				d = 20 * time.Second
+			} else if b.cheap {
+				d = 3 * time.Second
 			}
 			over = time.Now().Add(d)
 		case <-time.After(100 * time.Millisecond):
