@@ -131,6 +131,9 @@ const (
 	// what a connection costs.
 	headLineCost = 200
 	freeHead     = 8 << 10
+
+	// Bytes that the kernel may keep of a connection, in each direction.
+	kernelBuffer = 64 << 10
 )
 
 // past is a deadline that ends what is going on.
@@ -138,15 +141,15 @@ var past = time.Unix(1, 0)
 
 // A limiter bounds what clients take together, and each address.
 type limiter struct {
-	addrs       addrLimiter
-	maxStreams  int64 // streams and waiting long-polls
-	streams     atomic.Int64
-	streamBytes atomic.Int64 // of memory, for them
-	maxBytes    int64        // of those
-	maxBody     int64
-	roomRate    float64 // publishes a second to a room
-	receipts    *budget // bytes that are being received or, of answers with an end, taken
-	served      *budget // connections that net/http serves
+	addrs          addrLimiter
+	maxStreams     int64 // streams and waiting long-polls
+	maxStreamBytes int64 // of memory, for them
+	streams        atomic.Int64
+	streamBytes    atomic.Int64
+	maxBody        int64
+	roomRate       float64 // publishes a second to a room
+	receipts       *budget // bytes that are being received or, of answers with an end, taken
+	served         *budget // connections that net/http serves
 
 	mu    sync.Mutex // guards rooms
 	rooms map[string]*tokenBucket
@@ -155,13 +158,13 @@ type limiter struct {
 func newLimiter(c config) *limiter {
 	b := boundsFor(c.memory)
 	return &limiter{
-		addrs:      addrLimiter{trustProxy: c.trustProxy, fly: c.fly, perAddr: c.perAddr, rate: c.rate},
-		maxStreams: int64(c.streams),
-		maxBytes:   int64(max(c.streams, b.streams)) * streamCost,
-		maxBody:    c.body,
-		roomRate:   c.roomRate,
-		receipts:   newBudget(max(b.receipts, 4*bodyFactor*c.body)),
-		served:     newBudget(b.served),
+		addrs:          addrLimiter{trustProxy: c.trustProxy, fly: c.fly, perAddr: c.perAddr, rate: c.rate},
+		maxStreams:     int64(c.streams),
+		maxStreamBytes: int64(max(c.streams, b.streams)) * streamCost,
+		maxBody:        c.body,
+		roomRate:       c.roomRate,
+		receipts:       newBudget(max(b.receipts, 4*bodyFactor*c.body)),
+		served:         newBudget(b.served),
 	}
 }
 
@@ -196,7 +199,7 @@ type clientQuota struct {
 	http11 bool
 	body   *reservedBody
 	cut    func() // ends what the request waits for
-	shares []*allotment
+	parts  []*allotment
 }
 
 // begin reserves what the request takes before it is read.
@@ -205,40 +208,39 @@ func (q *clientQuota) begin(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	}
 	rc := http.NewResponseController(w)
+	part := q.open(func() { rc.SetReadDeadline(past) })
 	if r.ProtoMajor == 2 {
 		q.cut = func() { rc.SetWriteDeadline(past) }
-		if q.conn != nil {
-			q.conn.isHTTP2()
-		}
-		if err := q.open(q.cut).grow(requestCost); err != nil {
+		if err := part.grow(requestCost); err != nil {
 			return err
 		}
+		part.due.Store(0)
 	}
 	if r.ContentLength == 0 || r.ContentLength > q.l.maxBody { // the latter is refused before it is read
 		return nil
 	}
-	q.body = &reservedBody{ReadCloser: r.Body, share: q.open(func() { rc.SetReadDeadline(past) }), reserved: smallSize}
+	q.body = &reservedBody{ReadCloser: r.Body, part: part, reserved: smallSize}
 	r.Body = q.body
 	if r.ContentLength > smallSize {
 		q.body.reserved = r.ContentLength
-		return q.body.share.grow(r.ContentLength * bodyFactor)
+		return part.grow(r.ContentLength * bodyFactor)
 	}
 	return nil
 }
 
 // open returns an allotment of the receipts, until the request ends.
 func (q *clientQuota) open(cut func()) *allotment {
-	s := q.l.receipts.open(cut)
-	q.shares = append(q.shares, s)
-	return s
+	part := q.l.receipts.open(cut)
+	q.parts = append(q.parts, part)
+	return part
 }
 
-// free gives back what was reserved.
+// free gives back what was reserved. It may be called again: a long-poll that waits
+// without net/http keeps its quota.
 func (q *clientQuota) free() {
-	for _, s := range q.shares {
-		s.free()
+	for _, part := range q.parts {
+		part.free()
 	}
-	q.shares = nil
 }
 
 // reserve is for an answer that is in memory until the client has taken it.
@@ -259,7 +261,7 @@ func (q *clientQuota) reserve(bytes int) error {
 // A reservedBody is a body whose bytes are reserved before they are read.
 type reservedBody struct {
 	io.ReadCloser
-	share    *allotment
+	part     *allotment
 	reserved int64 // and not yet read
 	began    int64 // when it was first read, Unix nanoseconds
 	received int64 // bytes since
@@ -268,7 +270,7 @@ type reservedBody struct {
 
 func (b *reservedBody) Read(p []byte) (int, error) {
 	if b.reserved == 0 {
-		if err := b.share.grow(smallSize * bodyFactor); err != nil {
+		if err := b.part.grow(smallSize * bodyFactor); err != nil {
 			return 0, err
 		}
 		b.reserved = smallSize
@@ -276,9 +278,9 @@ func (b *reservedBody) Read(p []byte) (int, error) {
 	if b.began == 0 {
 		b.began = time.Now().UnixNano()
 	}
-	b.share.due.Store(dueAt(b.began, b.received))
+	b.part.due.Store(dueAt(b.began, b.received))
 	n, err := b.ReadCloser.Read(p[:min(int64(len(p)), b.reserved)])
-	b.share.due.Store(0)
+	b.part.due.Store(0)
 	b.reserved -= int64(n)
 	b.received += int64(n)
 	b.ended = err == io.EOF
@@ -301,15 +303,22 @@ func (q *clientQuota) publishTo(room string) error {
 
 func (q *clientQuota) hold() error {
 	l := q.l
-	switch {
-	case l.streams.Add(1) > l.maxStreams, l.streamBytes.Load()+q.cost() > l.maxBytes:
-		l.streams.Add(-1)
-		return errTooManyStreams
-	case !l.addrs.acquire(q.addr):
-		l.streams.Add(-1)
-		return errTooManyPerAddr
+	streams, bytes := l.streams.Add(1), l.streamBytes.Add(q.cost())
+	most := l.maxStreamBytes
+	if !q.http11 {
+		most -= most / 4 // a quarter is for those that cost less
 	}
-	l.streamBytes.Add(q.cost())
+	err := error(nil)
+	if streams > l.maxStreams || bytes > most {
+		err = errTooManyStreams
+	} else if !l.addrs.acquire(q.addr) {
+		err = errTooManyPerAddr
+	}
+	if err != nil {
+		l.streams.Add(-1)
+		l.streamBytes.Add(-q.cost())
+		return err
+	}
 	q.free() // a stream is not paid for twice
 	q.conn.hold(1)
 	return nil
@@ -500,6 +509,10 @@ func (d *limitListener) Accept() (net.Conn, error) {
 		case !d.addrs.acquire(addr):
 			d.rejectGently(conn, "address")
 		default:
+			if c, ok := conn.(*net.TCPConn); ok { // left to itself, Linux would keep megabytes
+				c.SetReadBuffer(kernelBuffer)
+				c.SetWriteBuffer(kernelBuffer)
+			}
 			d.most.Store(max(d.most.Load(), d.open.Add(1)))
 			return &limitedConn{Conn: conn, listener: d, addr: addr}, nil
 		}
@@ -554,7 +567,7 @@ type limitedConn struct {
 	early []byte // what was read before net/http had the connection
 
 	phase    atomic.Int32
-	http2    atomic.Bool
+	http2    bool
 	began    atomic.Int64 // when the phase or the request did, Unix nanoseconds
 	received atomic.Int64 // bytes since
 	place    *allotment   // of limiter.served
@@ -597,19 +610,26 @@ func (v *limitedConn) Read(b []byte) (int, error) {
 		return n, nil
 	}
 	phase := v.phase.Load()
-	if phase == outside || len(b) == 1 || phase == inBody && v.http2.Load() { // 1: net/http waits for the client to leave
+	if phase == outside || len(b) == 1 || phase == inBody && v.http2 { // 1: net/http waits for the client to leave
 		return v.Conn.Read(b)
 	}
-	v.place.due.Store(dueAt(v.began.Load(), v.received.Load()))
+	due := dueAt(v.began.Load(), v.received.Load())
+	v.place.due.Store(due)
+	if v.head != nil {
+		v.head.due.Store(due)
+	}
 	n, err := v.Conn.Read(b)
 	v.place.due.Store(0)
+	if v.head != nil {
+		v.head.due.Store(0)
+	}
 	if phase == idle && n > 0 {
 		v.phase.CompareAndSwap(idle, inHead)
 		v.began.Store(time.Now().UnixNano())
 		v.received.Store(0)
 	}
 	v.received.Add(int64(n))
-	if phase != inBody && !v.http2.Load() && !v.countHead(b[:n]) {
+	if phase != inBody && !v.http2 && !v.countHead(b[:n]) {
 		return 0, os.ErrDeadlineExceeded // for which net/http has no answer of its own
 	}
 	return n, err
@@ -640,7 +660,7 @@ func (v *limitedConn) readHead() bool {
 		v.head.due.Store(0)
 	}
 	v.Conn.SetReadDeadline(time.Time{})
-	v.early = b
+	v.early, v.http2 = b, bytes.HasPrefix(b, []byte("PRI * HTTP/2"))
 	return true
 }
 
@@ -690,6 +710,7 @@ func (v *limitedConn) enter() {
 	l := v.listener.limiter
 	v.place = l.served.open(v.giveWay)
 	v.place.wait()
+	v.place.take(v.weight() - 1)
 	v.phase.Store(inHead)
 	v.began.Store(time.Now().UnixNano())
 	v.received.Store(0)
@@ -755,18 +776,10 @@ func (v *limitedConn) leave() {
 // weight is for how many connections this one counts: over HTTP/2 it may have received
 // 64 KB that no request has read yet.
 func (v *limitedConn) weight() int64 {
-	if v.http2.Load() {
+	if v.http2 {
 		return 3
 	}
 	return 1
-}
-
-// isHTTP2 says so. Such a connection reads all the time.
-func (v *limitedConn) isHTTP2() {
-	if !v.http2.Swap(true) {
-		v.place.due.Store(0)
-		v.place.take(v.weight() - 1)
-	}
 }
 
 // NetConn returns the connection within.
@@ -820,7 +833,7 @@ const (
 
 	// A quarter of a budget is for those who have so much at most, in bytes: who sends a
 	// little is not kept out by those who send a lot.
-	smallShare = 32 << 10
+	smallPart = 32 << 10
 
 	// How often those who wait look for others that stand still.
 	cutEvery = 25 * time.Millisecond
@@ -880,7 +893,7 @@ func (s *allotment) grow(n int64) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	bound := b.max
-	if s.size+n > smallShare {
+	if s.size+n > smallPart {
 		bound -= b.max / 4
 	}
 	if over := b.used + n - bound; over > 0 && !s.ended {

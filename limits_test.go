@@ -607,7 +607,7 @@ func TestABudgetGivesNoMoreThanItHas(t *testing.T) {
 		check("a part", first.grow(60_000), nil, 60_000)
 		check("one too many", first.grow(20_000), errTooMuch, 60_000)
 		check("what is left for the big", first.grow(15_000), nil, 75_000)
-		check("one that is big", second.grow(smallShare+1), errTooMuch, 75_000)
+		check("one that is big", second.grow(smallPart+1), errTooMuch, 75_000)
 		check("one that is small", small.grow(25_000), nil, 100_000)
 		check("nothing left", second.grow(1), errTooMuch, 100_000)
 		small.free()
@@ -846,7 +846,7 @@ func TestACrowdThatComesAtOnceWaitsItsTurn(t *testing.T) {
 func TestAStreamThatNetHTTPDrivesCountsForWhatItCosts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipeH2)
-		b.limiter.maxBytes = 3 * requestCost
+		b.limiter.maxStreamBytes = 4 * requestCost
 		var held []*eventReader
 		for range 3 {
 			held = append(held, b.subscribe(variantOf("stream"), "a").begin())

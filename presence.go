@@ -26,6 +26,7 @@ const (
 	announceInterval = time.Second      // at most one event in this time for a user, and one count for a room
 	maxRosterUsers   = 100              // above, single events would grow with the square; only counts are announced
 	presenceEventTTL = time.Minute      // for clients that poll; a stream that missed an event is sent the roster
+	rosterCost       = 400              // bytes for each user while a roster is made
 	maxClients       = 16               // clients of a user that are told apart while they have no connection
 )
 
@@ -423,6 +424,16 @@ func (r *relay) roster(name string) roster {
 		rm = &room{}
 	}
 	return r.newRoster(rm, time.Now(), false)
+}
+
+// users returns how many users the named room has, at least.
+func (r *relay) users(name string) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if rm := r.rooms[name]; rm != nil {
+		return len(rm.leases)
+	}
+	return 0
 }
 
 // wantsSignal reports whether a signal is still to be delivered. Presence events are

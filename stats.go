@@ -295,8 +295,12 @@ func (st *stats) listRooms(w http.ResponseWriter, r *http.Request, q *request) e
 	if q.err != nil {
 		return q.err
 	}
+	if err := q.permit.quota.reserve(maxListed * 500); err != nil { // bytes, while it is made
+		return err
+	}
 	rooms, more := st.server.relay.list(prefix, maxListed)
-	return q.writeJSON(w, map[string]any{"rooms": rooms, "more": more})
+	writeJSON(w, http.StatusOK, map[string]any{"rooms": rooms, "more": more})
+	return nil
 }
 
 // handleMetrics is GET /metrics, for those who may read _stats.

@@ -1147,16 +1147,6 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Write(append(b, '\n'))
 }
 
-// writeJSON answers with what may be long.
-func (q *request) writeJSON(w http.ResponseWriter, v any) error {
-	b, _ := json.Marshal(v)
-	if err := q.permit.quota.reserve(len(b)); err != nil {
-		return err
-	}
-	writeJSON(w, http.StatusOK, json.RawMessage(b))
-	return nil
-}
-
 var (
 	roomMethods     = []string{"POST", "PUT", "DELETE", "OPTIONS"}
 	presenceMethods = []string{"GET", "HEAD", "POST", "OPTIONS"}
@@ -1582,9 +1572,13 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 	}
 	room := q.rooms[0]
 	if r.Method != http.MethodPost {
+		if err := q.permit.quota.reserve(s.relay.users(room) * rosterCost); err != nil {
+			return err
+		}
 		ros := s.relay.roster(room)
 		ros.Room = room
-		return q.writeJSON(w, ros)
+		writeJSON(w, http.StatusOK, ros)
+		return nil
 	}
 	body, contentType, err := s.readBody(w, r, q, "state")
 	if err != nil {
