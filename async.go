@@ -20,7 +20,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
-	"context"
+	"crypto/sha1"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
@@ -37,6 +37,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"github.com/coder/websocket"
 )
@@ -120,11 +121,12 @@ const (
 // A writerPool is the writers, and the sessions they serve. Writers live while there is
 // something to write, so a pool needs neither start nor stop.
 type writerPool struct {
-	server     *server
-	trustProxy bool
-	received   func(t *technique, bytes int) // counts what WebSockets send
-	requested  func(t *technique, bytes int) // counts requests that net/http does not see
-	resumed    *resumedConns                 // connections of long-polls, for the next request
+	server      *server
+	trustProxy  bool
+	received    func(t *technique, bytes int) // counts what WebSockets send
+	openReceipt func(cut func()) receipt      // for a message that arrives; cut ends its client
+	requested   func(t *technique, bytes int) // counts requests that net/http does not see
+	resumed     *resumedConns                 // connections of long-polls, for the next request
 
 	mu       sync.Mutex // guards what follows
 	queue    []*session
@@ -136,7 +138,7 @@ type writerPool struct {
 
 // newWriterPool has the server's streams served by a pool.
 func newWriterPool(s *server, trustProxy bool) *writerPool {
-	p := &writerPool{server: s, trustProxy: trustProxy, received: func(*technique, int) {}, requested: func(*technique, int) {}, resumed: newResumedConns()}
+	p := &writerPool{server: s, trustProxy: trustProxy, openReceipt: func(func()) receipt { return unbounded{} }, received: func(*technique, int) {}, requested: func(*technique, int) {}, resumed: newResumedConns()}
 	s.takeOver = p.takeOver
 	s.relay.wakeRoom = p.wakeRoom
 	publish := s.publish
@@ -182,18 +184,23 @@ func (ses *session) hijack(w http.ResponseWriter) error {
 		return err
 	}
 	h := w.Header()
-	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
 	h.Set("Transfer-Encoding", "chunked")
 	h.Set("Connection", "close")
-	var head bytes.Buffer
-	head.WriteString("HTTP/1.1 200 OK\r\n")
-	h.Write(&head)
-	head.WriteString("\r\n")
-	ses.conn, ses.head = conn, head.Bytes()
+	ses.begins(conn, "200 OK", h)
 	ses.headroom, ses.send = chunkHeadSize, ses.sendChunk
 	ses.pool.add(ses)
 	go ses.watch()
 	return nil
+}
+
+// begins prepares the head of the answer.
+func (ses *session) begins(conn net.Conn, status string, h http.Header) {
+	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
+	var head bytes.Buffer
+	head.WriteString("HTTP/1.1 " + status + "\r\n")
+	h.Write(&head)
+	head.WriteString("\r\n")
+	ses.conn, ses.head = conn, head.Bytes()
 }
 
 // watch waits for the client to leave or, interrupted by a deadline, for its socket to
@@ -255,17 +262,17 @@ func (ses *session) sendChunk(sc *scratch, b []byte, events []*event) error {
 	if ses.closed {
 		b = append(b, "0\r\n\r\n"...)
 	}
-	sc.count(ses.technique, nil, chunkHeadSize+len("\r\n"), 0)
-	if ses.head != nil {
-		sc.count(ses.technique, nil, len(ses.head), 0)
-		b = append(ses.head, b...)
-		ses.head = nil
-	}
+	sc.count(ses.technique, nil, chunkHeadSize+len("\r\n")+len(ses.head), 0)
 	return ses.write(b, events)
 }
 
-// write gives the socket what it takes, and keeps the rest.
+// write gives the socket what it takes, and keeps the rest. The head of the answer comes
+// first.
 func (ses *session) write(b []byte, events []*event) error {
+	if ses.head != nil {
+		b = append(ses.head, b...)
+		ses.head = nil
+	}
 	n := 0
 	if ses.fd >= 0 && len(ses.pending) == 0 {
 		var err error
@@ -559,6 +566,11 @@ func (ses *session) writeDue(sc *scratch, now int64) (err error) {
 		if err := ses.begin(sc, now); err != nil { // a client may send at once, and hello is first
 			return err
 		}
+		if ses.head != nil { // there is no hello for this client
+			if err := ses.write(nil, nil); err != nil {
+				return err
+			}
+		}
 		ses.replyDue = ses.handling.Load() // read before the replies are taken
 		ses.mu.Lock()
 		replies, closing := ses.replies, ses.closing
@@ -669,31 +681,43 @@ func (ses *session) release(byeSent bool) {
 	time.AfterFunc(lingerTimeout, func() { ses.conn.Close() })
 }
 
-// WebSocket. The library does the handshake and reads. Frames to the client are written
-// here, since the library has a writer of its own for each connection.
+// WebSocket (RFC 6455). The core has a library for it, which keeps 5 KB for each
+// connection, and reads a message without asking whether there is room for it. Here a
+// goroutine waits for a frame with a buffer of 128 bytes.
 
-// upgrade begins a stream over a WebSocket: the pool writes, and a goroutine reads.
+// upgrade begins a stream over a WebSocket: the pool writes, and a goroutine reads. The
+// relay speaks no subprotocol, but a browser that offers some fails unless one is chosen.
 func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) error {
-	ses.headroom, ses.send = maxFrameHead, ses.sendMessage
-	ses.proxied = ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
-	options := acceptOptions(r)
-	options.OnPongReceived = func(context.Context, []byte) { ses.awaitingPong.Store(false) }
-	conn, err := websocket.Accept(wsHijacker{w, ses}, r, options)
+	conn, early, _, err := hijack(w) // a client may send before it has our answer
 	if err != nil {
 		ses.close()
-		return nil // Accept has answered
+		return err
 	}
-	conn.SetReadLimit(ses.server.maxBody)
+	accept := sha1.Sum([]byte(strings.TrimSpace(r.Header.Get("Sec-WebSocket-Key")) + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	h := w.Header()
+	h.Set("Upgrade", "websocket")
+	h.Set("Connection", "Upgrade")
+	h.Set("Sec-WebSocket-Accept", base64.StdEncoding.EncodeToString(accept[:]))
+	offered, _, _ := strings.Cut(strings.Join(r.Header.Values("Sec-WebSocket-Protocol"), ","), ",")
+	if offered = strings.TrimSpace(offered); offered != "" {
+		h.Set("Sec-WebSocket-Protocol", offered)
+	}
+	ses.begins(conn, "101 Switching Protocols", h)
+	ses.headroom, ses.send = maxFrameHead, ses.sendMessage
+	ses.proxied = ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
 	ses.pool.add(ses)
-	go ses.readMessages(conn, ses.author(q))
+	in := io.Reader(conn)
+	if len(early) > 0 {
+		in = io.MultiReader(bytes.NewReader(early), conn)
+	}
+	go ses.readMessages(bufio.NewReaderSize(in, 128), ses.author(q))
 	return nil
 }
 
-// checkUpgrade says what a request for a WebSocket lacks. The library says it too, but in
-// plain text, and after the stream has begun.
+// checkUpgrade says what a request for a WebSocket lacks.
 func checkUpgrade(w http.ResponseWriter, r *http.Request) error {
 	connection := strings.ToLower(strings.Join(r.Header.Values("Connection"), ","))
-	if !r.ProtoAtLeast(1, 1) || !strings.Contains(connection, "upgrade") {
+	if r.Method != http.MethodGet || !r.ProtoAtLeast(1, 1) || !strings.Contains(connection, "upgrade") {
 		return upgradeRequired(w, r)
 	}
 	keys := r.Header.Values("Sec-WebSocket-Key")
@@ -741,7 +765,7 @@ func (ses *session) sendMessage(sc *scratch, b []byte, events []*event) error {
 	} else {
 		b = b[:0] // a bye that this client does not see
 	}
-	sc.count(ses.technique, nil, len(b)-size, 0)
+	sc.count(ses.technique, nil, len(b)-size+len(ses.head), 0)
 	if ses.pingDue {
 		ses.pingDue = false
 		b = append(pingFrame[:2:2], b...)
@@ -776,28 +800,219 @@ func (ses *session) ping() error {
 
 var pingFrame = []byte("\x89\x00")
 
+// The opcodes of frames (5.2).
+const (
+	opContinuation = 0
+	opClose        = 8
+	opPing         = 9
+	opPong         = 10
+)
+
+// maxFreeMessage is the size of a message, in bytes, that is on no budget.
+const maxFreeMessage = 1 << 10
+
+// A message is what has arrived of it.
+type message struct {
+	kind     websocket.MessageType // 0 before its first frame
+	data     []byte
+	whole    bool
+	began    time.Time
+	receipt  receipt // for the data of a message that is longer than maxFreeMessage
+	reserved int
+}
+
+// A receipt is memory that is reserved while a message arrives; see limits.go.
+type receipt interface {
+	grow(bytes int64) error
+	free()
+}
+
+// unbounded is a receipt where nobody limits memory.
+type unbounded struct{}
+
+func (unbounded) grow(int64) error { return nil }
+func (unbounded) free()            {}
+
+// A closeError is why a WebSocket is closed.
+type closeError struct {
+	code   websocket.StatusCode
+	reason string
+}
+
+func (e closeError) Error() string { return e.reason }
+
+var (
+	errFrame        = closeError{websocket.StatusProtocolError, "no such frame may come here"}
+	errLongMessage  = closeError{websocket.StatusMessageTooBig, "the message is too big"}
+	errLateMessage  = closeError{websocket.StatusPolicyViolation, "the message did not arrive in time"}
+	errNoReceipt    = closeError{websocket.StatusTryAgainLater, "the relay receives as much at once as it may; try again"}
+	errClientCloses = errors.New("the client closes")
+)
+
 // readMessages takes what the client sends, until it closes.
-func (ses *session) readMessages(conn *websocket.Conn, a *author) {
-	defer conn.CloseNow()
-	defer func() { // as net/http does for a request
-		if p := recover(); p != nil {
+func (ses *session) readMessages(in *bufio.Reader, a *author) {
+	var m message
+	defer func() {
+		if p := recover(); p != nil { // as net/http does for a request
 			slog.Error("a WebSocket failed", "panic", p, "stack", string(debug.Stack()))
+			ses.abort()
 		}
+		m.free()
 	}()
 	for {
-		kind, message, err := conn.Read(context.Background())
-		if err != nil {
+		_, err := in.Peek(2) // here most of them are
+		if err == nil {
+			err = ses.readFrame(in, &m)
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) && !ses.gone.Load() {
+			err = errLateMessage
+		}
+		if refusal, ok := err.(closeError); ok {
+			ses.enqueueFrames(appendClose(nil, refusal.code, refusal.reason))
 			return
 		}
-		ses.pool.received(ses.technique, len(message)+6) // with the shortest head and a mask
-		ses.handling.Store(true)                         // what is published is answered, even if the relay stops meanwhile
-		if reply := ses.server.handleMessage(a, kind, message); reply != nil {
-			ses.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), reply.event().json...)))
+		if err == errClientCloses {
+			return
 		}
-		if ses.handling.Store(false); ses.server.relay.isStopping() {
-			ses.wake()
+		if err != nil {
+			ses.abort()
+			return
+		}
+		if m.whole {
+			ses.take(a, m.kind, m.data)
+		}
+		if m.whole || m.kind == 0 { // the message, or a control frame between two
+			m.free()
+			m = message{}
+			ses.conn.SetReadDeadline(time.Time{})
 		}
 	}
+}
+
+func (m *message) free() {
+	if m.receipt != nil {
+		m.receipt.free()
+	}
+}
+
+// take handles a message.
+func (ses *session) take(a *author, kind websocket.MessageType, data []byte) {
+	ses.pool.received(ses.technique, len(data)+6) // with the shortest head and a mask
+	ses.handling.Store(true)                      // what is published is answered, even if the relay stops meanwhile
+	if reply := ses.server.handleMessage(a, kind, data); reply != nil {
+		ses.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), reply.event().json...)))
+	}
+	if ses.handling.Store(false); ses.server.relay.isStopping() {
+		ses.wake()
+	}
+}
+
+// readFrame reads a frame (5.2) whose first two bytes are there.
+func (ses *session) readFrame(in *bufio.Reader, m *message) error {
+	if m.began.IsZero() {
+		m.began = time.Now()
+		ses.conn.SetReadDeadline(m.began.Add(requestTimeout))
+	}
+	head, _ := in.Peek(2)
+	opcode, last, masked := head[0]&15, head[0]&0x80 != 0, head[1]&0x80 != 0
+	size, n := uint64(head[1]&127), 2
+	switch {
+	case head[0]&0x70 != 0, !masked:
+		return errFrame
+	case opcode >= opClose && (opcode > opPong || !last || size > 125):
+		return errFrame
+	case opcode < opClose && (opcode > byte(websocket.MessageBinary) || (opcode == opContinuation) == (m.kind == 0)):
+		return errFrame
+	case size == 126:
+		n = 4
+	case size == 127:
+		n = 10
+	}
+	head, err := in.Peek(n + 4)
+	if err != nil {
+		return err
+	}
+	switch n {
+	case 4:
+		size = uint64(binary.BigEndian.Uint16(head[2:]))
+	case 10:
+		size = binary.BigEndian.Uint64(head[2:])
+	}
+	mask := [4]byte(head[n:])
+	in.Discard(n + 4)
+	if opcode >= opClose {
+		payload := make([]byte, size)
+		if err := readMasked(in, payload, mask); err != nil {
+			return err
+		}
+		return ses.control(opcode, payload)
+	}
+	if size >= 1<<63 {
+		return errFrame
+	}
+	if size > uint64(ses.server.maxBody)-uint64(len(m.data)) {
+		return errLongMessage
+	}
+	if err := ses.reserve(m, len(m.data)+int(size)); err != nil {
+		return err
+	}
+	from := len(m.data)
+	m.data = slices.Grow(m.data, int(size))[:from+int(size)]
+	if m.whole = last; m.kind == 0 {
+		m.kind = websocket.MessageType(opcode)
+	}
+	return readMasked(in, m.data[from:], mask)
+}
+
+func readMasked(in io.Reader, b []byte, mask [4]byte) error {
+	_, err := io.ReadFull(in, b)
+	for i := range b {
+		b[i] ^= mask[i&3]
+	}
+	return err
+}
+
+// reserve reserves memory for a message of so many bytes: twice, since it grows by
+// copying, and is then parsed.
+func (ses *session) reserve(m *message, size int) error {
+	if size <= maxFreeMessage {
+		return nil
+	}
+	if m.receipt == nil {
+		m.receipt = ses.pool.openReceipt(func() { ses.enqueueFrames(appendClose(nil, errNoReceipt.code, errNoReceipt.reason)) })
+	}
+	if m.receipt.grow(int64(2*size-m.reserved)) != nil {
+		ses.server.refused("memory")
+		return errNoReceipt
+	}
+	m.reserved = 2 * size
+	return nil
+}
+
+// control answers a control frame (5.5).
+func (ses *session) control(opcode byte, payload []byte) error {
+	switch opcode {
+	case opPing:
+		ses.enqueueFrames(append([]byte{0x80 | opPong, byte(len(payload))}, payload...))
+	case opPong:
+		ses.awaitingPong.Store(false)
+	case opClose:
+		if !validClose(payload) {
+			return errFrame
+		}
+		ses.enqueueFrames(append([]byte{0x80 | opClose, byte(len(payload))}, payload...))
+		return errClientCloses
+	}
+	return nil
+}
+
+// validClose reports whether a close frame says why, as it may (7.4), or nothing.
+func validClose(payload []byte) bool {
+	if len(payload) < 2 {
+		return len(payload) == 0
+	}
+	code := binary.BigEndian.Uint16(payload)
+	return utf8.Valid(payload[2:]) && (code >= 1000 && code <= 1003 || code >= 1007 && code <= 1014 || code >= 3000 && code <= 4999)
 }
 
 // enqueueFrames has whole frames written by the pool. A client that leaves too many
@@ -805,7 +1020,7 @@ func (ses *session) readMessages(conn *websocket.Conn, a *author) {
 func (ses *session) enqueueFrames(frames []byte) {
 	ses.mu.Lock()
 	full := len(ses.replies)+len(frames) > maxQueuedReplies
-	if !full {
+	if !full && !ses.closing {
 		ses.replies = append(ses.replies, frames...)
 		ses.closing = ses.closing || frames[0] == 0x88
 	}
@@ -815,44 +1030,4 @@ func (ses *session) enqueueFrames(frames []byte) {
 		return
 	}
 	ses.wake()
-}
-
-// maxControlFrame is the size of a frame that pings, pongs or closes (5.5), which must
-// reach enqueueFrames whole.
-const maxControlFrame = 2 + 125
-
-// A wsHijacker gives the library its connection with small buffers, since most of the
-// time it waits.
-type wsHijacker struct {
-	http.ResponseWriter
-	ses *session
-}
-
-func (h wsHijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, early, _, err := hijack(h.ResponseWriter) // a client may send before it has our answer
-	if err != nil {
-		return nil, nil, err
-	}
-	h.ses.conn = conn
-	c := wsConn{conn, h.ses}
-	in := bufio.NewReaderSize(bytes.NewReader(early), max(128, len(early)))
-	in.Peek(len(early))
-	return c, bufio.NewReadWriter(in, bufio.NewWriterSize(c, maxControlFrame)), nil
-}
-
-// A wsConn is the connection as the library sees it. What the library writes, such as
-// pongs, goes through the pool, so no frame gets into the middle of another.
-type wsConn struct {
-	net.Conn
-	ses *session
-}
-
-func (c wsConn) Write(b []byte) (int, error) {
-	c.ses.enqueueFrames(b)
-	return len(b), nil
-}
-
-func (c wsConn) Close() error {
-	c.ses.closeWhenSent()
-	return nil
 }

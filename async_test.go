@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
 	"io"
@@ -631,5 +632,106 @@ func TestAPublisherServesAHandful(t *testing.T) {
 		if n := here.Load(); n > 10*wakeBatchSize {
 			t.Errorf("of %d the publisher served %d", 10*3*wakeBatchSize, n)
 		}
+	})
+}
+
+// A message of a WebSocket is reserved before it is read, and given back when it was
+// taken, does not come whole in time, or its client leaves.
+func TestAMessageIsReservedWhileItArrives(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		reserved := b.limiter.receipts.inUse
+		open := func() (net.Conn, *bufio.Reader) { return b.rawWebSocket("/rooms/a/ws") }
+		frame := maskedFrame(1, strings.Repeat("x", 20<<10))
+		for what, do := range map[string]func(c net.Conn, r *bufio.Reader){
+			"the rest comes": func(c net.Conn, r *bufio.Reader) {
+				c.Write(frame[10<<10:])
+			},
+			"it stands still": func(c net.Conn, r *bufio.Reader) {
+				start := time.Now()
+				rest, _ := io.ReadAll(r)
+				if d := time.Since(start); d != requestTimeout || !bytes.Contains(rest, []byte("did not arrive in time")) {
+					t.Errorf("after %v came %q", d, rest)
+				}
+			},
+			"the client leaves": func(c net.Conn, r *bufio.Reader) { c.Close() },
+			"it is cut off": func(c net.Conn, r *bufio.Reader) {
+				b.limiter.receipts.mu.Lock()
+				b.limiter.receipts.cutLate(math.MaxInt64, 1)
+				b.limiter.receipts.mu.Unlock()
+				if rest, _ := io.ReadAll(r); !bytes.Contains(rest, []byte{3, 0xf5}) { // 1013
+					t.Errorf("ended with %q", rest)
+				}
+			},
+		} {
+			c, r := open()
+			c.Write(frame[:10<<10])
+			synctest.Wait()
+			if n := reserved(); n != 40<<10 {
+				t.Errorf("%s: half of 20 KB reserved %d bytes", what, n)
+			}
+			do(c, r)
+			synctest.Wait()
+			if n := reserved(); n != 0 {
+				t.Errorf("%s: %d bytes are still reserved", what, n)
+			}
+			c.Close()
+		}
+		// Piece by piece, and small ones for nothing.
+		c, _ := open()
+		piece := maskedFrame(0, strings.Repeat("x", 600))
+		c.Write(append([]byte{1}, piece[1:]...))
+		synctest.Wait()
+		if n := reserved(); n != 0 {
+			t.Errorf("600 bytes reserved %d", n)
+		}
+		for i := range 4 {
+			c.Write(append([]byte{0}, piece[1:]...))
+			synctest.Wait()
+			if n := reserved(); n != int64(2*600*(i+2)) {
+				t.Errorf("%d bytes reserved %d", 600*(i+2), n)
+			}
+		}
+		c.Close()
+		// Beyond the budget.
+		b.limiter.receipts.mu.Lock()
+		b.limiter.receipts.max = 100
+		b.limiter.receipts.mu.Unlock()
+		c, r := open()
+		go c.Write(frame)
+		if rest, _ := io.ReadAll(r); !bytes.Contains(rest, []byte{3, 0xf5}) {
+			t.Errorf("ended with %q", rest)
+		}
+		if n := b.refusals("memory"); n != 1 {
+			t.Errorf("%d refusals are counted", n)
+		}
+		c.Close()
+	})
+}
+
+// A control frame may come in the middle of a message, and the message goes on.
+func TestAPingWithinAMessage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		other := b.webSocket("a")
+		c, r := b.rawWebSocket("/rooms/a/ws")
+		first, second := maskedFrame(1, "one "), maskedFrame(0, "message")
+		first[0] &^= 0x80
+		go c.Write(slices.Concat(first, maskedFrame(9, "are you there?"), second))
+		other.expect("message one message")
+		synctest.Wait()
+		var got []byte
+		for !bytes.Contains(got, []byte("one message")) {
+			piece := make([]byte, 4096)
+			n, err := r.Read(piece)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, piece[:n]...)
+		}
+		if !bytes.Contains(got, []byte("\x8a\x0eare you there?")) {
+			t.Errorf("no pong in %q", got)
+		}
+		c.Close()
 	})
 }

@@ -336,6 +336,7 @@ func newApp(c config) (*app, error) {
 	a.handler = wrapPages(s, a.handler)
 	a.handler = a.redis.wrap(a.handler) // layer: redis.go
 	a.limiter = newLimiter(c)
+	a.pool.openReceipt = func(cut func()) receipt { return a.limiter.receipts.open(cut) } // layer: async.go
 	a.handler = a.limiter.wrap(s, a.handler)
 	a.access = &access{origins: origins, secrets: parseSecrets(c.secret), trustProxy: c.trustProxy}
 	if c.secret != "" && a.access.secrets == nil {
