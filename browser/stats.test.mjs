@@ -43,7 +43,7 @@ for (const name of browsers) describe(name, () => {
 
   const go = async (page, url, is) => {
     page.goto(url).catch(() => { })
-    await until(url, () => page.evaluate((url, is) => location.href === url && !!document.querySelector(is)?.checkVisibility(), url, is).catch(() => false), 15e3)
+    await until(url, () => page.evaluate((url, is) => location.href === url && !!document.querySelector(is)?.checkVisibility(), url, is).catch(() => false))
   }
 
   test('sixteen visits in one tab: only the last page holds connections', async () => {
@@ -153,6 +153,7 @@ for (const name of browsers) describe(name, () => {
     let page = await enter('/lab.html', { read: ['other'] })
     await until('no right to read', async () => /does not let this page read the room lobby/.test(await say(page, '#trouble')))
     assert.ok(!await shown(page, '#all'))
+    assert.doesNotMatch(await say(page, 'body'), /finding out/)
     await press(page, '#another summary')
     await until('another can be given', () => shown(page, '#another input'))
     await page.close()
