@@ -602,7 +602,7 @@ const experiments = [
     settings({ every: 10, rate: 1 })
     steadily(true)
   }],
-  ['Stay away longer than the history', 'WebSocket and server-sent events pause while 400 events are published; the relay keeps the newest 256 of a room. On their cards: the rest is lost, and a gap says so. Nothing is lost in silence.', async () => {
+  ['Stay away longer than the history', 'WebSocket and server-sent events pause while 400 events are published; the relay keeps the newest 256 of a room. On their cards: the rest is lost, and a gap says so. Client pull loses some as well: its page shows the newest 50.', async () => {
     const away = subscribers.filter(s => s.name === 'ws' || s.name === 'sse')
     for (const s of away) s.pause()
     await publish(400)
