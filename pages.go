@@ -79,7 +79,7 @@ func readFiles() map[string]file {
 }
 
 // shortcuts are addresses that people type for pages.
-var shortcuts = map[string]string{"/lab": "./lab.html", "/pad": "./pad.html", "/stats": "./stats.html", "/inspect": "./inspect.html", "/rooms": "./stats.html#rooms", "/rooms/": "../stats.html#rooms"}
+var shortcuts = map[string]string{"/camera": "./camera.html", "/lab": "./lab.html", "/pad": "./pad.html", "/stats": "./stats.html", "/inspect": "./inspect.html", "/rooms": "./stats.html#rooms", "/rooms/": "../stats.html#rooms"}
 
 const pageMethods = "GET, HEAD, OPTIONS"
 
