@@ -24,6 +24,7 @@ import (
 	"net/http"
 	"net/url"
 	"path"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -205,7 +206,7 @@ func (s *server) handlePage(w http.ResponseWriter, r *http.Request) error {
 	if host, port, _ := strings.Cut(r.Host, ":"); otherName[host] != "" && strings.HasPrefix(r.URL.Path, "/lab") {
 		from += " http://" + otherName[host] + ":" + cmp.Or(port, "80")
 	}
-	h.Set("Content-Security-Policy", "default-src "+from+"; base-uri 'none'; form-action 'self'; frame-ancestors 'self'")
+	h.Set("Content-Security-Policy", "default-src "+from+"; img-src "+from+" data:; base-uri 'none'; form-action 'self'; frame-ancestors 'self'")
 	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(c.data))
 	return nil
 }
@@ -322,6 +323,9 @@ func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) 
 	return nil
 }
 
+// pictureURL is how an image begins that a page shows.
+var pictureURL = regexp.MustCompile(`^data:image/(png|jpeg|gif|webp);base64,`)
+
 // fullHTML returns an event as a line of a page.
 func fullHTML(e *event) (line []byte) {
 	f := e.decode()
@@ -332,6 +336,11 @@ func fullHTML(e *event) (line []byte) {
 	show := func(class, s string) { line = []byte(`<p class="` + class + `">` + s + "</p>\n") }
 	switch e.kind {
 	case "message":
+		show("message", clock+from+`<span dir="auto">`+text+"</span>")
+	case "image":
+		if pictureURL.MatchString(text) {
+			text = `<img src="` + text + `" alt="a picture by ` + html.EscapeString(cmp.Or(f.From, "somebody")) + `">`
+		}
 		show("message", clock+from+`<span dir="auto">`+text+"</span>")
 	case "hello":
 		show("note", "Connected.")

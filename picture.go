@@ -31,8 +31,9 @@ import (
 
 const (
 	drawEvery    = 100 * time.Millisecond
-	drawMessages = 120 // at most, in a picture
-	maxPictures  = 100 // rooms and sizes that are watched; each has a goroutine
+	drawMessages = 120     // at most, in a picture
+	maxPictures  = 100     // rooms and sizes that are watched; each has a goroutine
+	maxDrawn     = 4 << 20 // bytes that all of them keep
 
 	minImageBytes = 1024 // bytes of an image of another origin that Chromium waits for before it shows it
 
@@ -45,13 +46,11 @@ type pictures struct {
 	server  *server
 	log     *relay // of pictures
 	skipped func() // counts messages that a graph of numbers cannot show
-	reserve func(bytes int64) error
-	release func(bytes int64)
-
-	mu        sync.Mutex // guards renderers
-	renderers map[pictureKey]*renderer
-
 	decoded *cache // of published images
+
+	mu        sync.Mutex // guards what follows
+	renderers map[pictureKey]*renderer
+	bytes     int // of all renderers, at most
 }
 
 // A pictureKey is a room and a size.
@@ -65,8 +64,8 @@ func (k pictureKey) String() string { return fmt.Sprintf("%s %d %d", k.room, k.w
 // newPictures has the server take images, and adds the representations image and svg to
 // the technique multipart.
 func newPictures(s *server) *pictures {
-	p := &pictures{server: s, skipped: func() {}, reserve: func(int64) error { return nil }, release: func(int64) {}, renderers: map[pictureKey]*renderer{}, decoded: newCache(16, 64<<10)}
-	p.log = newRelay(limits{maxEvents: 1, maxRoomBytes: 1 << 20, maxBytes: s.relay.maxBytes, maxRooms: maxPictures, maxUsers: s.relay.maxUsers})
+	p := &pictures{server: s, skipped: func() {}, renderers: map[pictureKey]*renderer{}, decoded: newCache(16, 64<<10)}
+	p.log = newRelay(limits{maxEvents: 1, maxRoomBytes: 1 << 20, maxBytes: maxDrawn, maxRooms: maxPictures})
 	p.log.wakeRoom = s.relay.wakeRoom
 	s.image = encodeImage
 	push := s.technique("multipart")
@@ -126,11 +125,12 @@ func (p *pictures) pushImages(s *server, q *request) encoder {
 		shown  int64  // the event that was sent last
 		opened string // type of the part that has begun
 	)
-	head := func(b []byte) []byte { return append(append(append(b, "Content-Type: "...), opened...), "\r\n\r\n"...) }
+	open := func(contentType string) string {
+		opened = contentType
+		return "Content-Type: " + contentType + "\r\n\r\n"
+	}
 	part := func(b, img []byte) []byte {
-		b = append(append(append(append(b, img...), "\r\n--"...), boundary...), "\r\n"...)
-		opened = http.DetectContentType(img)
-		return head(b)
+		return append(append(append(b, img...), "\r\n--"+boundary+"\r\n"...), open(http.DetectContentType(img))...)
 	}
 	return encoder{
 		contentType: "multipart/x-mixed-replace; boundary=" + boundary,
@@ -138,7 +138,7 @@ func (p *pictures) pushImages(s *server, q *request) encoder {
 		last:        math.MaxInt32, // the newest image, whatever was published since
 		subscribe: func(to *subscriber, req subscribeRequest) (func(), error) {
 			sub, req.maxBatchBytes = to, math.MaxInt // one image is written of a batch
-			return func() {}, s.relay.subscribe(sub, req)
+			return nil, s.relay.subscribe(sub, req)
 		},
 		choose: func(events []*event) []*event {
 			for i, e := range slices.Backward(events) {
@@ -152,8 +152,7 @@ func (p *pictures) pushImages(s *server, q *request) encoder {
 		},
 		event: func(b []byte, e *event) []byte {
 			if contentType := http.DetectContentType(img); opened == "" {
-				opened = contentType
-				b = head(b)
+				b = append(b, open(contentType)...)
 			} else if opened != contentType {
 				b = part(b, img)
 			}
@@ -208,20 +207,17 @@ func (p *pictures) watch(key pictureKey, sub *subscriber, req subscribeRequest) 
 	defer p.mu.Unlock()
 	c := p.renderers[key]
 	if c == nil {
-		if len(p.renderers) >= maxPictures {
+		c = &renderer{pictureKey: key, p: p}
+		if len(p.renderers) >= maxPictures || p.bytes+c.size() > maxDrawn {
 			return nil, limitError(http.StatusServiceUnavailable, "too many pictures are watched; try again later", "pictures", 10)
 		}
-		c = &renderer{pictureKey: key, p: p}
-		if err := p.reserve(c.size()); err != nil {
-			return nil, err
-		}
 		if err := p.server.relay.subscribe(&c.sub, subscribeRequest{rooms: []string{key.room}, cursor: -1, last: drawMessages, maxBatchBytes: 1 << 20}); err != nil {
-			p.release(c.size())
 			return nil, err
 		}
 		var ctx context.Context
 		ctx, c.stop = context.WithCancel(context.Background())
 		p.renderers[key] = c
+		p.bytes += c.size()
 		c.draw() // the first is there before anybody watches
 		go c.run(ctx)
 	}
@@ -233,7 +229,7 @@ func (p *pictures) watch(key pictureKey, sub *subscriber, req subscribeRequest) 
 		}
 		c.stop()
 		delete(p.renderers, key)
-		p.release(c.size())
+		p.bytes -= c.size()
 		p.log.mu.Lock()
 		defer p.log.mu.Unlock()
 		if rm := p.log.rooms[key.String()]; rm != nil && rm.lruElem != nil {
@@ -268,7 +264,6 @@ type renderer struct {
 
 	mu     sync.Mutex // guards what follows
 	sub    subscriber
-	events []*event
 	points []point
 }
 
@@ -296,8 +291,7 @@ func (c *renderer) draw() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for more := true; more; more = c.sub.more {
-		c.events = c.sub.next(c.events[:0])
-		for _, e := range c.events {
+		for _, e := range c.sub.next(nil) {
 			switch {
 			case e.kind == "message":
 				c.addPoint(e)
@@ -305,7 +299,6 @@ func (c *renderer) draw() {
 				c.points = nil
 			}
 		}
-		clear(c.events) // they must not be kept when the log drops them
 	}
 	log := c.p.log
 	log.mu.Lock()
@@ -323,7 +316,7 @@ func (c *renderer) rows() int { return (c.h - margin) / lineHeight }
 
 // size is what a renderer keeps, at most, in bytes: a character takes 4 as part of a
 // line, in which a name may stand twice, and 6 in SVG; then the numbers, and the rest.
-func (c *renderer) size() int64 { return int64(c.rows()*c.columns()*14 + 16<<10) }
+func (c *renderer) size() int { return c.rows()*c.columns()*14 + 16<<10 }
 
 // addPoint adds a message. It keeps what is drawn, and not the message, which the log may
 // drop: of those that scroll off only the number.

@@ -363,7 +363,7 @@ func (s *server) appendPage(b []byte, events []*event) []byte {
 
 // pagePolicy is the Content-Security-Policy of a page: no script runs in it.
 func (q *request) pagePolicy() string {
-	return "default-src 'none'; style-src 'self'; img-src 'self'; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.permit.ancestors
+	return "default-src 'none'; style-src 'self'; img-src 'self' data:; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.permit.ancestors
 }
 
 // decode returns the fields of the event's JSON.

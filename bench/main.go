@@ -104,6 +104,7 @@ func (b *bench) run(ctx context.Context, check bool, shapes []string) (err error
 		{"rooms", b.rooms},
 		{"burst", b.burst},
 		{"idle", b.idle},
+		{"pictures", b.pictures},
 		{"longpoll", b.longpoll},
 		{"presence", b.presence},
 		{"stalled", b.stalled},
@@ -267,6 +268,15 @@ func (b *bench) longpoll(ctx context.Context) (err error) {
 
 // stalled compares a room of readers with the same readers beside as many who stop reading. First
 // more than a socket's buffers hold is sent to each, so that the kernel's buffers of those who stopped are full.
+// pictures is a camera: one publishes ten frames a second, and many watch.
+func (b *bench) pictures(ctx context.Context) error {
+	sp := spec{server: "relay", technique: "multipart?as=image", n: or(b.n, 1000), rooms: 1, pubs: 1, rate: 10, messages: 10 * int(b.duration.Seconds()), picture: 16 << 10, settle: time.Second}
+	fmt.Printf("\nOne room, %d viewers of ten pictures a second, each of %d KB, for %v. A viewer that is slow is sent the newest: the others count as lost.\n\n", sp.n, sp.picture>>10, b.duration)
+	r, err := b.row(ctx, sp)
+	show([]result{r}, cTechnique, cConnected, cLost, cDoubled, cP50, cP99, cMax, cCPU, cAfter, cPeak, cBytes)
+	return err
+}
+
 func (b *bench) stalled(ctx context.Context) error {
 	n := or(b.n, 2000) / 2
 	sp := spec{server: "relay", rooms: 1, pubs: 1, rate: 10, messages: 10 * int(b.duration.Seconds()), fill: 100, settle: 2 * time.Second}

@@ -21,6 +21,7 @@ type spec struct {
 	n, rooms          int // clients, spread over the rooms in turn
 	stall             int // of the n, so many stop reading once connected
 	users, browser    bool
+	picture           int           // bytes of what is published, as an image; 0: text
 	settle            time.Duration // between connecting and measuring memory
 	keep              int           // messages that a room of the relay keeps; 0: its own default
 	fill              int           // messages of 8 KB before the window
@@ -134,7 +135,11 @@ func (x *session) publish(ctx context.Context, messages int, rate float64, pubs,
 				if x.server == "nchan" { // it does not make events: it is given as many bytes as they have
 					body = fmt.Appendf(nil, `{"ID":%d,"room":"r%d","type":"message","time":%d,"data":"%s"}`, now.UnixMicro(), room, now.UnixMilli(), body)
 				}
-				if _, err := c.do("POST", fmt.Sprintf("/rooms/r%d", room), "text/plain", body); err != nil {
+				contentType := "text/plain"
+				if x.picture > 0 {
+					body, contentType = append([]byte("GIF89a"), body...), "image/gif"
+				}
+				if _, err := c.do("POST", fmt.Sprintf("/rooms/r%d", room), contentType, body); err != nil {
 					cancel(fmt.Errorf("publishing: %w", err))
 					return
 				}
@@ -210,7 +215,7 @@ func (b *bench) row(ctx context.Context, sp spec) (result, error) {
 			err := pause(ctx, sp.idle)
 			return time.Now(), err
 		}
-		if err := x.publish(ctx, sp.messages, sp.rate, sp.pubs, payload); err != nil {
+		if err := x.publish(ctx, sp.messages, sp.rate, sp.pubs, or(sp.picture, payload)); err != nil {
 			return time.Now(), err
 		}
 		return x.drain(ctx)

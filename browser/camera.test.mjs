@@ -81,6 +81,39 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
     }
   })
 
+  test('the chat shows pictures that are pasted or dropped, made small enough; so do pages without JavaScript', limit, async () => {
+    const ada = await open(browser, relay.url + '/?room=pictures&user=ada'), bob = await open(browser, relay.url + '/?room=pictures&user=bob')
+    for (const page of [ada, bob]) await until('connected', () => page.evaluate(() => document.body.dataset.status === 'open'))
+    const drop = (type, width) => ada.evaluate(async (type, width) => {
+      const canvas = Object.assign(document.createElement('canvas'), { width, height: width / 2 }), pen = canvas.getContext('2d')
+      const noise = pen.createImageData(width, width / 2)
+      for (let i = 0; i < noise.data.length; i++) noise.data[i] = i % 4 < 3 ? Math.random() * 256 : 255
+      pen.putImageData(noise, 0, 0)
+      const file = new File([await new Promise(done => canvas.toBlob(done, type))], 'a', { type }), data = new DataTransfer
+      data.items.add(file)
+      document.querySelector('#text').dispatchEvent(new DragEvent('drop', { dataTransfer: data, bubbles: true, cancelable: true }))
+      return file.size
+    }, type, width)
+    const shown = (page, n) => until(n + ' pictures', () => page.evaluate(n => {
+      const all = [...document.querySelectorAll('#log img.picture')]
+      return all.length === n && all.every(img => img.complete && img.naturalWidth) && all.map(img => `${img.alt} ${img.src.length}`)
+    }, n))
+    assert.ok(await drop('image/png', 60) < 45e3)
+    await shown(ada, 1)
+    assert.ok(await drop('image/png', 1600) > 1e6)
+    for (const page of [ada, bob]) {
+      const [small, big] = await shown(page, 2)
+      assert.match(small, /^a picture by ada /)
+      assert.ok(+big.split(' ').at(-1) < 61e3, big)
+      assert.deepEqual(page.errors, [])
+      assert.equal(await page.evaluate(() => document.querySelector('#outbox').hidden), true)
+    }
+    const plain = await open(browser, relay.url + '/rooms/pictures/refresh')
+    await until('in a page without JavaScript', () => plain.evaluate(() => [...document.querySelectorAll('.message img')].filter(img => img.naturalWidth && img.alt === 'a picture by ada').length === 2))
+    assert.deepEqual(plain.errors, [])
+    for (const page of [ada, bob, plain]) await page.close()
+  })
+
   test('an <img> that is there before any picture', limit, async () => {
     const page = await open(browser, relay.url + '/rooms/early/form')
     await page.evaluate(() => document.body.replaceChildren(Object.assign(new Image, { id: 'img', src: 'multipart?as=image', width: 200, height: 200 })))

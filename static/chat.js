@@ -6,6 +6,7 @@
  * is shown twice. Text of a user is never inserted as HTML.
  */
 import { Comet } from './comet.js'
+import { imagesOf, isPicture, toDataURL } from './images.js'
 import { copy, copyButton, insertMarkup, names, quoteForShell } from './page.js'
 import { applyColour, browserStorage, cleanName, colourOf, make, nameTechniques, showStatus, tabStorage } from './people.js'
 import { access, askForToken } from './token.js'
@@ -312,9 +313,10 @@ function showMessage({ id, type = 'message', from, time, data }) {
     applyColour(lastGroup.el, from ?? '')
     target.append(lastGroup.el)
   }
-  const p = make('div', mentionsMe({ from, data }) ? 'message mention' : 'message', textElement(data))
+  const picture = isPicture({ type, data })
+  const p = make('div', mentionsMe({ from, data }) ? 'message mention' : 'message', picture ? pictureElement(from, data) : textElement(data))
   p.dataset.id = id
-  if (type !== 'message') p.prepend(make('code', 'type', type))
+  if (type !== 'message' && !picture) p.prepend(make('code', 'type', type))
   if (minute !== lastGroup.minute) p.append(timeElement(at, lastGroup.minute = minute))
   lastGroup.el.append(p)
   if (target !== log) return
@@ -358,6 +360,9 @@ function textElement(data) {
     following = atBottom()
   }))
 }
+
+/** A picture. Its height is known only when it is decoded. */
+const pictureElement = (from, src) => make('div', 'text', Object.assign(new Image, { className: 'picture', src, alt: `a picture by ${from ?? 'somebody'}`, onload: keepAtEnd }))
 
 /** Removes what follows a URL in a sentence: a full stop, or a closing bracket that was opened before the URL. */
 function trimLink(link) {
@@ -426,10 +431,10 @@ new ResizeObserver(keepAtEnd).observe(scroller) // the phone's keyboard appears,
 
 const outbox = new Set // of { text, key, time, el, note, state }; and id, once the relay has answered
 
-function submit(text) {
+function submit(text, type) {
   showNoRoom()
   const note = make('div', 'note'), time = Date.now()
-  const mine = { text, time, note, el: make('div', '', textElement(text), note), key: time.toString(36) + Math.random().toString(36) }
+  const mine = { text, type, time, note, el: make('div', '', type ? pictureElement(me, text) : textElement(text), note), key: time.toString(36) + Math.random().toString(36) }
   outbox.add(mine)
   $('outbox').append(mine.el)
   $('outbox').hidden = false
@@ -444,7 +449,7 @@ function submit(text) {
 async function send(mine) {
   setState(mine, 'pending')
   try {
-    mine.id = await comet.send(mine.text, { key: mine.key })
+    mine.id = await comet.send(mine.text, { key: mine.key, type: mine.type })
     render()
     if (log.querySelector(`[data-id="${mine.id}"]`)) discard(mine) // its event has arrived already: only the first answer was lost
     else setState(mine, 'sent')
@@ -467,7 +472,7 @@ function setState(mine, state, error) {
   const useless = error?.status >= 400 && error.status < 500 && error.status !== 429 // to try again
   const why = error?.status === 413 ? 'It is too long for this relay. Make it shorter' : error?.message
   mine.note.replaceChildren(...error ?
-    [`Not sent: ${why}. `, useless ? button('Edit', () => edit(mine)) : button('Try again', () => send(mine)), ' ', button('Discard', () => discard(mine))] :
+    [`Not sent: ${why}. `, useless && mine.type ? '' : useless ? button('Edit', () => edit(mine)) : button('Try again', () => send(mine)), ' ', button('Discard', () => discard(mine))] :
     [state === 'sent' ? 'sent' : comet.status === 'open' ? 'sending…' : 'waiting for the connection…'])
 }
 
@@ -486,7 +491,7 @@ function discard(mine) {
 }
 
 /** Messages that were not sent, and the text in the input. */
-const draft = () => [...[...outbox].filter(mine => !mine.id).map(mine => mine.text), input.value].join('\n').trim()
+const draft = () => [...[...outbox].filter(mine => !mine.id && !mine.type).map(mine => mine.text), input.value].join('\n').trim()
 addEventListener('pagehide', () => tabStorage.set('draft', draft()))
 
 function fitHeight() {
@@ -511,6 +516,21 @@ $('say').onsubmit = e => {
   if (nick) changeNick(cleanName(nick[2] ?? ''))
   else if (text) submit(text)
 }
+
+/** Pictures that are pasted into the input, or dropped anywhere. */
+async function sendImages(e) {
+  const files = imagesOf(e.clipboardData ?? e.dataTransfer)
+  if (!files.length) return
+  e.preventDefault()
+  for (const file of files) {
+    try {
+      submit(await toDataURL(file), 'image')
+    } catch { addLine('way', `this browser cannot read the picture ${file.name}`) }
+  }
+}
+input.onpaste = sendImages
+$('app').ondragover = e => { if (e.dataTransfer.types.includes('Files')) e.preventDefault() }
+$('app').ondrop = e => { if (!input.disabled) sendImages(e) }
 
 /** /nick NAME changes the name; /nick alone asks for it. */
 function changeNick(name) {
@@ -610,7 +630,7 @@ addEventListener('visibilitychange', () => {
 function onEvent(event) {
   const { type } = event
   enqueue(type === 'presence' ? showPresence : type === 'gap' ? showGap : showMessage, event)
-  if (type !== 'message' || log.ariaBusy === 'true' || event.from === me) return
+  if (type !== 'message' && !isPicture(event) || log.ariaBusy === 'true' || event.from === me) return
   if (mentionsMe(event)) ring()
   if (!document.hidden) return
   unread++
@@ -620,9 +640,9 @@ function onEvent(event) {
 
 const bellIsOn = () => !!browserStorage.get('bell') && window.Notification?.permission === 'granted'
 
-async function notify({ from, data }) {
+async function notify({ type, from, data }) {
   if (!bellIsOn() || await visibleElsewhere()) return
-  const title = `${from ?? 'Somebody'} in #${room}`, options = { body: asText(data).slice(0, 200), tag: 'cometes ' + room, icon: 'icon.svg', data: location.href }
+  const title = `${from ?? 'Somebody'} in #${room}`, options = { body: type === 'image' ? 'a picture' : asText(data).slice(0, 200), tag: 'cometes ' + room, icon: 'icon.svg', data: location.href }
   try { // throws on phones, which require a service worker
     new Notification(title, options).onclick = () => focus()
   } catch {
