@@ -35,6 +35,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha1"
+	"crypto/tls"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -277,9 +278,9 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 			go d.run(p, reader)
 			return d, nil
 		}
-		refused, isRefused := err.(redisError)
-		isRefused = isRefused && !strings.HasPrefix(string(refused), "LOADING")
-		if isRefused || errors.Is(err, errProtocol) || time.Since(start) > startTimeout {
+		refusal, isFinal := err.(redisError)
+		isFinal = isFinal && !strings.HasPrefix(string(refusal), "LOADING") || errors.Is(err, errProtocol)
+		if _, isUnsafe := errors.AsType[*tls.CertificateVerificationError](err); isUnsafe || isFinal || time.Since(start) > startTimeout {
 			return nil, fmt.Errorf("Redis at %s: %w", target.addr, err)
 		}
 		time.Sleep(pause)
@@ -771,7 +772,7 @@ func (d *redis) erase(room string) error {
 	d.await(context.Background(), asNumber(id))
 	for stream := range 2 {
 		for from := "-"; from != "" && err == nil; {
-			from, err = d.ask(true, deleteScript, stream+1, room, from, "("+id)
+			from, err = d.ask(true, deleteScript, stream+1, room, from, "("+id+"-0")
 		}
 	}
 	return err

@@ -13,12 +13,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -666,4 +669,458 @@ func faultTime(short, long time.Duration) time.Duration {
 		return d
 	}
 	return long
+}
+
+func (b *testbed) tryPost(path, text string) (status int, header http.Header, body string) {
+	res, err := b.client.Post(b.url+"/rooms/"+path, "text/plain", strings.NewReader(text))
+	if err != nil {
+		return 0, nil, err.Error()
+	}
+	defer res.Body.Close()
+	answer, _ := io.ReadAll(res.Body)
+	return res.StatusCode, res.Header, string(answer)
+}
+
+// Whoever was answered by one instance finds the event at any other at once.
+func TestRedisReadYourWrites(t *testing.T) {
+	beds := startRedis(t).relays(3)
+	for i := range 200 {
+		text := fmt.Sprint("message ", i)
+		id := beds[i%3].post("a", text)
+		beds[(i+1)%3].subscribe(variantOf("poll"), "a", fmt.Sprint("after=", id-1)).expect("message " + text)
+		beds[(i+2)%3].subscribe(variantOf("sse"), "a", fmt.Sprint("Last-Event-ID: ", id-1)).begin().expect("message " + text)
+		beds[i%3].subscribe(variantOf("poll"), "a", "last=1").expect("message " + text) // without a cursor at the same one
+	}
+}
+
+// A key, and if, hold over all instances.
+func TestRedisKeyAndIf(t *testing.T) {
+	beds := startRedis(t).relays(2)
+	both := func(path func(i int) string) (all [2]string) {
+		var wg sync.WaitGroup
+		for i, b := range beds {
+			wg.Go(func() {
+				status, _, body := b.tryPost(path(i), fmt.Sprint("from ", i))
+				all[i] = fmt.Sprint(status, " ", body)
+			})
+		}
+		wg.Wait()
+		slices.Sort(all[:])
+		return all
+	}
+	newest := int64(0)
+	for i := range 100 {
+		all := both(func(int) string { return fmt.Sprint("keys?key=", i) })
+		if id, ok := strings.CutPrefix(all[0], "200 "); !ok || all[1] != "201 "+id {
+			t.Fatalf("the same key at the same moment: %q", all)
+		}
+		all = both(func(int) string { return fmt.Sprint("if?if=", newest) })
+		var won, lost struct{ ID int64 }
+		json.Unmarshal([]byte(all[0][4:]), &won)
+		json.Unmarshal([]byte(all[1][4:]), &lost)
+		if !strings.HasPrefix(all[0], "201") || !strings.HasPrefix(all[1], "412") || won.ID != lost.ID {
+			t.Fatalf("the same if at the same moment: %q", all)
+		}
+		newest = won.ID
+	}
+}
+
+// An erased room is gone everywhere, and in Redis.
+func TestRedisErase(t *testing.T) {
+	r := startRedis(t)
+	beds := r.relays(2)
+	for i := range 300 {
+		beds[0].post([]string{"a", "b"}[i%2], "secret")
+		beds[0].post("a?ttl=60", "secret")
+	}
+	reader := beds[1].subscribe(variantOf("stream"), "a").begin()
+	if res, body := beds[0].do("DELETE", "/rooms/a", ""); res.StatusCode != 204 {
+		t.Fatal(res.Status, body)
+	}
+	if gap := reader.expect("gap")[0]; !strings.Contains(gap.json, `"erased"`) {
+		t.Error(gap.json)
+	}
+	for _, b := range append(beds, r.relays(1)...) {
+		b.subscribe(variantOf("poll"), "a", "last=10").expect("beat")
+	}
+	beds[1].post("a?if=0", "later")
+	reader.expect("message later")
+	for key, want := range map[string]int{"messages": 152, "signals": 0} {
+		n := 0
+		for _, v := range r.do("XRANGE", "{cometes}:"+key, "-", "+").([]any) {
+			if e := parseEntry(0, v); e.room != "-" {
+				n++
+			}
+		}
+		if n != want {
+			t.Errorf("Redis has %d %s, want %d: those of the other room", n, key, want)
+		}
+	}
+}
+
+// An instance that starts has the history, and clients with cursors lose nothing.
+func TestRedisHistory(t *testing.T) {
+	r := startRedis(t)
+	first := r.relays(1)[0]
+	ids := []int64{first.post("a", "0")}
+	for i := range 1000 {
+		ids = append(ids, first.post("a", fmt.Sprint(i+1)))
+		first.post("b?type=sign&ttl=60", "al")
+	}
+	second := r.relays(1)[0]
+	e := second.subscribe(variantOf("poll"), "a", fmt.Sprint("after=", ids[0]))
+	for i := range 1000 {
+		e.expect(fmt.Sprint("message ", i+1))
+	}
+	second.subscribe(variantOf("poll"), "b", fmt.Sprint("after=", ids[999])).expect("sign al", "sign al")
+}
+
+// Redis keeps so many events, and whoever asks for more is told.
+func TestRedisTrims(t *testing.T) {
+	r := startRedis(t)
+	first := r.relays(1, "-redis-events", "100")[0]
+	ids := []int64{first.post("quiet", "quiet")}
+	for i := range 500 {
+		ids = append(ids, first.post("a", fmt.Sprint(i)))
+	}
+	second := r.relays(1, "-redis-events", "100")[0]
+	second.subscribe(variantOf("stream"), "quiet", fmt.Sprint("after=", ids[0]-1)).begin().expect("gap")
+	second.subscribe(variantOf("stream"), "other", fmt.Sprint("after=", ids[450])).begin()
+	second.subscribe(variantOf("poll"), "other", fmt.Sprint("after=", ids[450])).expect("beat")
+}
+
+// While Redis does not answer, publishes are refused in time, streams beat, and reading goes
+// on; then everything goes on where it was.
+func TestRedisAway(t *testing.T) {
+	for _, way := range []string{"stopped", "killed"} {
+		t.Run(way, func(t *testing.T) {
+			if testing.Short() && way == "stopped" {
+				t.Skip("takes 14 s")
+			}
+			t.Parallel()
+			r := startRedis(t, "--appendonly", "yes")
+			beds := r.relays(2, "-beat", "1s")
+			stream := beds[0].subscribe(variantOf("stream"), "a", "user=ada").begin()
+			first := beds[1].post("a", "before")
+			for h := stream.next(); h.text != "before"; h = stream.next() {
+			}
+			if way == "stopped" {
+				r.cmd.Process.Signal(syscall.SIGSTOP)
+			} else {
+				r.kill()
+			}
+			start := time.Now()
+			status, h, body := beds[0].tryPost("a", "lost or not")
+			took := time.Since(start)
+			if status != 503 || h.Get("Retry-After") == "" || took > 2500*time.Millisecond || way == "stopped" != strings.Contains(body, "may have been published") {
+				t.Errorf("a publish: %d %v %s, after %v", status, h, body, took)
+			}
+			if status, h, _ := beds[0].tryPost("a?key=k", "lost or not"); status != 503 || h.Get("Retry-After") == "" {
+				t.Errorf("a publish with a key: %d", status)
+			}
+			beds[0].subscribe(variantOf("poll"), "a", fmt.Sprint("after=", first-1)).expect("message before")
+			beds[1].subscribe(variantOf("poll"), "a", fmt.Sprint("after=", first)).expect("beat")
+			stream.expect("beat", "beat", "beat")
+			if way == "stopped" {
+				for end := time.Now().Add(12 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+					if res, _ := beds[0].do("GET", "/healthz", ""); res.StatusCode == 503 {
+						break
+					}
+					if time.Now().After(end) {
+						t.Fatal("/healthz does not say that Redis is away")
+					}
+				}
+				r.cmd.Process.Signal(syscall.SIGCONT)
+			} else {
+				r.start()
+			}
+			for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+				if status, _, _ := beds[1].tryPost("a?key=after", "after"); status == 201 {
+					break
+				}
+				if time.Now().After(end) {
+					t.Fatal("Redis is back, and publishes are not")
+				}
+			}
+			for h := stream.next(); h.text != "after"; h = stream.next() {
+				if h.kind == "gap" || h.kind == "message" && h.text != "lost or not" {
+					t.Errorf("received %s", h.json)
+				}
+			}
+			for _, b := range beds {
+				for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+					if res, _ := b.do("GET", "/healthz", ""); res.StatusCode == 200 {
+						break
+					}
+					if time.Now().After(end) {
+						t.Fatal("Redis is back, and /healthz does not say so")
+					}
+				}
+			}
+			if _, body := beds[1].do("GET", "/rooms/a/presence", ""); !strings.Contains(body, `"ada":"online"`) {
+				t.Errorf("present are %s", body)
+			}
+		})
+	}
+}
+
+// A publish whose answer is lost is done once with a key; without one nobody knows.
+func TestRedisLostAnswer(t *testing.T) {
+	r := startRedis(t)
+	proxy, cut := cuttingProxy(t, r.addr)
+	b := startInstance(t, "127.0.0.1:0", "redis://"+proxy).testbed()
+	b.post("a", "first") // now Redis knows the script
+	watch := r.relays(1)[0].subscribe(variantOf("stream"), "a").begin()
+	cut.Store(true)
+	if status, _, body := b.tryPost("a?key=k", "with a key"); status != 200 {
+		t.Errorf("with a key: %d %s, want 200: it was published before", status, body)
+	}
+	cut.Store(true)
+	if status, _, body := b.tryPost("a", "without"); status != 503 || !strings.Contains(body, "may have been published") {
+		t.Errorf("without a key: %d %s", status, body)
+	}
+	r.relays(1)[0].post("a", "the end")
+	watch.expect("message with a key", "message without", "message the end")
+}
+
+// cuttingProxy leads to Redis. When cut is set, it loses the answer to the next publish, and
+// the connection with it.
+func cuttingProxy(t *testing.T, addr string) (string, *atomic.Bool) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	cut := &atomic.Bool{}
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			to, err := net.Dial("tcp", addr)
+			if err != nil {
+				conn.Close()
+				return
+			}
+			var mute atomic.Bool
+			go func() {
+				defer to.Close()
+				b := make([]byte, 64<<10)
+				for {
+					n, err := conn.Read(b)
+					if err != nil {
+						return
+					}
+					if bytes.Contains(b[:n], []byte(orderScript.sha)) && cut.Swap(false) {
+						mute.Store(true)
+					}
+					to.Write(b[:n])
+				}
+			}()
+			go func() {
+				defer conn.Close()
+				b := make([]byte, 64<<10)
+				for {
+					n, err := to.Read(b)
+					if err != nil || mute.Load() {
+						return
+					}
+					conn.Write(b[:n])
+				}
+			}()
+		}
+	}()
+	return l.Addr().String(), cut
+}
+
+// Redis that lost everything, or was set back: readers are sent a gap, and new events flow.
+func TestRedisLosesItsData(t *testing.T) {
+	r := startRedis(t)
+	beds := r.relays(2, "-beat", "1s")
+	last := beds[0].post("a", "before")
+	for _, how := range []func(){
+		func() { r.do("FLUSHALL") },
+		func() { r.kill(); r.start() },                                            // without its data
+		func() { r.do("DEL", "{cometes}:state") },                                 // evicted
+		func() { r.do("HSET", "{cometes}:state", "id", "5", "1", "3", "2", "4") }, // another's
+		func() { r.do("XTRIM", "{cometes}:messages", "MAXLEN", "0"); r.do("HSET", "{cometes}:state", "1", "7") },
+	} {
+		streams := []*eventReader{beds[0].subscribe(variantOf("stream"), "a").begin(), beds[1].subscribe(variantOf("sse"), "a").begin()}
+		how()
+		id := int64(0)
+		for end := time.Now().Add(10 * time.Second); id == 0 && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			_, _, body := beds[0].tryPost("a?key="+fmt.Sprint(last), "after")
+			var answer struct{ ID int64 }
+			json.Unmarshal([]byte(body), &answer)
+			id = answer.ID
+		}
+		if id <= last {
+			t.Errorf("the id %d came after %d", id, last)
+		}
+		for _, e := range streams {
+			var got []string
+			for h := e.next(); h.text != "after"; h = e.next() {
+				if h.kind != "beat" {
+					got = append(got, h.kind)
+				}
+			}
+			if !slices.Equal(got, []string{"gap"}) {
+				t.Errorf("before the new event came %q, want a gap", got)
+			}
+			e.close()
+		}
+		last = id
+	}
+}
+
+// The users of an instance that is killed are offline everywhere within 30 s, told once; and
+// its clients go on elsewhere without a gap.
+func TestRedisKilledInstance(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes 25 s")
+	}
+	r := startRedis(t)
+	dies := r.relay()
+	client := dies.testbed().subscribe(variantOf("stream"), "a", "user=ada", "client=one").begin()
+	beds := r.relays(2)
+	p := newPresenceScript(t, beds, "b")
+	newRemoteTestbed(t, dies.testbed().url).subscribe(variantOf("stream"), "b", "user=ada", "client=two").begin()
+	p.told("ada online")
+	id := beds[0].post("a", "one")
+	for h := client.next(); h.text != "one"; h = client.next() {
+	}
+	dies.end(syscall.SIGKILL)
+	beds[1].post("a", "two")
+	beds[0].subscribe(variantOf("sse"), "a", fmt.Sprint("Last-Event-ID: ", id)).begin().expect("message two")
+	start := time.Now()
+	for body := "ada"; strings.Contains(body, "ada"); time.Sleep(100 * time.Millisecond) {
+		if _, body = beds[0].do("GET", "/rooms/b/presence", ""); time.Since(start) > 30*time.Second {
+			t.Fatal("after 30 s she is still there")
+		}
+	}
+	p.told("ada offline")
+}
+
+// What cannot be Redis, or not ours, is a clear error at the start, without the password.
+func TestRedisThatCannotBeUsed(t *testing.T) {
+	r := startRedis(t, "--requirepass", "pass wörd")
+	replica := startRedis(t, "--replicaof", "127.0.0.1 1")
+	typed := startRedis(t)
+	typed.do("SET", "{cometes}:messages", "something else")
+	page, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go http.Serve(page, http.NotFoundHandler())
+	t.Cleanup(func() { page.Close() })
+	tlsServer := httptest.NewUnstartedServer(http.NotFoundHandler())
+	tlsServer.Config.ErrorLog = log.New(io.Discard, "", 0)
+	tlsServer.StartTLS()
+	t.Cleanup(tlsServer.Close)
+	old := fakeRedis(t, "+OK\r\n", "-ERR unknown command 'EVALSHA'\r\n")
+	endless := fakeRedis(t, "+OK\r\n", "*1000000000\r\n")
+	for _, tc := range []struct{ url, want string }{
+		{"localhost:6379", "redis://user:password@host:port/db"},
+		{"redis://:hunter2@[::1", "redis://user:password@host:port/db"},
+		{"redis://:hunter2%zz@localhost", "as %40"},
+		{"http://:hunter2@localhost", "it begins otherwise"},
+		{"redis://:hunter2@", "it names no host"},
+		{"redis://:hunter2@localhost/x", "number of a database"},
+		{"redis://hunter2@localhost", "user without a password"},
+		{"redis://:hunter2@localhost?db=1", "it has a ?"},
+		{r.url(), "wants a password"},
+		{"redis://:hunter2@" + r.addr, "user or the password in the URL is wrong"},
+		{"redis://ada:hunter2@" + r.addr, "user or the password in the URL is wrong"},
+		{"redis://:pass%20w%C3%B6rd@" + r.addr + "/99", "out of range"},
+		{replica.url(), "is a replica"},
+		{typed.url(), "a key holds something else"},
+		{"redis://:hunter2@" + page.Addr().String(), "not Redis: it says \"HTTP/1.1"},
+		{"rediss://:hunter2@" + tlsServer.Listener.Addr().String(), "certificate"},
+		{old, "too old"},
+		{endless, "not Redis"},
+	} {
+		t.Run(tc.url, func(t *testing.T) {
+			t.Parallel()
+			_, err := tryInstance(t, "127.0.0.1:0", tc.url)
+			if err == nil || !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "hunter2") {
+				t.Errorf("%q, want %q", err, tc.want)
+			}
+		})
+	}
+	for _, url := range []string{"redis://:pass%20w%C3%B6rd@" + r.addr + "/3", "redis://default:pass%20w%C3%B6rd@" + r.addr} {
+		i := startInstance(t, "127.0.0.1:0", url)
+		i.testbed().post("a", "hi")
+		i.terminate()
+		if strings.Contains(i.log.String(), "rd@") || strings.Contains(i.log.String(), "rd\\") {
+			t.Errorf("the log has the password:\n%s", &i.log)
+		}
+	}
+}
+
+// fakeRedis answers the first command with one thing, and all others with another.
+func fakeRedis(t *testing.T, first, others string) (url string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				b := make([]byte, 64<<10)
+				for answer := first; ; answer = others {
+					if _, err := conn.Read(b); err != nil {
+						return
+					}
+					io.WriteString(conn, answer)
+				}
+			}()
+		}
+	}()
+	return "redis://" + l.Addr().String()
+}
+
+// Whatever somebody else writes to our keys is skipped, and said once.
+func TestRedisForeignEntries(t *testing.T) {
+	r := startRedis(t)
+	i := r.relay()
+	b := i.testbed()
+	before := b.post("a", "before")
+	stream := b.subscribe(variantOf("stream"), "a").begin()
+	big := strings.Repeat("x", 2<<20)
+	good := fmt.Sprintf("%d 1795000000000 0 - message a", before)
+	for n, fields := range [][]any{
+		{"a", "b"},
+		{"head", "", "user", "", "data", ""},
+		{"head", good, "user", "", "data", "{"},
+		{"head", good, "user", "", "data", "1\n2"},
+		{"head", good, "user", "\x00", "data", "1"},
+		{"head", good, "user", "", "data", big},
+		{"head", good, "user", "", "data", strconv.Quote(big)},
+		{"head", fmt.Sprintf("%d 1 0 - message _stats", before), "user", "", "data", "1"},
+		{"head", fmt.Sprintf("%d 1 0 - hello a", before), "user", "", "data", "1"},
+		{"head", fmt.Sprintf("%d 1 -5 - x a", before), "user", "", "data", "1"},
+		{"head", "9999999999999999999 1 0 - message a", "user", "", "data", "1"},
+		{"head", fmt.Sprintf("%d 1 60000 x presence a", before), "user", "ada", "data", "dancing"},
+	} {
+		r.do(append([]any{"XADD", "{cometes}:messages", fmt.Sprint(before, "-", n+1)}, fields...)...)
+		r.do(append([]any{"XADD", "{cometes}:signals", "*"}, fields...)...)
+	}
+	r.do("HSET", "{cometes}:users", "a ada", "dancing x ", "nonsense", "", "_a b", "online x ", "b "+big, "online x ")
+	b.post("a", "after")
+	stream.expect("message after")
+	next := r.relays(1)[0]
+	next.subscribe(variantOf("poll"), "a", fmt.Sprint("after=", before-1)).expect("message before", "message after")
+	next.post("a", "and on")
+	stream.expect("message and on")
+	i.terminate()
+	if n := strings.Count(i.log.String(), "is not of a relay"); n != 1 || strings.Contains(i.log.String(), "panic") {
+		t.Errorf("it was said %d times, want once:\n%s", n, &i.log)
+	}
 }

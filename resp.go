@@ -332,7 +332,7 @@ func (p *pipeline) fail(err error) {
 	p.err = err
 	p.conn.Close()
 	for _, c := range p.calls {
-		c.err = errNoReply
+		c.err = fmt.Errorf("no answer: %w", err)
 		close(c.done)
 	}
 	p.calls = nil
