@@ -329,6 +329,7 @@ func newApp(c config) (*app, error) {
 	a.pool = newWriterPool(s, c.trustProxy)                // layer: async.go
 	a.pictures = newPictures(s)                            // layer: picture.go
 	a.stats = newStats(s)                                  // layer: stats.go
+	a.stats.shared = a.redis.status                        // layer: stats.go redis.go
 	a.handler = a.stats.wrap(a.handler)                    // layer: stats.go
 	a.pictures.skipped = func() { a.stats.skipped.Add(1) } // layer: stats.go picture.go
 	a.pool.received = a.stats.received                     // layer: stats.go async.go

@@ -34,6 +34,7 @@ type stats struct {
 	readAt         atomic.Int64 // when _stats was last asked for, Unix nanoseconds
 	techniques     map[*technique]*techniqueStats
 	refused        map[string]*atomic.Int64 // by reason
+	shared         func() any               // describes the relays that share a log, if there are more; nil without
 	elsewhere      bool                     // /metrics has an address of its own
 	gauges         []gauge
 }
@@ -423,7 +424,13 @@ func (st *stats) publish() {
 	for t, c := range st.techniques {
 		techniques[t.name] = total{t.open.Load(), c.requests.Load(), c.events.Load(), c.in.Load(), c.out.Load()}
 	}
+	var shared any
+	if st.shared != nil {
+		shared = st.shared()
+	}
 	data, _ := json.Marshal(map[string]any{
+		"instance":   st.server.instance,
+		"redis":      shared,
 		"techniques": techniques,
 		"published":  st.published.Load(),
 		"in":         st.publishedBytes.Load(),

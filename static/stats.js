@@ -205,6 +205,7 @@ function followStats() {
   statsComet = new Comet(absolute('rooms/_stats'), { token, last: spans.at(-1) / 1e3 })
   statsComet.addEventListener('stats', ({ detail }) => {
     onCounts(detail)
+    showInstances(detail.data.redis, detail.data.instance)
     clockOffset = Math.max(clockOffset ?? -Infinity, detail.time - Date.now()) // the history is older, so take the largest
   })
   statsComet.addEventListener('gap', onErased(relayRows))
@@ -212,6 +213,17 @@ function followStats() {
     document.body.dataset.status = detail.status
     showState()
   })
+}
+
+/** Shows the relays that share a Redis, if this is one of them. */
+function showInstances(redis, ours) {
+  $('#instances').hidden = !redis
+  if (!redis) return
+  const { away, instances } = redis
+  const words = away ? `Redis is away. Nothing can be published until it is back; what is in memory is still read.` : instances.length === 1 ? 'This relay is alone on its Redis.' : `${instances.length} relays share one log by their Redis.`
+  if ($('#redis').textContent !== words) $('#redis').textContent = words
+  $('#instances tbody').replaceChildren(...instances.map(i => make('tr', {}, make('th', { scope: 'row' }, i.instance + (i.instance === ours ? ' (this one)' : '')),
+    ...[formatNumber(i.connections), formatNumber(i.rooms), formatNumber(i.users), i.silent > 10 ? `silent for ${i.silent} s` : 'now'].map(text => make('td', {}, text)))))
 }
 
 /** If a room was erased, its numbers are removed here too. */
