@@ -87,7 +87,7 @@ describe('two browsers', { skip: missing(...Object.values(files)) }, () => {
     }
     await Promise.all([ada.keyboard.type('ada was here first ', { delay: 30 }), bob.keyboard.type('bob came second ', { delay: 30 })])
     let text = await settled(relay, 'keys', ada, bob)
-    assert.deepEqual([...text].sort().join(''), [...'ada was here first bob came second '].sort().join(''), text)
+    for (const words of ['ada was here first ', 'bob came second ']) assert.ok(text.includes(words), text)
     for (const [page, name] of [[ada, 'bob'], [bob, 'ada']]) await until('the other is seen', async () => await content(page, '.peer .caret bdi') === name)
 
     await Promise.all([replace(ada, text, 'one\ntwo\nthree\n'), sleep(500)])
@@ -135,11 +135,16 @@ describe('the pad', { concurrency: 2 }, () => Object.keys(files).forEach(name =>
     for (const [i, via] of [...Object.keys(techniques).slice(1), 'ws'].entries()) {
       const words = [`<a${i}-${via}>`, `<b${i}-${via}>`]
       expected.push(...words)
-      await Promise.all([write(ada, words[0], 'quick '), write(bob, words[1], 'quick '), press(ada, `#menu [value=${via}]`), sleep(100).then(() => replace(bob, 'brown', '')), sleep(60).then(() => write(bob, 'brown', 'fox', 0))])
+      const bobs = async () => {
+        await write(bob, words[1], 'quick ')
+        await replace(bob, 'brown', '')
+        await write(bob, 'brown', 'fox', 0)
+      }
+      await Promise.all([write(ada, words[0], 'quick '), bobs(), press(ada, `#menu [value=${via}]`)])
       await connectedBy(ada, via)
     }
     const text = await settled(relay, 'ways', ada, bob)
-    for (const word of expected) assert.ok([...word].every(c => text.includes(c)), word)
+    for (const word of expected) assert.ok(text.includes(word), `${word} in ${text}`)
     const letters = text => [...text].sort().join('')
     assert.equal(letters(text.replaceAll('brown', '')), letters('The quick  fox jumps over the lazy dog.' + expected.join('')), text)
 
@@ -147,7 +152,7 @@ describe('the pad', { concurrency: 2 }, () => Object.keys(files).forEach(name =>
     await settled(relay, 'ways', ada, bob)
     await Promise.all([write(ada, 'WORD', '[go', 5), sleep(30).then(() => replace(bob, '[gone]', ''))]) // the one deletes where the other writes
     const end = await settled(relay, 'ways', ada, bob)
-    assert.ok(['W', 'O', 'R', 'D'].every(c => end.includes(c)) && end.startsWith('keep ') && end.endsWith(' keep'), end)
+    assert.ok(end.includes('WORD') && end.startsWith('keep ') && end.endsWith(' keep'), end)
     clean(ada, bob)
   })
 
@@ -296,44 +301,71 @@ describe('the pad', { concurrency: 2 }, () => Object.keys(files).forEach(name =>
     assert.deepEqual(unexpected(page), [])
   })
 
-  if (name === 'chromium') test('ten people write at once: none makes ten requests in any second, and it is seen soon', { timeout: 180e3 }, async t => {
-    const contexts = await Promise.all(Array.from({ length: 10 }, () => browser.createBrowserContext()))
-    t.after(() => Promise.all(contexts.map(context => context.close().catch(() => { }))))
-    const pages = await Promise.all(contexts.map((context, i) => openPad(context, relay.url, 'ten', 'user' + i, { width: 600, height: 500 })))
-    const seen = pages[0].evaluate(async () => {
+  if (name === 'chromium') test('ten people write at once: none makes ten requests in any second, and all is there', { timeout: 180e3 }, async t => {
+    const pages = await both('ten')
+    const seen = pages[0].evaluate(async () => { // what the other page writes
       const seen = {}
       for (const end = Date.now() + 60e3; Date.now() < end && !seen['.']; await new Promise(done => setTimeout(done, 10))) {
-        for (const c of document.querySelector('#text').value) seen[c] ??= Date.now()
+        for (const c of document.querySelector('#text').value) if (c >= '\u4e00' || c === '.') seen[c] ??= Date.now()
       }
       return seen
     })
-    const wrote = await Promise.all(pages.map((page, i) => page.evaluate(async (first, ms) => {
+    const others = Array.from({ length: 8 }, (_, i) => ({ replica: new Replica('node' + i), newest: 0 })), stop = new AbortController()
+    const take = (one, event) => {
+      if (event.data?.turn) one.holdUntil = Date.now() + event.data.turn
+      if (event.id <= one.newest || !['edit', 'snapshot'].includes(event.type)) return
+      one.newest = event.id
+      one.replica.receive(event)
+    }
+    const listening = (async () => {
+      let rest = ''
+      for await (const part of (await fetch(relay.url + '/rooms/ten/stream?last=256', { signal: stop.signal })).body.pipeThrough(new TextDecoderStream())) {
+        const lines = (rest + part).split('\n')
+        rest = lines.pop()
+        for (const line of lines) if (line) for (const one of others) take(one, JSON.parse(line))
+      }
+    })().catch(() => { })
+    let conflicts = 0, published = 0
+    const writing = others.map(async one => { // as pad.js does
+      for (const end = Date.now() + 6e3; Date.now() < end || one.replica.pending.length;) {
+        if (Date.now() < end) one.replica.edit([Math.floor(Math.random() * one.replica.view.length), 'ab'].filter(Boolean))
+        const data = structuredClone(one.replica.next()), { id, error } = await publish(relay, 'ten', 'edit', data, { if: one.newest, key: data.key })
+        if (error) for (conflicts++; one.newest < id;) await sleep(5)
+        else {
+          published++
+          take(one, { id, type: 'edit', data })
+        }
+        await sleep(error ? Math.random() * 40 : 180)
+        while (Date.now() < one.holdUntil) await sleep(5)
+      }
+    })
+    const wrote = await pages[1].evaluate(async ms => {
       performance.setResourceTimingBufferSize(10e3)
-      performance.clearResourceTimings()
       const input = document.querySelector('#text'), wrote = {}
       for (let n = 0, end = Date.now() + ms; Date.now() < end; n++) {
-        const c = String.fromCharCode(first + n)
+        const c = String.fromCharCode(0x4e00 + n)
         wrote[c] = Date.now()
         input.setRangeText(c, input.selectionStart, input.selectionEnd, 'end')
         input.dispatchEvent(new InputEvent('input', { inputType: 'insertText' }))
         await new Promise(done => setTimeout(done, 60 + Math.random() * 80))
       }
       return wrote
-    }, 0x4e00 + i * 200, 6e3)))
-    const text = await settled(relay, 'ten', ...pages), all = Object.assign({}, ...wrote)
-    assert.equal([...text].sort().join(''), Object.keys(all).sort().join(''))
-    for (const mine of wrote) assert.ok(text.includes(Object.keys(mine).join('')) || Object.keys(mine).every(c => text.includes(c)))
+    }, 6e3)
+    await Promise.all(writing)
+    const text = await settled(relay, 'ten', ...pages)
+    stop.abort()
+    await listening
+    for (const { replica } of others) assert.equal(replica.text, text)
+    for (const c in wrote) assert.equal(text.split(c).length, 2)
     await write(pages[1], '.', 0, 0)
-    const at = await seen
-    const counts = await Promise.all(pages.map(page => page.evaluate(() => {
+    const at = await seen, delays = Object.entries(wrote).map(([c, time]) => at[c] - time).sort((a, b) => a - b)
+    const most = await pages[1].evaluate(() => {
       const times = performance.getEntriesByType('resource').filter(({ initiatorType, name }) => initiatorType === 'fetch' && /rooms/.test(name)).map(({ startTime }) => startTime)
-      return { all: times.length, most: Math.max(...times.map(time => times.filter(other => other >= time && other < time + 1000).length)) }
-    })))
-    const delays = Object.entries(Object.assign({}, ...wrote.slice(1))).map(([c, time]) => at[c] - time).sort((a, b) => a - b)
+      return Math.max(...times.map(time => times.filter(other => other >= time && other < time + 1000).length))
+    })
     const percent = p => delays[Math.floor(delays.length * p / 100)]
-    t.diagnostic(`requests in a second at most: ${counts.map(({ most }) => most)}, in all: ${counts.map(({ all }) => all)}; seen by another after ${percent(50)} ms (median), ${percent(95)} ms (95th percentile), ${delays.at(-1)} ms (all)`)
-    for (const { most } of counts) assert.ok(most < 10, `${most} requests in a second`)
-    assert.ok(percent(50) < 1000, `${percent(50)} ms`) // a test machine is busy; on a free one it is a fifth of that
+    t.diagnostic(`${published} edits, ${conflicts} conflicts; requests in a second at most: ${most}; seen after ${percent(50)} ms (median), ${percent(95)} ms (95th percentile), ${delays.at(-1)} ms (all)`)
+    assert.ok(most < 10, `${most} requests in a second`)
     clean(...pages)
   })
 

@@ -93,12 +93,27 @@ test('what is malformed, not on the newest edit, or a second time the same is ig
   edit(2, 1, 'a.1', ['hello'])
   assert.deepEqual([replica.text, replica.head], ['hello', 1])
   edit(3, 0, 'b.1', ['late'])
+  assert.deepEqual([replica.text, replica.lost], ['hello', false])
+  edit(3, 2, 'b.1', ['of another text'])
   assert.deepEqual([replica.text, replica.lost], ['hello', true])
   for (const bad of [[-6], [1.5], [6, 'x'], ['\ud83d'], ['\r'], ['x'.repeat(MAX)], 'x', null, [null], [[1]], [NaN]]) edit(4, 1, 'b.1', bad)
   for (const key of [null, 5, 'b', 'b.x', 'b.1.1', '.1', { toString: null }, 'x'.repeat(33) + '.1']) edit(5, 1, key, ['x'])
   assert.equal(replica.text, 'hello')
   edit(6, 1, 'b.1', [5, ' you'])
   assert.deepEqual([replica.text, replica.lost, replica.head], ['hello you', false, 6])
+})
+
+test('somebody who uses up our numbers does not make our edits vanish', () => {
+  const one = new Replica('one')
+  one.edit(['mine'])
+  one.receive({ id: 1, type: 'edit', data: { base: 0, key: 'one.500', change: ['x'] } })
+  let data = structuredClone(one.next())
+  one.receive({ id: 2, type: 'edit', data })
+  assert.equal(one.pending.length, 1)
+  assert.equal(one.reject(), undefined)
+  data = structuredClone(one.next())
+  one.receive({ id: 3, type: 'edit', data })
+  assert.deepEqual([one.text, one.pending, data.key], ['xmine', [], 'one.501'])
 })
 
 test('long edits and texts are published in parts, of whole characters; what comes in between makes a snapshot void', () => {
@@ -159,6 +174,7 @@ class Client {
   newest = 0; cursor = 0; lastSnapshot = 0; online = true
   constructor(room, name) {
     this.room = room
+    this.name = name
     this.replica = new Replica(name)
     this.text = '' // what a textarea would show
     this.history = new History
@@ -166,6 +182,7 @@ class Client {
   show(change) {
     if (!change) return
     this.text = apply(this.text, change)
+    this.caret &&= move(this.caret, change)
     this.history.rebase(change)
   }
   type(text) {
@@ -215,7 +232,7 @@ class Client {
     const { status, id } = room.publish('edit', data, { if: this.newest, key: data.key })
     if (answered && status === 201) this.take({ id, type: 'edit', data })
     if (answered && status === 412 && id < replica.head) replica.lost = true
-    if (answered && status === 200 && id <= this.newest && replica.pending[0]?.key === data.key) this.show(replica.drop())
+    if (answered && status === 200 && id <= this.newest && replica.pending[0]?.key === data.key) this.show(replica.reject())
   }
   recover() {
     const { replica, room } = this
@@ -231,6 +248,25 @@ class Client {
     }
   }
 }
+
+test('what one person writes at one place stays together, wherever others write', () => {
+  const room = new Room(1000), clients = ['one', 'two', 'three'].map(name => new Client(room, name)), rand = random(7)
+  const words = { one: 'ONE IS HERE ', two: 'two is there ', three: '3333333333 ' }
+  for (let n = 0; n < 400; n++) {
+    const client = clients[rand(3)], { name } = client, written = client.written ?? 0
+    if (rand(3) === 0 && written < words[name].length) {
+      const at = client.caret ?? 0
+      client.type(client.text.slice(0, at) + words[name][written] + client.text.slice(at))
+      Object.assign(client, { written: written + 1, caret: at + 1 })
+    } else rand(2) ? client.read(1) : client.publish()
+  }
+  for (const client of [...clients, ...clients, ...clients]) {
+    client.read()
+    client.publish()
+  }
+  for (const client of clients) client.read()
+  for (const client of clients) for (const name in words) assert.ok(client.text.includes(words[name]), client.text)
+})
 
 test(`${RUNS} runs of two to six clients, with delays, cuts, lost answers, snapshots, undo and restarts: equal texts, every character once`, t => {
   const count = { restarts: 0, snapshots: 0 }

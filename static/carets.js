@@ -3,7 +3,7 @@
  * same text is in an element behind it, the mirror, whose characters a Range can find.
  */
 import { applyColour, make } from './people.js'
-import { isText, move } from './rebase.js'
+import { move } from './rebase.js'
 
 export const CARET_TTL = 60 // seconds that a caret is shown
 const MOST = 100 // carets
@@ -59,16 +59,6 @@ function remove(client) {
 /** Moves all carets over a change to the text. */
 export function moveCarets(change) {
   for (const peer of peers.values()) Object.assign(peer, { from: move(peer.from, change), to: move(peer.to, change) })
-}
-
-/** Where a change ends, and so the caret of who made it. */
-export function endOf(change) {
-  let at = 0, end = 0
-  for (const step of change) {
-    if (isText(step) || step > 0) at += step.length ?? step
-    if (isText(step) || step < 0) end = at
-  }
-  return end
 }
 
 // Drawing.

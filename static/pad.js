@@ -6,16 +6,16 @@
  * (replica.js, rebase.js) and tried again. Every so many edits somebody publishes the whole text, for those who come later.
  * Text of others gets into the page only as the value of a textarea, or as text.
  */
-import { CARET_TTL, draw, endOf, enter, moveCarets, ownTop, showCaret, showPresence } from './carets.js'
+import { CARET_TTL, draw, enter, moveCarets, ownTop, showCaret, showPresence } from './carets.js'
 import { backoff, Comet } from './comet.js'
 import { copy, insertMarkup } from './page.js'
 import { browserStorage, cleanName, make, nameTechniques, showStatus, tabStorage } from './people.js'
 import { apply, compose, diff, isEmpty, isText, move, transform } from './rebase.js'
-import { History, MAX, Replica } from './replica.js'
+import { endOf, History, MAX, Replica } from './replica.js'
 import { Room } from './room.js'
 import { access, askForToken } from './token.js'
 
-const PACE = 180 // ms from one edit to the next; what is typed meanwhile is one edit
+const PACE = 150 // ms from one edit to the next, or more if many write; what is typed meanwhile is one edit
 const SNAPSHOT_AFTER = 64, SNAPSHOT_LATEST = 128 // messages; a room keeps 256 of them
 const SNAPSHOT_BYTES = 250e3 // or so many characters of JSON; a room keeps a megabyte
 const PATIENCE = 3e3 // ms in which somebody else may publish a snapshot, before we do
@@ -29,7 +29,6 @@ const roomInURL = () => (location.hash.slice(1) || new URLSearchParams(location.
 const room = roomInURL(), ourRoom = new Room(room)
 const sleep = ms => new Promise(done => setTimeout(done, ms))
 const isMessage = type => !['presence', 'gap', 'caret'].includes(type)
-
 let me = cleanName(new URLSearchParams(location.search).get('user') ?? '') || tabStorage.get('name')
 let comet, rights
 let replica = new Replica(client), history = new History
@@ -45,6 +44,7 @@ function onEvent({ id, type, from, data }) {
   if (type === 'caret') return onCaret(from, Object(data))
   if (id <= newest) return // it was the answer to a request of our own
   newest = id
+  resume()
   if (++messages === SNAPSHOT_LATEST) setTimeout(publishSoon, Math.random() * 2e3, 'snapshot') // who wrote has left: anybody may
   bytes += JSON.stringify(data).length
   const { head } = replica, change = replica.receive({ id, type, data })
@@ -54,9 +54,12 @@ function onEvent({ id, type, from, data }) {
   else if (change) showCaret(data.key.split('.')[0], from, endOf(change)) // of our own edit there is nothing to show
 }
 
-function onCaret(name, { client: writer, base, from, to, lost }) {
+function onCaret(name, { client: writer, base, from, to, lost, turn }) {
   if (writer === client || !isText(writer) || writer.length > 32) return
-  if (lost === true) setTimeout(publishSoon, Math.random() * 1e3, 'snapshot')
+  if (turn > 0) {
+    holdUntil = performance.now() + Math.min(turn, 1e3)
+    pace = Math.min(1.3 * pace, 1e3)
+  } else if (lost === true) setTimeout(publishSoon, Math.random() * 1e3, 'snapshot')
   else showCaret(writer, name, replica.track(from, base), replica.track(to, base))
 }
 
@@ -116,13 +119,13 @@ async function publishSnapshot(newer) {
   for (const part of replica.snapshot(newer)) after = await publish('snapshot', { ...part, after }, { if: newest })
 }
 
-let publishing, more, caretMoved, asked
+let publishing, more, caretMoved, asked, holdUntil = 0, pace = PACE
 let wrote, wanted // who has just written publishes a snapshot if one is due; everybody, if somebody needs one
 
 /** Publishes what is next. Returns whether there was something. */
 async function publishNext() {
   const { lost } = replica
-  for (let n = 0; replica.waiting && n < 5; n++) await sleep(100) // somebody is publishing a long snapshot
+  for (let n = 0; (replica.waiting || performance.now() < holdUntil) && n < 50; n++) await sleep(20) // somebody needs several publishes, or was often too late
   if (!lost && messages && (wanted || wrote && (messages >= SNAPSHOT_AFTER || bytes > SNAPSHOT_BYTES))) {
     await publishSnapshot()
     wrote = wanted = false
@@ -137,7 +140,7 @@ async function publishNext() {
     const id = await publish('edit', edit, { if: newest, key: edit.key })
     await arrival(id)
     wrote = true
-    if (replica.pending[0]?.key === edit.key) show(replica.drop()) // it was published before, and not taken
+    if (replica.pending[0]?.key === edit.key) show(replica.reject())
     return true
   }
   if (lost ? asked : !caretMoved) return false
@@ -153,17 +156,18 @@ async function publishSoon(what) {
   more = true
   if (publishing || !rights?.write || !me) return
   publishing = true
-  for (let tries = 0; more;) try {
+  for (let tries = 0, conflicts = 0; more;) try {
     more = false
     if (!await publishNext()) continue
     more = true
-    tries = 0
+    tries = conflicts = 0
     refused = undefined
     showState()
-    await sleep(PACE)
+    await sleep(pace)
+    pace = Math.max(0.95 * pace, PACE)
   } catch (error) {
     more = !error.final
-    if (error.status === 412) await afterConflict(error.id)
+    if (error.status === 412) await afterConflict(error.id, ++conflicts).catch(() => { })
     else if (error.final) refused = error.message
     else await pause(error.retry || Math.min(backoff(tries++), 5e3))
   }
@@ -173,20 +177,21 @@ async function publishSoon(what) {
 
 /** Waits until an event has come by the connection, or else asks for it. */
 async function arrival(id) {
-  for (let n = 0; newest < id && n < 5; n++) await sleep(20)
+  for (const end = performance.now() + 100; newest < id && performance.now() < end;) await pause(100)
   if (newest < id) (await ourRoom.read('after=' + newest)).forEach(onEvent)
 }
 
-/** Somebody was faster. Their edit is taken first. */
-async function afterConflict(id) {
-  const before = newest
-  await arrival(id).catch(() => { })
+/** Somebody was faster. Their edit is taken first. Who was too late three times asks the others to wait. */
+async function afterConflict(id, conflicts) {
+  const before = newest, { roundTrip } = ourRoom
+  await arrival(id)
   if (id < before && newest === before) newest = id // what we took for the newest message was none, or is forgotten
   if (id < replica.head) onGap('restart')
-  await sleep(20 + Math.random() * 60) // so that not all who were too late try again at the same time
+  if (conflicts % 3) await sleep(Math.random() * 4 * roundTrip) // so that not all who were too late try again at the same time
+  else await publish('caret', { client, turn: 3 * roundTrip }, { ttl: 1 })
 }
 
-/** Waits, but not longer than until the connection is back. */
+/** Waits, but not longer than until something comes, or the connection is back. */
 let resume = () => { }
 const pause = ms => new Promise(done => {
   resume = done
@@ -346,7 +351,6 @@ function connect(after) {
   $('me').disabled = !!rights.user
   input.readOnly = !me || !rights.write
   input.placeholder = !rights.write ? 'Your token does not allow you to write here' : me ? 'Write here' : 'Give your name below to write here'
-  draw()
   publishSoon()
 }
 
@@ -366,10 +370,6 @@ $('naming').onsubmit = e => {
   window.history.replaceState(null, '', url)
   connect(comet.cursor)
   input.focus()
-}
-$('go').onsubmit = e => {
-  e.preventDefault()
-  location.hash = $('room').value
 }
 $('room').onblur = () => { $('room').value = room } // only Enter changes the room
 onhashchange = () => roomInURL() === room || location.reload()
@@ -392,8 +392,8 @@ else {
     events.forEach(onEvent)
     connect(events.cursor)
   } catch (error) {
-    if (error.final) throw error
-    onStatus({ status: 'reconnecting' })
+    onStatus({ status: error.final ? 'closed' : 'reconnecting', error })
+    if (error.final) break
     await pause(backoff(tries++))
   }
   if (me && matchMedia('(hover: hover)').matches) input.focus()

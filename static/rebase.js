@@ -5,7 +5,6 @@
  * A change is a list of steps through a text: n keeps n UTF-16 units, -n deletes n, a string is inserted; what is left is
  * kept. apply('hallo', [1, 'e', -1]) is 'hello'.
  */
-
 export const isText = step => typeof step === 'string'
 export const isEmpty = change => !change.some(step => isText(step) || step < 0)
 
@@ -72,15 +71,16 @@ export function compose(first, second) {
 
 /**
  * Two changes to one text, made without knowing of each other: returns each as it is after the other, [later, earlier].
- * Where both insert, the text of the earlier one is in front.
+ * Where both insert, the text of the earlier one is in front, except at one place: there the later one goes on with a word.
  */
-export function transform(later, earlier) {
+export function transform(later, earlier, word) {
   const a = reader(later), b = reader(earlier), results = [[], []]
-  while (a.more || b.more) {
-    if (b.inserts) add(results[0], b.size), add(results[1], b.take())
+  for (let at = 0; a.more || b.more;) {
+    if (b.inserts && !(a.inserts && at === word)) add(results[0], b.size), add(results[1], b.take())
     else if (a.inserts) add(results[1], a.size), add(results[0], a.take())
     else {
       const n = Math.min(a.size, b.size), keeps = [a.take(n) > 0, b.take(n) > 0]
+      at += n
       if (keeps[1]) add(results[0], keeps[0] ? n : -n)
       if (keeps[0]) add(results[1], keeps[1] ? n : -n)
     }

@@ -105,21 +105,39 @@ const isDoneIn = done => ({ key = '' }) => {
   return n <= (done.get(client) ?? (done.size < CLIENTS ? 0 : Infinity))
 }
 
-/** Moves successive edits over a change to the text before them. Returns what that is after them. */
-function rebase(edits, over) {
-  for (const edit of edits) [edit.change, over] = transform(edit.change, over)
+/** Where a change ends, and so the caret of who made it. */
+export function endOf(change) {
+  let at = 0, end = 0
+  for (const step of change) {
+    if (isText(step) || step > 0) at += step.length ?? step
+    if (isText(step) || step < 0) end = at
+  }
+  return end
+}
+
+/**
+ * Moves successive edits over a change to the text before them. Returns what that is after them. Each goes on where the one
+ * before ended, if it can: so what one person writes stays together, even if another writes at the same place.
+ */
+function rebase(edits, over, word) {
+  for (const edit of edits) {
+    [edit.change, over] = transform(edit.change, over, word)
+    word = edit.end
+    edit.end = move(edit.end, over)
+  }
   return over
 }
 
 export class Replica {
   text = '' // everybody's
   head = 0 // the edit or snapshot that made it
-  pending = [] // own edits that are not in it: { key, change, sent }
+  pending = [] // own edits that are not in it: { key, change, sent }, and the end of what was written last
   lost = false // the text may not be what the room's events say; a snapshot decides
 
   #client; #count = 0; #snapshots = 0
   #versions = [{ id: 0 }] // the last edits: { id, key, change, undo }
   #done = new Map
+  #word // the end of the last edit of one's own that is in the text
   #parts // of a snapshot that is not complete: { texts, id }
 
   constructor(client) {
@@ -135,8 +153,8 @@ export class Replica {
   /** Adds an edit of one's own to the view. It joins the one before, if that was not sent yet. */
   edit(change) {
     const last = this.pending.at(-1), both = last && !last.sent && compose(last.change, change)
-    if (both && size(both) <= PIECE) last.change = both
-    else for (const piece of split(change)) this.pending.push({ key: `${this.#client}.${++this.#count}`, change: piece })
+    if (both && size(both) <= PIECE) Object.assign(last, { change: both, end: endOf(change) })
+    else for (const piece of split(change)) this.pending.push({ key: `${this.#client}.${++this.#count}`, change: piece, end: endOf(piece) })
   }
 
   /** The next edit to publish, if there is one. */
@@ -155,6 +173,13 @@ export class Replica {
     return remove(this.pending, 0, this.text)
   }
 
+  /** The next edit was published and ignored, since its number was used. If it is our own it gets another. Returns as `drop`. */
+  reject() {
+    if (!this.pending[0].key.startsWith(this.#client + '.')) return this.drop()
+    this.#count = Math.max(this.#count, this.#done.get(this.#client) ?? 0) + 1
+    this.pending[0].key = `${this.#client}.${this.#count}`
+  }
+
   /** The text as events, each to be published after the one before. What a newer replica has is put behind it. */
   snapshot(newer = new Replica) {
     const isDone = isDoneIn(newer.#done), { edits, base } = this.#since(this.#versions.findIndex(isDone))
@@ -163,6 +188,10 @@ export class Replica {
     const fits = isGood(both), done = new Map([...this.#done, ...fits ? newer.#done : []]), all = parts(fits ? both : this.text)
     for (const [client, n] of this.#done) done.set(client, Math.max(n, done.get(client)))
     return all.map((text, part) => ({ text, done: [...done].slice(-CLIENTS), part, parts: all.length }))
+  }
+
+  #remember(version) {
+    if (this.#versions.push(version) > VERSIONS) this.#versions.shift()
   }
 
   /** The edits from a version on, and the text that they were made to. */
@@ -193,27 +222,27 @@ export class Replica {
   }
 
   #receiveEdit(id, { base, key, change }) {
-    const [, client, n] = isText(key) && /^([\w-]{1,32})\.(\d{1,9})$/.exec(key) || []
+    const [, client, n] = isText(key) && /^([\w-]{1,32})\.(\d{1,8})$/.exec(key) || []
     if (!client || n <= (this.#done.get(client) ?? 0)) return
-    if (base !== this.head) this.lost = true
+    if (base !== this.head && !this.#versions.some(({ id }) => id === base)) this.lost = true // or else its author was only late
     if (base !== this.head || !fits(change, this.text)) return
     change = change.reduce(add, [])
     const own = this.pending[0]?.key === key, same = own && JSON.stringify(this.pending[0].change) === JSON.stringify(change)
     const first = own && !same ? remove(this.pending, 0, this.text) : []
-    if (same) this.pending.shift()
-    this.#versions.push({ id, key, change, undo: invert(change, this.text) })
-    if (this.#versions.length > VERSIONS) this.#versions.shift()
+    const word = same ? this.pending.shift().end : this.#word
+    this.#remember({ id, key, change, undo: invert(change, this.text) })
     this.#done.delete(client) // so that those who were active last are at the end
     this.#done.set(client, +n)
     this.text = apply(this.text, change)
     this.head = id
     this.lost = false
     this.#parts = undefined
-    return same ? undefined : compose(first, rebase(this.pending, change))
+    this.#word = same ? word : move(word, change)
+    return same ? undefined : compose(first, rebase(this.pending, change, word))
   }
 
   #receiveSnapshot(id, { done, text, part, parts, after }) {
-    const isDone = one => Array.isArray(one) && isText(one[0]) && one[0].length <= 32 && isId(one[1])
+    const isDone = one => Array.isArray(one) && isText(one[0]) && one[0].length <= 32 && isId(one[1]) && one[1] < 1e8
     if (!isText(text) || !isId(part) || !Array.isArray(done) || done.length > CLIENTS || !done.every(isDone)) return
     if (part === 0) this.#parts = { texts: [] }
     if (this.#parts?.texts.length !== part || part && this.#parts.id !== after) return
@@ -239,10 +268,11 @@ export class Replica {
     if (base !== text) rebase(edits, compare(base, text))
     if (!same) this.#versions = []
     else if (first >= 0) this.#versions.splice(first)
-    this.#versions.push({ id })
+    this.#remember({ id })
     Object.assign(this, { text, head: id, pending: edits, lost: false })
     this.#done = done
     this.#snapshots++
+    if (!same) this.#word = undefined
     return view === this.view ? undefined : compare(view, this.view)
   }
 }

@@ -9,6 +9,7 @@ const RATE = 8 // requests in any second, at most
 export class Room {
   #path
   #times = [] // of the last requests
+  roundTrip = 50 // ms that the last request took
 
   constructor(name) {
     this.#path = 'rooms/' + name
@@ -35,6 +36,7 @@ export class Room {
     if (wait > 0) await new Promise(done => setTimeout(done, wait))
     if (this.#times.push(performance.now()) > RATE) this.#times.shift()
     const response = await fetch(this.#path + path, { signal: AbortSignal.timeout(15e3), ...options })
+    this.roundTrip = performance.now() - this.#times.at(-1)
     const { ok, status, headers } = response, answer = await response.json().catch(() => ({}))
     if (ok) return { ...answer, isNew: status === 201 }
     const final = /^4(?!08|12|25|29)/.test(status) // it makes no sense to try again
