@@ -1,6 +1,6 @@
 // Cometes is an event relay: what is published to a room reaches everybody who reads the
 // room, by whichever comet technique they can. It is one process and keeps everything in
-// memory.
+// memory; several are one relay if they share a Redis.
 //
 // This file is the program around the relay: flags, listening, stopping, and the one
 // place where the layers are put together (newApp). To learn how it works, begin with

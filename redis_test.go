@@ -1124,3 +1124,77 @@ func TestRedisForeignEntries(t *testing.T) {
 		t.Errorf("it was said %d times, want once:\n%s", n, &i.log)
 	}
 }
+
+// Behind a load balancer without stickiness each poll goes to another instance, and each
+// event comes once; every technique works.
+func TestRedisBehindNginx(t *testing.T) {
+	nginx, err := exec.LookPath("nginx")
+	if err != nil {
+		if nginx = "/usr/sbin/nginx"; exec.Command(nginx, "-v").Run() != nil {
+			if os.Getenv("CI") == "true" {
+				t.Fatal("nginx is not installed, and CI has to have it")
+			}
+			t.Skip("nginx is not installed: apt-get install nginx")
+		}
+	}
+	conf, err := os.ReadFile("deploy/nginx-many.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	servers := ""
+	for _, b := range startRedis(t).relays(3, "-trust-proxy") {
+		servers += "server " + strings.TrimPrefix(b.url, "http://") + ";\n"
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	dir, addr := t.TempDir(), l.Addr().String()
+	text := strings.NewReplacer("server relay:8080;", servers, "listen 8080;", "listen "+addr+";", "http {", "pid nginx.pid;\nhttp {\nclient_body_temp_path body;\nproxy_temp_path proxy;\nfastcgi_temp_path fastcgi;\nuwsgi_temp_path uwsgi;\nscgi_temp_path scgi;").Replace(string(conf))
+	os.WriteFile(dir+"/nginx.conf", []byte(text), 0o644)
+	cmd := exec.Command(nginx, "-p", dir, "-c", dir+"/nginx.conf", "-g", "daemon off;")
+	cmd.Stderr = os.Stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Signal(syscall.SIGTERM); cmd.Wait() })
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if conn, err := net.Dial("tcp", addr); err == nil {
+			conn.Close()
+			break
+		} else if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+	b := newRemoteTestbed(t, "http://"+addr)
+	start := b.post("a", "start")
+	var readers []*eventReader
+	instances := map[string]bool{}
+	for _, v := range variants {
+		if !v.forPeople {
+			e := b.subscribe(v, "a", fmt.Sprint("after=", start))
+			if v.streams() {
+				var hello struct{ Instance string }
+				json.Unmarshal([]byte(e.next().data), &hello)
+				instances[hello.Instance] = true
+			}
+			readers = append(readers, e)
+		}
+	}
+	if len(instances) != 3 {
+		t.Errorf("the streams are at %d instances, want all 3", len(instances))
+	}
+	for i := range 100 {
+		b.post("a", fmt.Sprint(i))
+		for _, e := range readers {
+			h := e.next()
+			for h.kind == "beat" { // an instance that has not read it yet
+				h = e.next()
+			}
+			if h.text != fmt.Sprint(i) {
+				t.Fatalf("%s received %s, want %d", e.name, h.json, i)
+			}
+		}
+	}
+}
