@@ -102,6 +102,11 @@ describe('two browsers', { skip: missing(...Object.values(files)) }, () => {
     assert.equal(await settled(relay, 'keys', ada, bob), 'at the beginning\none\ntwo\nthree\nat the end')
     await until('line 5', async () => await content(ada, '#here li:last-child button') === 'line 5')
 
+    await bob.evaluate(() => document.querySelector('#text').setSelectionRange(0, 6, 'backward'))
+    await until('the selection', async () => await ada.evaluate(() => document.querySelectorAll('.chosen').length) === 1)
+    for (const page of [ada, bob]) { // the mirror is what the textarea shows, so carets are where they should be
+      assert.deepEqual(await page.evaluate(() => { const [mirror, input] = ['mirror', 'text'].map(id => document.getElementById(id)); return [mirror.offsetWidth - input.offsetWidth, mirror.offsetHeight - input.offsetHeight, input.scrollHeight - input.clientHeight] }), [0, 0, 0])
+    }
     await bob.keyboard.down('Control') // undo and redo, on the keyboard
     await bob.keyboard.press('z')
     await bob.keyboard.up('Control')

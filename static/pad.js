@@ -290,7 +290,7 @@ for (const which of ['undo', 'redo']) $(which).onclick = () => takeBack(which)
 let caret = [0, 0] // where others see ours
 document.onselectionchange = () => {
   const { selectionStart: from, selectionEnd: to } = input
-  if (document.activeElement !== input || composing || replica.pending.length || from === caret[0] && to === caret[1]) return // an edit shows it anyway
+  if (document.activeElement !== input || composing || from === caret[0] && to === caret[1]) return // an edit shows where it ends
   caretMoved = true
   setTimeout(publishSoon, PACE)
 }
@@ -350,7 +350,7 @@ function connect(after) {
   $('me').replaceChildren('as ', make('bdi', '', me))
   $('me').disabled = !!rights.user
   input.readOnly = !me || !rights.write
-  input.placeholder = !rights.write ? 'Your token does not allow you to write here' : me ? 'Write here' : 'Give your name below to write here'
+  input.placeholder = !rights.write ? 'Your token does not allow you to write here' : me ? 'Write here' : 'First give your name below'
   publishSoon()
 }
 
