@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"math"
 	"os"
 	"strings"
@@ -116,7 +118,7 @@ func (x *session) publish(ctx context.Context, messages int, rate float64, pubs,
 				cancel(err)
 				return
 			}
-			defer c.conn.Close()
+			defer func() { c.conn.Close() }()
 			pad := strings.Repeat("x", size-stampLen)
 			for ctx.Err() == nil {
 				k := next.Add(1) - 1
@@ -135,11 +137,19 @@ func (x *session) publish(ctx context.Context, messages int, rate float64, pubs,
 				if x.server == "nchan" { // it does not make events: it is given as many bytes as they have
 					body = fmt.Appendf(nil, `{"ID":%d,"room":"r%d","type":"message","time":%d,"data":"%s"}`, now.UnixMicro(), room, now.UnixMilli(), body)
 				}
-				contentType := "text/plain"
+				path, contentType := fmt.Sprintf("/rooms/r%d", room), "text/plain"
 				if x.picture > 0 {
 					body, contentType = append([]byte("GIF89a"), body...), "image/gif"
 				}
-				if _, err := c.do("POST", fmt.Sprintf("/rooms/r%d", room), contentType, body); err != nil {
+				_, err := c.do("POST", path, contentType, body)
+				if errors.Is(err, io.EOF) { // a server in need may close an idle connection
+					c.conn.Close()
+					if again, e := dial(ctx, x.srv.addr); e == nil {
+						c = again
+						_, err = c.do("POST", path, contentType, body)
+					}
+				}
+				if err != nil {
 					cancel(fmt.Errorf("publishing: %w", err))
 					return
 				}
