@@ -128,12 +128,13 @@ type writerPool struct {
 	requested   func(t *technique, bytes int) // counts requests that net/http does not see
 	resumed     *resumedConns                 // connections of long-polls, for the next request
 
-	mu       sync.Mutex // guards what follows
-	queue    []*session
-	taken    int // so many at the front of the queue were taken
-	writers  int
-	sessions []*session
-	ticking  bool // a tick is due
+	mu        sync.Mutex // guards what follows
+	queue     []*session
+	taken     int // so many at the front of the queue were taken
+	writers   int
+	sessions  []*session
+	ticking   bool                 // a tick is due
+	questions map[string]*question // of long-polls, by their heads without the cursor
 }
 
 // newWriterPool has the server's streams served by a pool.

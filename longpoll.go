@@ -7,9 +7,9 @@
 // than a stream, either.
 //
 // Clients that long-poll ask again in the same words, with another cursor. Where the
-// head of a request repeats the one before on its connection, except for the digits of
-// the cursor, there is nothing to parse, and nothing to check again but the token's
-// expiry and the limits. It is held at once, without net/http.
+// head of a request is one that net/http has read before, except for the digits of the
+// cursor, there is nothing to parse, and nothing to check again but the token's expiry
+// and the limits. It is held at once, without net/http.
 //
 // HTTP/2 and HTTP/1.0 are served by (*stream).serveOnce, and so is a request with a body.
 
@@ -22,14 +22,12 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unique"
 )
 
 const (
@@ -38,24 +36,39 @@ const (
 
 	// A cursor of more digits is left to net/http.
 	maxCursorDigits = 18
+
+	// What is read of a request whose head may be known from another connection, in bytes.
+	firstRead = 1 << 10
+
+	// So many heads are known. When there are more, all are learned once more.
+	maxQuestions = 1 << 10
 )
 
 // errAnswered says that a long-poll has its whole answer.
 var errAnswered = errors.New("answered")
 
-// A heldPoll is what a session keeps of the request of a long-poll. Heads are the same for
-// many clients, and such are kept once.
+// A question is what a long-poll asks, without the cursor. It is shared by all who ask it
+// in the same words, and does not change.
+type question struct {
+	before, after string // the head of the request, around the digits of the cursor; "" if it is not known
+	technique     *technique
+	enc           encoder
+	subscribe     subscribeRequest
+	wait          time.Duration
+	expiresAt     int64  // when its token expires, Unix nanoseconds
+	last          bool   // the client asks for the end of the connection
+	answerHead    string // without Content-Length and Date
+}
+
+// A heldPoll is what a session keeps of a long-poll.
 type heldPoll struct {
-	question   subscribeRequest
-	wait       time.Duration
-	expiresAt  int64                    // when its token expires, Unix nanoseconds
-	answerHead unique.Handle[string]    // without Content-Length and Date
-	head       [2]unique.Handle[string] // of the request: before and after the digits of its cursor; see keepHead
-	due        atomic.Bool              // the wait is over, or the client left: the answer is due without an event, too
-	last       bool                     // the connection ends with the answer
-	asked      bool                     // the session is to subscribe once more
-	sent       bool                     // the answer was given to the socket, or is pending
-	answered   chan struct{}            // receives a token with each answer; then the session is the reader's
+	*question
+	cursor     int64
+	asked      bool          // the session is to subscribe
+	due        atomic.Bool   // the wait is over, or the client left: the answer is due without an event, too
+	last       bool          // the connection ends with the answer
+	sent       bool          // the answer was given to the socket, or is pending
+	answered   chan struct{} // receives a token with each answer; then the session is the reader's
 	answeredAt time.Time
 }
 
@@ -65,9 +78,9 @@ func (p *writerPool) takeOverPoll(w http.ResponseWriter, r *http.Request, st *st
 	if r.ProtoMajor != 1 || r.ProtoMinor != 1 || r.ContentLength != 0 {
 		return false, nil
 	}
-	ses := &session{stream: st, pool: p, poll: &heldPoll{question: q.sub}}
-	ses.poll.question.driver, ses.poll.question.maxBatchBytes = ses, maxAnswer
-	if err := p.server.relay.subscribe(&st.sub, ses.poll.question); err != nil {
+	ses := &session{stream: st, pool: p}
+	q.sub.driver, q.sub.maxBatchBytes = ses, maxAnswer
+	if err := p.server.relay.subscribe(&st.sub, q.sub); err != nil {
 		p.server.release(st.quota, st.technique)
 		return true, err
 	}
@@ -80,59 +93,81 @@ func (p *writerPool) takeOverPoll(w http.ResponseWriter, r *http.Request, st *st
 		st.close()
 		return true, err
 	}
-	ses.conn = conn
-	ses.poll.keep(r, q, w.Header())
-	buf := make([]byte, 64) // enough to notice a request
-	if len(early) == 0 && ses.poll.keepHead(q, head) {
-		buf = make([]byte, len(head)+maxCursorDigits)
+	if len(early) > 0 {
+		head = nil
 	}
+	ses.conn = conn
+	ses.poll = &heldPoll{question: p.questionOf(st, r, q, w.Header(), head), last: r.Close, answered: make(chan struct{}, 1)}
+	w.Header().Set("Date", "") // for stats.go: what is written is counted here
 	p.add(ses)
-	go ses.readRequests(buf, early)
+	go ses.readRequests(early)
 	return true, nil
 }
 
-// keep copies what is needed of the request, so nothing keeps the request itself.
-func (p *heldPoll) keep(r *http.Request, q *request, header http.Header) {
-	p.wait, p.expiresAt, p.last = q.wait, q.permit.expiresAt, r.Close
-	p.answered = make(chan struct{}, 1)
-	p.question.user, p.question.client = strings.Clone(p.question.user), strings.Clone(p.question.client)
-	p.question.rooms = nil
+// questionOf returns what a request asks. It copies what it keeps of the request, so
+// nothing keeps the request itself.
+func (p *writerPool) questionOf(st *stream, r *http.Request, q *request, header http.Header, head []byte) *question {
+	n := &question{technique: st.technique, enc: st.enc, subscribe: q.sub, wait: q.wait, expiresAt: q.permit.expiresAt, last: r.Close}
+	n.subscribe.driver = nil
+	n.subscribe.user, n.subscribe.client = strings.Clone(q.sub.user), strings.Clone(q.sub.client)
+	n.subscribe.rooms = nil
 	for _, room := range q.rooms {
-		p.question.rooms = append(p.question.rooms, strings.Clone(room))
+		n.subscribe.rooms = append(n.subscribe.rooms, strings.Clone(room))
 	}
-	var head strings.Builder
-	head.WriteString("HTTP/1.1 200 OK\r\n")
-	header.Write(&head)
-	p.answerHead = unique.Make(head.String())
-	header.Set("Date", "") // for stats.go: what is written is counted here
-}
+	var answer strings.Builder
+	answer.WriteString("HTTP/1.1 200 OK\r\n")
+	header.Write(&answer)
+	n.answerHead = answer.String()
 
-// afterParameter finds the digits of the cursor in the head of a request.
-var afterParameter = regexp.MustCompile(`^GET [^? ]*\?(?:[^ ]*&)?after=([0-9]+)[& ]`)
-
-// keepHead keeps the head of a request, if it is known, and reports whether it did. What
-// the request asks must depend on nothing that could differ the next time, so its cursor
-// must be the parameter after. The relay's own rooms are left out: that somebody asks
-// for them must be seen each time.
-func (p *heldPoll) keepHead(q *request, head []byte) bool {
-	at := afterParameter.FindSubmatchIndex(head)
-	if at == nil || len(q.values["lastEventId"])+len(q.values["Last-Event-ID"]) > 0 ||
+	// What is asked must depend on nothing that could differ the next time, so the cursor
+	// must be the parameter after. The relay's own rooms are left out: that somebody asks
+	// for them must be seen each time.
+	from, to := cursorIn(head)
+	if from == 0 || len(q.values["lastEventId"])+len(q.values["Last-Event-ID"]) > 0 ||
 		slices.ContainsFunc(q.rooms, func(room string) bool { return room[0] == '_' }) {
-		return false
+		return n
 	}
-	p.head = [2]unique.Handle[string]{unique.Make(string(head[:at[2]])), unique.Make(string(head[at[3]:]))}
-	return true
+	n.before, n.after = string(head[:from]), string(head[to:])
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if known := p.questions[n.before+n.after]; known != nil && known.before == n.before {
+		return known
+	}
+	if len(p.questions) >= maxQuestions || p.questions == nil {
+		p.questions = map[string]*question{}
+	}
+	p.questions[n.before+n.after] = n
+	return n
 }
 
-// repeated returns the cursor of a request if its head is the one that was kept, except
-// for the cursor.
-func (p *heldPoll) repeated(head []byte) (cursor int64, ok bool) {
-	if p.head[0] == (unique.Handle[string]{}) {
-		return 0, false
+// cursorIn returns where the digits of the parameter after are in the head of a request,
+// or zeros. The request was found to be good, or will be compared with one that was.
+func cursorIn(head []byte) (from, to int) {
+	line, _, _ := bytes.Cut(head, []byte("\n"))
+	for i := bytes.IndexByte(line, '?'); i >= 0 && i < len(line); {
+		if parameter, ok := bytes.CutPrefix(line[i+1:], []byte("after=")); ok {
+			from = len(line) - len(parameter)
+			for to = from; to < len(line) && '0' <= line[to] && line[to] <= '9'; to++ {
+			}
+			if to == from || to == len(line) || line[to] != '&' && line[to] != ' ' {
+				return 0, 0
+			}
+			return from, to
+		}
+		n := bytes.IndexByte(line[i+1:], '&')
+		if n < 0 {
+			break
+		}
+		i += 1 + n
 	}
-	before, after := p.head[0].Value(), p.head[1].Value()
-	from, to := len(before), len(head)-len(after)
-	if digits := to - from; digits < 1 || digits > maxCursorDigits || string(head[:from]) != before || string(head[to:]) != after {
+	return 0, 0
+}
+
+// repeats returns the cursor of a request if its head is that of the question, except
+// for the cursor.
+func (n *question) repeats(head []byte) (cursor int64, ok bool) {
+	from, to := len(n.before), len(head)-len(n.after)
+	if digits := to - from; from == 0 || digits < 1 || digits > maxCursorDigits || string(head[:from]) != n.before || string(head[to:]) != n.after {
 		return 0, false
 	}
 	for _, c := range head[from:to] {
@@ -144,13 +179,41 @@ func (p *heldPoll) repeated(head []byte) (cursor int64, ok bool) {
 	return cursor, true
 }
 
-// readRequests reads what the client of a long-poll sends, into buf: the next request,
-// or nothing until it leaves. early was read already.
-func (ses *session) readRequests(buf, early []byte) {
+// known returns the question that a request repeats, or nil: the one before on its
+// connection, or what somebody else has asked in these words. Not so behind a proxy: the
+// limits of a client would depend on what the proxy says of it.
+func (p *writerPool) known(before *question, head []byte) (n *question, cursor int64) {
+	if cursor, ok := before.repeats(head); ok {
+		return before, cursor
+	}
+	if from, to := cursorIn(head); from > 0 && !p.trustProxy {
+		p.mu.Lock()
+		n = p.questions[string(head[:from])+string(head[to:])]
+		p.mu.Unlock()
+	}
+	if n != nil {
+		if cursor, ok := n.repeats(head); ok {
+			return n, cursor
+		}
+	}
+	return nil, 0
+}
+
+// readRequests reads what the client of a long-poll sends: the next request, or nothing
+// until it leaves. early was read already.
+func (ses *session) readRequests(early []byte) {
 	p := ses.poll
+	var buf []byte
 	for {
 		b, err := early, error(nil)
-		end := time.Now().Add(p.wait)
+		size := firstRead
+		if p.before != "" {
+			size = len(p.before) + maxCursorDigits + len(p.after)
+		}
+		if size != len(buf) && len(early) == 0 {
+			buf = make([]byte, size)
+		}
+		end := time.Now().Add(min(p.wait, time.Until(time.Unix(0, p.expiresAt))))
 		if len(early) == 0 {
 			b, err = ses.read(buf, end)
 		}
@@ -166,14 +229,14 @@ func (ses *session) readRequests(buf, early []byte) {
 			ses.conn.Close()
 			return
 		}
-		cursor, ok := p.repeated(b)
-		if !ok || !ses.ask(cursor) {
+		n, cursor := ses.pool.known(p.question, b)
+		if n == nil || !ses.ask(n, cursor) {
 			ses.state.Store(stateClosed)
 			ses.pool.remove(ses)
 			ses.pool.resumed.add(&resumedConn{Conn: ses.conn, unread: bytes.Clone(b)})
 			return
 		}
-		ses.pool.requested(ses.technique, len(b))
+		ses.pool.requested(n.technique, len(b))
 	}
 }
 
@@ -216,13 +279,13 @@ func (ses *session) awaitAnswer(err error, end time.Time) {
 // ask holds a request that repeats the one before, and reports whether it did. If not,
 // net/http finds the same, and says why. A writer goes on, whose stack is large enough
 // to subscribe: ten thousand goroutines like this one keep theirs small.
-func (ses *session) ask(cursor int64) bool {
+func (ses *session) ask(n *question, cursor int64) bool {
 	p, s := ses.poll, ses.server
-	if time.Now().UnixNano() >= p.expiresAt || cursor > s.relay.lastID.Load() || s.hold(ses.quota, ses.technique) != nil {
+	if time.Now().UnixNano() >= n.expiresAt || cursor > s.relay.lastID.Load() || s.hold(ses.quota, n.technique) != nil {
 		return false
 	}
-	p.question.cursor = cursor
-	p.wait = min(p.wait, time.Until(time.Unix(0, p.expiresAt)))
+	ses.technique, ses.enc = n.technique, n.enc
+	p.question, p.cursor, p.last = n, cursor, n.last
 	p.asked, p.sent = true, false
 	p.due.Store(false)
 	ses.requeue()
@@ -237,7 +300,9 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 	}
 	if p.asked {
 		p.asked = false
-		if err := ses.server.relay.subscribe(&ses.sub, p.question); err != nil {
+		q := p.subscribe
+		q.cursor, q.driver = p.cursor, ses
+		if err := ses.server.relay.subscribe(&ses.sub, q); err != nil {
 			return err // the connection closes; a client asks again on another, and is told why
 		}
 	}
@@ -251,7 +316,7 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 	p.sent = true
 	p.last = p.last || stopping || ses.gone.Load()
 
-	head := p.answerHead.Value()
+	head := p.answerHead
 	room := len(head) + 128 // for the head, whose Content-Length is known last
 	b := append(sc.buf[:0], make([]byte, room)...)
 	b = ses.enc.encode(append(b, ses.enc.preamble...), ses.sub.cursor, sc.events...)

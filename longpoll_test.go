@@ -460,12 +460,15 @@ func FuzzRepeatedHead(f *testing.F) {
 			return r, values
 		}
 		r, values := read(first)
-		var p heldPoll
-		if r == nil || !p.keepHead(&request{values: values}, []byte(first)) {
+		if r == nil {
+			return
+		}
+		p := new(writerPool).questionOf(&stream{}, r, &request{values: values, permit: newPermit()}, http.Header{}, []byte(first))
+		if p.before == "" {
 			return
 		}
 		for _, head := range []string{first, second} {
-			cursor, ok := p.repeated([]byte(head))
+			cursor, ok := p.repeats([]byte(head))
 			if head == first && !ok && len(values.Get("after")) <= maxCursorDigits {
 				t.Fatalf("%q does not repeat itself", first)
 			}
@@ -484,4 +487,37 @@ func FuzzRepeatedHead(f *testing.F) {
 			}
 		}
 	})
+}
+
+// Whose words somebody else has used is held without net/http from its second request
+// on; not so behind a proxy, which may speak for several clients on one connection.
+func TestALongPollInTheWordsOfAnother(t *testing.T) {
+	for _, proxy := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newTestbed(t, pipe, func(c *config) { c.trustProxy, c.secret = proxy, firstSecret })
+			repeated := countRepeated(b)
+			token := "Authorization: Bearer " + signedToken(`{"read":["a"],"write":["a"]}`)
+			ask := func(c *pollingClient, head string) {
+				c.send(fmt.Sprintf(head, b.relay.lastID.Load()))
+				synctest.Wait()
+				b.do("POST", "/rooms/a", "hi", token)
+				c.expect("hi")
+			}
+			for i := range 4 {
+				c := newPollingClient(t, b)
+				*repeated = 0
+				ask(c, pollHead(repeatedPoll, "X-First: 1", token))
+				ask(c, pollHead(repeatedPoll, token))
+				ask(c, pollHead(repeatedPoll, token))
+				if want := map[bool]int{true: 2, false: 1}[i > 0 && !proxy]; *repeated != want {
+					t.Errorf("connection %d, proxy %v: %d requests were held without net/http, want %d", i, proxy, *repeated, want)
+				}
+				c.send(fmt.Sprintf(pollHead(repeatedPoll), b.relay.lastID.Load())) // without the token
+				if res, body := c.answer(); res.StatusCode != 401 {
+					t.Errorf("without a token: %d %s", res.StatusCode, body)
+				}
+				c.Close()
+			}
+		})
+	}
 }
