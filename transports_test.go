@@ -2297,7 +2297,7 @@ func TestStreamsKeepNoRequests(t *testing.T) {
 		return m.HeapAlloc
 	}
 	const n, size = 50, 12 << 10
-	for _, path := range []string{"sse?", "html?", "multipart?as=html&", "multipart?as=image&", "ws?", "iframe?"} {
+	for _, path := range []string{"sse?", "html?", "multipart?as=html&", "multipart?as=image&", "ws?", "iframe?", "longpoll?presence=0&wait=55&", "jsonp?presence=0&wait=55&callback=f&"} {
 		before := heap()
 		for i := range n {
 			conn, err := b.dial(context.Background())
@@ -2305,10 +2305,8 @@ func TestStreamsKeepNoRequests(t *testing.T) {
 				t.Fatal(err)
 			}
 			fmt.Fprintf(conn, "GET /rooms/a/%suser=u%d&client=c&x=%s HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n", path, i, strings.Repeat("x", size))
-			if _, err := conn.Read(make([]byte, 1)); err != nil {
-				t.Fatal(err)
-			}
 		}
+		b.waitUntil(func() bool { return b.active() == n })
 		b.settle()
 		if grown := int64(heap()-before) / n; grown > size {
 			t.Errorf("%s keeps %d bytes a client; its request had %d", path, grown, size)
