@@ -288,7 +288,7 @@ func allRequests(room string) (all []string) {
 		}
 		all = append(all, "GET /rooms/"+room+"/"+tech.name+q)
 	}
-	return append(all, "GET /rooms/"+room+"/form", "GET /rooms/"+room+"/multipart?as=svg", "GET /rooms/"+room+"/multipart?as=html",
+	return append(all, "GET /rooms/"+room+"/form", "GET /rooms/"+room+"/multipart?as=svg", "GET /rooms/"+room+"/multipart?as=image", "GET /rooms/"+room+"/multipart?as=html",
 		"GET /rooms/"+room+"/presence", "POST /rooms/"+room+"/presence?user=ada", "POST /rooms/"+room+"?user=ada")
 }
 
