@@ -596,7 +596,7 @@ func (v *limitedConn) Close() error {
 // left has memory given back when most of a crowd has left: the runtime by itself would
 // keep for minutes what nobody uses.
 func (d *limitListener) left(open int64) {
-	if most := d.most.Load(); most > 1000 && open < most/2 && d.most.CompareAndSwap(most, open) {
+	if most := d.most.Load(); most > 100 && open < most/2 && d.most.CompareAndSwap(most, open) {
 		time.AfterFunc(5*time.Second, debug.FreeOSMemory)
 	}
 }

@@ -194,7 +194,7 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 		return healthcheck(c.addr)
 	}
 	if source == "cgroup" && getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(memory / 10 * 9) // the rest is the kernel's, for sockets
+		debug.SetMemoryLimit(memory/10*9 - 8<<20) // the rest is the kernel's, for sockets, and the program's own
 	}
 	a, err := newApp(c)
 	if err != nil {

@@ -217,7 +217,7 @@ func attacks() []*attack {
 		{name: "WebSocket: 60 of 64 KB; one frame", open: send(upgrade, wsMessage, body)},
 		{name: "WebSocket: 60 of 64 KB; 60 fragments", open: send(upgrade, fragments)},
 		{name: "WebSocket: 1 KB; a fragment", open: send(upgrade, fragment(true))},
-		{name: "WebSocket: pings; pongs unread", n: 2000, open: deaf(upgrade + strings.Repeat("\x89\x8a\x00\x00\x00\x00pingpingpi", 2000))},
+		{name: "WebSocket: pings; pongs unread", n: 2000, open: deaf(upgrade + strings.Repeat("\x89\x8a\x00\x00\x00\x00pingpingpi", 300))},
 		{name: "long-poll; asked and answered", open: rounds("/rooms/r0/longpoll?wait=50"), then: say(20, 1, 64, 800*time.Millisecond)},
 		{name: "jsonp; asked and answered", open: rounds("/rooms/r0/jsonp?callback=f&wait=50"), then: say(20, 1, 64, 800*time.Millisecond)},
 		{name: "stalled readers: sse", open: deaf(get("/rooms/r0/sse")), then: say(60, 1, bigBody, 50*time.Millisecond)},
