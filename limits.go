@@ -758,6 +758,7 @@ func (v *limitedConn) hold(n int32) {
 		return
 	}
 	switch held := v.held.Add(n); {
+	case v.phase.Load() == outside: // it has no place to give back
 	case n > 0 && held == 1:
 		v.place.give()
 	case n < 0 && held == 0:
