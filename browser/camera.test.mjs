@@ -9,6 +9,7 @@ const limit = { timeout: 120e3 }
 const text = (page, selector) => page.evaluate(selector => document.querySelector(selector)?.textContent, selector)
 const says = (page, selector, what) => until(`${selector} says ${what}`, async () => what.test(await text(page, selector).catch(() => '')))
 const press = (page, selector) => page.evaluate(selector => document.querySelector(selector).click(), selector)
+const ready = page => until('the page is ready', () => page.evaluate(() => !!document.querySelector('#sent[data-ready]')))
 const frames = (page, id) => page.evaluate(id => +document.getElementById(id).textContent || 0, id)
 
 const files = { chromium: '/usr/bin/chromium', firefox: '/usr/bin/firefox-esr' }
@@ -136,7 +137,7 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
     assert.equal(await count(), 0)
     await press(page, '#start')
     await until('frames come back', async () => await frames(page, 'returned') > 2.5)
-    await says(page, '#state', /^Live: a frame every 0\.2\d* s\.$/)
+    await says(page, '#state', /^Live\.$/)
     assert.match(await text(page, '#median'), /^\d+ ms$/)
     assert.match(await text(page, '#size'), /^640 × 480, [\d.]+ KB$/)
     assert.match(await page.title(), /^● /)
@@ -163,6 +164,7 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
     const small = await start('-body', '5000')
     t.after(() => small.stop())
     const page = await open(browser, small.url + '/camera.html#small')
+    await ready(page)
     await page.select('#source', 'clock')
     await press(page, '#start')
     await until('frames come back', async () => await frames(page, 'returned') > 2)
@@ -173,7 +175,7 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
       window.fetch = (...args) => ++n < 4 ? Promise.resolve(Response.json({ error: 'this address publishes too fast' }, { status: 429, headers: { 'Retry-After': 1 } })) : before(...args)
     })
     await says(page, '#state', /^Waiting: this address publishes too fast\.$/)
-    await says(page, '#state', /^Live: a frame every 0\.[5-9]\d* s\.$/)
+    await says(page, '#state', /^Live, with fewer frames: /)
     await page.close()
   })
 
@@ -181,9 +183,10 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
     const without = await browse(name, name === 'firefox' ? { extraPrefsFirefox: { 'media.navigator.permission.disabled': true } } : { args: ['--deny-permission-prompts'] })
     t.after(() => without.close())
     const page = await open(without, relay.url + '/camera.html#none')
+    await ready(page)
     await press(page, '#start')
     await until('frames come back', async () => await frames(page, 'returned') > 2)
-    assert.match(await text(page, '#state'), /^Live: .* There is no camera \(.*\), so this is a clock\.$/)
+    assert.match(await text(page, '#state'), /^Live\. There is no camera \(.*\), so this is a clock\.$/)
   })
 
   test('a token is asked for, and respected; the stream begins again after a cut', limit, async t => {

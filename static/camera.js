@@ -101,7 +101,7 @@ async function publish(run) {
         slower = Math.max(1, slower * 0.98)
         sent.add(performance.now() - sending)
         $('#size').textContent = `${canvas.width} × ${canvas.height}, ${(frame.size / 1e3).toFixed(1)} KB`
-        if (live === run) say(`Live: a frame every ${short(interval() / 1e3)} s.`)
+        if (live === run) say(slower > 1.1 ? 'Live, with fewer frames: the relay said that they were too many.' : 'Live.')
       } else if (response.status === 413 && limit > 2e3) {
         limit = frame.size * 0.8
       } else if (response.status === 401 || response.status === 403 || response.status === 415) {
