@@ -317,7 +317,8 @@ describe('the pad', { concurrency: 2 }, () => Object.keys(files).forEach(name =>
     })
     const others = Array.from({ length: 8 }, (_, i) => ({ replica: new Replica('node' + i), newest: 0 })), stop = new AbortController()
     const take = (one, event) => {
-      if (event.data?.turn) one.holdUntil = Date.now() + event.data.turn
+      if (event.data?.turn) Object.assign(one, { holder: event.data.client + '.', holdUntil: Date.now() + event.data.turn })
+      if (event.data?.key?.startsWith(one.holder)) one.holdUntil = 0
       if (event.id <= one.newest || !['edit', 'snapshot'].includes(event.type)) return
       one.newest = event.id
       one.replica.receive(event)

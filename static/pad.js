@@ -41,7 +41,7 @@ let refused // why the relay does not take our edits
 function onEvent({ id, type, from, data }) {
   if (type === 'presence') return showPresence(from, data)
   if (type === 'gap') return onGap(data?.reason)
-  if (type === 'caret') return onCaret(from, Object(data))
+  if (type === 'caret') return onCaret(id, from, Object(data))
   if (id <= newest) return // it was the answer to a request of our own
   newest = id
   resume()
@@ -50,14 +50,16 @@ function onEvent({ id, type, from, data }) {
   const { head } = replica, change = replica.receive({ id, type, data })
   show(change)
   if (replica.head === head) return replica.lost && recover(true)
+  const [writer] = type === 'edit' ? data.key.split('.') : []
+  if (writer === hold.by) hold = {}
   if (type === 'snapshot') messages = bytes = wanted = 0
-  else if (change) showCaret(data.key.split('.')[0], from, endOf(change)) // of our own edit there is nothing to show
+  else if (change) showCaret(writer, from, endOf(change)) // it is not our own
 }
 
-function onCaret(name, { client: writer, base, from, to, lost, turn }) {
+function onCaret(id, name, { client: writer, base, from, to, lost, turn }) {
   if (writer === client || !isText(writer) || writer.length > 32) return
   if (turn > 0) {
-    holdUntil = performance.now() + Math.min(turn, 1e3)
+    if (!(id > ourTurn)) hold = { by: writer, until: performance.now() + Math.min(turn, 1e3) }
     pace = Math.min(1.3 * pace, 1e3)
   } else if (lost === true) setTimeout(publishSoon, Math.random() * 1e3, 'snapshot')
   else showCaret(writer, name, replica.track(from, base), replica.track(to, base))
@@ -67,9 +69,8 @@ function onGap(reason) {
   if (reason !== 'history') newest = 0
   if (reason === 'erased') {
     offer('An operator erased this text.', replica.view)
-    const { view } = replica
+    show(diff(replica.view, ''))
     replica = new Replica(client)
-    show(diff(view, ''))
     history = new History
   } else {
     replica.lost = true
@@ -119,13 +120,14 @@ async function publishSnapshot(newer) {
   for (const part of replica.snapshot(newer)) after = await publish('snapshot', { ...part, after }, { if: newest })
 }
 
-let publishing, more, caretMoved, asked, holdUntil = 0, pace = PACE
+let publishing, more, caretMoved, asked, pace = PACE
+let hold = {}, ourTurn // who was often too late asks the others to wait; who asked first is first
 let wrote, wanted // who has just written publishes a snapshot if one is due; everybody, if somebody needs one
 
 /** Publishes what is next. Returns whether there was something. */
 async function publishNext() {
   const { lost } = replica
-  for (let n = 0; (replica.waiting || performance.now() < holdUntil) && n < 50; n++) await sleep(20) // somebody needs several publishes, or was often too late
+  for (let n = 0; (replica.waiting || performance.now() < hold.until) && n < 50; n++) await sleep(20) // somebody needs several publishes, or was too late
   if (!lost && messages && (wanted || wrote && (messages >= SNAPSHOT_AFTER || bytes > SNAPSHOT_BYTES))) {
     await publishSnapshot()
     wrote = wanted = false
@@ -161,7 +163,7 @@ async function publishSoon(what) {
     if (!await publishNext()) continue
     more = true
     tries = conflicts = 0
-    refused = undefined
+    refused = ourTurn = undefined
     showState()
     await sleep(pace)
     pace = Math.max(0.95 * pace, PACE)
@@ -172,6 +174,7 @@ async function publishSoon(what) {
     else await pause(error.retry || Math.min(backoff(tries++), 5e3))
   }
   publishing = false
+  ourTurn = undefined
   showState()
 }
 
@@ -188,7 +191,7 @@ async function afterConflict(id, conflicts) {
   if (id < before && newest === before) newest = id // what we took for the newest message was none, or is forgotten
   if (id < replica.head) onGap('restart')
   if (conflicts % 3) await sleep(Math.random() * 4 * roundTrip) // so that not all who were too late try again at the same time
-  else await publish('caret', { client, turn: 3 * roundTrip }, { ttl: 1 })
+  else ourTurn = await publish('caret', { client, turn: 3 * roundTrip }, { ttl: 1 })
 }
 
 /** Waits, but not longer than until something comes, or the connection is back. */
@@ -364,20 +367,17 @@ $('naming').onsubmit = e => {
   const name = cleanName($('name').value), url = new URL(location)
   if (!name) return
   me = name
-  tabStorage.set('name', me)
-  browserStorage.set('name', me)
+  for (const storage of [tabStorage, browserStorage]) storage.set('name', me)
   url.searchParams.delete('user')
   window.history.replaceState(null, '', url)
   connect(comet.cursor)
   input.focus()
 }
-$('room').onblur = () => { $('room').value = room } // only Enter changes the room
 onhashchange = () => roomInURL() === room || location.reload()
 
 $('app').hidden = false
 nameTechniques()
-$('room').value = room
-$('room').size = Math.max(5, room.length)
+Object.assign($('room'), { value: room, size: Math.max(5, room.length), onblur() { this.value = room } }) // only Enter changes it
 $('name').value = browserStorage.get('name')
 document.title = `${room} · The pad · Cometes`
 tabStorage.set('name', me)
