@@ -19,7 +19,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"crypto/sha1"
 	"encoding/base64"
 	"encoding/binary"
@@ -284,8 +283,13 @@ func (ses *session) write(b []byte, events []*event) error {
 	if n == len(b) {
 		return nil
 	}
+	if err := ses.server.reserveUnsent(len(b) - n); err != nil { // before it is copied
+		ses.server.unsentBytes.Add(-int64(len(b) - n))
+		ses.pending = append(ses.pending, nil) // so that nothing follows on what is cut
+		return err
+	}
 	ses.pending = append(ses.pending, unwritten(b, n, events)...)
-	return cmp.Or(ses.server.reserveUnsent(len(b)-n), errBlocked)
+	return errBlocked
 }
 
 // unwritten returns b, which holds the events, without its first n bytes. What is

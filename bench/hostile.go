@@ -159,16 +159,20 @@ func h2streams(a *attack) {
 	p.SetUnencryptedHTTP2(true)
 	for range 40 {
 		t := &http.Transport{Protocols: p, MaxConnsPerHost: 1}
-		context.AfterFunc(a.ctx, t.CloseIdleConnections)
+		var g sync.WaitGroup
 		for range 250 {
-			go func() {
+			g.Go(func() {
 				r, _ := http.NewRequestWithContext(a.ctx, "GET", "http://"+a.addr+"/rooms/r/stream", nil)
 				if resp, err := t.RoundTrip(r); err == nil {
 					io.Copy(io.Discard, resp.Body)
 					resp.Body.Close()
 				}
-			}()
+			})
 		}
+		go func() {
+			g.Wait()
+			t.CloseIdleConnections()
+		}()
 		pause(a.ctx, 50*time.Millisecond)
 	}
 }
