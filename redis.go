@@ -36,7 +36,7 @@ import (
 	"context"
 	"crypto/sha1"
 	"crypto/tls"
-	"encoding/hex"
+	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -63,136 +63,11 @@ const (
 	awayLookahead  = int64(3600e6)           // while Redis is away a cursor may be an hour ahead
 )
 
-// The scripts. All have the same keys, and two arguments in common: the newest id that the
-// caller has, and how many entries a stream keeps. Of keys and of the rooms' newest
-// messages Redis remembers ten for each of these entries.
+//go:embed redis.lua
+var redisScript string
 
-const scriptHead = `
-local call = redis.call
-local STATE, STREAMS, KNOWN, ORDER, ROOMS, USERS, INSTANCES = KEYS[1], {KEYS[2], KEYS[3]}, KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
-local MESSAGES, SIGNALS = 1, 2
-local HEAD, EVENTS = tonumber(ARGV[1]), tonumber(ARGV[2])
-
-local function lastOf(stream)
-	if call('EXISTS', stream) == 0 then return 0 end
-	local info = call('XINFO', 'STREAM', stream)
-	for i = 1, #info, 2 do
-		if info[i] == 'last-generated-id' then return tonumber(string.match(info[i + 1], '%d+')) end
-	end
-end
-
-local function add(stream, ttl, instance, kind, room, user, data)
-	local state = call('HMGET', STATE, 'id', stream)
-	local last = state[1] or math.max(lastOf(STREAMS[1]), lastOf(STREAMS[2]))
-	local t = call('TIME')
-	local now = t[1] * 1000000 + t[2]
-	local id = string.format('%.0f', math.max(now, last + 16, HEAD + 1))
-	if not state[1] then call('HSET', STATE, 'born', id) end
-	local head = (state[2] or '0') .. ' ' .. string.format('%.0f', now / 1000) .. ' ' .. ttl .. ' ' .. instance .. ' ' .. kind .. ' ' .. room
-	call('XADD', STREAMS[stream], 'MAXLEN', '~', EVENTS, id .. '-0', 'head', head, 'user', user, 'data', data)
-	call('HSET', STATE, 'id', id, stream, id)
-	return id
-end
-
--- USERS has a field for each user of a room: the state, and the instances that hold the user.
-local function lease(instance, room, user, state)
-	local field = room .. ' ' .. user
-	local old, holders = 'offline', ''
-	local value = call('HGET', USERS, field)
-	if value then old, holders = string.match(value, '^(%a+) (.*)$') end
-	local i = string.find(holders, instance .. ' ', 1, true)
-	if state == 'offline' then
-		if not i then return '0' end
-		holders = string.sub(holders, 1, i - 1) .. string.sub(holders, i + #instance + 1)
-		if holders ~= '' then state = old == 'typing' and 'online' or old end
-	elseif not i then
-		holders = holders .. instance .. ' '
-	end
-	if holders == '' then call('HDEL', USERS, field) else call('HSET', USERS, field, state .. ' ' .. holders) end
-	if state == old then return '0' end
-	return add(SIGNALS, '60000', instance, 'presence', room, user, '"' .. state .. '"')
-end
-`
-
-type redisScript struct{ text, sha string }
-
-func newScript(body string) redisScript {
-	sum := sha1.Sum([]byte(scriptHead + body))
-	return redisScript{scriptHead + body, hex.EncodeToString(sum[:])}
-}
-
-var (
-	// Answers with the id, after an n for a new event, a k for a known key, an i if there is a
-	// newer message.
-	orderScript = newScript(`
-local room, kind, user, ttl, key, only, data = unpack(ARGV, 3)
-local field = room .. ' ' .. key
-if key ~= '' then
-	local id = call('HGET', KNOWN, field)
-	if id then return 'k' .. id end
-end
-if only ~= '' then
-	local newest = string.format('%.0f', call('ZSCORE', ROOMS, room) or 0)
-	if newest ~= only then return 'i' .. newest end
-end
-local id = add(ttl == '0' and MESSAGES or SIGNALS, ttl, '-', kind, room, user, data)
-if ttl == '0' then
-	call('ZADD', ROOMS, id, room)
-	if call('ZCARD', ROOMS) > 10 * EVENTS then call('ZPOPMIN', ROOMS) end
-end
-if key ~= '' then
-	call('HSET', KNOWN, field, id)
-	if call('RPUSH', ORDER, field) > 10 * EVENTS then call('HDEL', KNOWN, call('LPOP', ORDER)) end
-end
-return 'n' .. id`)
-
-	eraseScript = newScript(`
-call('ZREM', ROOMS, ARGV[3])
-return add(MESSAGES, '0', '-', 'gap', ARGV[3], '', '')`)
-
-	// Deletes what a room has in a stream, a part at a time. Answers where to go on, or with "".
-	deleteScript = newScript(`
-local stream, room = STREAMS[tonumber(ARGV[3])], ARGV[4]
-local entries = call('XRANGE', stream, ARGV[5], ARGV[6], 'COUNT', 200)
-for _, entry in ipairs(entries) do
-	if string.match(entry[2][2] or '', ' (%S+)$') == room then call('XDEL', stream, entry[1]) end
-end
-return entries[200] and '(' .. entries[200][1] or ''`)
-
-	// Answers with the newest id.
-	shareScript = newScript(`
-local newest = '0'
-for i = 4, #ARGV, 4 do
-	local room, user, client, state = unpack(ARGV, i, i + 3)
-	local id
-	if state == 'goodbye' then id = add(SIGNALS, '1', ARGV[3], 'goodbye', room, user, client)
-	elseif state == 'count' then id = add(SIGNALS, '60000', ARGV[3], 'presence', room, '', '')
-	else id = lease(ARGV[3], room, user, state) end
-	if id ~= '0' then newest = id end
-end
-return newest`)
-
-	beatScript = newScript(`
-local instance, age, status = unpack(ARGV, 3)
-local now = call('TIME')[1]
-local known = call('HEXISTS', INSTANCES, instance)
-call('HSET', INSTANCES, instance, string.format('%.0f', now - age) .. ' ' .. status)
-add(SIGNALS, '1', instance, 'beat', '-', '', '')
-return {call('HGET', STATE, 'born'), known, now, call('HGETALL', INSTANCES)}`)
-
-	// Ends the leases of an instance if it is silent, a part at a time. Answers where to go on, or with 0.
-	endScript = newScript(`
-local instance, silent, cursor = unpack(ARGV, 3)
-local beat = call('HGET', INSTANCES, instance)
-if not beat or call('TIME')[1] - string.match(beat, '%d+') <= tonumber(silent) then return '0' end
-local found = call('HSCAN', USERS, cursor, 'COUNT', 200)
-for i = 1, #found[2], 2 do
-	local room, user = string.match(found[2][i], '^(%S+) (.*)$')
-	if room then lease(instance, room, user, 'offline') end
-end
-if found[1] == '0' then call('HDEL', INSTANCES, instance) end
-return found[1]`)
-)
+// Redis knows a script by its sum once it has seen it.
+var redisScriptSum = fmt.Sprintf("%x", sha1.Sum([]byte(redisScript)))
 
 var (
 	errRedisAway    = limitError(503, "the relay cannot reach Redis, so nothing was published; try again", "redis", 2)
@@ -435,7 +310,7 @@ func (d *redis) beat(p *pipeline, age time.Duration) error {
 	d.relay.mu.Lock()
 	status, _ := json.Marshal(instanceStatus{Connections: d.server.active(), Rooms: d.relay.lru.Len(), Users: d.relay.leases})
 	d.relay.mu.Unlock()
-	reply, err := d.eval(p, replyTimeout, beatScript, d.server.instance, int(age.Seconds()), status)
+	reply, err := d.eval(p, replyTimeout, "beat", d.server.instance, int(age.Seconds()), status)
 	if err != nil {
 		return err
 	}
@@ -465,7 +340,7 @@ func (d *redis) beat(p *pipeline, age time.Duration) error {
 	d.mu.Unlock()
 	for _, s := range all {
 		for cursor, silent := "0", int64(silentAfter/time.Second); s.Silent > silent; {
-			reply, err := d.eval(p, replyTimeout, endScript, s.Instance, silent, cursor)
+			reply, err := d.eval(p, replyTimeout, "end", s.Instance, silent, cursor)
 			if cursor = asString(reply); err != nil || cursor == "0" {
 				break
 			}
@@ -474,17 +349,17 @@ func (d *redis) beat(p *pipeline, age time.Duration) error {
 	return nil
 }
 
-// eval runs a script. Redis knows it by its sum once it has seen it.
-func (d *redis) eval(p *pipeline, timeout time.Duration, s redisScript, args ...any) (any, error) {
-	command := make([]any, 0, 5+len(d.keys)+len(args))
-	command = append(command, "EVALSHA", s.sha, len(d.keys))
+// eval runs the script.
+func (d *redis) eval(p *pipeline, timeout time.Duration, what string, args ...any) (any, error) {
+	command := make([]any, 0, 6+len(d.keys)+len(args))
+	command = append(command, "EVALSHA", redisScriptSum, len(d.keys))
 	for _, key := range d.keys {
 		command = append(command, key)
 	}
-	command = append(append(command, d.relay.lastID.Load(), d.events), args...)
+	command = append(append(command, d.relay.lastID.Load(), d.events, what), args...)
 	reply, err := p.do(timeout, command...)
 	if e, ok := err.(redisError); ok && strings.HasPrefix(string(e), "NOSCRIPT") {
-		command[0], command[1] = "EVAL", s.text
+		command[0], command[1] = "EVAL", redisScript
 		reply, err = p.do(timeout, command...)
 	}
 	return reply, err
@@ -749,7 +624,7 @@ func (d *redis) publish(p publishRequest) (id int64, isNew bool, err error) {
 	if p.onlyIf != nil {
 		onlyIf = *p.onlyIf
 	}
-	answer, err := d.ask(p.key != "", orderScript, p.room, p.kind, p.from, p.ttl.Milliseconds(), p.key, onlyIf, p.data)
+	answer, err := d.ask(p.key != "", "publish", p.room, p.kind, p.from, p.ttl.Milliseconds(), p.key, onlyIf, p.data)
 	if err != nil {
 		return 0, false, err
 	}
@@ -765,21 +640,21 @@ func (d *redis) erase(room string) error {
 	if d.relay.isStopping() {
 		return errStopping
 	}
-	id, err := d.ask(true, eraseScript, room) // twice is not worse
+	id, err := d.ask(true, "erase", room) // twice is not worse
 	if err != nil {
 		return err
 	}
 	d.await(context.Background(), asNumber(id))
 	for stream := range 2 {
 		for from := "-"; from != "" && err == nil; {
-			from, err = d.ask(true, deleteScript, stream+1, room, from, "("+id+"-0")
+			from, err = d.ask(true, "delete", stream+1, room, from, "("+id+"-0")
 		}
 	}
 	return err
 }
 
-// ask runs a script that answers with a string, and again if its answer was lost and it may.
-func (d *redis) ask(again bool, s redisScript, args ...any) (string, error) {
+// ask runs the script, which answers with a string, and again if its answer was lost and it may.
+func (d *redis) ask(again bool, what string, args ...any) (string, error) {
 	failure := errRedisAway
 	for deadline := time.Now().Add(publishTimeout); ; {
 		left := time.Until(deadline)
@@ -787,7 +662,7 @@ func (d *redis) ask(again bool, s redisScript, args ...any) (string, error) {
 		if p == nil || left <= 0 {
 			return "", failure
 		}
-		reply, err := d.eval(p, min(left, replyTimeout), s, args...)
+		reply, err := d.eval(p, min(left, replyTimeout), what, args...)
 		if _, ok := reply.([]byte); err == nil && !ok {
 			err = errProtocol
 		}
@@ -878,7 +753,7 @@ func (d *redis) sendShared(p *pipeline) {
 			for _, s := range some {
 				args = append(args, s.room, s.user, s.client, due[s])
 			}
-			reply, err := d.eval(p, replyTimeout, shareScript, args...)
+			reply, err := d.eval(p, replyTimeout, "share", args...)
 			if err != nil {
 				p.fail(err)
 				return
