@@ -942,6 +942,8 @@ func TestRedisLosesItsData(t *testing.T) {
 	r := startRedis(t)
 	beds := r.relays(2, "-beat", "1s")
 	last := beds[0].post("a", "before")
+	for end := time.Now().Add(10 * time.Second); beds[1].cursor() < last && time.Now().Before(end); time.Sleep(time.Millisecond) {
+	}
 	for _, how := range []func(){
 		func() { r.do("FLUSHALL") },
 		func() { r.kill(); r.start() },                                            // without its data
