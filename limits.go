@@ -861,6 +861,7 @@ type budget struct {
 	used    int64
 	shares  map[*allotment]struct{} // that have something
 	waiting []*allotment
+	cutAt   int64 // when all that were late had been cut off, Unix nanoseconds
 }
 
 func newBudget(max int64) *budget { return &budget{max: max, shares: map[*allotment]struct{}{}} }
@@ -975,8 +976,12 @@ func (b *budget) admit() {
 	}
 }
 
-// cutLate cuts off those whose time is up, until so much is free.
+// cutLate cuts off those whose time is up, until so much is free. In a flood it does not
+// look each time.
 func (b *budget) cutLate(now, want int64) {
+	if now-b.cutAt < int64(cutEvery) {
+		return
+	}
 	var late []*allotment
 	for s := range b.shares {
 		if due := s.due.Load(); due != 0 && due < now {
@@ -992,6 +997,9 @@ func (b *budget) cutLate(now, want int64) {
 		s.ended = true
 		b.drop(s)
 		go s.cut()
+	}
+	if want > 0 {
+		b.cutAt = now
 	}
 }
 

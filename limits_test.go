@@ -617,7 +617,7 @@ func TestABudgetGivesNoMoreThanItHas(t *testing.T) {
 
 		time.Sleep(stillTime + 75_000*time.Second/slowRate) // the first is at its time, not beyond it
 		check("before the first is late", second.grow(50_000), errTooMuch, 75_000)
-		time.Sleep(time.Nanosecond)
+		time.Sleep(cutEvery)
 		check("when the first is late", second.grow(50_000), nil, 50_000)
 		check("to the first", first.grow(1), errTooMuch, 50_000)
 		first.free()
