@@ -440,7 +440,7 @@ func (b *bench) attack(ctx context.Context, a *attack, after time.Duration) ([]s
 		pause(ctx, after)
 	}
 	rss, peak := memory(srv.pids)
-	held := b.held(a.addr)
+	held, kept := b.held(a.addr)
 	said := srv.stop()
 	if i := strings.Index(said, "peak "); i >= 0 { // of the cgroup: kernel memory, too
 		peak = max(peak, float64(number([]byte(said[i+5:]))<<20))
@@ -451,7 +451,7 @@ func (b *bench) attack(ctx context.Context, a *attack, after time.Duration) ([]s
 		return line, errors.New("killed: " + said)
 	case slowest > servedWithin, afterwards > servedWithin:
 		return line, errors.New("a polite client waited too long")
-	case rss > before+keptAfter:
+	case rss > before+keptAfter+kept:
 		return line, errors.New("its memory is not given back")
 	case held != "0":
 		return line, errors.New("places are not given back")
@@ -460,10 +460,11 @@ func (b *bench) attack(ctx context.Context, a *attack, after time.Duration) ([]s
 }
 
 // held sums the gauges of what is held: it is to be 0 when all have gone, but for this request.
-func (b *bench) held(addr string) string {
+// It also returns how many bytes of messages are kept.
+func (b *bench) held(addr string) (held string, kept float64) {
 	resp, err := http.Get("http://" + addr + "/metrics")
 	if err != nil {
-		return "–"
+		return "–", 0
 	}
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(resp.Body)
@@ -475,7 +476,9 @@ func (b *bench) held(addr string) string {
 			sum += number([]byte(value))
 		case "cometes_served_connections", "cometes_open_connections":
 			sum += number([]byte(value)) - 1
+		case "cometes_history_bytes":
+			kept = float64(number([]byte(value)))
 		}
 	}
-	return fmt.Sprint(sum)
+	return fmt.Sprint(sum), kept
 }
