@@ -801,7 +801,7 @@ func TestRedisAway(t *testing.T) {
 				t.Skip("takes 14 s")
 			}
 			t.Parallel()
-			r := startRedis(t, "--appendonly", "yes")
+			r := startRedis(t, "--appendonly", "yes", "--appendfsync", "always") // everysec may lose what was answered
 			beds := r.relays(2, "-beat", "1s")
 			stream := beds[0].subscribe(variantOf("stream"), "a", "user=ada").begin()
 			first := beds[1].post("a", "before")
