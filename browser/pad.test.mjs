@@ -13,7 +13,7 @@ import { browse, open, sleep, until } from './relay.mjs'
 
 const files = { chromium: '/usr/bin/chromium', firefox: '/usr/bin/firefox-esr' }
 const techniques = { ws: 'WebSocket', sse: 'server-sent events', stream: 'streaming', longpoll: 'long polling', poll: 'polling', jsonp: 'JSONP', iframe: 'the forever frame', multipart: 'server push' }
-const limit = { timeout: 150e3 }
+const limit = { timeout: 240e3 }
 const slow = 45e3 // ms; more than anything needs, since test machines are busy
 const networkErrors = /net::ERR_|WebSocket connection to|can.t establish a connection|was interrupted while|NetworkError|Failed to load resource/
 const unexpected = page => page.errors.filter(line => !networkErrors.test(line))
