@@ -147,9 +147,10 @@ type limiter struct {
 	streams        atomic.Int64
 	streamBytes    atomic.Int64
 	maxBody        int64
-	roomRate       float64 // publishes a second to a room
-	receipts       *budget // bytes that are being received or, of answers with an end, taken
-	served         *budget // connections that net/http serves
+	roomRate       float64      // publishes a second to a room
+	open           atomic.Int64 // connections
+	receipts       *budget      // bytes that are being received or, of answers with an end, taken
+	served         *budget      // connections that net/http serves
 
 	mu    sync.Mutex // guards rooms
 	rooms map[string]*tokenBucket
@@ -475,7 +476,6 @@ type limitListener struct {
 	maxConns     int64       // connections in all
 	addrs        addrLimiter // by the address of the connection
 	limiter      *limiter
-	open         atomic.Int64
 	most         atomic.Int64 // the most that were open since memory was given back
 	rejecting    atomic.Int64 // connections that are being refused
 	spareFD      *os.File     // closed for the moment it takes to answer
@@ -504,7 +504,7 @@ func (d *limitListener) Accept() (net.Conn, error) {
 		from, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
 		addr := addrKey(from.Addr())
 		switch {
-		case d.open.Load() >= d.maxConns:
+		case d.limiter.open.Load() >= d.maxConns:
 			d.rejectGently(conn, "connections")
 		case !d.addrs.acquire(addr):
 			d.rejectGently(conn, "address")
@@ -513,7 +513,7 @@ func (d *limitListener) Accept() (net.Conn, error) {
 				c.SetReadBuffer(kernelBuffer)
 				c.SetWriteBuffer(kernelBuffer)
 			}
-			d.most.Store(max(d.most.Load(), d.open.Add(1)))
+			d.most.Store(max(d.most.Load(), d.limiter.open.Add(1)))
 			return &limitedConn{Conn: conn, listener: d, addr: addr}, nil
 		}
 	}
@@ -587,7 +587,7 @@ const (
 
 func (v *limitedConn) Close() error {
 	if !v.closed.Swap(true) {
-		v.listener.left(v.listener.open.Add(-1))
+		v.listener.left(v.listener.limiter.open.Add(-1))
 		v.listener.addrs.release(v.addr)
 	}
 	return v.Conn.Close()

@@ -249,11 +249,6 @@ func (a *app) listen(l net.Listener) net.Listener {
 		d.addrs.perAddr = math.MaxInt // all come from the proxy
 	}
 	d.spareFD, _ = os.Open(os.DevNull)
-	a.stats.gauges = []gauge{ // layer: stats.go
-		{"open_connections", "Connections.", d.open.Load},                                                                         // layer: stats.go
-		{"served_connections", "Connections with a request, or between two.", a.limiter.served.inUse},                             // layer: stats.go
-		{"reserved_bytes", "Bytes reserved for bodies that arrive, and for answers that clients take.", a.limiter.receipts.inUse}, // layer: stats.go
-	} // layer: stats.go
 	return a.limiter.listen(d)
 }
 
@@ -338,6 +333,11 @@ func newApp(c config) (*app, error) {
 	a.handler = a.redis.wrap(a.handler) // layer: redis.go
 	a.limiter = newLimiter(c)
 	a.pool.openReceipt = func(cut func()) receipt { return a.limiter.receipts.open(cut) } // layer: async.go
+	a.stats.gauges = []gauge{                                                             // layer: stats.go
+		{"open_connections", "Connections.", a.limiter.open.Load},                                                                 // layer: stats.go
+		{"served_connections", "Connections with a request, or between two.", a.limiter.served.inUse},                             // layer: stats.go
+		{"reserved_bytes", "Bytes reserved for bodies that arrive, and for answers that clients take.", a.limiter.receipts.inUse}, // layer: stats.go
+	} // layer: stats.go
 	a.handler = a.limiter.wrap(s, a.handler)
 	a.access = &access{origins: origins, secrets: parseSecrets(c.secret), trustProxy: c.trustProxy}
 	if c.secret != "" && a.access.secrets == nil {
