@@ -40,10 +40,12 @@ import (
 // defaultMemory is how much memory the relay takes itself to have where nothing limits it.
 const defaultMemory = 256 << 20
 
-// The bounds for a container of 256 MiB; in another they are in proportion. All at once
-// they leave some 40 MiB to the kernel, and to garbage:
+// The bounds for a container of 256 MiB. All at once they leave some 40 MiB to the kernel,
+// and to garbage. In a larger container they are in proportion. In a smaller one streams
+// come first, since to hold many is what the relay is for: 10,000 down to 128 MiB. What
+// they leave is shared by the others.
 //
-//	streams          10,000 of 7 KB (WebSocket) or less    68 MiB
+//	streams          10,000 of 7 KB (long-polls) or less   68 MiB
 //	the log          1/8 of the memory                     32
 //	receipts         1/8: bodies, messages, poll answers   32
 //	unsent           1/16: what streams have not taken     16
@@ -62,12 +64,15 @@ type bounds struct {
 
 func boundsFor(memory int64) bounds {
 	memory = max(memory, 32<<20) // less would not do for the process itself
+	mib := memory >> 20
+	streams := max(min(mib*10_000/128, 10_000), mib*10_000/256)
+	share := min(memory, max((memory-streams*7000-26<<20)*7/4, 16<<20))
 	return bounds{
-		streams:  int(memory >> 20 * 10_000 / 256),
-		logBytes: int(memory / 8),
-		unsent:   memory / 16,
-		receipts: memory / 8,
-		served:   memory >> 20 * 4,
+		streams:  int(streams),
+		logBytes: int(share / 8),
+		unsent:   share / 16,
+		receipts: share / 8,
+		served:   share >> 20 * 4,
 	}
 }
 

@@ -535,11 +535,11 @@ func TestDefaultsComeFromTheMemoryThereIs(t *testing.T) {
 		args              []string
 		streams, logBytes int
 	}{
-		{128 << 20, nil, 5_000, 16 << 20},
+		{128 << 20, nil, 10_000, 8_083_852},
 		{256 << 20, nil, 10_000, 32 << 20},
 		{1 << 30, nil, 40_000, 128 << 20},
 		{1 << 49, nil, 20_971_520_000, 1 << 46},
-		{1 << 20, nil, 1_250, 4 << 20},
+		{1 << 20, nil, 2_500, 2 << 20},
 		{128 << 20, []string{"-streams", "7", "-all-bytes", "2000000"}, 7, 2_000_000},
 	} {
 		c, err := parseFlags(tc.args, testEnv(), tc.memory)
@@ -551,7 +551,7 @@ func TestDefaultsComeFromTheMemoryThereIs(t *testing.T) {
 
 // The bounds' sum is documented at their type.
 func TestAllThatIsHeldAtTheLimitsFits(t *testing.T) {
-	for _, memory := range []int64{128 << 20, 256 << 20, 1 << 30} {
+	for _, memory := range []int64{96 << 20, 128 << 20, 192 << 20, 256 << 20, 1 << 30} {
 		b := boundsFor(memory)
 		sum := int64(b.streams)*7_000 + int64(b.logBytes) + b.unsent + b.receipts + b.served*(30_000+3_000+12_000) + 10<<20
 		if sum > memory*17/20 {
