@@ -8,12 +8,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http/httptest"
-	"runtime/debug"
 	"strings"
 	"testing"
-	"testing/fstest"
 	"testing/synctest"
 	"time"
 
@@ -387,53 +384,6 @@ func TestWhatAWebSocketIsRefusedIsSentAndCounted(t *testing.T) {
 	})
 }
 
-func TestTheLimitListenerAcceptsNoMoreThanItMay(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t, "-streams", "1000", "-per-addr", "20")
-		const most = 1100
-		var in, out int
-		var conns []net.Conn
-		for i := range 2000 {
-			c, err := b.dialFrom(fmt.Sprintf("198.51.%d.%d", i/20/256, i/20%256)) // 20 from each address
-			if err != nil {
-				t.Fatal(err)
-			}
-			c.SetWriteDeadline(time.Now().Add(time.Second))
-			go io.WriteString(c, "GET /rooms/a/stream HTTP/1.1\r\nHost: x\r\n\r\n")
-			c.SetReadDeadline(time.Now().Add(5 * time.Second))
-			data := make([]byte, 1024)
-			n, _ := c.Read(data)
-			switch {
-			case strings.Contains(string(data[:n]), "too many connections"):
-				out++
-				c.Close()
-			case strings.HasPrefix(string(data[:n]), "HTTP/1.1 200 "), strings.Contains(string(data[:n]), errTooManyStreams.message):
-				in++
-				conns = append(conns, c)
-			default:
-				t.Fatalf("connection %d is answered %q", i, data[:n])
-			}
-		}
-		if in != most || out != 2000-most || b.refusals("connections") != out {
-			t.Errorf("%d were accepted, %d refused and %d counted; want %d and %d", in, out, b.refusals("connections"), most, 2000-most)
-		}
-		for _, c := range conns[:100] {
-			c.Close()
-		}
-		time.Sleep(time.Second)
-		if got := b.status("192.0.2.1", "GET /healthz"); got != 200 {
-			t.Errorf("when some have gone: %d", got)
-		}
-		time.Sleep(idleTimeout)
-		for range 3 { // and each releases its place once
-			for _, r := range openStreams(b, 20, "198.51.0.0", "GET /rooms/a/stream", nil) {
-				r.stop()
-			}
-			time.Sleep(time.Second)
-		}
-	})
-}
-
 // At the limit of streams, others are answered 503, and are accepted again when
 // somebody has left.
 func TestStreamLimit(t *testing.T) {
@@ -529,135 +479,6 @@ func TestARoomsRate(t *testing.T) {
 	})
 }
 
-func TestDefaultsComeFromTheMemoryThereIs(t *testing.T) {
-	for _, tc := range []struct {
-		memory            int64
-		args              []string
-		streams, logBytes int
-	}{
-		{128 << 20, nil, 10_000, 8_083_852},
-		{256 << 20, nil, 10_000, 32 << 20},
-		{1 << 30, nil, 40_000, 128 << 20},
-		{1 << 49, nil, 20_971_520_000, 1 << 46},
-		{1 << 20, nil, 2_500, 2 << 20},
-		{128 << 20, []string{"-streams", "7", "-all-bytes", "2000000"}, 7, 2_000_000},
-	} {
-		c, err := parseFlags(tc.args, testEnv(), tc.memory)
-		if err != nil || c.streams != tc.streams || c.maxBytes != tc.logBytes {
-			t.Errorf("with %d MiB and %q there are %d streams and %d bytes of messages, want %d and %d; %v", tc.memory>>20, tc.args, c.streams, c.maxBytes, tc.streams, tc.logBytes, err)
-		}
-	}
-}
-
-// The bounds' sum is documented at their type.
-func TestAllThatIsHeldAtTheLimitsFits(t *testing.T) {
-	for _, memory := range []int64{96 << 20, 128 << 20, 192 << 20, 256 << 20, 1 << 30} {
-		b := boundsFor(memory)
-		sum := int64(b.streams)*7_000 + int64(b.logBytes) + b.unsent + b.receipts + b.served*(30_000+3_000+12_000) + 10<<20
-		if sum > memory*17/20 {
-			t.Errorf("of %d MiB the bounds allow %d", memory>>20, sum>>20)
-		}
-	}
-}
-
-func TestTheMemoryOfTheContainerIsFound(t *testing.T) {
-	const none = "9223372036854771712\n"
-	for _, tc := range []struct {
-		name   string
-		files  map[string]string
-		memory int64
-		source string
-	}{
-		{"nothing", nil, 256 << 20, "default"},
-		{"v2, its own namespace", map[string]string{"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "134217728\n"}, 128 << 20, "cgroup"},
-		{"v2, no limit", map[string]string{"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, 256 << 20, "default"},
-		{"v2, nested", map[string]string{"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "536870912\n"}, 512 << 20, "cgroup"},
-		{"v2, a group around it has less", map[string]string{"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "max\n", "sys/fs/cgroup/a/memory.max": "134217728\n"}, 128 << 20, "cgroup"},
-		{"v1", map[string]string{"proc/self/cgroup": "9:cpu:/x\n4:memory:/a\n0::/\n", "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "1073741824\n"}, 1 << 30, "cgroup"},
-		{"v1, mounted as the root", map[string]string{"proc/self/cgroup": "4:memory,hugetlb:/docker/0123\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "134217728\n"}, 128 << 20, "cgroup"},
-		{"v1, no limit", map[string]string{"proc/self/cgroup": "4:memory:/\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": none}, 256 << 20, "default"},
-	} {
-		root := fstest.MapFS{}
-		for name, text := range tc.files {
-			root[name] = &fstest.MapFile{Data: []byte(text)}
-		}
-		if memory, source := availableMemory(root); memory != tc.memory || source != tc.source {
-			t.Errorf("%s: %d from %s, want %d from %s", tc.name, memory, source, tc.memory, tc.source)
-		}
-	}
-	defer debug.SetMemoryLimit(debug.SetMemoryLimit(100 << 20))
-	if memory, source := availableMemory(fstest.MapFS{}); memory != 100<<20 || source != "GOMEMLIMIT" {
-		t.Errorf("with GOMEMLIMIT: %d from %s", memory, source)
-	}
-}
-
-func TestABudgetGivesNoMoreThanItHas(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBudget(100_000)
-		cut := map[string]int{}
-		open := func(name string) *allotment { return b.open(func() { cut[name]++ }) }
-		check := func(what string, err, want error, used int64) {
-			t.Helper()
-			if synctest.Wait(); err != want || b.inUse() != used {
-				t.Errorf("%s: %v and %d in use, want %v and %d", what, err, b.inUse(), want, used)
-			}
-		}
-		first, second, small := open("first"), open("second"), open("small")
-		check("a part", first.grow(60_000), nil, 60_000)
-		check("one too many", first.grow(20_000), errTooMuch, 60_000)
-		check("what is left for the big", first.grow(15_000), nil, 75_000)
-		check("one that is big", second.grow(smallPart+1), errTooMuch, 75_000)
-		check("one that is small", small.grow(25_000), nil, 100_000)
-		check("nothing left", second.grow(1), errTooMuch, 100_000)
-		small.free()
-		small.free()
-		check("given back twice", nil, nil, 75_000)
-		check("after its end", small.grow(1), errTooMuch, 75_000)
-
-		time.Sleep(stillTime + 75_000*time.Second/slowRate) // the first is at its time, not beyond it
-		check("before the first is late", second.grow(50_000), errTooMuch, 75_000)
-		time.Sleep(cutEvery)
-		check("when the first is late", second.grow(50_000), nil, 50_000)
-		check("to the first", first.grow(1), errTooMuch, 50_000)
-		first.free()
-		check("what was taken from it is not given back", nil, nil, 50_000)
-		if cut["first"] != 1 || len(cut) != 1 {
-			t.Errorf("cut off were %v", cut)
-		}
-	})
-}
-
-func TestTheMostLateIsCutFirstAndNoMoreThanMust(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBudget(3)
-		cuts := make(chan int, 3)
-		for i := range 3 {
-			s := b.open(func() { cuts <- i })
-			s.wait()
-			if i > 0 { // the first does not stand still
-				s.due.Store(time.Now().Add(time.Duration(10-i) * time.Second).UnixNano())
-			}
-		}
-		came := make(chan time.Time, 2)
-		start := time.Now()
-		for range 2 {
-			go func() {
-				b.open(nil).wait()
-				came <- time.Now()
-			}()
-		}
-		for _, want := range []time.Duration{8 * time.Second, 9 * time.Second} {
-			if d := (<-came).Sub(start); d < want || d > want+cutEvery {
-				t.Errorf("let in after %v, want %v", d, want)
-			}
-		}
-		synctest.Wait()
-		if first, second := <-cuts, <-cuts; first != 2 || second != 1 || len(cuts) > 0 || b.inUse() != 3 {
-			t.Errorf("cut off were %d, %d and %d more, and %d are in use", first, second, len(cuts), b.inUse())
-		}
-	})
-}
-
 // held is what the limiter has given away.
 func (b *testbed) held() string {
 	synctest.Wait()
@@ -734,53 +555,6 @@ func TestWhatIsReservedIsGivenBackOnEveryWayOut(t *testing.T) {
 
 const webSocketHeaders = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 
-func TestThoseThatStandStillGiveWayToNewcomers(t *testing.T) {
-	const places = 10
-	for name, text := range map[string]string{
-		"in a body":         "POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhello",
-		"in a chunk":        "POST /rooms/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhello",
-		"in a second head":  "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /he",
-		"between requests":  "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
-		"before they read":  strings.Repeat("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", 100),
-		"in an unread body": "POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhello",
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				b := newLimitedTestbed(t)
-				b.limiter.served.max = places
-				var conns []net.Conn
-				for i := range 3 * places {
-					c, err := b.dialFrom(fmt.Sprintf("192.0.2.%d", i+1))
-					if err != nil {
-						t.Fatal(err)
-					}
-					conns = append(conns, c)
-					go io.WriteString(c, text)
-					if name != "before they read" {
-						go io.Copy(io.Discard, c)
-					}
-				}
-				synctest.Wait()
-				start := time.Now()
-				if status := b.status("198.51.100.1", "POST /rooms/a"); status != 200 {
-					t.Errorf("a newcomer is answered %d", status)
-				}
-				if d, most := time.Since(start), 4*(stillTime+cutEvery); d == 0 || d > most {
-					t.Errorf("a newcomer waited for %v, want %v at most", d, most)
-				}
-				for _, c := range conns {
-					c.Close()
-				}
-				b.clientFrom("198.51.100.1").CloseIdleConnections()
-				time.Sleep(time.Second)
-				if after := b.held(); after != nothingHeld {
-					t.Errorf("at the end there are %s", after)
-				}
-			})
-		})
-	}
-}
-
 func TestABodyThatStandsStillIsAnswered408WhenOthersNeedItsMemory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newLimitedTestbed(t)
@@ -814,31 +588,6 @@ func TestASlowBodyIsReceivedWhileNobodyNeedsItsMemory(t *testing.T) {
 		answer, d := sendSlowly(t, b, "POST /rooms/a HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 10\r\n\r\n", "0123456789", time.Second)
 		if !strings.HasPrefix(answer, "HTTP/1.1 201 ") || d < 10*time.Second {
 			t.Errorf("after %v: %s", d, answer)
-		}
-	})
-}
-
-func TestACrowdThatComesAtOnceWaitsItsTurn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newLimitedTestbed(t)
-		b.limiter.served.max = 10
-		answers := make(chan int)
-		for i := range 500 {
-			go func() {
-				answers <- b.status(fmt.Sprintf("10.0.%d.%d", i/250, i%250+1), "POST /rooms/a")
-			}()
-		}
-		start := time.Now()
-		for range 500 {
-			if status := <-answers; status != 200 {
-				t.Errorf("one of a crowd is answered %d", status)
-			}
-		}
-		if d := time.Since(start); d > 5*time.Second {
-			t.Errorf("the last was answered after %v", d)
-		}
-		for _, r := range openStreams(b, 200, "10.1.0.%d", "GET /rooms/a/sse", nil) { // and these keep no place
-			defer r.stop()
 		}
 	})
 }

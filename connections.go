@@ -1,0 +1,481 @@
+// Connections. The relay accepts so many, and so many from one address. Of those only some
+// are with net/http at a time, since it needs 30 KB for each: a connection waits outside
+// until the head of its first request has come and there is a place, and gives its place
+// back when it is taken over. While somebody waits, those that stand still are closed.
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const (
+	// Bytes of memory for each line of a head, beside its own; and those that are part of
+	// what a connection costs.
+	headLineCost = 200
+	freeHead     = 8 << 10
+
+	// Bytes that the kernel may keep of a connection, in each direction.
+	kernelBuffer = 64 << 10
+)
+
+// A limitListener accepts so many connections, and so many from one address. It answers
+// the others with 503, even when the process has no descriptor left.
+type limitListener struct {
+	net.Listener
+	maxConns     int64       // connections in all
+	addrs        addrLimiter // by the address of the connection
+	limiter      *limiter
+	most         atomic.Int64 // the most that were open since memory was given back
+	rejecting    atomic.Int64 // connections that are being refused
+	spareFD      *os.File     // closed for the moment it takes to answer
+	countRefusal func(reason string)
+}
+
+func (d *limitListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := d.Listener.Accept()
+		if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+			if d.spareFD == nil {
+				time.Sleep(10 * time.Millisecond)
+			} else {
+				d.spareFD.Close()
+				if conn, err = d.Listener.Accept(); err == nil {
+					d.reject(conn, "descriptors")
+					conn.Close() // at once: the next connection needs the descriptor
+				}
+			}
+			d.spareFD, _ = os.Open(os.DevNull)
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		from, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
+		addr := addrKey(from.Addr())
+		switch {
+		case d.limiter.open.Load() >= d.maxConns:
+			d.rejectGently(conn, "connections")
+		case !d.addrs.acquire(addr):
+			d.rejectGently(conn, "address")
+		default:
+			if c, ok := conn.(*net.TCPConn); ok { // left to itself, Linux would keep megabytes
+				c.SetReadBuffer(kernelBuffer)
+				c.SetWriteBuffer(kernelBuffer)
+			}
+			d.most.Store(max(d.most.Load(), d.limiter.open.Add(1)))
+			return &limitedConn{Conn: conn, listener: d, addr: addr}, nil
+		}
+	}
+}
+
+const tooManyConns = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nRetry-After: 10\r\nConnection: close\r\n\r\n" +
+	`{"error":"there are too many connections; try again later"}` + "\n"
+
+// reject answers a connection that is not accepted.
+func (d *limitListener) reject(conn net.Conn, reason string) {
+	d.countRefusal(reason)
+	conn.SetDeadline(time.Now().Add(time.Second))
+	conn.Write([]byte(tooManyConns))
+}
+
+// rejectGently waits a second for the request, since some clients take no answer that
+// comes before it, and then for the client to close: closing on unread bytes would
+// take the answer from it. In a flood it does not wait.
+func (d *limitListener) rejectGently(conn net.Conn, reason string) {
+	if d.rejecting.Add(1) > 100 {
+		d.rejecting.Add(-1)
+		d.reject(conn, reason)
+		conn.Close()
+		return
+	}
+	go func() {
+		defer d.rejecting.Add(-1)
+		defer conn.Close()
+		var b [512]byte
+		conn.SetReadDeadline(time.Now().Add(time.Second))
+		conn.Read(b[:])
+		d.reject(conn, reason)
+		if c, ok := conn.(*net.TCPConn); ok {
+			c.CloseWrite()
+		}
+		for n := 1; n > 0; {
+			n, _ = conn.Read(b[:])
+		}
+	}()
+}
+
+// A limitedConn is an accepted connection. It gives its place back when it is closed.
+// While net/http serves it, it is on the budget for that, and knows how long its client
+// has stood still.
+type limitedConn struct {
+	net.Conn
+	listener *limitListener
+	addr     netip.Addr
+	closed   atomic.Bool
+
+	early []byte // what was read before net/http had the connection
+
+	phase    atomic.Int32
+	http2    bool
+	began    atomic.Int64 // when the phase or the request did, Unix nanoseconds
+	received atomic.Int64 // bytes since
+	place    *allotment   // of limiter.served
+	head     *allotment   // of limiter.receipts, for more than most heads have
+	headCost int64
+	writes   atomic.Int32 // that are going on
+	held     atomic.Int32 // requests that are paid for as streams
+}
+
+// The phases of a connection.
+const (
+	outside = iota // not with net/http
+	idle           // between two requests
+	inHead         // of a request
+	inBody         // or while it is answered
+)
+
+func (v *limitedConn) Close() error {
+	if !v.closed.Swap(true) {
+		v.listener.left(v.listener.limiter.open.Add(-1))
+		v.listener.addrs.release(v.addr)
+	}
+	return v.Conn.Close()
+}
+
+// left has memory given back when most of a crowd has left: the runtime by itself would
+// keep for minutes what nobody uses.
+func (d *limitListener) left(open int64) {
+	if most := d.most.Load(); most > 100 && open < most/2 && d.most.CompareAndSwap(most, open) {
+		time.AfterFunc(5*time.Second, debug.FreeOSMemory)
+	}
+}
+
+func (v *limitedConn) Read(b []byte) (int, error) {
+	if len(v.early) > 0 {
+		n := copy(b, v.early)
+		if v.early = v.early[n:]; len(v.early) == 0 {
+			v.early = nil
+		}
+		return n, nil
+	}
+	phase := v.phase.Load()
+	if phase == outside || len(b) == 1 || phase == inBody && v.http2 { // 1: net/http waits for the client to leave
+		return v.Conn.Read(b)
+	}
+	due := dueAt(v.began.Load(), v.received.Load())
+	v.place.due.Store(due)
+	if v.head != nil {
+		v.head.due.Store(due)
+	}
+	n, err := v.Conn.Read(b)
+	v.place.due.Store(0)
+	if v.head != nil {
+		v.head.due.Store(0)
+	}
+	if phase == idle && n > 0 {
+		v.phase.CompareAndSwap(idle, inHead)
+		v.began.Store(time.Now().UnixNano())
+		v.received.Store(0)
+	}
+	v.received.Add(int64(n))
+	if phase != inBody && !v.http2 && !v.countHead(b[:n]) {
+		return 0, os.ErrDeadlineExceeded // for which net/http has no answer of its own
+	}
+	return n, err
+}
+
+// readHead waits for the head of the first request, and keeps what comes with it. It
+// returns false if the head does not come, or is more than may be received now.
+func (v *limitedConn) readHead() bool {
+	b := make([]byte, 0, 512)
+	v.began.Store(time.Now().UnixNano())
+	v.Conn.SetReadDeadline(time.Now().Add(headTimeout))
+	for !handOver(b) {
+		if len(b) == cap(b) {
+			if !v.reserveHead(int64(len(b))) {
+				return false
+			}
+			b = append(make([]byte, 0, 2*len(b)), b...)
+		}
+		if v.head != nil {
+			v.head.due.Store(dueAt(v.began.Load(), int64(len(b))))
+		}
+		n, err := v.Conn.Read(b[len(b):cap(b)])
+		if b = b[:len(b)+n]; err != nil {
+			return false
+		}
+	}
+	if v.head != nil {
+		v.head.due.Store(0)
+	}
+	v.Conn.SetReadDeadline(time.Time{})
+	v.early, v.http2 = b, bytes.HasPrefix(b, []byte("PRI * HTTP/2"))
+	return true
+}
+
+// handOver reports whether net/http can do something with what a client has sent: a whole
+// head, too much for one, or what is no request.
+func handOver(b []byte) bool {
+	line, _, ok := bytes.Cut(b, []byte("\n"))
+	return bytes.Contains(b, []byte("\n\r\n")) || bytes.Contains(b, []byte("\n\n")) || len(b) > maxHeader+4<<10 ||
+		ok && !bytes.Contains(line, []byte(" HTTP/")) || len(b) > 0 && (b[0] < 'A' || b[0] > 'Z')
+}
+
+// countHead reserves what a part of a head takes, and reports whether it could.
+func (v *limitedConn) countHead(b []byte) bool {
+	head, _, _ := bytes.Cut(b, []byte("\r\n\r\n"))
+	had := max(v.headCost, freeHead)
+	v.headCost += int64(len(head) + headLineCost*bytes.Count(head, []byte("\n")))
+	return v.headCost <= had || v.reserveHead(v.headCost-had)
+}
+
+func (v *limitedConn) reserveHead(n int64) bool {
+	if v.head == nil {
+		v.head = v.listener.limiter.receipts.open(func() { v.Close() })
+	}
+	if v.head.grow(n) != nil {
+		v.listener.reject(v.Conn, errTooMuch.reason)
+		return false
+	}
+	v.head.due.Store(0)
+	return true
+}
+
+func (v *limitedConn) Write(b []byte) (int, error) {
+	if v.phase.Load() == outside {
+		return v.Conn.Write(b)
+	}
+	before, due := v.place.due.Load(), time.Now().UnixNano()+allowance(int64(len(b)))
+	v.place.due.Store(due)
+	v.writes.Add(1)
+	n, err := v.Conn.Write(b)
+	v.writes.Add(-1)
+	v.place.due.CompareAndSwap(due, before)
+	return n, err
+}
+
+// enter waits until net/http may serve the connection.
+func (v *limitedConn) enter() {
+	l := v.listener.limiter
+	v.place = l.served.open(v.giveWay)
+	v.place.wait()
+	v.place.take(v.weight() - 1)
+	v.phase.Store(inHead)
+	v.began.Store(time.Now().UnixNano())
+	v.received.Store(0)
+}
+
+// setPhase is what net/http says of the connection.
+func (v *limitedConn) setPhase(state http.ConnState) {
+	switch state {
+	case http.StateActive:
+		v.phase.Store(inBody)
+		v.place.due.Store(0)
+	case http.StateIdle:
+		v.freeHead()
+		v.began.Store(time.Now().UnixNano())
+		v.received.Store(0)
+		v.phase.Store(idle)
+		v.place.due.Store(v.began.Load() + allowance(0))
+	case http.StateHijacked, http.StateClosed:
+		v.phase.Store(outside)
+		v.freeHead()
+		v.place.free()
+	}
+}
+
+func (v *limitedConn) freeHead() {
+	if v.head != nil {
+		v.head.free()
+		v.head = nil
+	}
+	v.headCost = 0
+}
+
+// giveWay ends a connection that stands still. A body that does not arrive is answered.
+func (v *limitedConn) giveWay() {
+	if v.phase.Load() == inBody && v.writes.Load() == 0 {
+		v.Conn.SetReadDeadline(past)
+	} else {
+		v.Close()
+	}
+}
+
+// hold counts held requests. While there are any, the connection is paid for by them.
+func (v *limitedConn) hold(n int32) {
+	if v == nil {
+		return
+	}
+	switch held := v.held.Add(n); {
+	case v.phase.Load() == outside: // it has no place to give back
+	case n > 0 && held == 1:
+		v.place.give()
+	case n < 0 && held == 0:
+		v.place.take(v.weight())
+	}
+}
+
+// leave gives up the place of a connection that net/http is about to close. Half a second
+// later, that is, so that its client can read the answer.
+func (v *limitedConn) leave() {
+	if v != nil {
+		v.place.free()
+	}
+}
+
+// weight is for how many connections this one counts: over HTTP/2 it may have received
+// 64 KB that no request has read yet.
+func (v *limitedConn) weight() int64 {
+	if v.http2 {
+		return 3
+	}
+	return 1
+}
+
+// NetConn returns the connection within.
+func (v *limitedConn) NetConn() net.Conn { return v.Conn }
+
+// limitedConnOf returns the limitedConn in a connection, or nil.
+func limitedConnOf(c net.Conn) *limitedConn {
+	for {
+		switch v := c.(type) {
+		case *limitedConn:
+			return v
+		case interface{ NetConn() net.Conn }:
+			c = v.NetConn()
+		default:
+			return nil
+		}
+	}
+}
+
+// CloseWrite, SetWriteBuffer and SyscallConn are those of the TCP connection within.
+func (v *limitedConn) CloseWrite() error {
+	if c, ok := v.Conn.(*net.TCPConn); ok {
+		return c.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+func (v *limitedConn) SetWriteBuffer(bytes int) error {
+	if c, ok := v.Conn.(*net.TCPConn); ok {
+		return c.SetWriteBuffer(bytes)
+	}
+	return errors.ErrUnsupported
+}
+
+func (v *limitedConn) SyscallConn() (syscall.RawConn, error) {
+	if c, ok := v.Conn.(*net.TCPConn); ok {
+		return c.SyscallConn()
+	}
+	return nil, errors.ErrUnsupported
+}
+
+// Admission to net/http.
+
+// An admission is the listener that net/http accepts from. A connection is handed over
+// when the head of its first request has come, and there is a place for it: until then
+// it costs a small goroutine and the head, and not the buffers of net/http.
+type admission struct {
+	net.Listener
+	accepted chan acceptance
+	done     chan struct{}
+	close    func()
+}
+
+type acceptance struct {
+	conn net.Conn
+	err  error
+}
+
+// listen returns a listener for net/http. A connection of inner that is around a
+// *limitedConn, and no *limitedConn itself, comes back with its first byte read already.
+func (l *limiter) listen(inner net.Listener) net.Listener {
+	a := &admission{Listener: inner, accepted: make(chan acceptance), done: make(chan struct{})}
+	a.close = sync.OnceFunc(func() { close(a.done) })
+	go func() {
+		for {
+			conn, err := inner.Accept()
+			if err != nil {
+				a.hand(acceptance{nil, err})
+				if errors.Is(err, net.ErrClosed) {
+					return
+				}
+				continue
+			}
+			go a.admit(conn)
+		}
+	}()
+	return a
+}
+
+func (a *admission) admit(conn net.Conn) {
+	if v := limitedConnOf(conn); v != nil {
+		if v == conn && !v.readHead() {
+			v.freeHead()
+			conn.Close()
+			return
+		}
+		v.enter()
+		if !v.countHead(v.early) {
+			v.setPhase(http.StateClosed)
+			conn.Close()
+			return
+		}
+	}
+	a.hand(acceptance{conn, nil})
+}
+
+// hand hands over a connection, or an error, unless nobody accepts any more.
+func (a *admission) hand(got acceptance) {
+	select {
+	case a.accepted <- got:
+	case <-a.done:
+		if v := limitedConnOf(got.conn); v != nil {
+			v.setPhase(http.StateClosed)
+		}
+		if got.conn != nil {
+			got.conn.Close()
+		}
+	}
+}
+
+func (a *admission) Accept() (net.Conn, error) {
+	select {
+	case got := <-a.accepted:
+		return got.conn, got.err
+	case <-a.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (a *admission) Close() error {
+	a.close()
+	return a.Listener.Close()
+}
+
+type connKey struct{}
+
+// attach has the server tell the limiter of its connections.
+func (l *limiter) attach(srv *http.Server) {
+	srv.ConnState = func(c net.Conn, state http.ConnState) {
+		if v := limitedConnOf(c); v != nil {
+			v.setPhase(state)
+		}
+	}
+	srv.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		return context.WithValue(ctx, connKey{}, limitedConnOf(c))
+	}
+}
