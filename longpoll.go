@@ -80,7 +80,7 @@ func (p *writerPool) takeOverPoll(w http.ResponseWriter, r *http.Request, st *st
 	}
 	ses := &session{stream: st, pool: p}
 	q.sub.driver, q.sub.maxBatchBytes = ses, maxAnswer
-	if err := p.server.relay.subscribe(&st.sub, q.sub); err != nil {
+	if err := p.server.subscribe(&st.sub, q.sub); err != nil {
 		p.server.release(st.quota, st.technique)
 		return true, err
 	}
@@ -302,7 +302,7 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 		p.asked = false
 		q := p.subscribe
 		q.cursor, q.driver = p.cursor, ses
-		if err := ses.server.relay.subscribe(&ses.sub, q); err != nil {
+		if err := ses.server.subscribe(&ses.sub, q); err != nil {
 			return err // the connection closes; a client asks again on another, and is told why
 		}
 	}

@@ -421,7 +421,7 @@ func multipartHTML(s *server, q *request) encoder {
 	var gap *event // the newest
 	enc.subscribe = func(to *subscriber, req subscribeRequest) (func(), error) {
 		sub, req.maxBatchBytes = to, math.MaxInt // a page shows them all
-		err := s.relay.subscribe(sub, req)
+		err := s.subscribe(sub, req)
 		if from = sub.cursor; sub.lost != "" {
 			from = 0
 		}
@@ -507,4 +507,9 @@ func (c *cache) get(e *event, make func(*event) []byte) []byte {
 		slot.Store(&cached{e.id, value})
 	}
 	return value
+}
+
+// isErasure reports whether e says that everything before it was erased.
+func (e *event) isErasure() bool {
+	return e.kind == "gap" && strings.HasSuffix(string(e.json), `{"reason":"erased"}}`)
 }

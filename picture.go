@@ -138,7 +138,7 @@ func (p *pictures) pushImages(s *server, q *request) encoder {
 		last:        math.MaxInt32, // the newest image, whatever was published since
 		subscribe: func(to *subscriber, req subscribeRequest) (func(), error) {
 			sub, req.maxBatchBytes = to, math.MaxInt // one image is written of a batch
-			return nil, s.relay.subscribe(sub, req)
+			return nil, s.subscribe(sub, req)
 		},
 		choose: func(events []*event) []*event {
 			for i, e := range slices.Backward(events) {

@@ -4,9 +4,8 @@
 // moment of reading. Timers only announce it: a platform may stop them (Cloud Run
 // does between requests).
 //
-// Where several relays share one log, a lease is what this one knows of a user. A change
-// is not announced but shared; what all know comes back by the log, and is announced
-// then: see room.elsewhere.
+// A lease is what this relay knows of a user. A layer that shares one log among many
+// relays replaces what is counted and announced: see relay.announceState.
 
 package main
 
@@ -41,7 +40,7 @@ type lease struct {
 	state       string    // online, away or offline
 	typingUntil time.Time // typing until then
 
-	counted     bool      // in room.online
+	counted     bool      // in room.online, by countLease
 	announced   string    // the state last announced
 	announcedAt time.Time // and when; not set by joining, so typing may follow at once
 	joinedAt    time.Time // when it was last announced that the user came
@@ -130,6 +129,12 @@ func (l *lease) nextChange(t time.Time) time.Time {
 	return next
 }
 
+// hasLease reports whether the user has a lease in the named room. The caller holds r.mu.
+func (r *relay) hasLease(room, user string) bool {
+	rm := r.rooms[room]
+	return rm != nil && rm.leases[user] != nil
+}
+
 // leaseFor returns the user's lease, created if necessary. The caller holds r.mu.
 func (r *relay) leaseFor(rm *room, user string) *lease {
 	l := rm.leases[user]
@@ -180,31 +185,20 @@ func (r *relay) releaseLease(rm *room, user, client string) {
 // setPresence sets the user's state: online, typing, away or offline. Offline is the
 // goodbye of one client. It may come before the client's connections close or after.
 func (r *relay) setPresence(room, user, client, state string) error {
-	if err := r.setPresenceLocked(room, user, client, state); err != nil || r.share == nil {
-		return err
-	}
-	r.awaitShared()
-	return nil
-}
-
-func (r *relay) setPresenceLocked(room, user, client, state string) error {
 	r.mu.Lock()
 	defer r.unlock()
 	if r.isStopping() {
 		return errStopping
 	}
-	rm := r.rooms[room]
-	known := rm != nil && rm.leases[user] != nil
-	if state == "offline" && r.share != nil && (client != "" || !known) {
-		r.share(room, user, client, "goodbye") // its connections may be another relay's
+	if !r.hasLease(room, user) {
+		if state == "offline" {
+			return nil
+		}
+		if r.leases >= r.limits.maxUsers {
+			return errTooManyUsers
+		}
 	}
-	if state == "offline" && !known {
-		return nil
-	}
-	if !known && r.leases >= r.limits.maxUsers {
-		return errTooManyUsers
-	}
-	rm = r.openRoom(room)
+	rm := r.openRoom(room)
 	now := time.Now()
 	l := r.leaseFor(rm, user)
 	if state == "offline" {
@@ -265,21 +259,12 @@ func (l *lease) goodbye(client string, now time.Time) {
 func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 	l.prune(now)
 	state, next := l.stateAt(now), l.nextChange(now)
-	if online := state != "offline"; online != l.counted {
-		l.counted = online
-		switch {
-		case r.share != nil: // counted when all know it
-		case online:
-			rm.online++
-		default:
-			rm.online--
-		}
-	}
+	onlyCounts := r.countLease(rm, l, state != "offline")
 	allowedAt := l.announcedAt.Add(announceInterval)
 	joins := l.announced == "offline" && !now.Before(l.joinedAt.Add(announceInterval))
 	switch {
 	case state == l.announced:
-	case r.share == nil && rm.isCrowded():
+	case onlyCounts:
 		l.announced = state
 		r.announceCount(rm, now)
 	case state == "offline" || joins || !now.Before(allowedAt):
@@ -289,11 +274,8 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 		if l.announced != "offline" || state == "offline" {
 			l.announcedAt, allowedAt = now, now.Add(announceInterval)
 		}
-		if l.announced = state; r.share != nil {
-			r.share(rm.name, user, "", state)
-			break
-		}
-		r.announce(rm, user, strconv.AppendQuote(nil, state), now)
+		l.announced = state
+		r.announceState(rm, user, state, now)
 	case next.IsZero() || allowedAt.Before(next):
 		next = allowedAt
 	}
@@ -330,6 +312,19 @@ func (r *relay) setTimer(rm *room, user string, l *lease, now, next time.Time) {
 	}
 }
 
+// count keeps the number of users who are present. It reports whether they are so many
+// that only that number is announced. It is the relay's countLease unless a layer counts.
+func (rm *room) count(l *lease, online bool) (onlyCounts bool) {
+	switch {
+	case online && !l.counted:
+		rm.online++
+	case !online && l.counted:
+		rm.online--
+	}
+	l.counted = online
+	return rm.isCrowded()
+}
+
 func (rm *room) isCrowded() bool { return rm.summary.active || rm.online > maxRosterUsers }
 
 // announceCount publishes how many users a crowded room has, at most once a second;
@@ -341,11 +336,8 @@ func (r *relay) announceCount(rm *room, now time.Time) {
 		if s.timer == nil {
 			s.timer = time.AfterFunc(allowedAt.Sub(now), func() {
 				r.onTimer(rm, func(now time.Time) {
-					if s.timer = nil; r.share != nil {
-						r.share(rm.name, "", "", "count")
-						return
-					}
-					r.announceCount(rm, now)
+					s.timer = nil
+					r.announceState(rm, "", "", now)
 				})
 			})
 		}
@@ -374,6 +366,16 @@ func (r *relay) onTimer(rm *room, do func(now time.Time)) {
 	defer r.unlock()
 	if r.rooms[rm.name] == rm {
 		do(time.Now())
+	}
+}
+
+// publishState publishes the state of a user, or for "" what has changed of a crowd. It
+// is the relay's announceState unless a layer announces.
+func (r *relay) publishState(rm *room, user, state string, now time.Time) {
+	if user == "" {
+		r.announceCount(rm, now)
+	} else {
+		r.announce(rm, user, strconv.AppendQuote(nil, state), now)
 	}
 }
 
@@ -407,7 +409,7 @@ func (r *relay) newRoster(rm *room, now time.Time, onlyAnnounced bool) roster {
 	maps.Copy(ros.Users, rm.elsewhere)
 	for user, l := range rm.leases {
 		state := l.stateAt(now)
-		if state != "offline" && !(onlyAnnounced && (l.announced == "offline" || r.share != nil)) {
+		if state != "offline" && !(onlyAnnounced && (l.announced == "offline" || !l.counted)) {
 			ros.Users[user] = state
 		}
 	}

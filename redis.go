@@ -145,8 +145,10 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 	}
 	d.stopping, d.stop = context.WithCancel(context.Background())
 	r.lastID.Store(0)
-	r.share, r.awaitShared, r.lookahead = d.share, d.awaitShared, awayLookahead
-	s.publish, s.erase, s.catchUp = d.publish, d.erase, d.catchUp
+	r.lookahead = awayLookahead
+	r.countLease = func(*room, *lease, bool) bool { return false } // counted when all know it
+	r.announceState = func(rm *room, user, state string, _ time.Time) { d.share(rm.name, user, "", cmp.Or(state, "count")) }
+	s.publish, s.erase, s.catchUp, s.setState, s.subscribe = d.publish, d.erase, d.catchUp, d.setPresence, d.subscribe
 	for start, pause := time.Now(), 50*time.Millisecond; ; pause *= 2 {
 		p, reader, err := d.connect()
 		if err == nil {
@@ -699,6 +701,36 @@ func (d *redis) connected(atMost time.Duration) *pipeline {
 }
 
 // Presence.
+
+// setPresence is relay.setPresence, and waits until it can be read. A goodbye goes to all
+// instances: the client's connections may be another's.
+func (d *redis) setPresence(room, user, client, state string) error {
+	r := d.relay
+	if state == "offline" && !r.isStopping() {
+		r.mu.Lock()
+		if client != "" || !r.hasLease(room, user) {
+			d.share(room, user, client, "goodbye")
+		}
+		r.mu.Unlock()
+	}
+	if err := r.setPresence(room, user, client, state); err != nil {
+		return err
+	}
+	d.awaitShared()
+	return nil
+}
+
+// subscribe is relay.subscribe; a user's coming is read before the subscriber's cursor.
+func (d *redis) subscribe(sub *subscriber, q subscribeRequest) error {
+	if err := d.relay.subscribe(sub, q); err != nil || q.user == "" {
+		return err
+	}
+	d.awaitShared()
+	d.relay.mu.Lock()
+	defer d.relay.mu.Unlock()
+	sub.setCursor(q)
+	return nil
+}
 
 // share has the state of a user, as this instance knows it, sent to all. It is called under
 // relay.mu. While Redis is away nothing is kept, since both sides are compared later.

@@ -113,10 +113,11 @@ type relay struct {
 	// wakeRoom wakes the subscribers of a room. A layer that drives many replaces it.
 	wakeRoom func(*room)
 
-	// For a layer that shares one log among many relays.
-	share       func(room, user, client, state string) // see presence.go; called under mu, so it may not block; nil: this relay is alone
-	awaitShared func()                                 // waits until what was shared has come back by the log
-	lookahead   int64                                  // a cursor so far above lastID is good: another relay may have given it
+	// For a layer that shares one log among many relays. Both functions are called under mu,
+	// and may not block; see (*room).count and publishState in presence.go.
+	countLease    func(rm *room, l *lease, online bool) (onlyCounts bool)
+	announceState func(rm *room, user, state string, now time.Time)
+	lookahead     int64 // a cursor so far above lastID is good: another relay may have given it
 
 	mu               sync.Mutex // guards what follows, and the order of ids; see unlock
 	rooms            map[string]*room
@@ -138,14 +139,16 @@ var (
 // ids fit a JavaScript integer (2^53 microseconds are the year 2255).
 func newRelay(l limits) *relay {
 	r := &relay{
-		limits:    l,
-		epoch:     time.Now().UnixMicro(),
-		stopping:  make(chan struct{}),
-		wakeRoom:  wakeEach,
-		rooms:     map[string]*room{},
-		lru:       list.New(),
-		forgotten: map[string]*history{},
+		limits:     l,
+		epoch:      time.Now().UnixMicro(),
+		stopping:   make(chan struct{}),
+		wakeRoom:   wakeEach,
+		countLease: (*room).count,
+		rooms:      map[string]*room{},
+		lru:        list.New(),
+		forgotten:  map[string]*history{},
 	}
+	r.announceState = r.publishState
 	r.lastID.Store(r.epoch)
 	return r
 }
@@ -505,8 +508,8 @@ func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 		sub.wakeup = make(chan struct{}, 1)
 	}
 	r.mu.Lock()
+	defer r.unlock()
 	if err := r.checkLimits(q); err != nil {
-		r.mu.Unlock()
 		return err
 	}
 	for i, name := range q.rooms {
@@ -521,13 +524,6 @@ func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 		sub.user, sub.client = q.user, q.client
 	}
 	sub.setCursor(q)
-	r.unlock()
-	if r.share != nil && q.user != "" {
-		r.awaitShared()
-		r.mu.Lock()
-		sub.setCursor(q) // after the user's coming
-		r.mu.Unlock()
-	}
 	return nil
 }
 
@@ -553,11 +549,10 @@ func (sub *subscriber) setCursor(q subscribeRequest) {
 func (r *relay) checkLimits(q subscribeRequest) error {
 	newRooms, newLeases := 0, 0
 	for _, name := range q.rooms {
-		rm := r.rooms[name]
-		if rm == nil {
+		if r.rooms[name] == nil {
 			newRooms++
 		}
-		if q.user != "" && (rm == nil || rm.leases[q.user] == nil) {
+		if q.user != "" && !r.hasLease(name, q.user) {
 			newLeases++
 		}
 	}
@@ -723,11 +718,6 @@ func (sub *subscriber) gap(s *subscription, h *history, lastID int64, others [][
 		id--
 	}
 	return notice{Type: "gap", Room: s.room.name, ID: &id, Data: map[string]string{"reason": reason}}.event()
-}
-
-// isErasure reports whether e says that everything before it was erased.
-func (e *event) isErasure() bool {
-	return e.kind == "gap" && strings.HasSuffix(string(e.json), `{"reason":"erased"}}`)
 }
 
 // between returns the events of a log with ids above low, up to high.

@@ -411,6 +411,8 @@ type server struct {
 	publish   func(publishRequest) (id int64, isNew bool, err error)
 	image     func(contentType string, body []byte) (data []byte, err error) // what the event of a published image holds
 	erase     func(room string) error
+	setState  func(room, user, client, state string) error
+	subscribe func(*subscriber, subscribeRequest) error
 	catchUp   func(ctx context.Context, cursor int64) // waits until the log has a cursor that is beyond it, if it may come
 	eventHTML func(*event) []byte
 	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
@@ -434,6 +436,8 @@ func newServer(r *relay) *server {
 		publish:    r.publish,
 		image:      func(string, []byte) ([]byte, error) { return nil, errImage },
 		erase:      r.erase,
+		setState:   r.setPresence,
+		subscribe:  r.subscribe,
 		catchUp:    func(context.Context, int64) {},
 		eventHTML:  plainHTML,
 		count:      func() counter { return func(*technique, []*event, int, int64) {} },
@@ -549,7 +553,7 @@ func (s *server) active() (n int64) {
 // serveOnce reads once, after waiting for an event if the technique does, and answers.
 func (st *stream) serveOnce(w http.ResponseWriter, r *http.Request, q *request) error {
 	q.sub.maxBatchBytes = maxAnswer
-	if err := st.server.relay.subscribe(&st.sub, q.sub); err != nil {
+	if err := st.server.subscribe(&st.sub, q.sub); err != nil {
 		return err
 	}
 	defer st.sub.unsubscribe()
@@ -648,7 +652,7 @@ func (st *stream) open(q *request, driver any) error {
 	if st.enc.subscribe != nil {
 		st.unsubscribed, err = st.enc.subscribe(&st.sub, q.sub)
 	} else {
-		err = s.relay.subscribe(&st.sub, q.sub)
+		err = s.subscribe(&st.sub, q.sub)
 	}
 	if err != nil {
 		s.release(st.quota, st.technique)
@@ -1474,7 +1478,7 @@ func (s *server) setPresence(by *permit, room, user, client, state string) error
 	case !slices.Contains(presenceStates, state):
 		return errState
 	}
-	return s.relay.setPresence(room, user, client, state)
+	return s.setState(room, user, client, state)
 }
 
 // handleRoom is POST, PUT and DELETE /rooms/{room}.
