@@ -158,7 +158,7 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 		refusal, isFinal := err.(redisError)
 		isFinal = isFinal && !strings.HasPrefix(string(refusal), "LOADING") || errors.Is(err, errProtocol)
 		if _, isUnsafe := errors.AsType[*tls.CertificateVerificationError](err); isUnsafe || isFinal || time.Since(start) > startTimeout {
-			return nil, fmt.Errorf("Redis at %s: %w", target.addr, err)
+			return nil, fmt.Errorf("-redis %s: %w", target.addr, err)
 		}
 		time.Sleep(pause)
 	}
