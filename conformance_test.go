@@ -293,7 +293,7 @@ func checkGap(t *testing.T, b *testbed, v variant) {
 		b.settle()
 		b.relay.mu.Lock() // ten messages at once
 		for i := range 10 {
-			b.relay.publishLocked(publishRequest{room: "a", kind: "message", data: []byte(fmt.Sprintf(`"n%d"`, i))})
+			b.relay.add(publishRequest{room: "a", kind: "message", data: []byte(fmt.Sprintf(`"n%d"`, i))}, time.Now())
 		}
 		b.relay.unlock()
 		e.expect("gap", "message n6", "message n7", "message n8", "message n9")

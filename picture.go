@@ -194,7 +194,9 @@ func (p *pictures) svg(_ *server, q *request) encoder {
 		q.fail(badRequest("a picture is of one room"))
 	}
 	enc, next := multipartOf("image/svg+xml")
-	enc.choose = only(func(e *event) bool { return e.kind == "picture" })
+	enc.choose = func(events []*event) []*event {
+		return slices.DeleteFunc(events, func(e *event) bool { return e.kind != "picture" })
+	}
 	enc.event = func(b []byte, e *event) []byte { return append(append(b, e.json...), next...) }
 	enc.subscribe = func(sub *subscriber, req subscribeRequest) (func(), error) { return p.watch(key, sub, req) }
 	return enc

@@ -117,6 +117,13 @@ func (l *lease) stateAt(t time.Time) string {
 	return l.state
 }
 
+func (l *lease) setState(state string, now time.Time) {
+	l.state, l.typingUntil = state, time.Time{}
+	if state == "typing" {
+		l.state, l.typingUntil = "online", now.Add(typingTTL)
+	}
+}
+
 // nextChange returns when the state next changes by itself, or the zero time.
 func (l *lease) nextChange(t time.Time) time.Time {
 	n, next := l.connections()
@@ -213,10 +220,7 @@ func (r *relay) setPresence(room, user, client, state string) error {
 			}
 			c.expiresAt = now.Add(ttl)
 		}
-		l.state, l.typingUntil = state, time.Time{}
-		if state == "typing" {
-			l.state, l.typingUntil = "online", now.Add(typingTTL)
-		}
+		l.setState(state, now)
 	}
 	r.announceChange(rm, user, l, now)
 	return nil
@@ -249,7 +253,7 @@ func (l *lease) goodbye(client string, now time.Time) {
 		return c.connections > c.goodbyes || now.Before(c.expiresAt)
 	})
 	if !others {
-		l.state, l.typingUntil = "offline", time.Time{}
+		l.setState("offline", now)
 	}
 }
 
@@ -356,7 +360,7 @@ func (r *relay) announceCount(rm *room, now time.Time) {
 			l.announced = l.stateAt(now)
 		}
 	}
-	data, _ := json.Marshal(r.announcedRoster(rm, now))
+	data, _ := json.Marshal(r.newRoster(rm, now, true))
 	r.announce(rm, "", data, now)
 }
 
@@ -394,27 +398,21 @@ type roster struct {
 	Users map[string]string `json:"users,omitzero"`
 }
 
-// announcedRoster returns who is present as far as it was announced: a join that is held
-// back for its rate is left out, since it will be announced. The caller holds r.mu.
-func (r *relay) announcedRoster(rm *room, now time.Time) roster {
-	if rm.summary.active {
+// newRoster returns who is present: all, by the clock, or only what was announced. A join
+// that is held back for its rate will be announced. The caller holds r.mu.
+func (r *relay) newRoster(rm *room, now time.Time, onlyAnnounced bool) roster {
+	if onlyAnnounced && rm.summary.active {
 		return roster{Count: rm.online}
 	}
-	return r.newRoster(rm, now, true)
-}
-
-// newRoster returns who is present by the clock: only those announced, or all.
-func (r *relay) newRoster(rm *room, now time.Time, onlyAnnounced bool) roster {
-	ros := roster{Users: map[string]string{}}
-	maps.Copy(ros.Users, rm.elsewhere)
+	users := map[string]string{}
+	maps.Copy(users, rm.elsewhere)
 	for user, l := range rm.leases {
 		state := l.stateAt(now)
 		if state != "offline" && !(onlyAnnounced && (l.announced == "offline" || !l.counted)) {
-			ros.Users[user] = state
+			users[user] = state
 		}
 	}
-	ros.Count = len(ros.Users)
-	return ros
+	return roster{Count: len(users), Users: users}
 }
 
 // roster returns everybody who is present in the named room. It does not create the room.
@@ -469,7 +467,7 @@ func (sub *subscriber) appendRosters(batch []*event) []*event {
 	now := time.Now()
 	for i := range sub.subscriptions {
 		rm := sub.subscriptions[i].room
-		batch = append(batch, notice{Type: "presence", Room: rm.name, Data: r.announcedRoster(rm, now)}.event())
+		batch = append(batch, notice{Type: "presence", Room: rm.name, Data: r.newRoster(rm, now, true)}.event())
 	}
 	return batch
 }

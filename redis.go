@@ -840,10 +840,7 @@ func (d *redis) applyPresence(e *redisEntry) {
 	if l := rm.leases[e.user]; l != nil && l.announced != "offline" {
 		now := time.Now()
 		if l.announced = state; e.instance != d.server.instance && state != "offline" {
-			l.state, l.typingUntil = state, time.Time{}
-			if state == "typing" {
-				l.state, l.typingUntil = "online", now.Add(typingTTL)
-			}
+			l.setState(state, now)
 		}
 		r.announceChange(rm, e.user, l, now)
 	}

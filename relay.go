@@ -171,11 +171,6 @@ type publishRequest struct {
 func (r *relay) publish(p publishRequest) (id int64, isNew bool, err error) {
 	r.mu.Lock()
 	defer r.unlock()
-	return r.publishLocked(p)
-}
-
-// publishLocked is publish for a caller that holds r.mu.
-func (r *relay) publishLocked(p publishRequest) (id int64, isNew bool, err error) {
 	if r.isStopping() {
 		return 0, false, errStopping
 	}

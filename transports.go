@@ -283,8 +283,10 @@ func frames(_ *server, q *request) encoder {
 	if q.as == "data" {
 		return encoder{
 			single: true,
-			choose: only(func(e *event) bool { return e.publishedAt != 0 && e.kind != "presence" }),
-			event:  func(b []byte, e *event) []byte { return append(b, asText(e.decode().Data)...) },
+			choose: func(events []*event) []*event {
+				return slices.DeleteFunc(events, func(e *event) bool { return e.publishedAt == 0 || e.kind == "presence" })
+			},
+			event: func(b []byte, e *event) []byte { return append(b, asText(e.decode().Data)...) },
 		}
 	}
 	return encoder{
@@ -298,13 +300,6 @@ func frames(_ *server, q *request) encoder {
 			return b
 		},
 		heartbeat: beatJSON,
-	}
-}
-
-// only returns a choice of the events for which keep is true.
-func only(keep func(*event) bool) func([]*event) []*event {
-	return func(events []*event) []*event {
-		return slices.DeleteFunc(events, func(e *event) bool { return !keep(e) })
 	}
 }
 
@@ -462,17 +457,14 @@ type counter func(t *technique, events []*event, bytes int, now int64)
 // withScratch calls do with a scratch from the pool.
 func (s *server) withScratch(do func(*scratch) error) error {
 	sc := s.scratches.Get().(*scratch)
-	defer s.putScratch(sc)
-	defer sc.count(nil, nil, 0, 0)
+	defer func() {
+		sc.count(nil, nil, 0, 0)
+		if cap(sc.buf) > maxScratch { // it wrote a big page
+			sc.buf = nil
+		}
+		s.scratches.Put(sc)
+	}()
 	return do(sc)
-}
-
-// putScratch gives a scratch back to the pool. One that wrote a big page has grown too large to keep.
-func (s *server) putScratch(sc *scratch) {
-	if cap(sc.buf) > maxScratch {
-		sc.buf = nil
-	}
-	s.scratches.Put(sc)
 }
 
 const (
@@ -923,67 +915,75 @@ func (st *stream) author(q *request) *author {
 // handleMessage takes what a client sends through its WebSocket, and returns the reply
 // that is due, if any. What cannot be taken gets an error, and the WebSocket stays open.
 func (s *server) handleMessage(a *author, kind websocket.MessageType, message []byte) *notice {
-	key, id, err := s.takeMessage(a, kind, message)
-	if len(key) > maxKey {
-		key = ""
+	p, err := parseMessage(a, kind, message)
+	id := int64(0)
+	if err == nil {
+		id, err = s.publishMessage(a, p)
 	}
-	if key == "" && (err == nil || a.onlyKeyed) {
+	if len(p.key) > maxKey {
+		p.key = ""
+	}
+	if p.key == "" && (err == nil || a.onlyKeyed) {
 		return nil
 	}
+	reply := &notice{Type: "ack", Key: p.key}
+	if id != 0 { // presence has none
+		reply.ID = &id
+	}
 	if err != nil {
-		reply := &notice{Type: "error", Key: key, Data: err.Error()}
-		if e, ok := err.(httpError); ok {
-			s.refused(e.reason)
-			if e.status == http.StatusPreconditionFailed {
-				reply.ID = &e.newest
-			}
+		e, _ := err.(httpError)
+		s.refused(e.reason)
+		reply.Type, reply.Data = "error", err.Error()
+		if e.status == http.StatusPreconditionFailed {
+			reply.ID = &e.newest
 		}
-		return reply
 	}
-	if id == 0 { // of presence
-		return &notice{Type: "ack", Key: key}
-	}
-	return &notice{Type: "ack", Key: key, ID: &id}
+	return reply
 }
 
-func (s *server) takeMessage(a *author, kind websocket.MessageType, message []byte) (key string, id int64, err error) {
+// parseMessage reads a publish from a message. Of one that is not good it finds the key, if it can.
+func parseMessage(a *author, kind websocket.MessageType, message []byte) (p publishRequest, err error) {
 	if kind != websocket.MessageText || !utf8.Valid(message) {
-		return "", 0, badRequest("frames are text, in UTF-8")
+		return p, badRequest("frames are text, in UTF-8")
 	}
-	p := publishRequest{room: a.room, from: a.user, kind: "message"}
-	var ttl *int64
-	if bytes.HasPrefix(message, []byte("{")) {
-		var data json.RawMessage
-		fields := map[string]any{"type": &p.kind, "room": &p.room, "key": &p.key, "ttl": &ttl, "if": &p.onlyIf, "data": &data}
-		if err := parseObject(message, maxDepth+1, fields); err != nil {
-			var only struct{ Key string } // for the reply, if it can be found
-			json.Unmarshal(message, &only)
-			return only.Key, 0, err
-		}
-		p.data = marshal(data)
-	} else {
+	p = publishRequest{room: a.room, from: a.user, kind: "message"}
+	if !bytes.HasPrefix(message, []byte("{")) {
 		p.data = appendQuoted(nil, message)
+		return p, nil
 	}
-	if err := a.permit.quota.publish(); err != nil {
-		return p.key, 0, err
+	var data json.RawMessage
+	var ttl *int64
+	fields := map[string]any{"type": &p.kind, "room": &p.room, "key": &p.key, "ttl": &ttl, "if": &p.onlyIf, "data": &data}
+	if err := parseObject(message, maxDepth+1, fields); err != nil {
+		var only struct{ Key string }
+		json.Unmarshal(message, &only)
+		return publishRequest{key: only.Key}, err
 	}
-	switch {
-	case time.Now().UnixNano() >= a.permit.expiresAt: // a slow WebSocket may still be open
-		return p.key, 0, errExpired
-	case p.kind == "presence":
-		var state string
-		if json.Unmarshal(p.data, &state) != nil {
-			return p.key, 0, errState
+	p.data, p.kind = marshal(data), cmp.Or(p.kind, "message")
+	if ttl != nil && p.kind != "presence" {
+		if *ttl < 1 || *ttl > maxTTL {
+			return p, errTTL
 		}
-		return p.key, 0, s.setPresence(a.permit, p.room, a.user, a.client, state)
-	case ttl != nil && (*ttl < 1 || *ttl > maxTTL):
-		return p.key, 0, errTTL
-	case ttl != nil:
 		p.ttl = time.Duration(*ttl) * time.Second
 	}
-	p.kind = cmp.Or(p.kind, "message")
+	return p, nil
+}
+
+// publishMessage publishes an event, or sets the state of the author.
+func (s *server) publishMessage(a *author, p publishRequest) (id int64, err error) {
+	if err := a.permit.quota.publish(); err != nil {
+		return 0, err
+	}
+	if time.Now().UnixNano() >= a.permit.expiresAt { // a slow WebSocket may still be open
+		return 0, errExpired
+	}
+	if p.kind == "presence" {
+		var state string
+		json.Unmarshal(p.data, &state) // anything else is no state
+		return 0, s.setPresence(a.permit, p.room, a.user, a.client, state)
+	}
 	id, _, err = s.checkAndPublish(a.permit, p)
-	return p.key, id, err
+	return id, err
 }
 
 // Requests. What enters is checked here, once; everything behind relies on it.
