@@ -86,7 +86,6 @@ type encoder struct {
 	heartbeat   string
 	last        int                     // messages to begin with, unless the request says how many
 	choose      func([]*event) []*event // returns those of a batch that are written, if not nil
-	single      bool                    // writes one event at a time
 	beat        func() string           // makes the heartbeat, if not nil
 
 	// Subscribes in place of the relay, if not nil; for a representation with a log of its own.
@@ -281,8 +280,8 @@ func iframe(_ *server, q *request) encoder {
 // event that somebody published, and nothing else is sent.
 func frames(_ *server, q *request) encoder {
 	if q.as == "data" {
+		q.sub.maxBatchBytes = 1 // one event a message
 		return encoder{
-			single: true,
 			choose: func(events []*event) []*event {
 				return slices.DeleteFunc(events, func(e *event) bool { return e.publishedAt == 0 || e.kind == "presence" })
 			},
@@ -636,10 +635,8 @@ func (st *stream) serveHeld(w http.ResponseWriter, r *http.Request, q *request) 
 // caller calls close.
 func (st *stream) open(q *request, driver any) error {
 	s := st.server
-	q.sub.driver, q.sub.maxBatchBytes = driver, writeChunk // which is what a client with a full socket keeps, at most
-	if st.enc.single {
-		q.sub.maxBatchBytes = 1
-	}
+	q.sub.driver = driver
+	q.sub.maxBatchBytes = cmp.Or(q.sub.maxBatchBytes, writeChunk) // a client with a full socket keeps so many, at most
 	var err error
 	if st.enc.subscribe != nil {
 		st.unsubscribed, err = st.enc.subscribe(&st.sub, q.sub)
@@ -1209,19 +1206,19 @@ type handler func(http.ResponseWriter, *http.Request, *request) error
 // handle calls do if the method is one of methods and the client may use each room. It
 // answers OPTIONS itself.
 func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, may func(room string) error, do handler) (err error) {
-	switch {
-	case !slices.Contains(methods, r.Method):
+	isAllowed := slices.Contains(methods, r.Method)
+	if !isAllowed || r.Method == http.MethodOptions {
 		allowed := strings.Join(methods, ", ")
 		w.Header().Set("Allow", allowed)
+		if isAllowed {
+			w.WriteHeader(http.StatusNoContent)
+			return nil
+		}
 		message := r.Method + " is not for this path; " + allowed + " are"
 		if slices.Contains(methods, http.MethodPut) {
 			message += ". Events are read from /rooms/{room}/{technique}: " + s.techniqueNames()
 		}
 		return newError(http.StatusMethodNotAllowed, message)
-	case r.Method == http.MethodOptions:
-		w.Header().Set("Allow", strings.Join(methods, ", "))
-		w.WriteHeader(http.StatusNoContent)
-		return nil
 	}
 	if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
 		return badRequest("the query is not well formed: %v", err)
@@ -1534,7 +1531,7 @@ func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *reques
 
 // parsePublish reads a publish from a request's query, headers and body.
 func (s *server) parsePublish(w http.ResponseWriter, r *http.Request, q *request) (p publishRequest, err error) {
-	body, contentType, err := s.readBody(w, r, q, "data")
+	body, contentType, err := s.readContent(w, r, q, "data")
 	if err != nil {
 		return p, err
 	}
@@ -1545,11 +1542,7 @@ func (s *server) parsePublish(w http.ResponseWriter, r *http.Request, q *request
 	p.kind = cmp.Or(q.param("type"), "message")
 	p.ttl = time.Duration(q.intParam("ttl", 1, maxTTL, 0)) * time.Second
 	if q.values.Has("if") {
-		newest, err := strconv.ParseUint(q.param("if"), 10, 63)
-		if err != nil {
-			q.fail(errIf)
-		}
-		p.onlyIf = new(int64(newest))
+		p.onlyIf = new(q.intParam("if", 0, math.MaxInt64, -1)) // an empty one is refused
 	}
 	switch {
 	case q.err != nil:
@@ -1584,7 +1577,7 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 		writeJSON(w, http.StatusOK, ros)
 		return nil
 	}
-	body, contentType, err := s.readBody(w, r, q, "state")
+	body, contentType, err := s.readContent(w, r, q, "state")
 	if err != nil {
 		return err
 	}
@@ -1609,37 +1602,52 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 	return nil
 }
 
-// readBody reads a bounded body and its media type. Of a form that has the field it
-// returns that field; the others become parameters. curl -d sends any text as a form;
-// such text is taken for what it is.
-func (s *server) readBody(w http.ResponseWriter, r *http.Request, q *request, field string) (b []byte, contentType string, err error) {
-	given := r.Header.Get("Content-Type")
+// mediaType returns the type of the body, which must be in UTF-8 and not compressed.
+func mediaType(h http.Header) (string, error) {
+	given := h.Get("Content-Type")
 	contentType, params, err := mime.ParseMediaType(given)
 	if err != nil { // the type alone may be well formed: application/json; utf-8
 		contentType, params = strings.ToLower(strings.TrimSpace(given[:strings.IndexAny(given+";", ";,")])), nil
 	}
-	encoding, charset := r.Header.Get("Content-Encoding"), strings.ToLower(params["charset"])
+	encoding, charset := h.Get("Content-Encoding"), strings.ToLower(params["charset"])
 	if encoding != "" && encoding != "identity" || !slices.Contains([]string{"", "utf-8", "utf8", "us-ascii"}, charset) {
-		return nil, "", newError(http.StatusUnsupportedMediaType, fmt.Sprintf("a body is UTF-8, and not compressed; this is %q %q", encoding, charset))
+		return "", newError(http.StatusUnsupportedMediaType, fmt.Sprintf("a body is UTF-8, and not compressed; this is %q %q", encoding, charset))
 	}
+	return contentType, nil
+}
+
+// readBody reads a body of at most maxBody bytes.
+func (s *server) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if r.ContentLength > s.maxBody {
-		return nil, "", errTooBig // before a client that expects 100 is told to continue
+		return nil, errTooBig // before a client that expects 100 is told to continue
 	}
-	b, err = io.ReadAll(http.MaxBytesReader(w, r.Body, s.maxBody))
+	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, s.maxBody))
 	_, tooBig := errors.AsType[*http.MaxBytesError](err)
 	switch limit, ok := errors.AsType[httpError](err); {
 	case tooBig:
-		return nil, "", errTooBig
+		return nil, errTooBig
 	case ok:
 		w.Header().Set("Connection", "close") // or net/http would wait for the rest first
-		return nil, "", limit
+		return nil, limit
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		w.Header().Set("Connection", "close")
-		return nil, "", errSlow
+		return nil, errSlow
 	case err != nil:
-		return nil, "", badRequest("the body did not arrive whole")
+		return nil, badRequest("the body did not arrive whole")
 	}
-	b = bytes.TrimPrefix(b, []byte("\ufeff")) // a byte order mark, which files of Windows begin with
+	return bytes.TrimPrefix(b, []byte("\ufeff")), nil // a byte order mark, which files of Windows begin with
+}
+
+// readContent reads the body and its media type. Of a form that has the field it returns
+// that field; the others become parameters. curl -d sends any text as a form; such text is
+// taken for what it is.
+func (s *server) readContent(w http.ResponseWriter, r *http.Request, q *request, field string) (b []byte, contentType string, err error) {
+	if contentType, err = mediaType(r.Header); err == nil {
+		b, err = s.readBody(w, r)
+	}
+	if err != nil {
+		return nil, "", err
+	}
 	var form url.Values
 	switch contentType {
 	case "application/x-www-form-urlencoded":
@@ -1682,8 +1690,8 @@ var escaped = regexp.MustCompile(`%[0-9A-Fa-f]{2}`)
 
 func unescapeForm(s string) string {
 	return escaped.ReplaceAllStringFunc(strings.ReplaceAll(s, "+", " "), func(e string) string {
-		c, _ := strconv.ParseUint(e[1:], 16, 8)
-		return string([]byte{byte(c)})
+		c, _ := url.PathUnescape(e)
+		return c
 	})
 }
 
