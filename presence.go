@@ -201,7 +201,7 @@ func (r *relay) setPresence(room, user, client, state string) error {
 		if state == "offline" {
 			return nil
 		}
-		if r.leases >= r.limits.maxUsers {
+		if r.leases >= r.maxUsers {
 			return errTooManyUsers
 		}
 	}

@@ -202,7 +202,7 @@ func (r *relay) publish(p publishRequest) (id int64, isNew bool, err error) {
 
 // isFull reports whether there are too many rooms for one more, unless rm is one of them.
 func (r *relay) isFull(rm *room) bool {
-	return (rm == nil || rm.lruElem == nil) && r.lru.Len() >= r.limits.maxRooms
+	return (rm == nil || rm.lruElem == nil) && r.lru.Len() >= r.maxRooms
 }
 
 // add makes an event with the next id, and appends it.
@@ -405,7 +405,7 @@ func (r *relay) closeIfUnused(rm *room) {
 	if h.trimmed <= r.trimmedElsewhere {
 		return
 	}
-	if len(r.forgotten) >= r.limits.maxRooms {
+	if len(r.forgotten) >= r.maxRooms {
 		for _, f := range r.forgotten {
 			r.trimmedElsewhere = max(r.trimmedElsewhere, f.trimmed)
 		}
@@ -552,9 +552,9 @@ func (r *relay) checkLimits(q subscribeRequest) error {
 		}
 	}
 	switch {
-	case newRooms > 0 && len(r.rooms)+newRooms > r.limits.maxRooms+maxUnpublishedRooms:
+	case newRooms > 0 && len(r.rooms)+newRooms > r.maxRooms+maxUnpublishedRooms:
 		return errTooManyRooms
-	case newLeases > 0 && r.leases+newLeases > r.limits.maxUsers:
+	case newLeases > 0 && r.leases+newLeases > r.maxUsers:
 		return errTooManyUsers
 	}
 	return nil
@@ -576,7 +576,6 @@ func (sub *subscriber) cursorBeforeNewest(n int) int64 {
 	return ids[max(0, len(ids)-n)] - 1
 }
 
-// unsubscribe leaves the rooms.
 func (sub *subscriber) unsubscribe() {
 	r := sub.relay
 	r.mu.Lock()

@@ -428,15 +428,17 @@ func newServer(r *relay) *server {
 		maxUnsent:  int64(r.maxBytes),
 		instance:   rand.Text()[:8],
 		publish:    r.publish,
-		image:      func(string, []byte) ([]byte, error) { return nil, errImage },
-		erase:      r.erase,
-		setState:   r.setPresence,
-		subscribe:  r.subscribe,
-		catchUp:    func(context.Context, int64) {},
-		eventHTML:  plainHTML,
-		count:      func() counter { return func(*technique, []*event, int, int64) {} },
-		refused:    func(string) {},
-		dropped:    func() {},
+		image: func(string, []byte) ([]byte, error) {
+			return nil, newError(http.StatusUnsupportedMediaType, "images of this type are not taken")
+		},
+		erase:     r.erase,
+		setState:  r.setPresence,
+		subscribe: r.subscribe,
+		catchUp:   func(context.Context, int64) {},
+		eventHTML: plainHTML,
+		count:     func() counter { return func(*technique, []*event, int, int64) {} },
+		refused:   func(string) {},
+		dropped:   func() {},
 	}
 	s.scratches.New = func() any { return &scratch{count: s.count()} }
 	return s
@@ -959,7 +961,7 @@ func parseMessage(a *author, kind websocket.MessageType, message []byte) (p publ
 	p.data, p.kind = marshal(data), cmp.Or(p.kind, "message")
 	if ttl != nil && p.kind != "presence" {
 		if *ttl < 1 || *ttl > maxTTL {
-			return p, errTTL
+			return p, badRequest("ttl is 1 to %d seconds", maxTTL)
 		}
 		p.ttl = time.Duration(*ttl) * time.Second
 	}
@@ -972,7 +974,7 @@ func (s *server) publishMessage(a *author, p publishRequest) (id int64, err erro
 		return 0, err
 	}
 	if time.Now().UnixNano() >= a.permit.expiresAt { // a slow WebSocket may still be open
-		return 0, errExpired
+		return 0, limitError(http.StatusUnauthorized, "the token has expired", "token", 0)
 	}
 	if p.kind == "presence" {
 		var state string
@@ -1085,16 +1087,9 @@ var (
 	errClientGone = errors.New("the client left, or takes nothing")
 	errReserved   = newError(http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another")
 	errTooBig     = limitError(http.StatusRequestEntityTooLarge, "the body is too big; -body of the relay is its limit", "body", 0)
-	errSlow       = limitError(http.StatusRequestTimeout, "the body did not arrive in time", "body", 0)
-	errExpired    = limitError(http.StatusUnauthorized, "the token has expired", "token", 0)
-	errState      = badRequest("the state is one of online, typing, away, offline")
 	errUser       = badRequest("user is 1 to %d characters of UTF-8: none of them a control character, a line separator or a bidirectional control; not blank, and no space at either end", maxName)
-	errClient     = badRequest("client is 1 to %d of A-Z a-z 0-9 _ . : -", maxName)
-	errTTL        = badRequest("ttl is 1 to %d seconds", maxTTL)
 	errOneRoom    = badRequest("presence is in one room; name it")
 	errIf         = badRequest("if is the id of a message, or 0")
-	errUTF8       = badRequest("this is not UTF-8")
-	errImage      = newError(http.StatusUnsupportedMediaType, "images of this type are not taken")
 )
 
 // Values of headers that every answer to a publish has, made once.
@@ -1362,7 +1357,7 @@ func (q *request) userParam() string {
 func (q *request) clientParam() string {
 	client := q.param("client")
 	if client != "" && !validName(client) {
-		q.fail(errClient)
+		q.fail(badRequest("client is 1 to %d of A-Z a-z 0-9 _ . : -", maxName))
 	}
 	return client
 }
@@ -1473,7 +1468,7 @@ func (s *server) setPresence(by *permit, room, user, client, state string) error
 	case !validUser(user):
 		return errUser
 	case !slices.Contains(presenceStates, state):
-		return errState
+		return badRequest("the state is one of online, typing, away, offline")
 	}
 	return s.setState(room, user, client, state)
 }
@@ -1631,7 +1626,7 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error
 		return nil, limit
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		w.Header().Set("Connection", "close")
-		return nil, errSlow
+		return nil, limitError(http.StatusRequestTimeout, "the body did not arrive in time", "body", 0)
 	case err != nil:
 		return nil, badRequest("the body did not arrive whole")
 	}
@@ -1733,7 +1728,7 @@ var (
 func checkJSON(b []byte, maxDepth int) error {
 	switch {
 	case !utf8.Valid(b):
-		return errUTF8
+		return badRequest("this is not UTF-8")
 	case !json.Valid(b):
 		return badRequest("this is not JSON; text goes as text/plain")
 	case loneSurrogate.Match(b) && loneSurrogate.Match(goodEscapes.ReplaceAll(b, nil)):
