@@ -959,10 +959,11 @@ func parseMessage(a *author, kind websocket.MessageType, message []byte) (p publ
 		return publishRequest{key: only.Key}, err
 	}
 	p.data, p.kind = marshal(data), cmp.Or(p.kind, "message")
-	if ttl != nil && p.kind != "presence" {
-		if *ttl < 1 || *ttl > maxTTL {
-			return p, badRequest("ttl is 1 to %d seconds", maxTTL)
-		}
+	switch {
+	case ttl == nil:
+	case *ttl < 1 || *ttl > maxTTL:
+		p.ttl = -1 // is refused
+	default:
 		p.ttl = time.Duration(*ttl) * time.Second
 	}
 	return p, nil
@@ -1435,6 +1436,8 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 		err = badRequest("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
 	case slices.Contains(reservedTypes, p.kind):
 		err = badRequest("the type %s is the relay's own; publish another", p.kind)
+	case p.ttl < 0:
+		err = badRequest("ttl is 1 to %d seconds", maxTTL)
 	case p.onlyIf != nil && *p.onlyIf < 0:
 		err = errIf
 	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
