@@ -381,6 +381,7 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await bob.keyboard.type('hm', { delay: 20 })
     await until('ada sees bob typing', async () => await text(ada, '#typing') === 'bob is typing…')
     await bob.keyboard.press('Enter')
+    await until('it is published', async () => (await relay.messages('two')).length === 1)
     await expectSameLog(ada, relay, 'two')
     await ada.bringToFront()
     await ada.focus('#text')
