@@ -27,7 +27,8 @@ const defaultMemory = 256 << 20
 // The bounds for a container of 256 MiB. All at once they leave some 40 MiB to the kernel,
 // and to garbage. In a larger container they are in proportion. In a smaller one streams
 // come first, since to hold many is what the relay is for: 10,000 down to 128 MiB. What
-// they leave is shared by the others.
+// they leave is shared by the others, but for connections that are served: fewer would
+// keep newcomers waiting while a crowd stands still.
 //
 //	streams          10,000 of 7 KB (long-polls) or less   68 MiB
 //	the log          1/8 of the memory                     32
@@ -50,13 +51,13 @@ func boundsFor(memory int64) bounds {
 	memory = max(memory, 32<<20) // less would not do for the process itself
 	mib := memory >> 20
 	streams := max(min(mib*10_000/128, 10_000), mib*10_000/256)
-	share := min(memory, max((memory-streams*7000-26<<20)*7/4, 16<<20))
+	share := min(memory, max((memory-streams*7000-34<<20)*7/4, 16<<20))
 	return bounds{
 		streams:  int(streams),
 		logBytes: int(share / 8),
 		unsent:   share / 16,
 		receipts: share / 8,
-		served:   share >> 20 * 4,
+		served:   mib * 4,
 	}
 }
 

@@ -360,7 +360,7 @@ func readTo(r *bufio.Reader, text string) error {
 func (b *bench) hostile(ctx context.Context) error {
 	after := b.after
 	if b.cheap { // on a slower machine: a third of all
-		after, b.n, b.cgroupMax = 8*time.Second, or(b.n, 3000), 96<<20
+		after, b.n, b.cgroupMax = 8*time.Second, or(b.n, 3000), 128<<20
 	}
 	lines := [][]string{{"connections", "n", "alive", "peak MB", "polite during, s", "after, s", "MB before", "MB after", "held"}}
 	defer func() { table(lines) }()
