@@ -108,9 +108,9 @@ async function burst(page, count) {
 
 /** Runs one of the five experiments. */
 async function experiment(page, label) {
-  const state = () => page.evaluate(label => [...document.querySelectorAll('#experiments li')].find(li => li.firstChild.textContent === label).querySelector('small').textContent, label)
-  await page.evaluate(label => [...document.querySelectorAll('#experiments button')].find(button => button.textContent === label).click(), label)
-  assert.equal(await state(), ' running…')
+  const item = await page.evaluateHandle(label => [...document.querySelectorAll('#experiments li')].find(li => li.firstChild.textContent === label), label)
+  const state = () => item.evaluate(li => li.querySelector('small').textContent)
+  assert.equal(await item.evaluate(li => { li.querySelector('button').click(); return li.querySelector('small').textContent }), ' running…')
   await until(label, async () => /done/.test(await state()))
 }
 
