@@ -225,14 +225,12 @@ func (ses *session) watch() {
 	}
 }
 
-var longAgo = time.Unix(1, 0)
-
 // abort has the session released, and ends all waiting for its socket. The socket is
 // closed in the session's turn, or after its end, never beside it: its number would
 // be the next connection's, and a write could go there.
 func (ses *session) abort() {
 	ses.gone.Store(true)
-	ses.conn.SetDeadline(longAgo)
+	ses.conn.SetDeadline(past)
 	ses.closeWhenSent()
 }
 
@@ -423,7 +421,7 @@ func (p *writerPool) wakeAll() {
 	for _, ses := range all {
 		if ses.poll != nil {
 			ses.gone.Store(true)
-			ses.conn.SetReadDeadline(longAgo)
+			ses.conn.SetReadDeadline(past)
 		}
 		batch.add(ses)
 	}
@@ -615,7 +613,7 @@ func (ses *session) afterWrite(err error) {
 		go ses.writePending()
 	case err == errBlocked:
 		ses.state.Store(stateBlocked)
-		ses.conn.SetReadDeadline(longAgo)
+		ses.conn.SetReadDeadline(past)
 		if ses.gone.Load() {
 			ses.releaseBlocked()
 		}

@@ -109,7 +109,7 @@ func TestBytesSentToAStreamAreDiscarded(t *testing.T) {
 type slowWakeConn struct{ net.Conn }
 
 func (c slowWakeConn) SetReadDeadline(at time.Time) error {
-	if at.Equal(longAgo) {
+	if at.Equal(past) {
 		time.Sleep(100 * time.Millisecond)
 	}
 	return c.Conn.SetReadDeadline(at)

@@ -1,5 +1,5 @@
 // Budgets. A budget bounds what is in memory for a while, and its bounds come from the
-// memory that there is. While a budget is used up, whoever is slow gives way: thousands
+// memory that there is. While a budget is used up, slow clients give way: thousands
 // that stand still cannot keep out those that do not.
 //
 // This file knows nothing of HTTP. limits.go has a budget for bytes, connections.go one

@@ -40,9 +40,6 @@ const (
 	bodyFactor = 2
 )
 
-// past is a deadline that ends what is going on.
-var past = time.Unix(1, 0)
-
 // A limiter bounds what clients take together, and each address.
 type limiter struct {
 	addrs          addrLimiter

@@ -352,7 +352,7 @@ func (ses *session) finishAnswer() {
 }
 
 // A resumedConn is a connection that goes back to the http.Server. It keeps the head of
-// its first request, for keepHead.
+// its first request, for questionOf.
 type resumedConn struct {
 	net.Conn
 	unread []byte

@@ -183,6 +183,9 @@ const (
 	stopTimeout    = 3 * time.Second  // to end all streams; platforms kill after 5 or 10
 )
 
+// past is a deadline that ends what a connection is waiting for.
+var past = time.Unix(1, 0)
+
 // run serves until ctx is done, and then ends every stream with a bye before it returns.
 func run(ctx context.Context, args []string, getenv func(string) string) error {
 	memory, source := availableMemory(os.DirFS("/"))

@@ -237,7 +237,7 @@ func TestFilesCompressed(t *testing.T) {
 	})
 }
 
-// Whoever loads a page that refreshes itself is present, and sees so.
+// A client that loads a page that refreshes itself is present, and sees so.
 func TestRefreshShowsWhoIsHere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)

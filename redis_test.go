@@ -684,7 +684,7 @@ func (b *testbed) tryPost(path, text string) (status int, header http.Header, bo
 	return res.StatusCode, res.Header, string(answer)
 }
 
-// Whoever was answered by one instance finds the event at any other at once.
+// A client that was answered by one instance finds the event at any other at once.
 func TestRedisReadYourWrites(t *testing.T) {
 	beds := startRedis(t).relays(3)
 	for i := range 200 {
@@ -778,7 +778,7 @@ func TestRedisHistory(t *testing.T) {
 	second.subscribe(variantOf("poll"), "b", fmt.Sprint("after=", ids[999])).expect("sign al", "sign al")
 }
 
-// Redis keeps so many events, and whoever asks for more is told.
+// Redis keeps so many events, and a client that asks for more is told.
 func TestRedisTrims(t *testing.T) {
 	r := startRedis(t)
 	first := r.relays(1, "-redis-events", "100")[0]

@@ -7,7 +7,7 @@ const $ = selector => document.querySelector(selector)
 const sleep = ms => new Promise(done => setTimeout(done, ms))
 insertMarkup()
 
-// The room is in the address. Without one it gets a name that nobody guesses: whoever knows it can watch.
+// The room is in the address. Without one it gets a name that nobody guesses: everybody who knows it can watch.
 if (location.hash.length < 2) history.replaceState(null, '', '#cam-' + Array.from(crypto.getRandomValues(new Uint8Array(8)), n => (n % 36).toString(36)).join(''))
 const room = decodeURIComponent(location.hash.slice(1))
 const path = 'rooms/' + encodeURIComponent(room)
