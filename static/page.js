@@ -19,9 +19,32 @@ export const years = {
 }
 export const capitalized = text => text[0].toUpperCase() + text.slice(1)
 
+export const $ = (selector, within = document) => within.querySelector(selector)
+
+/** Makes an element with properties, and what is in it. */
+export function make(tag, properties, ...content) {
+  const element = Object.assign(document.createElement(tag), properties)
+  element.append(...content)
+  return element
+}
+
+/** Sets a text only if it is another, or a screen reader would read it out again. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text
+}
+
+/** Calls back when the page is shown or hidden. A page that was left may stay in memory, and be shown again. */
+export function onVisibility(change) {
+  let left = false
+  for (const type of ['pagehide', 'pageshow', 'visibilitychange']) addEventListener(type, () => {
+    if (type !== 'visibilitychange') left = type === 'pagehide'
+    change(!left && !document.hidden)
+  })
+}
+
 /** Inserts the part of a page that needs scripts. Until then it is text, so that nobody sees it where no script runs. */
 export function insertMarkup() {
-  const markup = document.getElementById('markup')
+  const markup = $('#markup')
   markup.insertAdjacentHTML('afterend', markup.textContent)
   markup.remove()
 }
@@ -32,10 +55,13 @@ export const here = path => new URL(path, document.baseURI)
 /** Makes text one word of a shell's command. */
 export const quoteForShell = text => /^[\w.:/%,+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`
 
+/** A command for a shell; with the token, if the relay requires one. */
+export const curl = (required, rest) => `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}${rest}`
+
 /** Copies text. Without HTTPS, browsers offer only the old way. */
 export async function copy(text) {
   try { return await navigator.clipboard.writeText(text) } catch { }
-  const field = Object.assign(document.createElement('textarea'), { value: text, className: 'unseen' })
+  const field = make('textarea', { value: text, className: 'unseen' })
   const { activeElement } = document
   document.body.append(field)
   field.select()
@@ -46,7 +72,7 @@ export async function copy(text) {
 
 /** A button that copies what `text` returns, and says so. */
 export function copyButton(text, label = 'Copy') {
-  const button = Object.assign(document.createElement('button'), { type: 'button', className: 'copy', textContent: label })
+  const button = make('button', { type: 'button', className: 'copy' }, label)
   button.onclick = async () => {
     await copy(text())
     button.textContent = 'Copied'
