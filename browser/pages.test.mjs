@@ -114,7 +114,7 @@ for (const name of browsers) describe(name, { skip: missing(files[name]) }, () =
       const page = await open(await fresh(t), relay.url + '/?room=team')
       await says(page, '#token', /This relay asks for a token/)
       assert.ok(await page.evaluate(() => document.activeElement.name === 'token' || !matchMedia('(hover: hover)').matches))
-      assert.match(await text(page, '#token'), /COMETES_SECRET.*cometes token -sub NAME -read team -write team.*Fly\.io.*fly ssh console -C "\/cometes token .*Cloud Run/)
+      assert.match(await text(page, '#token'), /COMETES_SECRET.*cometes token -sub NAME -read team -write team.*Fly\.io.*fly ssh console -C "\/cometes token .*Cloud Run/s)
       assert.doesNotMatch(await text(page, '#token'), /not accepted/)
       assert.ok(await page.evaluate(() => !['naming', 'say', 'scroller'].some(id => document.getElementById(id).getBoundingClientRect().height)), 'no input')
       const give = async token => {

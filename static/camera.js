@@ -1,7 +1,6 @@
 // The camera: frames of a camera, or of a drawn clock, published to a room one by one; and what comes back, in an <img>.
 
-import { copyButton, here, insertMarkup, quoteForShell } from './page.js'
-import { access, askForToken } from './token.js'
+import { access, askForToken, copyButton, here, insertMarkup, quoteForShell } from './page.js'
 
 const $ = selector => document.querySelector(selector)
 const sleep = ms => new Promise(done => setTimeout(done, ms))

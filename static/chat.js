@@ -7,9 +7,8 @@
  */
 import { Comet } from './comet.js'
 import { imagesOf, isPicture, toDataURL } from './images.js'
-import { copy, copyButton, insertMarkup, names, quoteForShell } from './page.js'
+import { access, askForToken, copy, copyButton, insertMarkup, names, quoteForShell } from './page.js'
 import { applyColour, browserStorage, cleanName, colourOf, make, nameTechniques, showStatus, tabStorage } from './people.js'
-import { access, askForToken } from './token.js'
 
 const MAX_MESSAGES = 1000 // in the page; older ones are removed
 const GROUP_TIME = 5 * 60e3 // ms; within it a user's messages are shown under one name

@@ -1,9 +1,8 @@
 // The inspector: opens one connection to any rooms, shows what comes as it is, and publishes. The techniques are those of
 // the lab; see techniques.js for what a link is.
 
-import { capitalized, copyButton, here, insertMarkup, names, quoteForShell } from './page.js'
+import { access, askForToken, capitalized, copyButton, here, insertMarkup, names, quoteForShell } from './page.js'
 import { address, cookies, pageQuery, request, techniques, unique } from './techniques.js'
-import { access, askForToken } from './token.js'
 
 insertMarkup()
 const $ = id => document.getElementById(id)

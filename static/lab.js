@@ -5,9 +5,8 @@
 // drawing.
 
 import { goCode, jsCode, load } from './code.js'
-import { capitalized, copyButton, here, insertMarkup, names, quoteForShell, years } from './page.js'
+import { access, askForToken, capitalized, copyButton, here, insertMarkup, names, quoteForShell, years } from './page.js'
 import { address, cookies, headOf, http, interval, pageQuery, pattern, request, room, run, size, sleep, techniques, unique } from './techniques.js'
-import { access, askForToken } from './token.js'
 
 const $ = (selector, within = document) => within.querySelector(selector)
 insertMarkup()

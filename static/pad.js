@@ -8,12 +8,11 @@
  */
 import { CARET_TTL, draw, enter, moveCarets, ownTop, showCaret, showPresence } from './carets.js'
 import { backoff, Comet } from './comet.js'
-import { copy, insertMarkup } from './page.js'
+import { access, askForToken, copy, insertMarkup } from './page.js'
 import { browserStorage, cleanName, make, nameTechniques, showStatus, tabStorage } from './people.js'
 import { apply, compose, diff, isEmpty, isText, move, transform } from './rebase.js'
 import { endOf, History, MAX, Replica } from './replica.js'
 import { Room } from './room.js'
-import { access, askForToken } from './token.js'
 
 const PACE = 150 // ms from one edit to the next, or more if many write; what is typed meanwhile is one edit
 const SNAPSHOT_AFTER = 64, SNAPSHOT_LATEST = 128 // messages; a room keeps 256 of them

@@ -1,4 +1,4 @@
-// What the pages share.
+// What all pages share: the techniques' names, small helpers for the document, copying, and tokens.
 
 /** The techniques, oldest first, with the name and the year that all pages and the README give them. */
 export const names = {
@@ -21,16 +21,17 @@ export const capitalized = text => text[0].toUpperCase() + text.slice(1)
 
 export const $ = (selector, within = document) => within.querySelector(selector)
 
-/** Makes an element with properties, and what is in it. */
-export function make(tag, properties, ...content) {
-  const element = Object.assign(document.createElement(tag), properties)
-  element.append(...content)
-  return element
+/** Makes an element; `props` is its class, or an object of properties. */
+export function make(tag, props, ...content) {
+  const el = Object.assign(document.createElement(tag), typeof props === 'string' ? { className: props } : props)
+  el.append(...content)
+  return el
 }
 
-/** Sets a text only if it is another, or a screen reader would read it out again. */
-export function setText(element, text) {
-  if (element.textContent !== text) element.textContent = text
+/** Sets what an element says, but only if that is new: a screen reader would read it out again. */
+export function setText(el, ...content) {
+  const { textContent, childNodes } = make('p', '', ...content)
+  if (el.textContent !== textContent) el.replaceChildren(...childNodes)
 }
 
 /** Calls back when the page is shown or hidden. A page that was left may stay in memory, and be shown again. */
@@ -45,8 +46,10 @@ export function onVisibility(change) {
 /** Inserts the part of a page that needs scripts. Until then it is text, so that nobody sees it where no script runs. */
 export function insertMarkup() {
   const markup = $('#markup')
-  markup.insertAdjacentHTML('afterend', markup.textContent)
-  markup.remove()
+  markup.outerHTML = markup.textContent
+  for (const [scheme, content] of [['light', '#f6f5f1'], ['dark', '#10141d']]) {
+    document.head.append(make('meta', { name: 'theme-color', content, media: `(prefers-color-scheme: ${scheme})` }))
+  }
 }
 
 /** Every address is relative to the page's own, since a proxy may serve the relay under a prefix. */
@@ -61,8 +64,7 @@ export const curl = (required, rest) => `curl ${required ? '-H "Authorization: B
 /** Copies text. Without HTTPS, browsers offer only the old way. */
 export async function copy(text) {
   try { return await navigator.clipboard.writeText(text) } catch { }
-  const field = make('textarea', { value: text, className: 'unseen' })
-  const { activeElement } = document
+  const { activeElement } = document, field = make('textarea', 'unseen', text)
   document.body.append(field)
   field.select()
   document.execCommand('copy')
@@ -70,13 +72,58 @@ export async function copy(text) {
   activeElement?.focus()
 }
 
-/** A button that copies what `text` returns, and says so. */
-export function copyButton(text, label = 'Copy') {
-  const button = make('button', { type: 'button', className: 'copy' }, label)
+/** Makes a button copy what `text` returns, and say so for a moment. */
+export function copies(button, text, done = 'Copied') {
+  const { textContent } = button
   button.onclick = async () => {
     await copy(text())
-    button.textContent = 'Copied'
-    setTimeout(() => button.textContent = label, 2000)
+    button.textContent = done
+    setTimeout(() => button.textContent = textContent, 2000)
   }
   return button
+}
+export const copyButton = (text, label = 'Copy') => copies(make('button', { type: 'button', className: 'copy' }, label), text)
+
+/**
+ * Returns what this browser may do in a room: { required, user, exp, read, write }; without a room, only whether its token
+ * is valid. If it has no valid token `refused` is true, and `error` says why. The relay keeps the token in a cookie that no
+ * script can read.
+ */
+export async function access(room) {
+  const token = new URLSearchParams(location.search).get('token')
+  try {
+    const response = await fetch('token?' + new URLSearchParams({ ...room && { room }, ...token && { token } }), { cache: 'no-store' }), answer = await response.json()
+    if (response.ok) return answer
+    if (response.status === 401) return { required: true, refused: true, read: false, write: false, error: answer.error }
+  } catch { }
+  return { required: false, read: true, write: true } // unknown: the next request shows it
+}
+
+/** Fills an element with a form for a token. `rights` is what it should allow, as options of the command that makes one. */
+export function askForToken(element, error, rights = '-read lobby -write lobby') {
+  element.innerHTML = `<form class="token">
+    <h2>This relay asks for a token</h2>
+    <p>It contains who you are, and which rooms you may read and write.</p>
+    <label>Token <input name="token" required autocomplete="off" autocapitalize="none" spellcheck="false" maxlength="4096"></label>
+    <button>Continue</button>
+    <p>The operator of the relay makes one with the relay’s secret:</p>
+    <pre></pre>
+    <p>On Fly.io, where the secret is already set:</p>
+    <pre></pre>
+    <p>For Cloud Run, run the first command on your own machine.</p>
+  </form>`
+  const [form] = element.children, [own, fly] = form.querySelectorAll('pre'), command = `token -sub NAME ${rights}`
+  own.textContent = `COMETES_SECRET=… cometes ${command}`
+  fly.textContent = `fly ssh console -C "/cometes ${command}"`
+  if (error && !/asks for a token/.test(error)) {
+    form.children[1].replaceWith(make('p', { className: 'wrong', role: 'alert' }, `Your token was not accepted: ${error}.`))
+  }
+  form.onsubmit = e => { // the relay moves the token into a cookie, and redirects to the URL without it
+    e.preventDefault()
+    const url = new URL(location)
+    url.searchParams.set('token', form.token.value.trim())
+    location.replace(url)
+  }
+  element.hidden = false
+  if (matchMedia('(hover: hover)').matches) form.token.focus()
 }

@@ -3,8 +3,7 @@
 // operators see a list of the rooms.
 
 import { Comet } from './comet.js'
-import { copyButton, insertMarkup, names, quoteForShell } from './page.js'
-import { access, askForToken } from './token.js'
+import { access, askForToken, copyButton, insertMarkup, names, quoteForShell } from './page.js'
 
 insertMarkup()
 const query = new URLSearchParams(location.search)
