@@ -48,14 +48,14 @@ class Graph {
    */
   constructor(parent, rows, title, unit, series, { format = formatNumber, stacked, whole } = {}) {
     this.values = series.map(() => make('b'))
-    const legend = series.map((name, i) => make('li', {}, name + ' ', this.values[i]))
+    const legend = series.map((name, i) => make('li', '', name + ' ', this.values[i]))
     legend.forEach((li, i) => li.dataset.n = i)
-    const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg'), time = make('span', { className: 'time' })
+    const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg'), time = make('span', 'time')
     Object.assign(this, { rows, series, format, stacked, whole, svg, time })
     Object.assign(svg, { tabIndex: 0, role: 'slider', ariaLabel: `${title}, ${unit}` })
     svg.setAttribute('aria-describedby', 'keys')
-    parent.append(make('figure', { className: 'graph' },
-      make('figcaption', {}, make('strong', {}, title), make('span', {}, unit), time, make('ul', { className: 'legend' }, ...legend)), svg))
+    parent.append(make('figure', 'graph',
+      make('figcaption', '', make('strong', '', title), make('span', '', unit), time, make('ul', 'legend', ...legend)), svg))
     svg.onpointermove = svg.onpointerdown = e => mark(this.timeAt(e))
     svg.onpointerleave = e => e.pointerType === 'mouse' && mark()
     svg.onkeydown = e => this.onKey(e)
@@ -226,7 +226,7 @@ function showInstances({ redis, instance }) {
     formatNumber(one.connections), formatNumber(one.rooms), formatNumber(one.users), one.silent > 10 ? `silent for ${one.silent} s` : 'now')))
 }
 
-const tableRow = (head, ...cells) => make('tr', {}, make('th', { scope: 'row' }, head), ...cells.map(cell => make('td', {}, cell)))
+const tableRow = (head, ...cells) => make('tr', '', make('th', { scope: 'row' }, head), ...cells.map(cell => make('td', '', cell)))
 
 function showState() {
   if (!statsComet) return
@@ -295,7 +295,7 @@ function feed() {
 
 const feedButtons = [1, 2].map(() => make('button', { type: 'button', className: 'feedit', ariaPressed: false, onclick: toggleFeed }, 'Feed it'))
 $('#skipped').before(feedButtons[0], ' ')
-$('#live').before(make('p', { className: 'row' }, feedButtons[1]))
+$('#live').before(make('p', 'row', feedButtons[1]))
 
 function toggleFeed({ target }) {
   clearInterval(feedTimer)
@@ -383,13 +383,13 @@ function updateRow(room) {
 
 function makeRow(room) {
   const erase = make('button', { type: 'button', ariaLabel: `Erase ${room}`, onclick: () => askToErase(room, row.messages) }, 'Erase')
-  const row = tableRow(make('a', { href: './?' + new URLSearchParams({ room }) }, make('bdi', {}, room)), '', '', '', '', '', erase)
+  const row = tableRow(make('a', { href: './?' + new URLSearchParams({ room }) }, make('bdi', '', room)), '', '', '', '', '', erase)
   return row
 }
 
 function askToErase(room, messages) {
   const dialog = $('#erase')
-  $('#what').replaceChildren('Erase the room ', make('bdi', {}, room), '?')
+  $('#what').replaceChildren('Erase the room ', make('bdi', '', room), '?')
   $('#warning').textContent = `${messages === 1 ? 'Its one message is' : `Its ${formatNumber(messages)} messages are`} deleted for everybody. This cannot be undone.`
   dialog.returnValue = ''
   dialog.onclose = () => dialog.returnValue === 'erase' && eraseRoom(room)
@@ -398,7 +398,7 @@ function askToErase(room, messages) {
 
 async function eraseRoom(room) {
   const words = await send('rooms/' + encodeURIComponent(room), { method: 'DELETE' }).then(() => ' is erased.', error => ` could not be erased: ${error.message}.`)
-  $('#answer').replaceChildren('The room ', make('bdi', {}, room), words)
+  $('#answer').replaceChildren('The room ', make('bdi', '', room), words)
   await listRooms()
   if (document.activeElement === document.body) $('#rooms h2').focus() // its button was removed with its row
 }
@@ -419,7 +419,7 @@ const heads = Object.entries(columns).map(([name, [title]]) => {
   }
   return head
 })
-$('#list thead tr').append(...heads, make('th', { scope: 'col' }, make('span', { className: 'unseen' }, 'Erase')))
+$('#list thead tr').append(...heads, make('th', { scope: 'col' }, make('span', 'unseen', 'Erase')))
 
 // The page. While it is hidden it loads neither the picture, which holds a connection, of which a browser has few per site,
 // nor the list of rooms; comet.js keeps its connections.
