@@ -336,10 +336,12 @@ func newApp(c config) (*app, error) {
 	a.handler = a.redis.wrap(a.handler) // layer: redis.go
 	a.limiter = newLimiter(c)
 	a.pool.openReceipt = func(cut func()) receipt { return a.limiter.receipts.open(cut) } // layer: async.go
-	a.stats.gauges = []gauge{                                                             // layer: stats.go
-		{"open_connections", "Connections.", a.limiter.open.Load},                                                                 // layer: stats.go
-		{"served_connections", "Connections with a request, or between two.", a.limiter.served.inUse},                             // layer: stats.go
-		{"reserved_bytes", "Bytes reserved for bodies that arrive, and for answers that clients take.", a.limiter.receipts.inUse}, // layer: stats.go
+	a.stats.more = func() []number {                                                      // layer: stats.go
+		return []number{ // layer: stats.go
+			{"open_connections", "", "Connections.", a.limiter.open.Load()},                                                                 // layer: stats.go
+			{"served_connections", "", "Connections with a request, or between two.", a.limiter.served.inUse()},                             // layer: stats.go
+			{"reserved_bytes", "", "Bytes reserved for bodies that arrive, and for answers that clients take.", a.limiter.receipts.inUse()}, // layer: stats.go
+		} // layer: stats.go
 	} // layer: stats.go
 	a.handler = a.limiter.wrap(s, a.handler)
 	a.access = &access{origins: origins, secrets: parseSecrets(c.secret), trustProxy: c.trustProxy}

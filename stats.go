@@ -17,6 +17,7 @@ import (
 	"runtime/metrics"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -25,33 +26,48 @@ import (
 type stats struct {
 	server         *server
 	started        time.Time
+	shared         func() any      // describes the relays that share a log, if there are more; nil without
+	elsewhere      bool            // /metrics has an address of its own
+	more           func() []number // of other layers
 	published      atomic.Int64
 	publishedBytes atomic.Int64 // of requests to publish
 	gaps           atomic.Int64 // sent to subscribers
 	dropped        atomic.Int64 // clients that took nothing for writeTimeout, or had too much waiting for them
 	skipped        atomic.Int64 // messages that a graph of numbers could not show
-	ticking        atomic.Bool  // the room _stats is published to
-	readAt         atomic.Int64 // when _stats was last asked for, Unix nanoseconds
-	techniques     map[*technique]*techniqueStats
-	refused        map[string]*atomic.Int64 // by reason
-	shared         func() any               // describes the relays that share a log, if there are more; nil without
-	elsewhere      bool                     // /metrics has an address of its own
-	gauges         []gauge
+
+	mu      sync.Mutex // guards what follows
+	traffic map[*technique]*traffic
+	refused map[string]int64 // by reason
+	ticking bool             // the room _stats is published to
+	readAt  time.Time        // when _stats was last asked for
 }
 
-// A gauge is a number of another layer.
-type gauge struct {
-	name, help string
-	value      func() int64
+// A number is a counter or a gauge of the whole relay.
+type number struct {
+	name  string // in /metrics, where that of a counter ends with _total
+	key   string // in the room _stats, if it is there
+	help  string
+	value int64
 }
 
-// techniqueStats are what one technique did since the start.
-type techniqueStats struct {
-	requests atomic.Int64
-	events   atomic.Int64 // delivered
-	in, out  atomic.Int64 // bytes
-	delays   [len(delayBounds) + 1]atomic.Int64
-	delaySum atomic.Int64 // milliseconds
+// traffic is what one technique did since the start.
+type traffic struct {
+	requests, events int64
+	in, out          int64                       // bytes
+	delays           [len(delayBounds) + 1]int64 // events by their delay
+	delaySum         int64                       // milliseconds
+}
+
+// perTechnique are the numbers that each technique has, but for the histogram.
+var perTechnique = []struct {
+	name, key, help string
+	value           func(*technique, *traffic) int64
+}{
+	{"requests_total", "requests", "Requests.", func(_ *technique, n *traffic) int64 { return n.requests }},
+	{"connections", "connections", "Requests and streams that are held open.", func(t *technique, _ *traffic) int64 { return t.open.Load() }},
+	{"delivered_total", "delivered", "Events written to clients.", func(_ *technique, n *traffic) int64 { return n.events }},
+	{"received_bytes_total", "in", "Bytes of requests, heads included.", func(_ *technique, n *traffic) int64 { return n.in }},
+	{"sent_bytes_total", "out", "Bytes of answers, heads included.", func(_ *technique, n *traffic) int64 { return n.out }},
 }
 
 // delayBounds are the upper ends of the histogram of delivery delay, in
@@ -59,20 +75,21 @@ type techniqueStats struct {
 // in its batch.
 var delayBounds = [...]int64{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000}
 
-// reasons are what a request or connection is refused for.
+// reasons are the limits, and the rules of access, that a request or connection is refused for.
 var reasons = []string{"address", "body", "connections", "descriptors", "memory", "origin", "pictures", "rate", "redis", "room", "rooms", "streams", "token", "users"}
 
 // newStats counts what the server does.
 func newStats(s *server) *stats {
-	st := &stats{server: s, started: time.Now(), techniques: map[*technique]*techniqueStats{}, refused: map[string]*atomic.Int64{}}
+	st := &stats{server: s, started: time.Now(), traffic: map[*technique]*traffic{}, refused: map[string]int64{}, more: func() []number { return nil }}
 	for _, t := range s.techniques {
-		st.techniques[t] = &techniqueStats{}
+		st.traffic[t] = &traffic{}
 	}
-	for _, reason := range reasons {
-		st.refused[reason] = &atomic.Int64{}
+	s.count = st.newCounter
+	s.refused = func(reason string) { // that for a bad name, for example, has no reason, and is not shown
+		st.mu.Lock()
+		defer st.mu.Unlock()
+		st.refused[reason]++
 	}
-	s.count = func() counter { return (&statsBatch{all: st}).add }
-	s.refused = st.countRefusal
 	s.dropped = func() { st.dropped.Add(1) }
 	publish := s.publish
 	s.publish = func(p publishRequest) (int64, bool, error) {
@@ -85,116 +102,97 @@ func newStats(s *server) *stats {
 	return st
 }
 
-// countRefusal counts a refusal. A reason that is no limit, such as a bad name, is not counted.
-func (st *stats) countRefusal(reason string) {
-	if n := st.refused[reason]; n != nil {
-		n.Add(1)
+// add counts what a technique did.
+func (st *stats) add(t *technique, n traffic) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	sum := st.traffic[t]
+	sum.requests += n.requests
+	sum.events += n.events
+	sum.in += n.in
+	sum.out += n.out
+	sum.delaySum += n.delaySum
+	for i, events := range n.delays {
+		sum.delays[i] += events
 	}
 }
 
-// A statsBatch is what one writer counts before it adds to the techniqueStats: two
-// writers that add to one number for each event would wait for each other's cache.
-type statsBatch struct {
-	all         *stats
-	of          *techniqueStats
-	t           *technique
-	events, out int64
-	gaps        int64
-	delays      [len(delayBounds) + 1]int64
-	delaySum    int64
-}
-
-// add counts events of a technique that were written in so many bytes at the time now,
-// in Unix milliseconds. Without a technique it ends the batch.
-func (b *statsBatch) add(t *technique, events []*event, bytes int, now int64) {
-	if b.t != t {
-		b.flush()
-		b.t, b.of = t, b.all.techniques[t]
-	}
-	b.out += int64(bytes)
-	for _, e := range events {
-		if e.publishedAt == 0 {
-			if e.kind == "gap" {
-				b.gaps++
+// newCounter returns the counter of one writer. It adds up what is written by one
+// technique: writers that took the lock for each event would wait for each other.
+func (st *stats) newCounter() counter {
+	var of *technique
+	var n traffic
+	return func(t *technique, events []*event, bytes int, now int64) {
+		if t != of {
+			if of != nil {
+				st.add(of, n)
 			}
-			continue
+			of, n = t, traffic{}
 		}
-		b.events++
-		delay := now - e.publishedAt
-		i := 0
-		for i < len(delayBounds) && delay > delayBounds[i] {
-			i++
-		}
-		b.delays[i]++
-		b.delaySum += delay
-	}
-}
-
-func (b *statsBatch) flush() {
-	if b.of == nil {
-		return
-	}
-	b.of.events.Add(b.events)
-	b.of.out.Add(b.out)
-	b.of.delaySum.Add(b.delaySum)
-	b.all.gaps.Add(b.gaps)
-	for i, n := range b.delays {
-		if n > 0 {
-			b.of.delays[i].Add(n)
+		n.out += int64(bytes)
+		for _, e := range events {
+			if e.publishedAt == 0 { // a notice
+				if e.kind == "gap" {
+					st.gaps.Add(1)
+				}
+				continue
+			}
+			n.events++
+			delay := now - e.publishedAt
+			i, _ := slices.BinarySearch(delayBounds[:], delay)
+			n.delays[i]++
+			n.delaySum += delay
 		}
 	}
-	*b = statsBatch{all: b.all}
 }
 
 // requested counts a request that net/http did not see.
 func (st *stats) requested(t *technique, bytes int) {
-	st.techniques[t].requests.Add(1)
-	st.received(t, bytes)
+	st.add(t, traffic{requests: 1, in: int64(bytes)})
 }
 
 // received counts bytes that a WebSocket's client sent.
-func (st *stats) received(t *technique, bytes int) { st.techniques[t].in.Add(int64(bytes)) }
+func (st *stats) received(t *technique, bytes int) { st.add(t, traffic{in: int64(bytes)}) }
 
 // wrap returns a handler that counts requests, and answers /metrics and GET /rooms.
 func (st *stats) wrap(next http.Handler) http.Handler {
-	s := st.server
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/metrics" && !st.elsewhere {
-			s.answer(w, r, st.handleMetrics)
-			return
-		}
 		path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms")
-		if isRoom && path == "" {
-			s.answer(w, r, func(w http.ResponseWriter, r *http.Request) error {
-				_, p := withPermit(r)
-				return s.handle(w, r, &request{permit: p}, readMethods, p.rights.read, st.listRooms)
-			})
+		switch {
+		case r.URL.Path == "/metrics" && !st.elsewhere:
+			st.answer(w, r, []string{statsRoom}, st.handleMetrics)
 			return
-		}
-		if !isRoom {
-			next.ServeHTTP(w, r)
+		case isRoom && path == "":
+			st.answer(w, r, nil, st.listRooms)
 			return
-		}
-		verb := path[strings.LastIndexByte(path, '/')+1:]
-		if r.Method == http.MethodPost || r.Method == http.MethodPut {
+		case !isRoom || r.Method == http.MethodOptions:
+		case r.Method == http.MethodPost || r.Method == http.MethodPut:
 			if strings.Count(path, "/") == 1 {
 				st.publishedBytes.Add(requestSize(r))
 				r.Body = &countedBody{r.Body, &st.publishedBytes}
 			}
-		} else if t := s.technique(verb); t != nil && r.Method != http.MethodOptions {
-			c := st.techniques[t]
-			c.requests.Add(1)
-			c.in.Add(requestSize(r))
-			if strings.Contains(path, statsRoom) {
-				st.start(r)
-			}
-			defer func() {
-				if w.Header()["Date"] == nil && t.name != "ws" { // else the connection was taken over
-					c.out.Add(headSize(len("HTTP/1.1 200 OK"), w.Header()))
+		default:
+			if t := st.server.technique(path[strings.LastIndexByte(path, '/')+1:]); t != nil {
+				st.add(t, traffic{requests: 1, in: requestSize(r)})
+				if strings.Contains(path, statsRoom) {
+					st.start(r)
 				}
-			}()
+				defer func() {
+					if w.Header()["Date"] == nil && t.name != "ws" { // else the connection was taken over
+						st.add(t, traffic{out: headSize(len("HTTP/1.1 200 OK"), w.Header())})
+					}
+				}()
+			}
 		}
 		next.ServeHTTP(w, r)
+	})
+}
+
+// answer calls do for a GET, if the client may read the rooms.
+func (st *stats) answer(w http.ResponseWriter, r *http.Request, rooms []string, do handler) {
+	st.server.answer(w, r, func(w http.ResponseWriter, r *http.Request) error {
+		_, p := withPermit(r)
+		return st.server.handle(w, r, &request{rooms: rooms, permit: p}, readMethods, p.rights.read, do)
 	})
 }
 
@@ -226,19 +224,7 @@ func requestSize(r *http.Request) int64 {
 	return headSize(len(r.Method)+len(r.RequestURI)+len("  HTTP/1.1"), r.Header) + int64(len("Host: \r\n")+len(r.Host))
 }
 
-// memory is how many bytes the Go runtime has from the system.
-func memory() uint64 {
-	s := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
-	metrics.Read(s)
-	return s[0].Value.Uint64() - s[1].Value.Uint64()
-}
-
-// size is how much the relay holds.
-func (r *relay) size() (rooms, users, bytes int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.lru.Len(), r.leases, r.bytes
-}
+// The list of rooms.
 
 // maxListed is how many rooms a list has.
 const maxListed = 1000
@@ -254,37 +240,38 @@ type roomStatus struct {
 	Time     int64  `json:"time"`   // of the newest event, Unix milliseconds, or 0
 }
 
+// status describes the room. The caller holds relay.mu.
+func (rm *room) status() roomStatus {
+	h := rm.history.Load()
+	status := roomStatus{rm.name, len(rm.subscriptions), rm.online, len(h.messages), rm.messageBytes + rm.signalBytes, h.newest(), 0}
+	for _, log := range [][]*event{h.messages, h.signals} {
+		if n := len(log); n > 0 {
+			status.Time = max(status.Time, log[n-1].publishedAt)
+		}
+	}
+	return status
+}
+
 // list returns the rooms whose names begin with prefix, the one published to last
 // first, then those that are only read; so many at most, and whether there are more.
-func (r *relay) list(prefix string, most int) (rooms []roomStatus, more bool) {
+func (r *relay) list(prefix string, most int) (list []roomStatus, more bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	rooms = []roomStatus{}
-	add := func(rm *room) {
-		if !strings.HasPrefix(rm.name, prefix) {
-			return
-		}
-		if more = len(rooms) == most; more {
-			return
-		}
-		v := rm.history.Load()
-		info := roomStatus{rm.name, len(rm.subscriptions), rm.online, len(v.messages), rm.messageBytes + rm.signalBytes, v.newest(), 0}
-		for _, log := range [][]*event{v.messages, v.signals} {
-			if len(log) > 0 {
-				info.Time = max(info.Time, log[len(log)-1].publishedAt)
-			}
-		}
-		rooms = append(rooms, info)
-	}
-	for el := r.lru.Front(); el != nil && !more; el = el.Next() {
-		add(el.Value.(*room))
+	var rooms []*room
+	for el := r.lru.Front(); el != nil; el = el.Next() {
+		rooms = append(rooms, el.Value.(*room))
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.rooms)) {
-		if rm := r.rooms[name]; rm.lruElem == nil && !more {
-			add(rm)
+		if rm := r.rooms[name]; rm.lruElem == nil {
+			rooms = append(rooms, rm)
 		}
 	}
-	return rooms, more
+	rooms = slices.DeleteFunc(rooms, func(rm *room) bool { return !strings.HasPrefix(rm.name, prefix) })
+	list = []roomStatus{}
+	for _, rm := range rooms[:min(len(rooms), most)] {
+		list = append(list, rm.status())
+	}
+	return list, len(rooms) > most
 }
 
 // listRooms is GET /rooms, for operators.
@@ -304,18 +291,30 @@ func (st *stats) listRooms(w http.ResponseWriter, r *http.Request, q *request) e
 	return nil
 }
 
-// handleMetrics is GET /metrics, for those who may read _stats.
-func (st *stats) handleMetrics(w http.ResponseWriter, r *http.Request) error {
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		w.Header().Set("Allow", "GET, HEAD")
-		return newError(http.StatusMethodNotAllowed, r.Method+" is not for this path; GET, HEAD are")
-	}
-	_, p := withPermit(r)
-	if err := p.rights.read(statsRoom); err != nil {
-		return err
-	}
-	st.metrics(w)
-	return nil
+// Metrics.
+
+// numbers returns the numbers of the whole relay.
+func (st *stats) numbers() []number {
+	r := st.server.relay
+	r.mu.Lock()
+	rooms, users, bytes := r.lru.Len(), r.leases, r.bytes
+	r.mu.Unlock()
+	memory := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
+	metrics.Read(memory)
+	return append([]number{
+		{"start_time_seconds", "", "When the relay started, Unix time.", st.started.Unix()},
+		{"published_total", "published", "Events published.", st.published.Load()},
+		{"published_bytes_total", "in", "Bytes of requests to publish, heads included.", st.publishedBytes.Load()},
+		{"gaps_total", "gaps", "Gaps sent to subscribers.", st.gaps.Load()},
+		{"dropped_total", "dropped", "Clients dropped because they took nothing for too long or, with all others, had too much waiting for them.", st.dropped.Load()},
+		{"skipped_total", "skipped", "Messages that a graph of numbers could not show.", st.skipped.Load()},
+		{"rooms", "rooms", "Rooms with a history.", int64(rooms)},
+		{"users", "users", "Users present, counted by room.", int64(users)},
+		{"history_bytes", "history", "Bytes of events kept.", int64(bytes)},
+		{"memory_bytes", "memory", "Memory the runtime has from the system.", int64(memory[0].Value.Uint64() - memory[1].Value.Uint64())},
+		{"unsent_bytes", "", "Bytes that streams have not taken yet.", st.server.unsentBytes.Load()},
+		{"goroutines", "goroutines", "Goroutines.", int64(runtime.NumGoroutine())},
+	}, st.more()...)
 }
 
 // listen serves /metrics on an address of its own, if there is one, and no longer
@@ -330,69 +329,63 @@ func (st *stats) listen(addr string) (stop func() error, err error) {
 	}
 	st.elsewhere = true
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { st.metrics(w) })
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { st.handleMetrics(w, r, nil) })
 	srv := &http.Server{Handler: mux, ReadTimeout: requestTimeout, WriteTimeout: answerTimeout}
 	go srv.Serve(l)
 	return srv.Close, nil
 }
 
-// metrics writes all counters in Prometheus' text format
-// (https://prometheus.io/docs/instrumenting/exposition_formats/).
-func (st *stats) metrics(w http.ResponseWriter) {
-	var b strings.Builder
-	one := func(name, kind, help string, value any) {
-		fmt.Fprintf(&b, "# HELP cometes_%s %s\n# TYPE cometes_%[1]s %[3]s\ncometes_%[1]s %[4]v\n", name, help, kind, value)
-	}
-	each := func(name, kind, help string, value func(*technique, *techniqueStats) int64) {
-		fmt.Fprintf(&b, "# HELP cometes_%s %s\n# TYPE cometes_%[1]s %[3]s\n", name, help, kind)
-		for _, t := range st.server.techniques {
-			fmt.Fprintf(&b, "cometes_%s{technique=%q} %d\n", name, t.name, value(t, st.techniques[t]))
-		}
-	}
-	rooms, users, bytes := st.server.relay.size()
-	one("start_time_seconds", "gauge", "When the relay started, Unix time.", st.started.Unix())
-	one("published_total", "counter", "Events published.", st.published.Load())
-	one("published_bytes_total", "counter", "Bytes of requests to publish, heads included.", st.publishedBytes.Load())
-	one("gaps_total", "counter", "Gaps sent to subscribers.", st.gaps.Load())
-	one("dropped_total", "counter", "Clients dropped because they took nothing for too long or, with all others, had too much waiting for them.", st.dropped.Load())
-	one("skipped_total", "counter", "Messages that a graph of numbers could not show.", st.skipped.Load())
-	one("rooms", "gauge", "Rooms with a history.", rooms)
-	one("users", "gauge", "Users present, counted by room.", users)
-	one("history_bytes", "gauge", "Bytes of events kept.", bytes)
-	one("memory_bytes", "gauge", "Memory the runtime has from the system.", memory())
-	one("unsent_bytes", "gauge", "Bytes that streams have not taken yet.", st.server.unsentBytes.Load())
-	for _, g := range st.gauges {
-		one(g.name, "gauge", g.help, g.value())
-	}
-	one("goroutines", "gauge", "Goroutines.", runtime.NumGoroutine())
-	fmt.Fprintf(&b, "# HELP cometes_refused_total Requests and connections refused.\n# TYPE cometes_refused_total counter\n")
-	for _, reason := range reasons {
-		fmt.Fprintf(&b, "cometes_refused_total{reason=%q} %d\n", reason, st.refused[reason].Load())
-	}
-	each("requests_total", "counter", "Requests.", func(_ *technique, c *techniqueStats) int64 { return c.requests.Load() })
-	each("connections", "gauge", "Requests and streams that are held open.", func(t *technique, _ *techniqueStats) int64 { return t.open.Load() })
-	each("delivered_total", "counter", "Events written to clients.", func(_ *technique, c *techniqueStats) int64 { return c.events.Load() })
-	each("received_bytes_total", "counter", "Bytes of requests, heads included.", func(_ *technique, c *techniqueStats) int64 { return c.in.Load() })
-	each("sent_bytes_total", "counter", "Bytes of answers, heads included.", func(_ *technique, c *techniqueStats) int64 { return c.out.Load() })
-
-	const delay = "cometes_delivery_delay_seconds"
-	fmt.Fprintf(&b, "# HELP %s From publishing to writing.\n# TYPE %[1]s histogram\n", delay)
-	for _, technique := range st.server.techniques {
-		t := st.techniques[technique]
-		n := int64(0)
-		for i, bound := range delayBounds {
-			n += t.delays[i].Load()
-			fmt.Fprintf(&b, "%s_bucket{technique=%q,le=\"%v\"} %d\n", delay, technique.name, float64(bound)/1000, n)
-		}
-		n += t.delays[len(delayBounds)].Load()
-		fmt.Fprintf(&b, "%s_bucket{technique=%q,le=\"+Inf\"} %d\n", delay, technique.name, n)
-		fmt.Fprintf(&b, "%s_sum{technique=%q} %v\n%[1]s_count{technique=%[2]q} %[4]d\n", delay, technique.name, float64(t.delaySum.Load())/1000, n)
-	}
+// handleMetrics is GET /metrics, for those who may read _stats.
+func (st *stats) handleMetrics(w http.ResponseWriter, _ *http.Request, _ *request) error {
 	h := w.Header()
 	h.Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	h.Set("Cache-Control", "no-store")
-	w.Write([]byte(b.String()))
+	io.WriteString(w, st.metrics())
+	return nil
 }
+
+// metrics returns all counters in Prometheus' text format
+// (https://prometheus.io/docs/instrumenting/exposition_formats/).
+func (st *stats) metrics() string {
+	var b strings.Builder
+	head := func(name, kind, help string) {
+		if strings.HasSuffix(name, "_total") {
+			kind = "counter"
+		}
+		fmt.Fprintf(&b, "# HELP cometes_%s %s\n# TYPE cometes_%[1]s %[3]s\n", name, help, kind)
+	}
+	for _, n := range st.numbers() {
+		head(n.name, "gauge", n.help)
+		fmt.Fprintf(&b, "cometes_%s %d\n", n.name, n.value)
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	head("refused_total", "", "Requests and connections refused.")
+	for _, reason := range reasons {
+		fmt.Fprintf(&b, "cometes_refused_total{reason=%q} %d\n", reason, st.refused[reason])
+	}
+	for _, n := range perTechnique {
+		head(n.name, "gauge", n.help)
+		for _, t := range st.server.techniques {
+			fmt.Fprintf(&b, "cometes_%s{technique=%q} %d\n", n.name, t.name, n.value(t, st.traffic[t]))
+		}
+	}
+	head("delivery_delay_seconds", "histogram", "From publishing to writing.")
+	for _, t := range st.server.techniques {
+		n := st.traffic[t]
+		label, below := fmt.Sprintf("technique=%q", t.name), int64(0)
+		for i, bound := range delayBounds {
+			below += n.delays[i]
+			fmt.Fprintf(&b, "cometes_delivery_delay_seconds_bucket{%s,le=\"%v\"} %d\n", label, float64(bound)/1000, below)
+		}
+		fmt.Fprintf(&b, "cometes_delivery_delay_seconds_bucket{%s,le=\"+Inf\"} %d\n", label, n.events)
+		fmt.Fprintf(&b, "cometes_delivery_delay_seconds_sum{%s} %v\n", label, float64(n.delaySum)/1000)
+		fmt.Fprintf(&b, "cometes_delivery_delay_seconds_count{%s} %d\n", label, n.events)
+	}
+	return b.String()
+}
+
+// The room _stats.
 
 // statsEvery is how often the relay publishes to the room _stats, while somebody reads it.
 const statsEvery = time.Second
@@ -403,61 +396,51 @@ func (st *stats) start(r *http.Request) {
 	if _, p := withPermit(r); p.rights.read(statsRoom) != nil {
 		return
 	}
-	st.readAt.Store(time.Now().UnixNano())
-	if st.ticking.CompareAndSwap(false, true) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.readAt = time.Now()
+	if !st.ticking {
+		st.ticking = true
 		time.AfterFunc(0, st.publish)
 	}
 }
 
-// publish publishes the counters, and again after statsEvery while the room is read.
+// publish publishes the counters, and again after statsEvery while somebody reads the
+// room, or asked for it lately.
 func (st *stats) publish() {
-	r := st.server.relay
-	rooms, users, bytes := r.size()
-	type total struct {
-		Connections int64 `json:"connections"`
-		Requests    int64 `json:"requests"`
-		Delivered   int64 `json:"delivered"`
-		In          int64 `json:"in"`
-		Out         int64 `json:"out"`
-	}
-	techniques := map[string]total{}
-	for t, c := range st.techniques {
-		techniques[t.name] = total{t.open.Load(), c.requests.Load(), c.events.Load(), c.in.Load(), c.out.Load()}
-	}
-	var shared any
-	if st.shared != nil {
-		shared = st.shared()
-	}
-	data, _ := json.Marshal(map[string]any{
-		"instance":   st.server.instance,
-		"redis":      shared,
-		"techniques": techniques,
-		"published":  st.published.Load(),
-		"in":         st.publishedBytes.Load(),
-		"gaps":       st.gaps.Load(),
-		"dropped":    st.dropped.Load(),
-		"skipped":    st.skipped.Load(),
-		"rooms":      rooms,
-		"users":      users,
-		"history":    bytes,
-		"memory":     memory(),
-		"goroutines": runtime.NumGoroutine(),
-		"uptime":     int64(time.Since(st.started).Seconds()),
-	})
-	_, _, err := r.publish(publishRequest{room: statsRoom, kind: "stats", data: data})
-	if err == nil && st.wanted() {
+	data, _ := json.Marshal(st.snapshot())
+	_, _, err := st.server.relay.publish(publishRequest{room: statsRoom, kind: "stats", data: data})
+	isRead := st.server.relay.isRead(statsRoom)
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.ticking = err == nil && (isRead || time.Since(st.readAt) < 5*statsEvery)
+	if st.ticking {
 		time.AfterFunc(statsEvery, st.publish)
-		return
-	}
-	st.ticking.Store(false)
-	if err == nil && st.wanted() && st.ticking.CompareAndSwap(false, true) { // by somebody who came in between
-		time.AfterFunc(0, st.publish)
 	}
 }
 
-// wanted reports whether somebody reads the room _stats, or asked for it lately.
-func (st *stats) wanted() bool {
-	return st.server.relay.isRead(statsRoom) || time.Since(time.Unix(0, st.readAt.Load())) < 5*statsEvery
+// snapshot returns the counters as they are published.
+func (st *stats) snapshot() map[string]any {
+	data := map[string]any{"instance": st.server.instance, "redis": nil, "uptime": int64(time.Since(st.started).Seconds())}
+	if st.shared != nil {
+		data["redis"] = st.shared()
+	}
+	for _, n := range st.numbers() {
+		if n.key != "" {
+			data[n.key] = n.value
+		}
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	techniques := map[string]map[string]int64{}
+	for t, n := range st.traffic {
+		techniques[t.name] = map[string]int64{}
+		for _, number := range perTechnique {
+			techniques[t.name][number.key] = number.value(t, n)
+		}
+	}
+	data["techniques"] = techniques
+	return data
 }
 
 // isRead reports whether the room has subscribers.

@@ -541,9 +541,7 @@ func exchange(t testing.TB, c *websocket.Conn, frame string) string {
 // metric returns a value of /metrics.
 func (b *testbed) metric(name string) float64 {
 	b.t.Helper()
-	w := httptest.NewRecorder()
-	b.stats.metrics(w)
-	return metricOf(b.t, w.Body.String(), name)
+	return metricOf(b.t, b.stats.metrics(), name)
 }
 
 func metricOf(t testing.TB, text, name string) (value float64) {
