@@ -219,6 +219,9 @@ func (s *allotment) give() {
 }
 
 func (s *allotment) free() {
+	if s.budget == nil { // it was never open
+		return
+	}
 	s.budget.mu.Lock()
 	defer s.budget.mu.Unlock()
 	s.ended = true

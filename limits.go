@@ -42,31 +42,37 @@ const (
 
 // A limiter bounds what clients take together, and each address.
 type limiter struct {
-	addrs          addrLimiter
-	maxStreams     int64 // streams and waiting long-polls
+	trustProxy     bool
+	fly            bool  // the proxy is Fly.io's
+	maxBody        int64 // bytes
+	maxStreams     int   // streams and waiting long-polls
 	maxStreamBytes int64 // of memory, for them
-	streams        atomic.Int64
-	streamBytes    atomic.Int64
-	maxBody        int64
-	roomRate       float64      // publishes a second to a room
-	open           atomic.Int64 // connections
-	receipts       *budget      // bytes that are being received or, of answers with an end, taken
-	served         *budget      // connections that net/http serves
 
-	mu    sync.Mutex // guards rooms
-	rooms map[string]*tokenBucket
+	open      atomic.Int64 // connections
+	receipts  *budget      // bytes that are being received or, of answers with an end, taken
+	served    *budget      // connections that net/http serves
+	publishes rateLimiter[netip.Addr]
+	rooms     rateLimiter[string]
+	held      addrLimiter // streams and waiting long-polls
+
+	mu          sync.Mutex // guards what follows
+	streams     int
+	streamBytes int64
 }
 
 func newLimiter(c config) *limiter {
 	b := boundsFor(c.memory)
 	return &limiter{
-		addrs:          addrLimiter{trustProxy: c.trustProxy, fly: c.fly, perAddr: c.perAddr, rate: c.rate},
-		maxStreams:     int64(c.streams),
-		maxStreamBytes: int64(max(c.streams, b.streams)) * streamCost,
+		trustProxy:     c.trustProxy,
+		fly:            c.fly,
 		maxBody:        c.body,
-		roomRate:       c.roomRate,
+		maxStreams:     c.streams,
+		maxStreamBytes: int64(max(c.streams, b.streams)) * streamCost,
 		receipts:       newBudget(max(b.receipts, 4*bodyFactor*c.body)),
 		served:         newBudget(b.served),
+		publishes:      rateLimiter[netip.Addr]{rate: c.rate},
+		rooms:          rateLimiter[string]{rate: c.roomRate},
+		held:           addrLimiter{perAddr: c.perAddr},
 	}
 }
 
@@ -74,7 +80,7 @@ func newLimiter(c config) *limiter {
 func (l *limiter) wrap(s *server, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r, p := withPermit(r)
-		q := &clientQuota{l: l, addr: l.addrs.clientAddr(r), http11: r.ProtoMajor == 1 && r.ProtoMinor == 1}
+		q := &clientQuota{l: l, addr: l.clientAddr(r), http11: r.ProtoMajor == 1 && r.ProtoMinor == 1}
 		q.conn, _ = r.Context().Value(connKey{}).(*limitedConn)
 		p.quota = q
 		defer q.free()
@@ -95,13 +101,13 @@ func (l *limiter) wrap(s *server, next http.Handler) http.Handler {
 
 // A clientQuota is the quota of one client, for one request.
 type clientQuota struct {
-	l      *limiter
-	addr   netip.Addr
-	conn   *limitedConn // nil if the listener is not ours
-	http11 bool
-	body   *reservedBody
-	cut    func() // ends what the request waits for
-	parts  []*allotment
+	l       *limiter
+	addr    netip.Addr
+	conn    *limitedConn // nil if the listener is not ours
+	http11  bool
+	body    *reservedBody
+	cut     func()    // ends a client of HTTP/2 that takes no answer
+	in, out allotment // of l.receipts: for the request and its body, and for the answer
 }
 
 // begin reserves what the request takes before it is read.
@@ -110,54 +116,44 @@ func (q *clientQuota) begin(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	}
 	rc := http.NewResponseController(w)
-	part := q.open(func() { rc.SetReadDeadline(past) })
+	q.in = allotment{budget: q.l.receipts, cut: func() { rc.SetReadDeadline(past) }}
 	if r.ProtoMajor == 2 {
 		q.cut = func() { rc.SetWriteDeadline(past) }
-		if err := part.grow(requestCost); err != nil {
+		if err := q.in.grow(requestCost); err != nil {
 			return err
 		}
-		part.due.Store(0)
+		q.in.due.Store(0)
 	}
 	if r.ContentLength == 0 || r.ContentLength > q.l.maxBody { // the latter is refused before it is read
 		return nil
 	}
-	q.body = &reservedBody{ReadCloser: r.Body, part: part, reserved: smallSize}
+	q.body = &reservedBody{ReadCloser: r.Body, part: &q.in, reserved: smallSize, began: time.Now().UnixNano()}
 	r.Body = q.body
 	if r.ContentLength > smallSize {
 		q.body.reserved = r.ContentLength
-		return part.grow(r.ContentLength * bodyFactor)
+		return q.in.grow(r.ContentLength * bodyFactor)
 	}
 	return nil
 }
 
-// open returns an allotment of the receipts, until the request ends.
-func (q *clientQuota) open(cut func()) *allotment {
-	part := q.l.receipts.open(cut)
-	q.parts = append(q.parts, part)
-	return part
+// reserve is for an answer that is in memory until the client has taken it.
+func (q *clientQuota) reserve(bytes int) error {
+	cut := q.cut
+	if cut == nil && q.conn != nil {
+		cut = func() { q.conn.Close() }
+	}
+	if bytes <= smallSize || cut == nil {
+		return nil
+	}
+	q.out = allotment{budget: q.l.receipts, cut: cut}
+	return q.out.grow(int64(bytes))
 }
 
 // free gives back what was reserved. It may be called again: a long-poll that waits
 // without net/http keeps its quota.
 func (q *clientQuota) free() {
-	for _, part := range q.parts {
-		part.free()
-	}
-}
-
-// reserve is for an answer that is in memory until the client has taken it.
-func (q *clientQuota) reserve(bytes int) error {
-	if bytes <= smallSize {
-		return nil
-	}
-	cut := q.cut
-	if cut == nil && q.conn != nil {
-		cut = func() { q.conn.Close() }
-	}
-	if cut == nil {
-		return nil
-	}
-	return q.open(cut).grow(int64(bytes))
+	q.in.free()
+	q.out.free()
 }
 
 // A reservedBody is a body whose bytes are reserved before they are read.
@@ -165,7 +161,7 @@ type reservedBody struct {
 	io.ReadCloser
 	part     *allotment
 	reserved int64 // and not yet read
-	began    int64 // when it was first read, Unix nanoseconds
+	began    int64 // Unix nanoseconds
 	received int64 // bytes since
 	ended    bool
 }
@@ -177,9 +173,6 @@ func (b *reservedBody) Read(p []byte) (int, error) {
 		}
 		b.reserved = smallSize
 	}
-	if b.began == 0 {
-		b.began = time.Now().UnixNano()
-	}
 	b.part.due.Store(dueAt(b.began, b.received))
 	n, err := b.ReadCloser.Read(p[:min(int64(len(p)), b.reserved)])
 	b.part.due.Store(0)
@@ -190,14 +183,14 @@ func (b *reservedBody) Read(p []byte) (int, error) {
 }
 
 func (q *clientQuota) publish() error {
-	if !q.l.addrs.allow(q.addr) {
-		return errTooFast
+	if isUnlimited(q.addr) || q.l.publishes.allow(q.addr, time.Now()) {
+		return nil
 	}
-	return nil
+	return errTooFast
 }
 
 func (q *clientQuota) publishTo(room string) error {
-	if q.addr.IsLoopback() || q.l.allowRoom(room) {
+	if q.addr.IsLoopback() || q.l.rooms.allow(room, time.Now()) {
 		return nil
 	}
 	return errRoomTooFast
@@ -205,31 +198,32 @@ func (q *clientQuota) publishTo(room string) error {
 
 func (q *clientQuota) hold() error {
 	l := q.l
-	streams, bytes := l.streams.Add(1), l.streamBytes.Add(q.cost())
 	most := l.maxStreamBytes
 	if !q.http11 {
 		most -= most / 4 // a quarter is for those that cost less
 	}
-	err := error(nil)
-	if streams > l.maxStreams || bytes > most {
-		err = errTooManyStreams
-	} else if !l.addrs.acquire(q.addr) {
-		err = errTooManyPerAddr
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.streams >= l.maxStreams || l.streamBytes+q.cost() > most {
+		return errTooManyStreams
 	}
-	if err != nil {
-		l.streams.Add(-1)
-		l.streamBytes.Add(-q.cost())
-		return err
+	if !l.held.acquire(q.addr) {
+		return errTooManyPerAddr
 	}
+	l.streams++
+	l.streamBytes += q.cost()
 	q.free() // a stream is not paid for twice
 	q.conn.hold(1)
 	return nil
 }
 
 func (q *clientQuota) release() {
-	q.l.streams.Add(-1)
-	q.l.streamBytes.Add(-q.cost())
-	q.l.addrs.release(q.addr)
+	l := q.l
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.streams--
+	l.streamBytes -= q.cost()
+	l.held.release(q.addr)
 	q.conn.hold(-1)
 }
 
@@ -241,100 +235,50 @@ func (q *clientQuota) cost() int64 {
 	return requestCost
 }
 
-func (l *limiter) allowRoom(room string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return bucketOf(&l.rooms, room).allow(l.roomRate, time.Now())
+// A rateLimiter lets each key do something rate times a second, and two seconds' worth at
+// once. It is a token bucket for each, kept as the time when that is full again.
+type rateLimiter[K comparable] struct {
+	rate float64
+
+	mu     sync.Mutex // guards what follows
+	fullAt map[K]time.Time
 }
 
-// A tokenBucket fills with rate tokens a second, up to those of two seconds.
-type tokenBucket struct {
-	tokens   float64
-	filledAt time.Time
-}
+// maxBuckets is how many keys have a bucket that is not full. When there are more, all are
+// full again.
+const maxBuckets = 1 << 16
 
 // allow takes a token, if there is one.
-func (b *tokenBucket) allow(rate float64, now time.Time) bool {
-	full := max(2*rate, 1)
-	if b.filledAt.IsZero() {
-		b.tokens = full
-	} else {
-		b.tokens = min(full, b.tokens+rate*now.Sub(b.filledAt).Seconds())
+func (l *rateLimiter[K]) allow(key K, now time.Time) bool {
+	interval := time.Duration(min(1/l.rate, 1e9) * 1e9) // a Duration holds no more than 9e9 seconds
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	fullAt := l.fullAt[key]
+	if fullAt.Before(now) {
+		fullAt = now
 	}
-	b.filledAt = now
-	if b.tokens < 1 {
+	fullAt = fullAt.Add(interval)
+	if fullAt.Sub(now) > max(2*time.Second, interval) {
 		return false
 	}
-	b.tokens--
+	if len(l.fullAt) >= maxBuckets || l.fullAt == nil {
+		l.fullAt = map[K]time.Time{}
+	}
+	l.fullAt[key] = fullAt
 	return true
 }
 
-// An addrLimiter bounds what each client address has.
+// An addrLimiter bounds how many connections, or held requests, each client address has.
 type addrLimiter struct {
-	trustProxy bool
-	fly        bool    // the proxy is Fly.io's
-	perAddr    int     // connections, and requests held, of one address
-	rate       float64 // publishes a second of one address
+	perAddr int
 
-	mu      sync.Mutex // guards what follows
-	open    map[netip.Addr]int
-	buckets map[netip.Addr]*tokenBucket
-}
-
-// maxBuckets is how many addresses, or rooms, have a bucket. When there are more, all
-// begin again with full ones.
-const maxBuckets = 1 << 16
-
-func bucketOf[K comparable](buckets *map[K]*tokenBucket, key K) *tokenBucket {
-	b := (*buckets)[key]
-	if b == nil {
-		if len(*buckets) >= maxBuckets || *buckets == nil {
-			*buckets = map[K]*tokenBucket{}
-		}
-		b = &tokenBucket{}
-		(*buckets)[key] = b
-	}
-	return b
-}
-
-// clientAddr returns the client's address: that of the connection; or, behind a trusted
-// proxy, what the proxy says. The last entry of X-Forwarded-For is from the proxy, all
-// before it from the client. Fly has a header of its own
-// (https://fly.io/docs/networking/request-headers/), which elsewhere a client can send
-// too, so there it counts only without X-Forwarded-For. IPv6 counts by /64, which is
-// what one customer gets.
-func (g *addrLimiter) clientAddr(r *http.Request) netip.Addr {
-	from, _ := netip.ParseAddrPort(r.RemoteAddr)
-	if g.trustProxy {
-		said := strings.Join(r.Header.Values("X-Forwarded-For"), ",")
-		if fly := r.Header.Get("Fly-Client-IP"); fly != "" && (g.fly || said == "") {
-			said = fly
-		}
-		hop := strings.TrimSpace(said[strings.LastIndexByte(said, ',')+1:])
-		if a, err := netip.ParseAddr(hop); err == nil {
-			return addrKey(a)
-		}
-		if a, err := netip.ParseAddrPort(hop); err == nil { // as some proxies write it
-			return addrKey(a.Addr())
-		}
-		if said != "" { // but unreadable: one address for all such clients, and not the machine's own
-			return netip.IPv6Unspecified()
-		}
-	}
-	return addrKey(from.Addr())
-}
-
-func addrKey(a netip.Addr) netip.Addr {
-	if a = a.Unmap().WithZone(""); a.Is6() && !a.IsLoopback() {
-		p, _ := a.Prefix(64)
-		return p.Addr()
-	}
-	return a
+	mu   sync.Mutex // guards what follows
+	open map[netip.Addr]int
 }
 
 // acquire takes one of the address's places; release gives it back.
 func (g *addrLimiter) acquire(a netip.Addr) bool {
-	if a.IsLoopback() || !a.IsValid() {
+	if isUnlimited(a) {
 		return true
 	}
 	g.mu.Lock()
@@ -350,22 +294,56 @@ func (g *addrLimiter) acquire(a netip.Addr) bool {
 }
 
 func (g *addrLimiter) release(a netip.Addr) {
-	if a.IsLoopback() || !a.IsValid() {
-		return
-	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.open[a]--; g.open[a] == 0 {
+	if g.open[a] > 1 {
+		g.open[a]--
+	} else {
 		delete(g.open, a)
 	}
 }
 
-// allow takes a token from the address's bucket.
-func (g *addrLimiter) allow(a netip.Addr) bool {
-	if a.IsLoopback() || !a.IsValid() {
-		return true
+// isUnlimited reports whether an address is the machine's own, or that of no TCP connection.
+func isUnlimited(a netip.Addr) bool { return a.IsLoopback() || !a.IsValid() }
+
+// clientAddr returns the client's address: that of the connection; or, behind a trusted
+// proxy, what the proxy says. The last entry of X-Forwarded-For is from the proxy, all
+// before it from the client. Fly has a header of its own
+// (https://fly.io/docs/networking/request-headers/), which elsewhere a client can send
+// too, so there it counts only without X-Forwarded-For.
+func (l *limiter) clientAddr(r *http.Request) netip.Addr {
+	said := ""
+	if l.trustProxy {
+		said = strings.Join(r.Header.Values("X-Forwarded-For"), ",")
+		if fly := r.Header.Get("Fly-Client-IP"); fly != "" && (l.fly || said == "") {
+			said = fly
+		}
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return bucketOf(&g.buckets, a).allow(g.rate, time.Now())
+	if said == "" {
+		return addrOf(r.RemoteAddr)
+	}
+	hop := strings.TrimSpace(said[strings.LastIndexByte(said, ',')+1:])
+	if a := addrOf(hop); a.IsValid() { // with a port, as some proxies write it
+		return a
+	}
+	if a, err := netip.ParseAddr(hop); err == nil {
+		return addrKey(a)
+	}
+	return netip.IPv6Unspecified() // unreadable: one address for all such clients, and not the machine's own
+}
+
+// addrOf returns the address of one with a port.
+func addrOf(s string) netip.Addr {
+	a, _ := netip.ParseAddrPort(s)
+	return addrKey(a.Addr())
+}
+
+// addrKey is the address that counts: an IPv6 address counts by its /64, which is what one
+// customer gets.
+func addrKey(a netip.Addr) netip.Addr {
+	if a = a.Unmap().WithZone(""); a.Is6() && !a.IsLoopback() {
+		p, _ := a.Prefix(64)
+		return p.Addr()
+	}
+	return a
 }

@@ -29,10 +29,10 @@ func TestABucketHoldsTwoSecondsWorthAndFillsAtItsRate(t *testing.T) {
 		{0.1, []time.Duration{0, 0, 9 * time.Second, 10 * time.Second, 10 * time.Second}, "ynnyn"},
 		{0.5, []time.Duration{0, 0, time.Second, 2 * time.Second}, "ynny"},
 	} {
-		var b tokenBucket
+		l := rateLimiter[string]{rate: tc.rate}
 		var got strings.Builder
 		for _, at := range tc.at {
-			if b.allow(tc.rate, start.Add(at)) {
+			if l.allow("a", start.Add(at)) {
 				got.WriteByte('y')
 			} else {
 				got.WriteByte('n')
@@ -87,7 +87,7 @@ func TestTheAddressOfAClient(t *testing.T) {
 				r.Header.Add(name, value)
 			}
 		}
-		if got := (&addrLimiter{trustProxy: tc.trust, fly: strings.Contains(tc.headers, "Fly: yes")}).clientAddr(r).String(); got != tc.want {
+		if got := (&limiter{trustProxy: tc.trust, fly: strings.Contains(tc.headers, "Fly: yes")}).clientAddr(r).String(); got != tc.want {
 			t.Errorf("from %s with %q, trusted: %v, it is %s, want %s", tc.conn, tc.headers, tc.trust, got, tc.want)
 		}
 	}
@@ -434,7 +434,7 @@ func TestStreamLimit(t *testing.T) {
 func TestARoomsRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newTestRelay(limits{})
-		quota := &clientQuota{l: &limiter{roomRate: 5}}
+		quota := &clientQuota{l: &limiter{rooms: rateLimiter[string]{rate: 5}}}
 		put := func(room, key string) error {
 			allow := func() error { return quota.publishTo(room) }
 			_, _, err := r.publish(publishRequest{room: room, kind: "message", key: key, data: []byte("1"), allow: allow})
@@ -482,7 +482,9 @@ func TestARoomsRate(t *testing.T) {
 // held is what the limiter has given away.
 func (b *testbed) held() string {
 	synctest.Wait()
-	return fmt.Sprintf("%d bytes reserved, %d connections served, %d streams of %d bytes", b.limiter.receipts.inUse(), b.limiter.served.inUse(), b.limiter.streams.Load(), b.limiter.streamBytes.Load())
+	b.limiter.mu.Lock()
+	defer b.limiter.mu.Unlock()
+	return fmt.Sprintf("%d bytes reserved, %d connections served, %d streams of %d bytes", b.limiter.receipts.inUse(), b.limiter.served.inUse(), b.limiter.streams, b.limiter.streamBytes)
 }
 
 const nothingHeld = "0 bytes reserved, 0 connections served, 0 streams of 0 bytes"

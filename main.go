@@ -247,7 +247,7 @@ func (a *app) http(h2c bool) *http.Server {
 // that come and go; a tenth of the connections is for them, and 100 at least.
 func (a *app) listen(l net.Listener) net.Listener {
 	most := a.limiter.maxStreams
-	d := &limitListener{Listener: l, limiter: a.limiter, maxConns: most + max(most/10, 100), countRefusal: a.refused}
+	d := &limitListener{Listener: l, limiter: a.limiter, maxConns: int64(most + max(most/10, 100)), countRefusal: a.refused}
 	if d.addrs.perAddr = a.config.perAddr; a.config.trustProxy {
 		d.addrs.perAddr = math.MaxInt // all come from the proxy
 	}
