@@ -48,15 +48,8 @@ var fileTypes = map[string]string{
 // A file is one of static/, or transports.go, whose encoders the lab shows.
 type file struct {
 	contentType string
-	plain, gzip content
-}
-
-// A content is a file in one encoding. An ETag names bytes, so each has its own.
-type content struct{ data, etag string }
-
-func newContent(b []byte) content {
-	sum := sha256.Sum256(b)
-	return content{string(b), `"` + hex.EncodeToString(sum[:8]) + `"`}
+	etag        string // of the plain content; that of the other ends with -gzip
+	plain, gzip string
 }
 
 var files = readFiles()
@@ -72,7 +65,8 @@ func readFiles() map[string]file {
 		zw, _ := gzip.NewWriterLevel(&packed, gzip.BestCompression)
 		zw.Write(b)
 		zw.Close()
-		files["/"+strings.TrimPrefix(name, "static/")] = file{fileTypes[path.Ext(name)], newContent(b), newContent(packed.Bytes())}
+		sum := sha256.Sum256(b)
+		files["/"+strings.TrimPrefix(name, "static/")] = file{fileTypes[path.Ext(name)], hex.EncodeToString(sum[:8]), string(b), packed.String()}
 		return err
 	})
 	files["/"] = files["/index.html"]
@@ -82,8 +76,6 @@ func readFiles() map[string]file {
 // shortcuts are addresses that people type for pages.
 var shortcuts = map[string]string{"/camera": "./camera.html", "/lab": "./lab.html", "/pad": "./pad.html", "/stats": "./stats.html", "/inspect": "./inspect.html", "/rooms": "./stats.html#rooms", "/rooms/": "../stats.html#rooms"}
 
-const pageMethods = "GET, HEAD, OPTIONS"
-
 // isPage reports whether a path is that of a page, static or not.
 func isPage(p string) bool {
 	verb := path.Base(p)
@@ -92,8 +84,7 @@ func isPage(p string) bool {
 
 // wrapPages returns a handler that answers for pages, and adds to the server what pages need.
 func wrapPages(s *server, next http.Handler) http.Handler {
-	lines := newCache(64, 16<<10)
-	s.eventHTML = func(e *event) []byte { return lines.get(e, fullHTML) }
+	s.eventHTML = cached(64, 16<<10, fullHTML)
 	s.technique("html").encoder = func(s *server, q *request) encoder {
 		enc := endlessPage(s, q)
 		enc.preamble = s.pageHead(q, "") + "<main class=\"log endless\">\n"
@@ -112,26 +103,20 @@ func wrapPages(s *server, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
 		name, verb, _ := strings.Cut(path, "/")
-		if isRoom && verb != "form" && !wantsHTML(r) { // a program, as most requests are
-			next.ServeHTTP(w, r)
-			return
-		}
 		switch {
-		case shortcuts[r.URL.Path] != "" && wantsHTML(r):
+		case wantsHTML(r) && shortcuts[r.URL.Path] != "":
 			redirect(w, shortcuts[r.URL.Path], r.URL.Query())
-		case isRoom && verb == "" && wantsHTML(r): // a person who typed the address
-			s.answer(w, r, func(w http.ResponseWriter, r *http.Request) error {
-				rooms, err := parseRooms(name)
-				if err == nil {
-					redirect(w, strings.Repeat("../", strings.Count(path, "/")+1), url.Values{"room": rooms[:1]}, r.URL.Query())
-				}
-				return err
-			})
-		case isRoom && verb == "form":
+		case isRoom && (verb == "form" || verb == "" && wantsHTML(r)):
 			s.answer(w, r, func(w http.ResponseWriter, r *http.Request) error {
 				rooms, err := parseRooms(name)
 				if err != nil {
 					return err
+				}
+				if verb == "" { // a person who typed the address
+					query := r.URL.Query()
+					query.Set("room", rooms[0])
+					redirect(w, strings.Repeat("../", strings.Count(path, "/")+1), query)
+					return nil
 				}
 				_, p := withPermit(r)
 				return s.handle(w, r, &request{rooms: rooms, permit: p}, readMethods, p.rights.read, s.handleForm)
@@ -151,17 +136,9 @@ func wantsHTML(r *http.Request) bool {
 
 // redirect sends a browser to another page. The address is relative, since a proxy may
 // serve the relay under a prefix.
-func redirect(w http.ResponseWriter, path string, query ...url.Values) {
+func redirect(w http.ResponseWriter, path string, query url.Values) {
 	path, fragment, _ := strings.Cut(path, "#")
-	all := url.Values{}
-	for _, values := range query {
-		for name, v := range values {
-			if !all.Has(name) {
-				all[name] = v
-			}
-		}
-	}
-	to := url.URL{Path: path, RawQuery: all.Encode(), Fragment: fragment}
+	to := url.URL{Path: path, RawQuery: query.Encode(), Fragment: fragment}
 	w.Header().Set("Location", to.String())
 	w.WriteHeader(http.StatusSeeOther)
 }
@@ -172,16 +149,8 @@ var otherName = map[string]string{"localhost": "127.0.0.1", "127.0.0.1": "localh
 
 // handlePage is GET of a static file, and of /healthz.
 func (s *server) handlePage(w http.ResponseWriter, r *http.Request) error {
-	h := w.Header()
-	switch r.Method {
-	case http.MethodGet, http.MethodHead:
-	case http.MethodOptions: // HAProxy asks so whether the relay is there
-		h.Set("Allow", pageMethods)
-		w.WriteHeader(http.StatusNoContent)
-		return nil
-	default:
-		h.Set("Allow", pageMethods)
-		return newError(http.StatusMethodNotAllowed, r.Method+" is not for this path; "+pageMethods+" are")
+	if r.Method != http.MethodGet && r.Method != http.MethodHead { // HAProxy asks with OPTIONS whether the relay is there
+		return s.handle(w, r, nil, readMethods, nil, nil)
 	}
 	if r.URL.Path == "/healthz" {
 		if s.relay.isStopping() {
@@ -190,16 +159,17 @@ func (s *server) handlePage(w http.ResponseWriter, r *http.Request) error {
 		writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 		return nil
 	}
-	f := files[r.URL.Path]
-	c := f.plain
+	f, h := files[r.URL.Path], w.Header()
+	content := f.plain
 	if acceptsGzip(r.Header) {
-		c = f.gzip
+		content = f.gzip
+		f.etag += "-gzip" // an ETag names bytes, so each encoding has its own
 		h.Set("Content-Encoding", "gzip")
-		h.Set("Content-Length", strconv.Itoa(len(c.data))) // ServeContent leaves it out of encoded answers
+		h.Set("Content-Length", strconv.Itoa(len(content))) // ServeContent leaves it out of encoded answers
 	}
 	h.Add("Vary", "Accept-Encoding")
 	h.Set("Content-Type", f.contentType)
-	h.Set("ETag", c.etag)
+	h.Set("ETag", strconv.Quote(f.etag))
 	h.Set("Access-Control-Allow-Origin", "*") // a module is always loaded with CORS, and there is nothing to hide here
 	h.Set("Cache-Control", "no-cache")        // keep it, but ask whether it is still the same
 	from := "'self'"
@@ -207,7 +177,7 @@ func (s *server) handlePage(w http.ResponseWriter, r *http.Request) error {
 		from += " http://" + otherName[host] + ":" + cmp.Or(port, "80")
 	}
 	h.Set("Content-Security-Policy", "default-src "+from+"; img-src "+from+" data:; base-uri 'none'; form-action 'self'; frame-ancestors 'self'")
-	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(c.data))
+	http.ServeContent(w, r, "", time.Time{}, strings.NewReader(content))
 	return nil
 }
 
@@ -327,44 +297,43 @@ func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) 
 var pictureURL = regexp.MustCompile(`^data:image/(png|jpeg|gif|webp);base64,`)
 
 // fullHTML returns an event as a line of a page.
-func fullHTML(e *event) (line []byte) {
+func fullHTML(e *event) []byte {
 	f := e.decode()
 	at := time.UnixMilli(f.Time).UTC()
 	clock := `<time datetime="` + at.Format(time.RFC3339) + `">` + at.Format("15:04 UTC") + `</time> `
-	from := "<b><bdi>" + html.EscapeString(cmp.Or(f.From, "somebody")) + "</bdi></b> "
+	name := html.EscapeString(cmp.Or(f.From, "somebody"))
+	from := "<b><bdi>" + name + "</bdi></b> "
 	text := html.EscapeString(asText(f.Data))
-	show := func(class, s string) { line = []byte(`<p class="` + class + `">` + s + "</p>\n") }
+	said := `<span dir="auto">` + text + "</span>"
+	class, line := "note", clock+"<i>"+e.kind+"</i> "+from+said
 	switch e.kind {
 	case "message":
-		show("message", clock+from+`<span dir="auto">`+text+"</span>")
+		class, line = "message", clock+from+said
 	case "image":
 		if pictureURL.MatchString(text) {
-			text = `<img src="` + text + `" alt="a picture by ` + html.EscapeString(cmp.Or(f.From, "somebody")) + `">`
+			said = `<img src="` + text + `" alt="a picture by ` + name + `">`
 		}
-		show("message", clock+from+`<span dir="auto">`+text+"</span>")
+		class, line = "message", clock+from+said
 	case "hello":
-		show("note", "Connected.")
+		line = "Connected."
 	case "bye":
 		var bye struct{ Retry int }
 		json.Unmarshal(f.Data, &bye)
-		show("note", fmt.Sprintf(`The relay is going away for a moment; this page comes back by itself.<meta http-equiv="refresh" content="%d">`, 1+bye.Retry/1000))
+		line = fmt.Sprintf(`The relay is going away for a moment; this page comes back by itself.<meta http-equiv="refresh" content="%d">`, 1+bye.Retry/1000)
 	case "gap":
+		class, line = "gap", "Some messages may be missing here."
 		if e.isErasure() {
-			show("gap", "The messages before this were erased.")
-		} else {
-			show("gap", "Some messages may be missing here.")
+			line = "The messages before this were erased."
 		}
 	case "presence":
-		var ros roster
-		if f.From != "" {
-			show("note", clock+from+"is "+text)
-		} else if json.Unmarshal(f.Data, &ros) == nil {
-			show("note", ros.sentence())
+		line = clock + from + "is " + text
+		if f.From == "" {
+			var ros roster
+			json.Unmarshal(f.Data, &ros)
+			line = ros.sentence()
 		}
-	default:
-		show("note", clock+"<i>"+e.kind+"</i> "+from+`<span dir="auto">`+text+"</span>")
 	}
-	return line
+	return []byte(`<p class="` + class + `">` + line + "</p>\n")
 }
 
 // sentence returns the roster in words, as HTML.
@@ -418,7 +387,7 @@ func multipartHTML(s *server, q *request) encoder {
 	head := s.pageHead(q, "")
 	var sub *subscriber
 	var from int64 // what lies after it is shown
-	var gap *event // the newest
+	var gaps []*event
 	enc.subscribe = func(to *subscriber, req subscribeRequest) (func(), error) {
 		sub, req.maxBatchBytes = to, math.MaxInt // a page shows them all
 		err := s.subscribe(sub, req)
@@ -428,46 +397,40 @@ func multipartHTML(s *server, q *request) encoder {
 		return nil, err
 	}
 	enc.batch = func(b []byte, _ int64, events []*event) []byte {
-		var shown []*event
-		if events[0].kind != "hello" { // before anything was read
-			shown = sub.newest(from)
-		}
 		for _, e := range events {
 			if e.kind == "gap" {
-				gap = e
+				gaps = []*event{e} // the newest
 			}
 		}
-		if gap != nil {
-			i, _ := slices.BinarySearchFunc(shown, gap.id+1, func(e *event, id int64) int { return cmp.Compare(e.id, id) })
-			shown = slices.Insert(shown, i, gap)
-		}
+		var shown []*event
 		switch e := events[len(events)-1]; {
+		case e.kind == "hello": // nothing was read yet
 		case e.kind == "bye":
-			shown = append(shown, e)
-		case e.kind != "hello" && sub.seesPresence:
-			shown = sub.appendRosters(shown)
+			shown = append(sub.newest(from, gaps), e)
+		case sub.seesPresence:
+			shown = sub.appendRosters(sub.newest(from, gaps))
+		default:
+			shown = sub.newest(from, gaps)
 		}
 		return append(s.appendPage(append(b, head...), shown), next...)
 	}
 	return enc
 }
 
-// newest returns what the subscriber has read after a cursor and the log still holds,
-// oldest first: as many messages as a page shows, and signals that have not expired, but
-// for presence.
-func (sub *subscriber) newest(after int64) (events []*event) {
-	now := time.Now().UnixMilli()
+// newest returns what the subscriber has read after a cursor and the log still holds, but
+// for presence, with the gaps where they belong: what is newest of it, since a page has a size.
+func (sub *subscriber) newest(after int64, gaps []*event) (events []*event) {
 	for i := range sub.subscriptions {
 		h := sub.subscriptions[i].room.history.Load()
-		messages := between(h.messages, after, sub.cursor)
-		events = append(events, messages[max(0, len(messages)-pageMessages):]...)
-		for _, e := range between(h.signals, after, sub.cursor) {
-			if e.expiresAt > now && e.kind != "presence" {
-				events = append(events, e)
-			}
-		}
+		events = append(events, between(h.messages, after, sub.cursor)...)
+		events = append(events, between(h.signals, after, sub.cursor)...)
 	}
-	slices.SortFunc(events, func(a, b *event) int { return cmp.Compare(a.id, b.id) })
+	now := time.Now().UnixMilli()
+	events = slices.DeleteFunc(append(events, gaps...), func(e *event) bool {
+		return e.kind == "presence" || e.expiresAt != 0 && e.expiresAt <= now
+	})
+	slices.SortStableFunc(events, func(a, b *event) int { return cmp.Compare(a.id, b.id) })
+	events = events[max(0, len(events)-pageMessages):]
 	bytes := 0
 	for i, e := range slices.Backward(events) {
 		if bytes += len(e.json); bytes > maxAnswer {
@@ -477,36 +440,29 @@ func (sub *subscriber) newest(after int64) (events []*event) {
 	return events
 }
 
-// A cache keeps what was made of the newest events, since most subscribers are sent the
-// same at the same time. It is bounded: each of a few slots holds one value.
-type cache struct {
-	slots    []atomic.Pointer[cached]
-	maxBytes int // of a value; a larger one is made again each time
-}
-
-type cached struct {
-	id    int64 // of the event
-	value []byte
-}
-
-func newCache(slots, maxBytes int) *cache {
-	return &cache{make([]atomic.Pointer[cached], slots), maxBytes}
-}
-
-// get returns what make makes of an event.
-func (c *cache) get(e *event, make func(*event) []byte) []byte {
-	if e.publishedAt == 0 { // a notice may have the id of an event
-		return make(e)
+// cached returns a function that does what render does, and keeps what it returns for the
+// newest events, since most subscribers are sent the same at the same time. There are so
+// many slots, and each keeps one value of at most maxBytes.
+func cached(slots, maxBytes int, render func(*event) []byte) func(*event) []byte {
+	type value struct {
+		id   int64 // of the event
+		data []byte
 	}
-	slot := &c.slots[e.id%int64(len(c.slots))]
-	if v := slot.Load(); v != nil && v.id == e.id {
-		return v.value
+	kept := make([]atomic.Pointer[value], slots)
+	return func(e *event) []byte {
+		if e.publishedAt == 0 { // a notice may have the id of an event
+			return render(e)
+		}
+		slot := &kept[e.id%int64(slots)]
+		if v := slot.Load(); v != nil && v.id == e.id {
+			return v.data
+		}
+		data := render(e)
+		if len(data) <= maxBytes {
+			slot.Store(&value{e.id, data})
+		}
+		return data
 	}
-	value := make(e)
-	if len(value) <= c.maxBytes {
-		slot.Store(&cached{e.id, value})
-	}
-	return value
 }
 
 // isErasure reports whether e says that everything before it was erased.

@@ -44,9 +44,9 @@ const (
 // pictures draws rooms while somebody watches.
 type pictures struct {
 	server  *server
-	log     *relay // of pictures
-	skipped func() // counts messages that a graph of numbers cannot show
-	decoded *cache // of published images
+	log     *relay              // of pictures
+	skipped func()              // counts messages that a graph of numbers cannot show
+	decoded func(*event) []byte // returns a published image
 
 	mu        sync.Mutex // guards what follows
 	renderers map[pictureKey]*renderer
@@ -64,7 +64,7 @@ func (k pictureKey) String() string { return fmt.Sprintf("%s %d %d", k.room, k.w
 // newPictures has the server take images, and adds the representations image and svg to
 // the technique multipart.
 func newPictures(s *server) *pictures {
-	p := &pictures{server: s, skipped: func() {}, renderers: map[pictureKey]*renderer{}, decoded: newCache(16, 64<<10)}
+	p := &pictures{server: s, skipped: func() {}, renderers: map[pictureKey]*renderer{}, decoded: cached(16, 64<<10, decodeImage)}
 	p.log = newRelay(limits{maxEvents: 1, maxRoomBytes: 1 << 20, maxBytes: maxDrawn, maxRooms: maxPictures})
 	p.log.wakeRoom = s.relay.wakeRoom
 	s.image = encodeImage
@@ -143,7 +143,7 @@ func (p *pictures) pushImages(s *server, q *request) encoder {
 		choose: func(events []*event) []*event {
 			for i, e := range slices.Backward(events) {
 				if e.kind == "image" {
-					if img = p.decoded.get(e, decodeImage); img != nil {
+					if img = p.decoded(e); img != nil {
 						return events[i : i+1]
 					}
 				}
@@ -165,7 +165,7 @@ func (p *pictures) pushImages(s *server, q *request) encoder {
 				return "X-Beat: 1\r\n"
 			}
 			if e := sub.find(shown); e != nil {
-				return string(part(nil, p.decoded.get(e, decodeImage)))
+				return string(part(nil, p.decoded(e)))
 			}
 			return "" // the log has dropped it
 		},
