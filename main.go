@@ -324,14 +324,14 @@ func newApp(c config) (*app, error) {
 	if a.redis, err = newRedis(s, c.redis, c.redisPrefix, c.redisEvents); err != nil { // layer: redis.go
 		return nil, err // layer: redis.go
 	} // layer: redis.go
-	a.pool = newWriterPool(s, c.trustProxy)                // layer: async.go
-	a.pictures = newPictures(s)                            // layer: picture.go
-	a.stats = newStats(s)                                  // layer: stats.go
-	a.stats.shared = a.redis.status                        // layer: stats.go redis.go
-	a.handler = a.stats.wrap(a.handler)                    // layer: stats.go
-	a.pictures.skipped = func() { a.stats.skipped.Add(1) } // layer: stats.go picture.go
-	a.pool.received = a.stats.received                     // layer: stats.go async.go
-	a.pool.requested = a.stats.requested                   // layer: stats.go async.go
+	a.pool = newWriterPool(s, c.trustProxy)                            // layer: async.go
+	a.pictures = newPictures(s)                                        // layer: picture.go
+	a.stats = newStats(s)                                              // layer: stats.go
+	a.stats.shared = a.redis.status                                    // layer: stats.go redis.go
+	a.handler = a.stats.wrap(a.handler)                                // layer: stats.go
+	a.pictures.skipped = func(n int) { a.stats.skipped.Add(int64(n)) } // layer: stats.go picture.go
+	a.pool.received = a.stats.received                                 // layer: stats.go async.go
+	a.pool.requested = a.stats.requested                               // layer: stats.go async.go
 	a.handler = wrapPages(s, a.handler)
 	a.handler = a.redis.wrap(a.handler) // layer: redis.go
 	a.limiter = newLimiter(c)

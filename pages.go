@@ -417,16 +417,21 @@ func multipartHTML(s *server, q *request) encoder {
 	return enc
 }
 
-// newest returns what the subscriber has read after a cursor and the log still holds, but
-// for presence, with the gaps where they belong: what is newest of it, since a page has a size.
-func (sub *subscriber) newest(after int64, gaps []*event) (events []*event) {
+// kept returns what the log holds of the subscriber's rooms, with ids above low, up to high.
+func (sub *subscriber) kept(low, high int64) (events []*event) {
 	for i := range sub.subscriptions {
 		h := sub.subscriptions[i].room.history.Load()
-		events = append(events, between(h.messages, after, sub.cursor)...)
-		events = append(events, between(h.signals, after, sub.cursor)...)
+		events = append(events, between(h.messages, low, high)...)
+		events = append(events, between(h.signals, low, high)...)
 	}
+	return events
+}
+
+// newest returns what the subscriber has read after a cursor and the log still holds, but
+// for presence, with the gaps where they belong: what is newest of it, since a page has a size.
+func (sub *subscriber) newest(after int64, gaps []*event) []*event {
 	now := time.Now().UnixMilli()
-	events = slices.DeleteFunc(append(events, gaps...), func(e *event) bool {
+	events := slices.DeleteFunc(append(sub.kept(after, sub.cursor), gaps...), func(e *event) bool {
 		return e.kind == "presence" || e.expiresAt != 0 && e.expiresAt <= now
 	})
 	slices.SortStableFunc(events, func(a, b *event) int { return cmp.Compare(a.id, b.id) })

@@ -8,8 +8,9 @@
 // Pictures that the relay draws: GET /rooms/{room}/multipart?as=svg is the room as a
 // picture. It is a graph where the room carries numbers, else its last lines. They are
 // events in a log of their own, with a room for each room and size that somebody watches.
-// One goroutine reads the room itself and publishes a picture when it has changed, at
-// most ten times a second. So a picture is drawn once for all viewers.
+// One goroutine waits for the room itself and publishes a picture when it has changed, at
+// most ten times a second. So a picture is drawn once for all viewers, and only from what
+// the room keeps.
 
 package main
 
@@ -45,7 +46,7 @@ const (
 type pictures struct {
 	server  *server
 	log     *relay              // of pictures
-	skipped func()              // counts messages that a graph of numbers cannot show
+	skipped func(int)           // counts messages that a graph of numbers cannot show
 	decoded func(*event) []byte // returns a published image
 
 	mu        sync.Mutex // guards what follows
@@ -64,7 +65,7 @@ func (k pictureKey) String() string { return fmt.Sprintf("%s %d %d", k.room, k.w
 // newPictures has the server take images, and adds the representations image and svg to
 // the technique multipart.
 func newPictures(s *server) *pictures {
-	p := &pictures{server: s, skipped: func() {}, renderers: map[pictureKey]*renderer{}, decoded: cached(16, 64<<10, decodeImage)}
+	p := &pictures{server: s, skipped: func(int) {}, renderers: map[pictureKey]*renderer{}, decoded: cached(16, 64<<10, decodeImage)}
 	p.log = newRelay(limits{maxEvents: 1, maxRoomBytes: 1 << 20, maxBytes: maxDrawn, maxRooms: maxPictures})
 	p.log.wakeRoom = s.relay.wakeRoom
 	s.image = encodeImage
@@ -94,9 +95,8 @@ func encodeImage(contentType string, b []byte) ([]byte, error) {
 	if err := checkImage(contentType, b); err != nil {
 		return nil, err
 	}
-	data := make([]byte, 0, len(`"data:image/jpeg;base64,"`)+base64.StdEncoding.EncodedLen(len(b)))
-	data = append(data, `"data:`+contentType+`;base64,`...)
-	return append(base64.StdEncoding.AppendEncode(data, b), '"'), nil
+	data := base64.StdEncoding.AppendEncode([]byte(`"data:`+contentType+`;base64,`), b)
+	return append(data, '"'), nil
 }
 
 // decodeImage returns the image of an event, or nil if it has none.
@@ -118,71 +118,62 @@ func decodeImage(e *event) []byte {
 // would crash a tab of Chromium, and anything before an image would spoil it. So the
 // heartbeat is the image once more; and before there is one, a line of its head.
 func (p *pictures) pushImages(s *server, q *request) encoder {
-	boundary := rand.Text()
-	var (
-		sub    *subscriber
-		img    []byte // to be sent
-		shown  int64  // the event that was sent last
-		opened string // type of the part that has begun
-	)
-	open := func(contentType string) string {
-		opened = contentType
-		return "Content-Type: " + contentType + "\r\n\r\n"
-	}
-	part := func(b, img []byte) []byte {
-		return append(append(append(b, img...), "\r\n--"+boundary+"\r\n"...), open(http.DetectContentType(img))...)
-	}
+	v := &imageViewer{p: p, boundary: rand.Text()}
 	return encoder{
-		contentType: "multipart/x-mixed-replace; boundary=" + boundary,
-		preamble:    "--" + boundary + "\r\nX-Padding: " + strings.Repeat("x", minImageBytes) + "\r\n",
+		contentType: "multipart/x-mixed-replace; boundary=" + v.boundary,
+		preamble:    "--" + v.boundary + "\r\nX-Padding: " + strings.Repeat("x", minImageBytes) + "\r\n",
 		last:        math.MaxInt32, // the newest image, whatever was published since
-		subscribe: func(to *subscriber, req subscribeRequest) (func(), error) {
-			sub, req.maxBatchBytes = to, math.MaxInt // one image is written of a batch
+		subscribe: func(sub *subscriber, req subscribeRequest) (func(), error) {
+			v.sub, req.maxBatchBytes = sub, math.MaxInt // one image is written of a batch
 			return nil, s.subscribe(sub, req)
 		},
-		choose: func(events []*event) []*event {
-			for i, e := range slices.Backward(events) {
-				if e.kind == "image" {
-					if img = p.decoded(e); img != nil {
-						return events[i : i+1]
-					}
-				}
-			}
-			return nil
-		},
-		event: func(b []byte, e *event) []byte {
-			if contentType := http.DetectContentType(img); opened == "" {
-				b = append(b, open(contentType)...)
-			} else if opened != contentType {
-				b = part(b, img)
-			}
-			b = part(b, img)
-			shown, img = e.id, nil
-			return b
-		},
-		beat: func() string {
-			if shown == 0 {
-				return "X-Beat: 1\r\n"
-			}
-			if e := sub.find(shown); e != nil {
-				return string(part(nil, p.decoded(e)))
-			}
-			return "" // the log has dropped it
-		},
+		choose: v.choose,
+		event:  v.write,
+		beat:   v.beat,
 	}
 }
 
-// find returns an event of the subscriber's rooms, or nil if the log has dropped it.
-func (sub *subscriber) find(id int64) *event {
-	for i := range sub.subscriptions {
-		h := sub.subscriptions[i].room.history.Load()
-		for _, log := range [2][]*event{h.messages, h.signals} {
-			if found := between(log, id-1, id); len(found) > 0 {
-				return found[0]
-			}
+// An imageViewer is who is sent published images.
+type imageViewer struct {
+	p        *pictures
+	sub      *subscriber
+	boundary string
+	opened   string // type of the part that has begun
+	shown    int64  // the event that was sent last
+}
+
+// choose returns the last event that is an image.
+func (v *imageViewer) choose(events []*event) []*event {
+	for i, e := range slices.Backward(events) {
+		if e.kind == "image" && v.p.decoded(e) != nil {
+			return events[i : i+1]
 		}
 	}
 	return nil
+}
+
+func (v *imageViewer) write(b []byte, e *event) []byte {
+	img := v.p.decoded(e)
+	contentType := http.DetectContentType(img)
+	head := "Content-Type: " + contentType + "\r\n\r\n"
+	next := "\r\n--" + v.boundary + "\r\n" + head
+	if v.opened == "" {
+		b = append(b, head...)
+	} else if v.opened != contentType {
+		b = append(append(b, img...), next...)
+	}
+	v.opened, v.shown = contentType, e.id
+	return append(append(b, img...), next...)
+}
+
+func (v *imageViewer) beat() string {
+	if v.shown == 0 {
+		return "X-Beat: 1\r\n"
+	}
+	if found := v.sub.kept(v.shown-1, v.shown); len(found) > 0 {
+		return string(v.write(nil, found[0]))
+	}
+	return "" // the log has dropped it
 }
 
 // Rooms as pictures.
@@ -213,7 +204,7 @@ func (p *pictures) watch(key pictureKey, sub *subscriber, req subscribeRequest) 
 		if len(p.renderers) >= maxPictures || p.bytes+c.size() > maxDrawn {
 			return nil, limitError(http.StatusServiceUnavailable, "too many pictures are watched; try again later", "pictures", 10)
 		}
-		if err := p.server.relay.subscribe(&c.sub, subscribeRequest{rooms: []string{key.room}, cursor: -1, last: drawMessages, maxBatchBytes: 1 << 20}); err != nil {
+		if err := p.server.relay.subscribe(&c.sub, subscribeRequest{rooms: []string{key.room}, cursor: -1}); err != nil {
 			return nil, err
 		}
 		var ctx context.Context
@@ -232,11 +223,7 @@ func (p *pictures) watch(key pictureKey, sub *subscriber, req subscribeRequest) 
 		c.stop()
 		delete(p.renderers, key)
 		p.bytes -= c.size()
-		p.log.mu.Lock()
-		defer p.log.mu.Unlock()
-		if rm := p.log.rooms[key.String()]; rm != nil && rm.lruElem != nil {
-			p.log.dropHistory(rm)
-		}
+		p.log.erase(key.String())
 	}
 	c.viewers++
 	req.rooms, req.cursor, req.last, req.user, req.seesPresence = []string{key.String()}, -1, 1, "", false
@@ -264,16 +251,9 @@ type renderer struct {
 	viewers int // guarded by p.mu
 	stop    context.CancelFunc
 
-	mu     sync.Mutex // guards what follows
-	sub    subscriber
-	points []point
-}
-
-// A point is one message.
-type point struct {
-	from, text string
-	number     float64
-	isNumber   bool
+	sub   subscriber
+	mu    sync.Mutex // held while it draws
+	drawn int64      // messages up to here are in a picture
 }
 
 // run draws the room whenever it has changed, until ctx is done.
@@ -288,25 +268,36 @@ func (c *renderer) run(ctx context.Context) {
 	}
 }
 
-// draw publishes a picture of the room as it is now.
+// draw publishes a picture of the room as it is now: a graph if at least half of its newest
+// messages are numbers, else lines of text.
 func (c *renderer) draw() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for more := true; more; more = c.sub.more {
-		for _, e := range c.sub.next(nil) {
-			switch {
-			case e.kind == "message":
-				c.addPoint(e)
-			case e.isErasure():
-				c.points = nil
-			}
+	messages := slices.Clone(c.sub.subscriptions[0].room.history.Load().messages)
+	messages = slices.DeleteFunc(messages, func(e *event) bool { return e.kind != "message" })
+	messages = messages[max(0, len(messages)-drawMessages):]
+	var numbers []float64
+	others := 0 // that are no numbers, and in no picture yet
+	for _, e := range messages {
+		if n, err := strconv.ParseFloat(strings.TrimSpace(asText(e.decode().Data)), 64); err == nil && math.Abs(n) < 1e15 { // beyond, a difference of two may overflow
+			numbers = append(numbers, n)
+		} else if e.id > c.drawn {
+			others++
 		}
+	}
+	content := c.text(messages)
+	if len(numbers) > 0 && 2*len(numbers) >= len(messages) {
+		content = c.graph(numbers)
+		c.p.skipped(others)
+	}
+	if n := len(messages); n > 0 {
+		c.drawn = messages[n-1].id
 	}
 	log := c.p.log
 	log.mu.Lock()
 	defer log.unlock()
 	if !log.isStopping() {
-		log.append(c.String(), &event{id: log.lastID.Load() + 1, kind: "picture", publishedAt: time.Now().UnixMilli(), json: c.svg()})
+		log.append(c.String(), &event{id: log.lastID.Load() + 1, kind: "picture", publishedAt: time.Now().UnixMilli(), json: c.svg(content)})
 	}
 }
 
@@ -316,66 +307,24 @@ func (c *renderer) columns() int { return (c.w - 2*margin) / 7 }
 // rows is how many lines fit.
 func (c *renderer) rows() int { return (c.h - margin) / lineHeight }
 
-// size is what a renderer keeps, at most, in bytes: a character takes 4 as part of a
-// line, in which a name may stand twice, and 6 in SVG; then the numbers, and the rest.
-func (c *renderer) size() int { return c.rows()*c.columns()*14 + 16<<10 }
-
-// addPoint adds a message. It keeps what is drawn, and not the message, which the log may
-// drop: of those that scroll off only the number.
-func (c *renderer) addPoint(e *event) {
-	f := e.decode()
-	text := asText(f.Data)
-	m := point{from: truncate(f.From, c.columns()), text: truncate(strings.Join(strings.Fields(text), " "), c.columns())}
-	n, err := strconv.ParseFloat(strings.TrimSpace(text), 64)
-	m.number, m.isNumber = n, err == nil && math.Abs(n) < 1e15 // beyond, a difference of two may overflow
-	if !m.isNumber && len(c.numbers()) > 0 {
-		c.p.skipped()
-	}
-	if len(c.points) == drawMessages {
-		c.points = slices.Delete(c.points, 0, 1)
-	}
-	c.points = append(c.points, m)
-	if i := len(c.points) - 1 - c.rows(); i >= 0 {
-		c.points[i].from, c.points[i].text = "", ""
-	}
-}
-
-// numbers returns the numbers of the room, or none if less than half of it are.
-func (c *renderer) numbers() (numbers []float64) {
-	for _, m := range c.points {
-		if m.isNumber {
-			numbers = append(numbers, m.number)
-		}
-	}
-	if 2*len(numbers) < len(c.points) {
-		return nil
-	}
-	return numbers
-}
+// size is what a picture takes, at most, in bytes: a character takes 6 in SVG; then the
+// numbers, and the rest.
+func (c *renderer) size() int { return c.rows()*c.columns()*6 + 16<<10 }
 
 const lineHeight, margin = 20, 12
 
-// svg returns the picture: a graph of numbers, or lines of text.
-func (c *renderer) svg() []byte {
+// svg returns the picture with this content.
+func (c *renderer) svg(content []byte) []byte {
 	b := fmt.Appendf(nil, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %[1]d %[2]d" role="img">`+
 		`<title>%s</title><style>svg{font:13px system-ui,sans-serif}rect{fill:#fbfaf7}text{fill:#3a3733}.faint{fill:#6b665d}`+
 		`path{fill:none;stroke:#b4530a;stroke-width:2;stroke-linejoin:round}circle{fill:#b4530a}line{stroke:#ddd8cd}`+
 		`@media(prefers-color-scheme:dark){rect{fill:#16171b}text{fill:#dcd9d2}.faint{fill:#a19b90}path{stroke:#f2a65a}circle{fill:#f2a65a}line{stroke:#2e3036}}</style>`+
-		`<rect width="100%%" height="100%%" rx="6"/>`, c.w, c.h, html.EscapeString(c.room))
-	if numbers := c.numbers(); len(numbers) > 0 {
-		b = c.drawGraph(b, numbers)
-	} else {
-		b = c.drawText(b)
-	}
-	b = append(b, "</svg>\n"...)
-	if n := minImageBytes - len(b); n > 0 {
-		b = append(b, strings.Repeat("\n", n)...)
-	}
-	return b
+		`<rect width="100%%" height="100%%" rx="6"/>%s</svg>`, c.w, c.h, html.EscapeString(c.room), content)
+	return append(b, strings.Repeat("\n", max(1, minImageBytes-len(b)))...)
 }
 
-// drawGraph draws the numbers as a line, the newest at the right.
-func (c *renderer) drawGraph(b []byte, numbers []float64) []byte {
+// graph draws numbers as a line, the newest at the right.
+func (c *renderer) graph(numbers []float64) (b []byte) {
 	low, high := slices.Min(numbers), slices.Max(numbers)
 	span := high - low
 	if span == 0 {
@@ -388,33 +337,30 @@ func (c *renderer) drawGraph(b []byte, numbers []float64) []byte {
 			left, y(n), right, y(n), right+8, y(n)+4, formatNumber(n))
 	}
 	b = append(b, `<path d="`...)
-	x := right
+	step := (right - left) / float64(max(1, len(numbers)-1))
 	for i, n := range numbers {
-		x = right
-		if len(numbers) > 1 {
-			x = left + (right-left)*float64(i)/float64(len(numbers)-1)
-		}
+		x := right - step*float64(len(numbers)-1-i)
 		b = fmt.Appendf(b, "%c%.1f %.1f", "ML"[min(i, 1)], x, y(n))
 	}
 	last := numbers[len(numbers)-1]
 	return fmt.Appendf(b, `"/><circle cx="%.1f" cy="%.1f" r="3.5"/><text x="%.1f" y="%.1f" font-weight="600">%s</text>`,
-		x, y(last), right+8, min(max(y(last)+4, top+18), bottom-12), formatNumber(last))
+		right, y(last), right+8, min(max(y(last)+4, top+18), bottom-12), formatNumber(last))
 }
 
 // formatNumber returns a number in few digits.
 func formatNumber(n float64) string { return strconv.FormatFloat(n, 'g', 5, 64) }
 
-// drawText writes the last lines that fit, the newest at the bottom.
-func (c *renderer) drawText(b []byte) []byte {
-	wide := c.columns()
-	said := c.points[max(0, len(c.points)-c.rows()):]
-	for i, m := range said {
-		from := truncate(m.from, wide/3)
-		text := truncate(m.text, wide-len([]rune(from))-1)
+// text writes the last lines that fit, the newest at the bottom.
+func (c *renderer) text(messages []*event) (b []byte) {
+	messages = messages[max(0, len(messages)-c.rows()):]
+	for i, e := range messages {
+		f := e.decode()
+		from := truncate(f.From, c.columns()/3)
+		said := truncate(strings.Join(strings.Fields(asText(f.Data)), " "), c.columns()-len([]rune(from))-1)
 		b = fmt.Appendf(b, `<text x="%d" y="%d"><tspan font-weight="600">%s</tspan> %s</text>`,
-			margin, margin+lineHeight*(i+1)-6, html.EscapeString(from), html.EscapeString(text))
+			margin, margin+lineHeight*(i+1)-6, html.EscapeString(from), html.EscapeString(said))
 	}
-	if len(said) == 0 {
+	if len(messages) == 0 {
 		b = fmt.Appendf(b, `<text class="faint" x="%d" y="%d">Nothing was said yet.</text>`, margin, margin+lineHeight-6)
 	}
 	return b

@@ -76,7 +76,7 @@ func TestPicture(t *testing.T) {
 	}
 }
 
-// A picture keeps what it draws of a message, and not the message.
+// What is kept for a picture is the picture, and not the messages that it shows.
 func TestAPictureKeepsLittle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
@@ -85,18 +85,43 @@ func TestAPictureKeepsLittle(t *testing.T) {
 			b.post("a", strings.Repeat("word ", 12_000))
 		}
 		time.Sleep(time.Second)
+		b.pictures.log.mu.Lock()
+		kept := b.pictures.log.bytes
+		b.pictures.log.mu.Unlock()
 		b.pictures.mu.Lock()
 		defer b.pictures.mu.Unlock()
-		kept := 0
-		for _, c := range b.pictures.renderers {
-			c.mu.Lock()
-			for _, p := range c.points {
-				kept += len(p.from) + len(p.text)
-			}
-			c.mu.Unlock()
+		if kept == 0 || kept > 12*300+2_000 || kept > b.pictures.bytes { // so many lines are shown
+			t.Errorf("%d messages of 60 KB are kept as %d bytes; %d are counted", drawMessages, kept, b.pictures.bytes)
 		}
-		if kept == 0 || kept > 12*300 { // so many lines are shown
-			t.Errorf("%d messages of 60 KB are kept as %d bytes", drawMessages, kept)
+		e.close()
+	})
+}
+
+// A graph shows the numbers of a room whose messages are numbers for the most part; each of
+// the others is counted once. Other types are not shown.
+func TestAGraphOfNumbers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		e := b.subscribe(variantOf("multipart"), "a", "as=svg")
+		for range 9 {
+			b.do("POST", "/rooms/a?type=note", "nothing")
+		}
+		for _, text := range []string{"1", "nothing", "2", "3", "4e1"} {
+			b.post("a", text)
+			time.Sleep(time.Second)
+		}
+		if n := b.stats.skipped.Load(); n != 1 {
+			t.Errorf("%d messages are counted that are no numbers, want 1", n)
+		}
+		history := b.pictures.log.rooms["a 480 240"].history.Load()
+		if svg := string(history.messages[0].json); !strings.Contains(svg, "<path") || !strings.Contains(svg, ">40</text>") || strings.Contains(svg, "nothing") {
+			t.Errorf("the picture of numbers is %s", svg)
+		}
+		b.relay.erase("a")
+		time.Sleep(time.Second)
+		history = b.pictures.log.rooms["a 480 240"].history.Load()
+		if svg := string(history.messages[0].json); !strings.Contains(svg, "Nothing was said yet") {
+			t.Errorf("the picture of an erased room is %s", svg)
 		}
 		e.close()
 	})
