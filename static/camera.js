@@ -1,28 +1,26 @@
 // The camera: frames of a camera, or of a drawn clock, published to a room one by one; and what comes back, in an <img>.
 
-import { access, askForToken, copyButton, here, insertMarkup, quoteForShell } from './page.js'
+import { $, access, askForToken, copyButton, here, insertMarkup, make, quoteForShell, setText } from './page.js'
 
-const $ = selector => document.querySelector(selector)
 const sleep = ms => new Promise(done => setTimeout(done, ms))
 insertMarkup()
 
 // The room is in the address. Without one it gets a name that nobody guesses: everybody who knows it can watch.
 if (location.hash.length < 2) history.replaceState(null, '', '#cam-' + Array.from(crypto.getRandomValues(new Uint8Array(8)), n => (n % 36).toString(36)).join(''))
-const room = decodeURIComponent(location.hash.slice(1))
-const path = 'rooms/' + encodeURIComponent(room)
-addEventListener('hashchange', () => location.reload())
+const room = decodeURIComponent(location.hash.slice(1)), path = 'rooms/' + encodeURIComponent(room)
+onhashchange = () => location.reload()
 
 // What this page sends.
 
-const canvas = $('#sent'), pen = canvas.getContext('2d')
-const video = Object.assign(document.createElement('video'), { muted: true, playsInline: true })
+const canvas = $('#sent'), pen = canvas.getContext('2d'), video = make('video', { muted: true, playsInline: true })
 const sentAt = new Map // by number, of the last frames
 const maxSide = 640, minSide = 160
-let live = false
+let live // the run that is publishing, or undefined
 let number = crypto.getRandomValues(new Uint16Array(1))[0] // of the last frame: another publisher's are not taken for ours
 let limit = 60e3 // bytes of a frame; less if the relay says so
 let side = maxSide, quality = 0.75
 let slower = 1 // after 429: so many times the chosen interval
+let why = '' // there is a clock and no camera
 
 /** The number is 12 bits and a checksum of 4, as squares along the lower edge. */
 const bits = 16, stripe = 8
@@ -45,32 +43,22 @@ function drawFrame() {
 
 function drawClock(width, height) {
   const now = new Date, x = width / 2, y = height * 0.44, r = height * 0.34
-  const hand = (turn, length, thick) => {
-    pen.lineWidth = thick * r
+  const seconds = now.getSeconds() + now.getMilliseconds() / 1e3, minutes = now.getMinutes() + seconds / 60
+  const line = (turn, from, to, thick, strokeStyle) => {
+    const dx = Math.sin(turn * 2 * Math.PI) * r, dy = -Math.cos(turn * 2 * Math.PI) * r
+    Object.assign(pen, { lineWidth: thick * r, lineCap: 'round', strokeStyle })
     pen.beginPath()
-    pen.moveTo(x, y)
-    pen.lineTo(x + Math.sin(turn * 2 * Math.PI) * length * r, y - Math.cos(turn * 2 * Math.PI) * length * r)
+    pen.moveTo(x + from * dx, y + from * dy)
+    pen.lineTo(x + to * dx, y + to * dy)
     pen.stroke()
   }
-  const seconds = now.getSeconds() + now.getMilliseconds() / 1e3, minutes = now.getMinutes() + seconds / 60
   pen.fillStyle = `hsl(${seconds * 6} 45% 22%)`
   pen.fillRect(0, 0, width, height)
-  pen.lineCap = 'round'
-  pen.strokeStyle = '#fff8'
-  for (let i = 0; i < 12; i++) {
-    pen.lineWidth = 0.02 * r
-    pen.beginPath()
-    pen.arc(x, y, r, (i - 0.04) * Math.PI / 6, (i + 0.04) * Math.PI / 6)
-    pen.stroke()
-  }
-  pen.strokeStyle = '#fff'
-  hand((now.getHours() % 12 + minutes / 60) / 12, 0.5, 0.05)
-  hand(minutes / 60, 0.75, 0.035)
-  pen.strokeStyle = '#7fd8c6'
-  hand(seconds / 60, 0.85, 0.02)
-  pen.fillStyle = '#fff'
-  pen.font = `600 ${height * 0.09}px ui-monospace, monospace`
-  pen.textAlign = 'center'
+  for (let i = 0; i < 12; i++) line(i / 12, 0.95, 1, 0.025, '#fff8')
+  line((now.getHours() + minutes / 60) / 12, 0, 0.5, 0.05, '#fff')
+  line(minutes / 60, 0, 0.75, 0.035, '#fff')
+  line(seconds / 60, 0, 0.85, 0.02, '#7fd8c6')
+  Object.assign(pen, { fillStyle: '#fff', font: `600 ${height * 0.09}px ui-monospace, monospace`, textAlign: 'center' })
   pen.fillText(`${now.toTimeString().slice(0, 8)}.${Math.floor(now.getMilliseconds() / 100)}`, x, height * 0.92)
 }
 
@@ -80,72 +68,65 @@ async function encode() {
   const fits = blob.size <= limit
   if (!fits) quality > 0.4 ? quality -= 0.1 : side = Math.max(minSide, side * 0.8)
   else if (blob.size < limit / 2 && quality < 0.75) quality += 0.05
-  return fits ? blob : undefined
+  return fits && blob
 }
 
-/** Publishes frames until `live` is no longer this run. A frame lives ten seconds, and pushes no message out of the history. */
+/** Publishes frames until another run begins, or none. A frame lives ten seconds, and pushes no message out of the history. */
 async function publish(run) {
-  let failures = 0
-  while (live === run) {
+  for (let failures = 0; live === run;) {
     const started = performance.now()
-    let pause = 0, error = ''
+    let pause = 0, error
     drawFrame()
     const frame = await encode()
     if (frame) try {
       const sending = performance.now()
       const response = await fetch(path + '?ttl=10', { method: 'POST', body: frame, headers: { 'Content-Type': 'image/jpeg' } })
-      const answer = await response.json()
+      const { status, headers } = response, answer = await response.json()
+      failures = 0
       if (response.ok) {
-        failures = 0
         slower = Math.max(1, slower * 0.98)
         sent.add(performance.now() - sending)
         $('#size').textContent = `${canvas.width} × ${canvas.height}, ${(frame.size / 1e3).toFixed(1)} KB`
         if (live === run) say(slower > 1.1 ? 'Live, with fewer frames: the relay said that they were too many.' : 'Live.')
-      } else if (response.status === 413 && limit > 2e3) {
+      } else if (status === 413 && limit > 2e3) {
         limit = frame.size * 0.8
-      } else if (response.status === 401 || response.status === 403 || response.status === 415) {
+      } else if ([401, 403, 415].includes(status)) {
         stop(answer.error, true)
       } else {
-        if (response.status === 429) slower = Math.min(20, slower * 1.5)
         error = answer.error
-        pause = (response.headers.get('Retry-After') || 2) * 1e3
+        if (status === 429) slower = Math.min(20, slower * 1.5)
+        pause = (headers.get('Retry-After') || 2) * 1e3
       }
     } catch {
       error = 'the relay cannot be reached'
       pause = Math.min(8000, 500 * 2 ** failures++)
     }
     if (error && live === run) say(`Waiting: ${error}.`, true)
-    await sleep(Math.max(pause, started + interval() - performance.now(), 0))
+    await sleep(Math.max(pause, started + slower * 1e3 / $('#rate').value - performance.now(), 0))
   }
 }
-const interval = () => slower * 1e3 / $('#rate').value
 
 async function start() {
-  const run = live = {}
+  const run = live = {}, facingMode = $('#source').value
   show()
-  const facingMode = $('#source').value
-  let why = ''
-  if (facingMode !== 'clock') {
+  why = ''
+  if (facingMode !== 'clock') try {
     say('Asking for the camera …')
-    try {
-      if (!navigator.mediaDevices?.getUserMedia) throw new Error('browsers give it only to pages from https: or this machine')
-      const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode, width: { ideal: maxSide } } })
-      if (live !== run) return stream.getTracks().forEach(track => track.stop())
-      video.srcObject = stream
-      stream.getVideoTracks()[0].onended = () => stop('The camera has ended.', true)
-      await video.play()
-    } catch (error) {
-      why = ` There is no camera (${error.message.replace(/\.$/, '')}), so this is a clock.`
-      video.srcObject = null
-    }
+    if (!navigator.mediaDevices) throw new Error('browsers give it only to pages from https: or this machine')
+    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode, width: { ideal: maxSide } } }), tracks = stream.getTracks()
+    if (live !== run) return tracks.forEach(track => track.stop())
+    video.srcObject = stream
+    tracks[0].onended = () => stop('The camera has ended.', true)
+    await video.play()
+  } catch (error) {
+    why = ` There is no camera (${error.message.replace(/\.$/, '')}), so this is a clock.`
+    video.srcObject = null
   }
-  if (live !== run) return
-  $('#source').dataset.why = why
   publish(run)
 }
 
 function stop(words = 'Stopped. Nothing is sent.', wrong) {
-  live = false
+  live = undefined
   video.srcObject?.getTracks().forEach(track => track.stop())
   video.srcObject = null
   say(words, wrong)
@@ -153,8 +134,7 @@ function stop(words = 'Stopped. Nothing is sent.', wrong) {
 }
 
 function say(words, wrong = false) {
-  const text = words + (live ? $('#source').dataset.why ?? '' : '')
-  if ($('#state').textContent !== text) $('#state').textContent = text
+  setText($('#state'), words + (live ? why : ''))
   $('#state').classList.toggle('wrong', wrong)
 }
 
@@ -168,8 +148,8 @@ function show() {
 // What comes back.
 
 const image = $('#shown')
-const squares = Object.assign(document.createElement('canvas'), { width: bits, height: 1 }).getContext('2d', { willReadFrequently: true })
-let changedAt = performance.now(), last
+const squares = make('canvas', { width: bits, height: 1 }).getContext('2d', { willReadFrequently: true })
+let changedAt, last
 
 /** The browser goes on loading by itself, but does not begin again when the stream has ended. */
 function watch() {
@@ -177,7 +157,7 @@ function watch() {
   image.src = `${path}/multipart?as=image&_=${Math.random()}`
 }
 image.onerror = () => setTimeout(watch, 2000)
-document.addEventListener('visibilitychange', () => document.hidden || watch())
+document.onvisibilitychange = () => document.hidden || watch()
 
 /** Reads the number of the frame that is shown. An <img> that was drawn on a canvas once is not always drawn anew; a bitmap of it is new. */
 async function look() {
@@ -185,18 +165,15 @@ async function look() {
     const bitmap = await createImageBitmap(image), { width, height } = bitmap
     squares.drawImage(bitmap, 0, height - stripe * 0.75, width, stripe / 2, 0, 0, bits, 1)
     bitmap.close()
-    const { data } = squares.getImageData(0, 0, bits, 1)
+    const { data } = squares.getImageData(0, 0, bits, 1), key = data.join()
     let code = 0
     for (let i = 0; i < bits; i++) code |= (data[4 * i + 1] > 127) << i
-    const key = data.join()
     if (key !== last) {
+      const n = code >> 4
       last = key
       changedAt = performance.now()
-      const at = sentAt.get(code >> 4)
-      if (withChecksum(code >> 4) === code && at) {
-        sentAt.delete(code >> 4)
-        returned.add(changedAt - at)
-      }
+      if (withChecksum(n) === code && sentAt.has(n)) returned.add(changedAt - sentAt.get(n))
+      sentAt.delete(n)
     }
   } catch { } // there is no frame yet
   if (performance.now() - changedAt > (live && sent.recent() ? 5e3 : 30e3)) watch() // the stream may have ended
@@ -212,8 +189,7 @@ const duration = ms => ms === undefined ? '–' : ms < 1000 ? `${Math.round(ms)}
 class Series {
   #all = []
   add(value) {
-    this.#all.push({ value, at: performance.now() })
-    if (this.#all.length > 100) this.#all.shift()
+    this.#all = [...this.#all.slice(-99), { value, at: performance.now() }]
   }
   recent() { return this.#all.filter(({ at }) => at > performance.now() - 4000).length / 4 }
   quantile(share) {
@@ -224,20 +200,16 @@ class Series {
 const sent = new Series, returned = new Series
 
 setInterval(() => {
-  $('#fps').textContent = short(sent.recent())
-  $('#returned').textContent = short(returned.recent())
-  $('#publishing').textContent = duration(sent.quantile(0.5))
-  $('#median').textContent = duration(returned.quantile(0.5))
-  $('#most').textContent = duration(returned.quantile(0.95))
+  const texts = { fps: short(sent.recent()), returned: short(returned.recent()), publishing: duration(sent.quantile(0.5)), median: duration(returned.quantile(0.5)), most: duration(returned.quantile(0.95)) }
+  for (const id in texts) $('#' + id).textContent = texts[id]
 }, 1000)
 
 // The page.
 
 $('.room').textContent = room
 const url = here(path + '/multipart?as=image').href
-for (const [id, text] of Object.entries({ link: location.href, tag: `<img src="${url}" alt="a camera, live">`, curl: `curl -H 'Content-Type: image/jpeg' -T frame.jpg ${quoteForShell(here(path).href)}` })) {
-  $('#' + id).textContent = text
-  $(`#${id} + span`).append(copyButton(() => text))
+for (const [name, text] of Object.entries({ 'This page': location.href, 'In your own page': `<img src="${url}" alt="a camera, live">`, 'From a shell': `curl -H 'Content-Type: image/jpeg' -T frame.jpg ${quoteForShell(here(path).href)}` })) {
+  $('.share').append(make('li', '', name + ': ', make('code', '', text), ' ', copyButton(() => text)))
 }
 $('#controls').onsubmit = event => {
   event.preventDefault()
@@ -246,13 +218,11 @@ $('#controls').onsubmit = event => {
 addEventListener('pagehide', () => live && stop())
 
 const rights = await access(room)
-if (rights.refused) {
-  askForToken($('#enter'), rights.error, `-read '${room}' -write '${room}'`)
-} else if (!rights.write) {
+if (rights.refused) askForToken($('#enter'), rights.error, `-read '${room}' -write '${room}'`)
+else if (rights.write) say('Nothing is sent yet.')
+else {
   $('#start').disabled = true
   say(`Your token does not let you publish to the room ${room}. To use another room, put its name behind the # in the address.`, true)
-} else {
-  say('Nothing is sent yet.')
 }
 if (rights.read) {
   watch()

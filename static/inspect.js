@@ -1,52 +1,68 @@
 // The inspector: opens one connection to any rooms, shows what comes as it is, and publishes. The techniques are those of
 // the lab; see techniques.js for what a link is.
 
-import { access, askForToken, capitalized, copyButton, here, insertMarkup, names, quoteForShell } from './page.js'
-import { address, cookies, pageQuery, request, techniques, unique } from './techniques.js'
+import { $, access, askForToken, capitalized, copyButton, curl, here, insertMarkup, make, names, quoteForShell, setText } from './page.js'
+import { address, cookies, pageQuery, request, sleep, techniques, unique } from './techniques.js'
 
 insertMarkup()
-const $ = id => document.getElementById(id)
 const MAX_SHOWN = 500 // older events are removed
 const MAX_LENGTH = 10e3 // characters that are shown of an event
+const RIGHTS = "-read '*' -write '*'"
+const FROM = ['last', 'after']
 cookies.mode = 'same-origin' // a token is in a cookie
 
+const { elements: reads } = $('#read'), { elements: publishes } = $('#publish')
 let rights = {} // whether a token is needed
-let connection // { generation, technique, rooms, cursor, counts, state, close, timer }, or undefined
+let connection // { technique, rooms, query, cursor, counts, failures, state, end }, or undefined
 
-const say = words => { if ($('state').textContent !== words) $('state').textContent = words }
+const say = words => setText($('#state'), words)
 
 // Reading.
 
 /** What the form says, as a query. */
 function query() {
-  const from = $('from').value, user = $('reader').value.trim()
-  return { ...from !== 'now' && { [from]: $('n').value || (from === 'last' ? 10 : 0) }, ...user && { user } }
+  const from = reads.from.value, user = reads.reader.value.trim()
+  return { ...from !== 'now' && { [from]: reads.n.value || (from === 'last' ? 10 : 0) }, ...user && { user } }
 }
 
 function open() {
   close()
-  const technique = techniques.find(({ name }) => name === $('via').value)
-  connection = { technique, rooms: $('rooms').value, query: query(), counts: {}, failures: 0 }
-  $('close').disabled = false
+  const technique = techniques.find(({ name }) => name === reads.via.value)
+  connection = { technique, rooms: reads.rooms.value, query: query(), counts: {}, failures: 0 }
+  reads.close.disabled = false
   history.replaceState(null, '', '?' + new URLSearchParams({ room: connection.rooms, via: technique.name, ...connection.query }))
   connect(connection)
 }
 
+function close() {
+  connection?.end()
+  connection = undefined
+  reads.close.disabled = true
+  say('Nothing is open.')
+}
+
 function connect(it) {
-  const { technique, rooms } = it, generation = it.generation = {}
-  say('connecting…')
-  const url = more => {
-    const { after, last, ...rest } = it.query
-    const names = technique.name === 'sse' ? 0 : undefined // so that an EventSource shows every type
-    return address(technique.name, { ...more, names, ...rest, ...it.cursor ? { after: it.cursor } : { after, last: last ?? more?.last }, _: unique() }, rooms)
+  const { technique, rooms } = it, { name } = technique
+  let ended, timer, stop
+  it.end = () => {
+    ended = true
+    it.state = undefined
+    clearTimeout(timer)
+    stop?.()
+    $('#frame').replaceChildren()
   }
+  say('connecting…')
   const link = {
-    api: 'fetch', url,
+    api: 'fetch',
     get state() { return it.state },
     get cursor() { return it.cursor },
-    frame(src, hide) {
-      const frame = Object.assign(document.createElement('iframe'), { src, hidden: hide, title: capitalized(names[technique.name]) })
-      $('frame').append(frame)
+    url(more) {
+      const { after, last = more?.last, ...rest } = it.query, from = it.cursor ? { after: it.cursor } : { after, last }
+      return address(name, { ...more, ...rest, ...from, names: name === 'sse' ? 0 : undefined, _: unique() }, rooms) // an EventSource shows every type if they have no names
+    },
+    frame(src, hidden) {
+      const frame = make('iframe', { src, hidden, title: capitalized(names[name]) })
+      $('#frame').append(frame)
       return frame
     },
   }
@@ -59,69 +75,50 @@ function connect(it) {
     },
     onBody(text) { if (technique.page) show(text) },
     onEvent(event, json = JSON.stringify(event)) {
-      if (event.id) it.cursor = event.id
-      if (event.type === 'bye') return link.onError(Object.assign(new Error('the relay said bye'), { retry: event.data.retry }))
-      if (event.type === 'beat') return
-      if (event.room) it.counts[event.room] = (it.counts[event.room] ?? 0) + 1
+      const { id, type, room, data } = event
+      if (id) it.cursor = id
+      if (type === 'bye') return link.onError(Object.assign(new Error('the relay said bye'), { retry: data.retry }))
+      if (type === 'beat') return
+      if (room) it.counts[room] = (it.counts[room] ?? 0) + 1
       show(json, event)
       showState(it)
     },
     onBatch({ cursor, events }) {
-      events.forEach(event => link.onEvent(event))
+      for (const event of events) link.onEvent(event)
       it.cursor = cursor
     },
     onTexts() { }, onActivity() { }, onComplete() { },
     onReconnect() { say(it.state = 'reconnecting') },
-    onError(error) {
-      disconnect(it)
-      const wait = error.retry || Math.min(8000, 500 * 2 ** it.failures++)
-      say(`${error.message}; again in ${Math.ceil(wait / 1e3)} s, from the cursor`)
-      it.timer = setTimeout(() => connect(it), wait)
+    onError({ message, retry }) {
+      it.end()
+      const wait = retry || Math.min(8000, 500 * 2 ** it.failures++)
+      say(`${message}; again in ${Math.ceil(wait / 1e3)} s, from the cursor`)
+      timer = setTimeout(connect, wait, it)
     },
   }
-  for (const name in on) link[name] = (...args) => generation === it.generation && on[name](...args)
-  try { it.close = technique.open(link) } catch (error) { link.onError(error) }
-}
-
-function disconnect(it) {
-  it.generation = it.state = undefined
-  clearTimeout(it.timer)
-  it.close?.()
-  it.close = undefined
-  $('frame').replaceChildren()
-}
-
-function close() {
-  if (connection) disconnect(connection)
-  connection = undefined
-  $('close').disabled = true
-  say('Nothing is open.')
+  for (const name in on) link[name] = (...args) => ended || on[name](...args)
+  try { stop = technique.open(link) } catch (error) { link.onError(error) }
 }
 
 function showState({ technique, rooms, counts, cursor }) {
   const list = rooms.split(',')
-  say(`${list.length === 1 ? 'One room' : `${list.length} rooms`} on one connection, by ${names[technique.name]}${technique.short ? ': a request every 2 s' : ''}.`)
-  $('counts').textContent = [...technique.page ? [] : list.map(room => `${room} ${counts[room] ?? 0}`), cursor && `cursor ${cursor}`].filter(Boolean).join(' · ')
+  say(`${list[1] ? `${list.length} rooms` : 'One room'} on one connection, by ${names[technique.name]}${technique.short ? ': a request every 2 s' : ''}.`)
+  $('#counts').textContent = [...technique.page ? [] : list.map(room => `${room} ${counts[room] ?? 0}`), cursor && `cursor ${cursor}`].filter(Boolean).join(' · ')
 }
 
 /** How many connections the relay holds for all its clients, if it lets this page know. */
-async function countConnections() {
+const countTimer = setInterval(async () => {
   const response = connection && !document.hidden && await request(here('metrics')).catch(() => undefined)
   if (response && !response.ok) return clearInterval(countTimer)
   const counts = response ? [...(await response.text()).matchAll(/^cometes_connections\{.*\} (\d+)$/mg)] : []
-  $('held').textContent = response ? `The relay holds ${counts.reduce((sum, [, n]) => sum + +n, 0)} in all.` : ''
-}
-const countTimer = setInterval(countConnections, 2000)
+  $('#held').textContent = response ? `The relay holds ${counts.reduce((sum, [, n]) => sum + +n, 0)} in all.` : ''
+}, 2000)
 
-function show(text, event) {
-  const li = document.createElement('li'), time = document.createElement('time'), code = document.createElement('code')
-  time.textContent = new Date().toLocaleTimeString([], { hour12: false })
-  code.textContent = text.length > MAX_LENGTH ? text.slice(0, MAX_LENGTH) + `… (${text.length} characters)` : text
-  if (event && event.type !== 'message') li.className = 'own'
-  li.append(time, code)
-  $('events').prepend(li)
-  while ($('events').childElementCount > MAX_SHOWN) $('events').lastChild.remove()
-  if (event?.type === 'message' && event.room === $('to').value) $('if').placeholder = event.id
+function show(text, { type = 'message', room, id } = {}) {
+  const whole = text.length > MAX_LENGTH ? text.slice(0, MAX_LENGTH) + `… (${text.length} characters)` : text
+  $('#events').prepend(make('li', type === 'message' ? '' : 'own', make('time', '', new Date().toLocaleTimeString([], { hour12: false })), make('code', '', whole)))
+  while ($('#events').childElementCount > MAX_SHOWN) $('#events').lastChild.remove()
+  if (id && type === 'message' && room === publishes.to.value) publishes.if.placeholder = id
 }
 
 // Publishing.
@@ -129,74 +126,70 @@ function show(text, event) {
 /** What the form publishes. */
 function toPublish() {
   const query = {}
-  for (const name of ['user', 'type', 'ttl', 'key', 'if']) if ($(name).value.trim()) query[name] = $(name).value.trim()
-  return { room: $('to').value, query, body: $('data').value, type: $('json').checked ? 'application/json' : 'text/plain' }
+  for (const name of ['user', 'type', 'ttl', 'key', 'if']) if (publishes[name].value.trim()) query[name] = publishes[name].value.trim()
+  return { room: publishes.to.value, query, body: publishes.data.value, type: publishes.json.checked ? 'application/json' : 'text/plain' }
 }
 
 async function publish({ room, query, body, type }) {
   try {
     const response = await request(address('', query, room), { method: 'POST', body, headers: { 'Content-Type': type } })
-    $('answer').textContent = `${response.status} ${(await response.text()).trim()}`
+    $('#answer').textContent = `${response.status} ${(await response.text()).trim()}`
   } catch (error) {
-    $('answer').textContent = `the relay could not be reached: ${error.message}`
+    $('#answer').textContent = `the relay could not be reached: ${error.message}`
   }
-}
-
-// The commands.
-
-const bearer = () => rights.required ? '-H "Authorization: Bearer $TOKEN" ' : ''
-const whole = (path, query) => quoteForShell(here(path) + (Object.keys(query).length ? '?' + new URLSearchParams(query) : ''))
-
-function showCommands() {
-  const via = $('via').value, url = whole(`rooms/${$('rooms').value}/${via}`, { ...query(), ...via === 'jsonp' && { callback: 'tell' } })
-  $('readcurl').textContent = via === 'ws' ? `npx wscat ${bearer()}-c ${url.replace('http', 'ws')}` : `curl -N ${bearer()}${url}`
-  const { room, query: asked, body, type } = toPublish()
-  const header = type === 'application/json' || /[=;]/.test(body) ? `-H 'Content-Type: ${type}' ` : ''
-  $('publishcurl').textContent = `curl ${bearer()}${header}--data-raw ${quoteForShell(body)} ${whole('rooms/' + room, asked)}`
 }
 
 // The page.
 
-for (const { name } of techniques.toReversed()) $('via').add(new Option(capitalized(names[name]), name))
-for (const id of ['readcurl', 'publishcurl']) $(id).after(copyButton(() => $(id).textContent, 'Copy as curl'))
-$('read').onsubmit = e => { e.preventDefault(); open() }
-$('publish').onsubmit = e => { e.preventDefault(); publish(toPublish()) }
-$('all').oninput = () => {
-  $('n').parentElement.hidden = $('from').value === 'now'
-  showCommands()
+const whole = (path, query) => quoteForShell(here(path) + (Object.keys(query).length ? '?' + new URLSearchParams(query) : ''))
+
+/** Shows what the forms do, as commands. */
+function showCommands() {
+  const via = reads.via.value, url = whole(`rooms/${reads.rooms.value}/${via}`, { ...query(), ...via === 'jsonp' && { callback: 'tell' } })
+  const read = curl(rights.required, via === 'ws' ? '-c ' + url.replace('http', 'ws') : url)
+  $('#readcurl').textContent = via === 'ws' ? read.replace('curl', 'npx wscat') : read.replace('curl', 'curl -N')
+  const { room, query: asked, body, type } = toPublish()
+  const header = type === 'application/json' || /[=;]/.test(body) ? `-H 'Content-Type: ${type}' ` : ''
+  $('#publishcurl').textContent = curl(rights.required, `${header}--data-raw ${quoteForShell(body)} ${whole('rooms/' + room, asked)}`)
+  reads.n.parentElement.hidden = reads.from.value === 'now'
 }
-$('close').onclick = close
-$('clear').onclick = () => $('events').replaceChildren()
-$('three').onclick = async () => {
-  Object.assign($('rooms'), { value: 'a,b,c' })
-  $('via').value = 'sse'
-  $('from').value = 'now'
-  $('all').oninput()
+
+for (const { name } of techniques.toReversed()) reads.via.add(new Option(capitalized(names[name]), name))
+for (const id of ['#readcurl', '#publishcurl']) $(id).after(copyButton(() => $(id).textContent, 'Copy as curl'))
+$('#read').onsubmit = e => { e.preventDefault(); open() }
+$('#publish').onsubmit = e => { e.preventDefault(); publish(toPublish()) }
+$('#all').oninput = showCommands
+reads.close.onclick = close
+$('#clear').onclick = () => $('#events').replaceChildren()
+reads.three.onclick = async () => {
+  Object.assign(reads.rooms, { value: 'a,b,c' })
+  reads.via.value = 'sse'
+  reads.from.value = 'now'
+  showCommands()
   open()
-  for (let i = 0; i < 100 && connection?.state !== 'open'; i++) await new Promise(done => setTimeout(done, 50))
+  for (let i = 0; i < 100 && connection?.state !== 'open'; i++) await sleep(50)
   for (const room of ['a', 'b', 'c', 'a', 'b', 'c']) await publish({ room, query: {}, body: 'hi from ' + room, type: 'text/plain' })
 }
 // A page in the back/forward cache has no connection.
-addEventListener('pagehide', () => connection && disconnect(connection))
+addEventListener('pagehide', () => connection?.end())
 addEventListener('pageshow', e => e.persisted && connection && connect(connection))
 
-$('rooms').value = pageQuery.get('room') || 'lobby'
-$('to').value = $('rooms').value.split(',')[0]
-$('via').value = names[pageQuery.get('via')] ? pageQuery.get('via') : 'sse'
-for (const from of ['last', 'after']) if (pageQuery.get(from)) {
-  $('from').value = from
-  $('n').value = pageQuery.get(from)
+reads.rooms.value = pageQuery.get('room') || 'lobby'
+publishes.to.value = reads.rooms.value.split(',')[0]
+reads.via.value = names[pageQuery.get('via')] ? pageQuery.get('via') : 'sse'
+for (const from of FROM) if (pageQuery.get(from)) {
+  reads.from.value = from
+  reads.n.value = pageQuery.get(from)
 }
-$('reader').value = pageQuery.get('user') ?? ''
-$('all').oninput()
+reads.reader.value = pageQuery.get('user') ?? ''
 
-rights = await access($('to').value)
+rights = await access(publishes.to.value)
+showCommands()
 if (rights.refused) {
-  $('all').hidden = true
-  askForToken($('enter'), rights.error, '-read \'*\' -write \'*\'')
+  $('#all').hidden = true
+  askForToken($('#enter'), rights.error, RIGHTS)
 } else {
-  showCommands()
-  $('another').ontoggle = () => askForToken($('another').lastElementChild, undefined, '-read \'*\' -write \'*\'')
-  $('another').hidden = !rights.required
+  $('#another').ontoggle = () => askForToken($('#another div'), undefined, RIGHTS)
+  $('#another').hidden = !rights.required
   if (pageQuery.has('open')) open()
 }
