@@ -5,15 +5,13 @@
  * log, in the outbox, until its own event arrives. So it is visible at once, all users see the same order, and nothing
  * is shown twice. Text of a user is never inserted as HTML.
  */
-import { Comet } from './comet.js'
-import { imagesOf, isPicture, toDataURL } from './images.js'
-import { access, askForToken, copy, copyButton, insertMarkup, names, quoteForShell } from './page.js'
-import { applyColour, browserStorage, cleanName, colourOf, make, nameTechniques, showStatus, tabStorage } from './people.js'
+import { $, copyButton, curl, make, names, quoteForShell, setText } from './page.js'
+import { applyColour, browserStorage, cleanName, comet, connect, enterRoom, me, open, people } from './people.js'
+import { rename, rights, Room, room, showPresence, summarize, tabStorage } from './people.js'
 
 const MAX_MESSAGES = 1000 // in the page; older ones are removed
 const GROUP_TIME = 5 * 60e3 // ms; within it a user's messages are shown under one name
 const AWAY_AFTER = 60e3 // ms that the page is hidden before the user is away
-const FADE_TIME = 8e3 // ms for which a user who left is still listed; also in style.css
 const HISTORY_TIME = 1e3 // ms after connecting; a message that arrives later is new
 
 const GAPS = {
@@ -21,54 +19,24 @@ const GAPS = {
   restart: 'the relay was restarted, and its history is gone',
   future: 'the relay was restarted, and has fewer messages than this page',
 }
-const STATES = { online: '', typing: 'typing…', away: 'away', offline: 'left' }
 
-const $ = id => document.getElementById(id)
-$('plain').remove()
-insertMarkup()
-
-const log = $('log'), scroller = $('scroller'), input = $('text')
+const log = $('#log'), scroller = $('#scroller'), input = $('#text')
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'short' })
 const calendar = new Intl.DateTimeFormat([], { weekday: 'long', day: 'numeric', month: 'long' })
-const compare = new Intl.Collator().compare
 const plural = (n, one) => `${n} ${one}${n === 1 ? '' : 's'}`
 const asText = data => typeof data === 'string' ? data : String(JSON.stringify(data))
 
-const button = (label, press) => {
-  const el = make('button', '', label)
-  return Object.assign(el, { type: 'button', onclick: () => press(el) })
-}
+const button = (label, onclick) => make('button', { type: 'button', onclick }, label)
 
-// Rooms and names.
+// The room, and the connection to it.
 
-let comet
-let listeners // an AbortController for our listeners
-let room, rights // rights: what the token allows in the room
 let unread // messages since the page was hidden
 let newBelow // new messages below the visible part of the log
 let gapCount, countByVia // gaps; messages by technique
-let me = cleanName(new URLSearchParams(location.search).get('user') ?? '') || tabStorage.get('name')
 
-/** The room in the URL: ?room=lobby or #lobby. */
-function roomInURL() {
-  const { hash, searchParams } = new URL(location)
-  const name = (new URLSearchParams('r=' + hash.slice(1).replaceAll('+', '%2B')).get('r') || searchParams.get('room') || '').trim()
-  const room = name.replace(/[^A-Za-z0-9_.:-]+/g, '-').slice(0, 64) || 'lobby'
-  showNoRoom(name && name !== room && name)
-  return room
-}
-
-/** Says why a name is none, below it. */
-function showNoRoom(name) {
-  $('noroom').replaceChildren(...!name ? [] : ['A room cannot be called ', make('bdi', '', name.length > 64 ? name.slice(0, 64) + '…' : name), ': 1 to 64 letters without accents, digits, or _ . : - and no spaces.'])
-}
-
-async function enterRoom(name) {
+function enter(name) {
   input.value = draft() // messages for the old room that were not sent: the user decides
   outbox.forEach(discard)
-  room = $('room').value = name
-  $('room').size = Math.max(5, name.length)
-  input.placeholder = 'Write to #' + name
   log.replaceChildren()
   log.ariaBusy = true // a screen reader does not read the history out
   lastGroup = lastDay = lastVia = lastMoves = undefined
@@ -77,152 +45,35 @@ async function enterRoom(name) {
   countByVia = {}
   pending = []
   following = true
-  colourOf.clear()
-  if (!comet || rights.required) {
-    listeners?.abort()
-    comet?.close()
-    clearPeople()
-    $('say').inert = true
-    rights = await access(name)
-    if (name !== room) return
-    $('say').inert = false
-  }
-  applyRights()
+  return enterRoom(name)
 }
 
-/** Enables what the token allows, if the relay requires one. */
-function applyRights() {
-  const { required, refused, user, read, write, error } = rights
-  me = user || me
-  $('me').disabled = !!user
-  $('token').hidden = !refused
-  $('another').hidden = !required || refused
-  input.disabled = $('send').disabled = !write
+/** Shows what the token allows, if the relay requires one. */
+function onRights() {
+  const { required, refused, read, write } = rights, url = String(new URL('rooms/' + room, location)), query = me && '?' + new URLSearchParams({ user: me })
+  input.disabled = $('#send').disabled = !write
   input.placeholder = write ? 'Write to #' + room : 'Your token does not allow you to write here'
-  const url = String(new URL('rooms/' + room, location)).replace('http://', '')
-  $('curl').textContent = `curl ${required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${quoteForShell(url)}`
+  $('#curl').textContent = curl(required, `-d hi ${quoteForShell(url.replace('http://', ''))}`)
+  $('#endless').href = `rooms/${room}/html${query}`
+  $('#anew').href = `rooms/${room}/refresh${query}`
   updateTitle()
-  updateLinks()
-  if (refused) showTokenForm(error)
-  else if (!read) addLine('gap', 'Your token does not allow you to read this room.')
-  if (read || write) connect()
-  else onStatus({ status: 'closed', error: new Error(refused ? 'this relay asks for a token' : 'your token is for other rooms') })
+  if (!refused && !read) addLine('gap', 'Your token does not allow you to read this room.')
 }
 
-function updateLinks() {
-  const query = me && '?' + new URLSearchParams({ user: me })
-  $('endless').href = `rooms/${room}/html${query}`
-  $('anew').href = `rooms/${room}/refresh${query}`
-}
-
-const showTokenForm = error => askForToken($('token'), error, `-read ${room} -write ${room}`)
-$('another').onclick = () => {
-  if ($('people').matches(':popover-open')) $('people').hidePopover()
-  if ($('token').hidden) showTokenForm()
-  else $('token').hidden = true
-}
-
-/** Connects under the user's name; again when room or name change. With a cursor, the log continues. */
-function connect(after) {
-  listeners?.abort()
-  comet?.close()
-  clearPeople()
-  comet = new Comet('/rooms/' + room, { user: me || undefined, presence: true, last: 100, after })
-  const { signal } = listeners = new AbortController()
-  comet.addEventListener('status', e => onStatus(e.detail), { signal })
-  comet.addEventListener('event', e => onEvent(e.detail), { signal })
-  const { value } = $('menu').elements.way
-  if (value !== 'auto') comet.use(value)
-  showNaming(!me)
-  $('me').replaceChildren('as ', make('bdi', '', me))
-  $('outbox').querySelector('bdi').textContent = me
-  applyColour($('outbox'), me)
+function onConnect() {
+  $('#outbox bdi').textContent = me
+  applyColour($('#outbox'), me)
   updateVisibility()
   render()
 }
 
-/** Shows the form for the name, or the form for messages. */
-function showNaming(show) {
-  if (show && $('naming').hidden) $('name').value = me || browserStorage.get('name')
-  $('naming').hidden = !show
-  warnIfTaken()
-  $('say').hidden = $('me').hidden = show
-}
-
-$('go').onsubmit = e => {
-  e.preventDefault()
-  const name = $('room').value.trim()
-  if (name === room || !/^[\w.:-]{1,64}$/.test(name)) return showNoRoom(name !== room && name)
-  showNoRoom()
-  history.pushState(null, '', '?room=' + name)
-  enterRoom(name)
-  focusOn()
-}
-$('room').onblur = () => { // only Enter changes the room
-  $('room').value = room
-  showNoRoom()
-}
-onpopstate = onhashchange = () => roomInURL() === room || enterRoom(roomInURL())
-
-$('me').onclick = () => {
-  showNaming(true)
-  $('name').select()
-}
-$('name').onkeydown = e => {
-  if (e.key !== 'Escape' || !me) return
-  showNaming(false)
-  input.focus()
-}
-$('naming').onsubmit = e => {
-  e.preventDefault()
-  const name = cleanName($('name').value)
-  if (!name) return
-  if (name === me) showNaming(false)
-  else rename(name)
-  input.focus()
-}
-
-function rename(name) {
-  const url = new URL(location)
-  me = name
-  tabStorage.set('name', me)
-  browserStorage.set('name', me)
-  url.searchParams.delete('user')
-  history.replaceState(null, '', url)
-  updateLinks()
-  connect(comet.cursor)
-}
-$('name').oninput = warnIfTaken
-
-/** Names are not reserved: two people with one name are one user. */
-function warnIfTaken() {
-  const name = cleanName($('name').value)
-  const taken = name !== me && (people.get(name)?.dataset.state ?? 'offline') !== 'offline'
-  if ($('taken').querySelector('bdi')?.textContent === (taken ? name : undefined)) return // or a screen reader reads it out again
-  $('taken').replaceChildren(...taken ? ['Somebody here is already called ', make('bdi', '', name), '. You will be taken for the same person.'] : [])
-}
-
-function focusOn() {
-  if (!matchMedia('(hover: hover)').matches || !$('token').hidden) return // on a phone the keyboard would appear
-  if (me) input.focus()
-  else $('name').select()
-}
-
-// The connection.
-
-function onStatus(detail) {
-  const { status, via, error } = detail
-  showStatus(detail)
+function onStatus({ status, via }) {
   for (const mine of outbox) if (mine.state === 'pending') setState(mine, 'pending')
-  if (status === 'closed' && error?.status === 401) showTokenForm(rights.exp * 1e3 < Date.now() ? 'it has expired' : error.message)
   if (status !== 'open') return
   if (log.ariaBusy === 'true') setTimeout(() => log.ariaBusy = false, HISTORY_TIME)
   if (lastVia && lastVia !== via) enqueue(() => addLine('way', 'from here on by ' + names[via]))
   lastVia = via
 }
-
-$('menu').onchange = e => comet?.use(e.target.value === 'auto' ? null : e.target.value)
-$('menu').onsubmit = e => e.preventDefault()
 
 // The log. Events that arrive within 20 ms are rendered together, with one layout.
 
@@ -284,19 +135,19 @@ function addLine(kind, ...content) {
   else target.append(make('p', kind, ...content))
 }
 
-/** Says who joined and who left. Several in a row are one line, which names three of each. */
+/** Names as a list; of many only the last three. */
+function listed(names) {
+  const shown = names.length > 4 ? [...names.slice(-3), `${names.length - 3} others`] : names
+  return new Intl.ListFormat('en-GB').formatToParts(shown).map(({ type, value }) => type === 'element' ? make('bdi', '', value) : value)
+}
+
+/** Says who joined and who left. Several in a row are one line. */
 function showMove(name, joined) {
-  if (log.lastElementChild?.className !== 'move') lastMoves = { joined: new Set, left: new Set }
-  const { joined: came, left: went } = lastMoves
-  ;(joined ? went : came).delete(name)
-  ;(joined ? came : went).add(name)
-  const list = (all, verb) => {
-    const shown = [...all].slice(all.size > 4 ? -3 : 0).map(name => make('bdi', '', name))
-    if (all.size > 4) shown.push(`${all.size - 3} others`)
-    return !all.size ? [] : [make('span', '', ...shown.flatMap((el, i) => i ? [i < shown.length - 1 ? ', ' : ' and ', el] : el), verb)]
-  }
-  const parts = [...list(came, ' joined'), ...list(went, ' left')]
-  addLine('move', ...parts[1] ? [parts[0], '; ', parts[1]] : parts)
+  if (log.lastElementChild?.className !== 'move') lastMoves = new Map
+  lastMoves.delete(name)
+  lastMoves.set(name, joined ? ' joined' : ' left')
+  const all = Object.groupBy(lastMoves.keys(), name => lastMoves.get(name))
+  addLine('move', ...Object.entries(all).flatMap(([verb, names], i) => [i ? '; ' : '', make('span', '', ...listed(names), verb)]))
 }
 
 /** Shows any published event. The type is shown unless it is message. */
@@ -323,45 +174,34 @@ function showMessage({ id, type = 'message', from, time, data }) {
   if (!following && !mine) newBelow++
 }
 
-const timeElement = (at, minute) => Object.assign(make('time', '', minute), { dateTime: at.toISOString(), title: at.toLocaleString() })
+const timeElement = (at, minute) => make('time', { dateTime: at.toISOString(), title: at.toLocaleString() }, minute)
 
 /** Whether a message of somebody else has @ and this user's name in it. */
-function mentionsMe({ from, data }) {
-  const text = asText(data).toLowerCase(), name = '@' + me?.toLowerCase()
-  if (!me || from === me) return false
-  for (let at = -1; (at = text.indexOf(name, at + 1)) >= 0;) if (!/[\p{L}\p{N}_]/u.test(text.slice(at + name.length, at + name.length + 1))) return true
-  return false
-}
+const mentionsMe = ({ from, data }) => me && from !== me &&
+  asText(data).toLowerCase().split('@' + me.toLowerCase()).slice(1).some(rest => !/^[\p{L}\p{N}_]/u.test(rest))
 
 /** A message's text. URLs become links, what is between backticks is code, long text is folded, and emoji alone are big. */
 function textElement(data) {
-  const text = asText(data)
-  const el = Object.assign(make('div', 'text'), { dir: 'auto' })
+  const text = asText(data), el = make('div', { className: 'text', dir: 'auto' })
   let at = 0
   for (const { 0: match, 1: block, 2: code, index } of text.matchAll(/```\n?([^]+?)\n?```|`([^`\n]+)`|\bhttps?:\/\/[^\s<>"]+/gi)) {
-    if (block ?? code) {
-      el.append(text.slice(at, index), make('code', block ? 'block' : '', block ?? code))
-      at = index + match.length
-      continue
-    }
-    const href = trimLink(match), end = href.length
-    if (!URL.canParse(href)) continue
-    const link = Object.assign(make('a', '', href), { href, target: '_blank', rel: 'noopener noreferrer' })
-    el.append(text.slice(at, index), link)
-    at = index + end
+    const href = trimLink(match), isCode = block ?? code
+    if (!isCode && !URL.canParse(href)) continue
+    el.append(text.slice(at, index), isCode ? make('code', block ? 'block' : '', isCode) : make('a', { href, target: '_blank', rel: 'noopener noreferrer' }, href))
+    at = index + (isCode ? match : href).length
   }
   el.append(text.slice(at))
   if (/^(?:\p{Extended_Pictographic}[\p{Emoji_Modifier}\uFE0F\u200D]*\s?){1,9}$/u.test(text)) el.classList.add('emoji')
   if (text.length < 1500 && text.split('\n', 21).length < 21) return el
   el.classList.add('folded')
-  return make('div', 'long', el, button('Show all', more => {
+  return make('div', 'long', el, button('Show all', ({ target: more }) => {
     more.textContent = el.classList.toggle('folded') ? 'Show all' : 'Show less'
     following = atBottom()
   }))
 }
 
 /** A picture. Its height is known only when it is decoded. */
-const pictureElement = (from, src) => make('div', 'text', Object.assign(new Image, { className: 'picture', src, alt: `a picture by ${from ?? 'somebody'}`, onload: keepAtEnd }))
+const pictureElement = (from = 'somebody', src) => make('div', 'text', make('img', { className: 'picture', src, alt: 'a picture by ' + from, onload: keepAtEnd }))
 
 /** Removes what follows a URL in a sentence: a full stop, or a closing bracket that was opened before the URL. */
 function trimLink(link) {
@@ -379,11 +219,12 @@ const atBottom = () => scroller.scrollHeight - scroller.scrollTop - scroller.cli
 
 /** Scrolls to the end if the user has not scrolled up; otherwise shows the number of new messages below. */
 function keepAtEnd() {
-  if (following) scroller.scrollTop = scroller.scrollHeight
-  if (following) newBelow = 0
-  const words = plural(newBelow, 'new message') + ' ↓'
-  $('pill').hidden = !newBelow
-  if ($('pill').textContent !== words) $('pill').textContent = words // or a screen reader reads it out again
+  if (following) {
+    scroller.scrollTop = scroller.scrollHeight
+    newBelow = 0
+  }
+  $('#pill').hidden = !newBelow
+  setText($('#pill'), plural(newBelow, 'new message') + ' ↓')
 }
 scroller.onscroll = () => {
   following = atBottom()
@@ -391,20 +232,14 @@ scroller.onscroll = () => {
   else if (scroller.scrollTop < 200) showOlder()
 }
 
-/** Shows the history before the log, which began with the newest hundred. A poll's answer has a part of it. */
+/** Shows the history before the log, which began with the newest hundred. */
 async function showOlder() {
   const [first] = log.getElementsByClassName('message'), where = room
   if (hasAll || !first || !rights.read) return
   hasAll = true
-  const older = []
+  let older
   try {
-    for (let query = { last: MAX_MESSAGES }, before = +first.dataset.id; ;) {
-      const url = `rooms/${where}/poll?` + new URLSearchParams({ ...query, presence: 0, _: Math.random() })
-      const { events, cursor } = await (await fetch(url)).json()
-      older.push(...events.filter(({ type, id }) => type !== 'presence' && type !== 'gap' && id < before))
-      if (!events.length || cursor >= before) break
-      query = { after: cursor }
-    }
+    older = (await new Room(where).read('last=' + MAX_MESSAGES)).filter(({ type, id }) => type !== 'presence' && type !== 'gap' && id < first.dataset.id)
   } catch { return hasAll = false } // scrolling tries again
   if (where !== room || !first.isConnected) return
   const saved = [lastGroup, lastDay]
@@ -412,14 +247,14 @@ async function showOlder() {
   lastGroup = lastDay = undefined
   addLine('way', older.length ? 'the relay keeps no older messages' : 'this is all that the relay keeps')
   for (const event of older) showMessage(event)
-  const { scrollHeight, scrollTop } = scroller
-  if (log.firstElementChild.className === 'day' && log.firstElementChild.textContent === [...target.querySelectorAll('.day')].at(-1)?.textContent) log.firstElementChild.remove()
+  const { scrollHeight, scrollTop } = scroller, [line] = log.children
+  if (line.className === 'day' && line.textContent === [...target.querySelectorAll('.day')].at(-1)?.textContent) line.remove()
   log.prepend(...target.children)
   target = log
   ;[lastGroup, lastDay] = saved
   scroller.scrollTop = scrollTop + scroller.scrollHeight - scrollHeight
 }
-$('pill').onclick = () => {
+$('#pill').onclick = () => {
   following = true
   keepAtEnd()
   input.focus()
@@ -431,13 +266,12 @@ new ResizeObserver(keepAtEnd).observe(scroller) // the phone's keyboard appears,
 const outbox = new Set // of { text, key, time, el, note, state }; and id, once the relay has answered
 
 function submit(text, type) {
-  showNoRoom()
   const note = make('div', 'note'), time = Date.now()
   const mine = { text, type, time, note, el: make('div', '', type ? pictureElement(me, text) : textElement(text), note), key: time.toString(36) + Math.random().toString(36) }
   outbox.add(mine)
-  $('outbox').append(mine.el)
-  $('outbox').hidden = false
-  $('outbox').classList.toggle('more', lastGroup?.from === me)
+  $('#outbox').append(mine.el)
+  $('#outbox').hidden = false
+  $('#outbox').classList.toggle('more', lastGroup?.from === me)
   send(mine)
   comet.presence('online') // no longer typing
   following = true
@@ -486,7 +320,7 @@ function edit(mine) {
 function discard(mine) {
   outbox.delete(mine)
   mine.el.remove()
-  $('outbox').hidden = !outbox.size
+  $('#outbox').hidden = !outbox.size
 }
 
 /** Messages that were not sent, and the text in the input. */
@@ -504,113 +338,83 @@ input.oninput = () => {
 input.onkeydown = e => {
   if (e.key !== 'Enter' || e.shiftKey || e.isComposing) return
   e.preventDefault()
-  $('say').requestSubmit()
+  $('#say').requestSubmit()
 }
-$('say').onsubmit = e => {
+$('#say').onsubmit = e => {
   e.preventDefault()
   const text = input.value.trim()
   input.value = ''
   fitHeight()
   const nick = /^\/nick(\s+(.*))?$/.exec(text)
-  if (nick) changeNick(cleanName(nick[2] ?? ''))
+  if (nick) changeName(cleanName(nick[2] ?? ''))
   else if (text) submit(text)
 }
 
-/** Pictures that are pasted into the input, or dropped anywhere. */
+// Pictures that people paste or drop, made small enough for one event.
+
+const MAX_PICTURE = 60e3 // characters of a data: URL
+const isPicture = ({ type, data }) => type === 'image' && /^data:image\/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+$/.test(data)
+
+/** Returns a file as a data: URL. A small one stays as it is, and may move; else it is scaled down until it fits. SVG may hold scripts. */
+async function toDataURL(file) {
+  if (/png|jpeg|gif|webp/.test(file.type) && file.size < MAX_PICTURE * 0.74) return `data:${file.type};base64,${btoa(String.fromCharCode(...new Uint8Array(await file.arrayBuffer())))}`
+  const bitmap = await createImageBitmap(file), canvas = make('canvas'), pen = canvas.getContext('2d')
+  let scale = Math.min(1, 1280 / Math.max(bitmap.width, bitmap.height)), quality = 0.8, url
+  do {
+    canvas.width = Math.max(1, bitmap.width * scale)
+    canvas.height = Math.max(1, bitmap.height * scale)
+    pen.fillStyle = '#fff' // JPEG has no transparency
+    pen.fillRect(0, 0, canvas.width, canvas.height)
+    pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height)
+    url = canvas.toDataURL('image/jpeg', quality)
+    quality > 0.5 ? quality -= 0.1 : scale *= 0.8
+  } while (url.length > MAX_PICTURE)
+  return url
+}
+
 async function sendImages(e) {
-  const files = imagesOf(e.clipboardData ?? e.dataTransfer)
+  const files = [...(e.clipboardData ?? e.dataTransfer).files].filter(({ type }) => type.startsWith('image/'))
   if (!files.length) return
   e.preventDefault()
-  for (const file of files) {
-    try {
-      submit(await toDataURL(file), 'image')
-    } catch { addLine('way', `this browser cannot read the picture ${file.name}`) }
+  for (const file of files) try {
+    submit(await toDataURL(file), 'image')
+  } catch {
+    addLine('way', `this browser cannot read the picture ${file.name}`)
   }
 }
 input.onpaste = sendImages
-$('app').ondragover = e => { if (e.dataTransfer.types.includes('Files')) e.preventDefault() }
-$('app').ondrop = e => { if (!input.disabled) sendImages(e) }
+$('#app').ondragover = e => { if (e.dataTransfer.types.includes('Files')) e.preventDefault() }
+$('#app').ondrop = e => { if (!input.disabled) sendImages(e) }
 
 /** /nick NAME changes the name; /nick alone asks for it. */
-function changeNick(name) {
-  if (rights.user) return addLine('way', 'your token says who you are')
-  if (name && name !== me) return rename(name)
-  if (name) return
-  $('me').click()
-}
-
-// Who is here.
-
-const people = new Map // name → list item
-let hasRoster // what comes after it is news
-let crowdCount // the number of users, if the roster has no names
-
-function showPresence({ from, data }) {
-  if (from) {
-    const isHere = name => (people.get(name)?.dataset.state ?? 'offline') !== 'offline'
-    const before = isHere(from)
-    showPerson(from, data)
-    if (before !== isHere(from) && from !== me && hasRoster) showMove(from, !before)
-    return
-  }
-  hasRoster = true
-  const { users = {} } = data
-  crowdCount = data.users ? 0 : data.count
-  if (crowdCount) clearPeople()
-  for (const name of people.keys()) if (!Object.hasOwn(users, name)) showPerson(name, 'offline')
-  for (const name in users) showPerson(name, users[name])
-}
-
-function showPerson(name, state) {
-  let li = people.get(name)
-  if (!li && state === 'offline') return
-  if (!li) {
-    li = Object.assign(make('li', '', make('bdi', '', name), name === me ? ' (you)' : '', make('small')), { person: name })
-    applyColour(li, name)
-    const comesAfter = ({ person }) => person !== me && (name === me || compare(person, name) > 0)
-    $('here').insertBefore(li, [...$('here').children].find(comesAfter) ?? null)
-    people.set(name, li)
-  }
-  li.dataset.state = state
-  li.lastChild.textContent = STATES[state]
-  clearTimeout(li.removeTimer)
-  if (state === 'offline') li.removeTimer = setTimeout(() => people.delete(name) && li.remove(), FADE_TIME)
-}
-
-function clearPeople() {
-  hasRoster = false
-  for (const li of people.values()) clearTimeout(li.removeTimer)
-  people.clear()
-  $('here').replaceChildren()
+function changeName(name) {
+  if (rights.user) addLine('way', 'your token says who you are')
+  else if (!name) $('#me').click()
+  else if (name !== me) rename(name)
 }
 
 /** Updates what is shown around the log: counts, who is typing, whether the name is taken. */
 function updateSummary() {
-  const withState = state => [...people.values()].filter(li => li.dataset.state === state).map(li => li.person)
-  $('count').textContent = $('who').textContent = `${crowdCount || people.size - withState('offline').length} here`
-  $('crowd').hidden = !crowdCount
-  const typing = withState('typing').filter(name => name !== me)
-  const who = typing.length > 3 ? [`${typing.length} people`] : typing
-  const parts = new Intl.ListFormat('en').formatToParts(who).map(({ type, value }) => type === 'element' ? make('bdi', '', value) : value)
-  const words = who[0] ? [...parts, typing[1] ? ' are typing…' : ' is typing…'] : []
-  if ($('typing').textContent !== make('p', '', ...words).textContent) $('typing').replaceChildren(...words) // or a screen reader reads it out again
+  const typing = [...people].filter(([name, li]) => li.dataset.state === 'typing' && name !== me).map(([name]) => name)
+  setText($('#typing'), ...listed(typing), !typing[0] ? '' : typing[1] ? ' are typing…' : ' is typing…')
   const by = Object.entries(countByVia).map(([via, n]) => `${n} by ${names[via]}`)
-  $('tally').textContent = `Messages so far: ${by.join(', ') || 'none'}. ${gapCount ? plural(gapCount, 'gap') : 'No gap'}.`
-  warnIfTaken()
+  $('#tally').textContent = `Messages so far: ${by.join(', ') || 'none'}. ${gapCount ? plural(gapCount, 'gap') : 'No gap'}.`
+  summarize()
 }
 
 // Whether the user looks at the page.
 
-let awayTimer, releaseLock, lockCount = 0
+let awayTimer, releaseLock
 const lockName = () => `cometes ${room} ${me}`
 
 /** A visible page holds a lock. So a hidden page knows that the user looks at another page, and is not away. */
 function updateVisibility() {
-  const count = ++lockCount
+  const { promise, resolve } = Promise.withResolvers()
   releaseLock?.()
+  releaseLock = resolve
   clearTimeout(awayTimer)
   if (document.hidden) awayTimer = setTimeout(async () => await visibleElsewhere() || comet?.presence('away'), AWAY_AFTER)
-  else navigator.locks?.request(lockName(), { mode: 'shared' }, () => count === lockCount && new Promise(resolve => releaseLock = resolve))
+  else navigator.locks?.request(lockName(), { mode: 'shared' }, () => promise)
 }
 const visibleElsewhere = async () => (await navigator.locks?.query())?.held.some(({ name }) => name === lockName())
 
@@ -634,20 +438,16 @@ function onEvent(event) {
   if (!document.hidden) return
   unread++
   updateTitle()
-  notify(event)
+  notify(event).catch(() => { })
 }
 
 const bellIsOn = () => !!browserStorage.get('bell') && window.Notification?.permission === 'granted'
 
+/** Notifies by the service worker, since a page on a phone may not. */
 async function notify({ type, from, data }) {
   if (!bellIsOn() || await visibleElsewhere()) return
-  const title = `${from ?? 'Somebody'} in #${room}`, options = { body: type === 'image' ? 'a picture' : asText(data).slice(0, 200), tag: 'cometes ' + room, icon: 'icon.svg', data: location.href }
-  try { // throws on phones, which require a service worker
-    new Notification(title, options).onclick = () => focus()
-  } catch {
-    const worker = await navigator.serviceWorker?.getRegistration().catch(() => { })
-    worker?.showNotification(title, options).catch(() => { })
-  }
+  const body = type === 'image' ? 'a picture' : asText(data).slice(0, 200), worker = await navigator.serviceWorker?.getRegistration()
+  await worker?.showNotification(`${from ?? 'Somebody'} in #${room}`, { body, tag: 'cometes ' + room, icon: 'icon.svg', data: location.href })
 }
 
 /** A mention rings, if the bell is on and the user looks at something else: two short tones. */
@@ -669,30 +469,20 @@ function ring() {
 function updateBell() {
   const { permission } = window.Notification ?? {}
   const why = !isSecureContext ? 'Browsers notify only over HTTPS, or at localhost.' : permission === 'denied' ? 'Your browser blocks notifications of this site.' : ''
-  $('bell').hidden = !permission && isSecureContext
-  $('bell').disabled = !!why
-  $('silent').textContent = why
-  $('bell').ariaPressed = !why && bellIsOn()
+  $('#bell').hidden = !permission && isSecureContext
+  $('#bell').disabled = !!why
+  $('#silent').textContent = why
+  $('#bell').ariaPressed = !why && bellIsOn()
 }
-$('bell').onclick = async () => {
-  browserStorage.set('bell', $('bell').ariaPressed === 'true' ? '' : 'on')
+$('#bell').onclick = async () => {
+  browserStorage.set('bell', $('#bell').ariaPressed === 'true' ? '' : 'on')
   if (Notification.permission === 'default') await Notification.requestPermission()
   updateBell()
-  if (bellIsOn()) navigator.serviceWorker?.register('bell.js').catch(() => { }) // phones notify by it
+  if (bellIsOn()) navigator.serviceWorker?.register('bell.js').catch(() => { })
 }
 
-$('invite').onclick = async ({ target: button }) => {
-  await copy(new URL('./?room=' + room, location).href)
-  button.textContent = 'Copied: send it to somebody'
-  setTimeout(() => button.textContent = 'Copy an invitation', 3000)
-}
-$('curl').after(copyButton(() => $('curl').textContent))
-nameTechniques()
-
-tabStorage.set('name', me)
+$('#curl').after(copyButton(() => $('#curl').textContent))
 input.value = tabStorage.get('draft')
 updateBell()
-$('app').hidden = false
 fitHeight()
-await enterRoom(roomInURL())
-focusOn()
+await open({ lobby: 'lobby', last: 100, enter, onRights, connect, onConnect, onStatus, onEvent, onMove: showMove })

@@ -127,8 +127,8 @@ export class CometError extends Error {
   }
 }
 
-/** fetch, but throws HTTP errors. */
-async function get(url, options) {
+/** fetch, but throws HTTP errors. `final` ones would be the same again. */
+export async function get(url, options) {
   const response = await fetch(url, options)
   const { ok, status, headers } = response
   if (ok) return response

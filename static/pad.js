@@ -6,30 +6,23 @@
  * (replica.js, rebase.js) and tried again. Every so many edits somebody publishes the whole text, for those who come later.
  * Text of others gets into the page only as the value of a textarea, or as text.
  */
-import { CARET_TTL, draw, enter, moveCarets, ownTop, showCaret, showPresence } from './carets.js'
-import { backoff, Comet } from './comet.js'
-import { access, askForToken, copy, insertMarkup } from './page.js'
-import { browserStorage, cleanName, make, nameTechniques, showStatus, tabStorage } from './people.js'
+import { CARET_TTL, draw, forget, moveCarets, ownTop, showCaret } from './carets.js'
+import { backoff } from './comet.js'
+import { $, copy, setText } from './page.js'
+import { comet, connect, enterRoom, me, onStatus, open, rights, Room, room, showPresence } from './people.js'
 import { apply, compose, diff, isEmpty, isText, move, transform } from './rebase.js'
 import { endOf, History, MAX, Replica } from './replica.js'
-import { Room } from './room.js'
 
 const PACE = 150 // ms from one edit to the next, or more if many write; what is typed meanwhile is one edit
 const SNAPSHOT_AFTER = 64, SNAPSHOT_LATEST = 128 // messages; a room keeps 256 of them
 const SNAPSHOT_BYTES = 250e3 // or so many characters of JSON; a room keeps a megabyte
 const PATIENCE = 3e3 // ms in which somebody else may publish a snapshot, before we do
 
-const $ = id => document.getElementById(id)
-$('plain').remove()
-insertMarkup()
-const input = $('text')
+const input = $('#text')
 const client = Math.random().toString(36).slice(2, 10) // the name of this page among all that write
-const roomInURL = () => (location.hash.slice(1) || new URLSearchParams(location.search).get('room') || '').trim().replace(/[^A-Za-z0-9_.:-]+/g, '-').slice(0, 64) || 'pad'
-const room = roomInURL(), ourRoom = new Room(room)
 const sleep = ms => new Promise(done => setTimeout(done, ms))
 const isMessage = type => !['presence', 'gap', 'caret'].includes(type)
-let me = cleanName(new URLSearchParams(location.search).get('user') ?? '') || tabStorage.get('name')
-let comet, rights
+let ourRoom
 let replica = new Replica(client), history = new History
 let newest = 0 // the newest message of the room
 let messages = 0, bytes = 0 // since the last snapshot
@@ -38,7 +31,10 @@ let refused // why the relay does not take our edits
 // What others do.
 
 function onEvent({ id, type, from, data }) {
-  if (type === 'presence') return showPresence(from, data)
+  if (type === 'presence') {
+    showPresence({ from, data })
+    return draw()
+  }
   if (type === 'gap') return onGap(data?.reason)
   if (type === 'caret') return onCaret(id, from, Object(data))
   if (id <= newest) return // it was the answer to a request of our own
@@ -167,7 +163,7 @@ async function publishSoon(what) {
     await sleep(pace)
     pace = Math.max(0.95 * pace, PACE)
   } catch (error) {
-    more = !error.final
+    more = !error.final || error.status === 412
     if (error.status === 412) await afterConflict(error.id, ++conflicts).catch(() => { })
     else if (error.final) refused = error.message
     else await pause(error.retry || Math.min(backoff(tries++), 5e3))
@@ -287,7 +283,7 @@ input.onkeydown = e => {
   e.preventDefault()
   takeBack(which)
 }
-for (const which of ['undo', 'redo']) $(which).onclick = () => takeBack(which)
+for (const which of ['undo', 'redo']) $('#' + which).onclick = () => takeBack(which)
 
 let caret = [0, 0] // where others see ours
 document.onselectionchange = () => {
@@ -305,87 +301,30 @@ function showState() {
   const open = comet?.status === 'open', words = refused ? `Not saved: ${refused}` : replica.lost ? 'Reading the text again…' :
     isSaved() ? 'Saved' : open ? 'Saving…' : 'Not saved: waiting for the connection'
   document.body.dataset.saved = isSaved() && !replica.lost ? 'yes' : 'no'
-  if ($('saved').textContent !== words) $('saved').textContent = words
+  setText($('#saved'), words)
   const { length } = input.value, full = length >= MAX ? `The text is full: it has ${MAX.toLocaleString('en')} characters.` : ''
-  $('count').textContent = `${length.toLocaleString('en')} of ${MAX.toLocaleString('en')} characters`
-  $('count').classList.toggle('near', length > 0.95 * MAX)
-  if ($('full').textContent !== full) $('full').textContent = full
-  $('undo').disabled = !history.canUndo || input.readOnly
-  $('redo').disabled = !history.canRedo || input.readOnly
+  $('#length').textContent = `${length.toLocaleString('en')} of ${MAX.toLocaleString('en')} characters`
+  $('#length').classList.toggle('near', length > 0.95 * MAX)
+  setText($('#full'), full)
+  $('#undo').disabled = !history.canUndo || input.readOnly
+  $('#redo').disabled = !history.canRedo || input.readOnly
 }
 addEventListener('beforeunload', e => isSaved() || e.preventDefault())
 
 /** Shows text that is not in the pad, to be copied. */
 function offer(why, text) {
   if (!text) return
-  $('lost').value = $('notice').hidden ? text : $('lost').value + text
-  $('notice').hidden = false
-  $('notice').firstElementChild.textContent = why
+  $('#lost').value = $('#notice').hidden ? text : $('#lost').value + text
+  $('#notice').hidden = false
+  $('#notice').firstElementChild.textContent = why
 }
-$('notice').onclick = ({ target: { value } }) => {
-  if (value === 'copy') copy($('lost').value)
-  if (value === 'close') $('notice').hidden = true
-}
-
-function onStatus(detail, { status, error } = detail) {
-  showStatus(detail)
-  if (status === 'closed' && error?.status === 401) showTokenForm(error.message)
-  if (status === 'open') resume()
-  showState()
-}
-$('menu').onchange = e => comet?.use(e.target.value === 'auto' ? null : e.target.value)
-$('menu').onsubmit = e => e.preventDefault()
-
-const showTokenForm = error => askForToken($('token'), error, `-read ${room} -write ${room}`)
-
-/** Connects under the user's name; again when that changes. */
-function connect(after) {
-  comet?.close()
-  enter(me)
-  comet = new Comet('/rooms/' + room, { user: me || undefined, presence: true, after })
-  comet.addEventListener('status', e => e.target === comet && onStatus(e.detail))
-  comet.addEventListener('event', e => e.target === comet && onEvent(e.detail))
-  const { value } = $('menu').elements.way
-  if (value !== 'auto') comet.use(value)
-  $('naming').hidden = !!me || !rights.write
-  $('me').hidden = !me
-  $('me').replaceChildren('as ', make('bdi', '', me))
-  $('me').disabled = !!rights.user
-  input.readOnly = !me || !rights.write
-  input.placeholder = !rights.write ? 'Your token does not allow you to write here' : me ? 'Write here' : 'First give your name below'
-  publishSoon()
+$('#notice').onclick = ({ target: { value } }) => {
+  if (value === 'copy') copy($('#lost').value)
+  if (value === 'close') $('#notice').hidden = true
 }
 
-$('me').onclick = () => {
-  $('naming').hidden = false
-  $('name').value = me
-  $('name').select()
-}
-$('naming').onsubmit = e => {
-  e.preventDefault()
-  const name = cleanName($('name').value), url = new URL(location)
-  if (!name) return
-  me = name
-  for (const storage of [tabStorage, browserStorage]) storage.set('name', me)
-  url.searchParams.delete('user')
-  window.history.replaceState(null, '', url)
-  connect(comet.cursor)
-  input.focus()
-}
-onhashchange = () => roomInURL() === room || location.reload()
-
-$('app').hidden = false
-nameTechniques()
-Object.assign($('room'), { value: room, size: Math.max(5, room.length), onblur() { this.value = room } }) // only Enter changes it
-$('name').value = browserStorage.get('name')
-document.title = `${room} · The pad · Cometes`
-tabStorage.set('name', me)
-rights = await access(room)
-me = rights.user || me
-if (rights.refused) showTokenForm(rights.error)
-else if (!rights.read) onStatus({ status: 'closed', error: new Error('your token is for other rooms') })
-else {
-  enter(me)
+/** Reads the text, and then goes on from there with a connection. */
+async function begin() {
   for (let tries = 0, events; !events;) try {
     events = await ourRoom.read('last=256')
     events.forEach(onEvent)
@@ -395,5 +334,29 @@ else {
     if (error.final) break
     await pause(backoff(tries++))
   }
-  if (me && matchMedia('(hover: hover)').matches) input.focus()
 }
+
+open({
+  lobby: 'pad',
+  enter(name) {
+    if (room) return location.reload()
+    ourRoom = new Room(name)
+    document.title = `${name} · The pad · Cometes`
+    return enterRoom(name)
+  },
+  onRights() {
+    input.readOnly = !me || !rights.write
+    input.placeholder = !rights.write ? 'Your token does not allow you to write here' : me ? 'Write here' : 'First give your name below'
+  },
+  connect: begin,
+  onConnect() {
+    draw()
+    publishSoon()
+  },
+  onStatus({ status }) {
+    if (status === 'open') resume()
+    showState()
+  },
+  onEvent,
+  onMove: (name, joined) => joined || forget(name),
+})
