@@ -766,7 +766,7 @@ func TestAllPagesWorkBelowAPath(t *testing.T) {
 						t.Errorf("/%s leads to %s, %d redirects on", from, at, sent)
 					}
 				}
-				for _, asset := range []string{"comet.js", "chat.js", "lab.js", "stats.js", "style.css", "lab.css", "plain.css", "icon.svg"} {
+				for _, asset := range []string{"comet.js", "chat.js", "lab.js", "stats.js", "style.css", "plain.css", "icon.svg"} {
 					if !b.seen[b.base.String()+asset] {
 						t.Errorf("no page led to %s", asset)
 					}

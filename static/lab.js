@@ -1,33 +1,39 @@
-// The lab: all techniques subscribe to one room. Each event is checked on arrival, and its cost is measured.
-//
-// techniques.js opens the connections. A Subscriber, below, is one technique at work: its cursor, its counters and its
-// card. After it come the connection slots (a browser opens few connections), publishing, the test of the network, and
-// drawing.
+// The lab: all techniques subscribe to one room. Each event is checked on arrival, and its cost is measured. techniques.js
+// opens the connections; a Subscriber is one technique at work: its cursor, its counters and its card.
 
 import { goCode, jsCode, load } from './code.js'
-import { access, askForToken, capitalized, copyButton, here, insertMarkup, names, quoteForShell, years } from './page.js'
+import { Comet } from './comet.js'
+import { $, access, askForToken, capitalized, copyButton, curl, here, insertMarkup, make, names, onVisibility, quoteForShell, setText, years } from './page.js'
 import { address, cookies, headOf, http, interval, pageQuery, pattern, request, room, run, size, sleep, techniques, unique } from './techniques.js'
 
-const $ = (selector, within = document) => within.querySelector(selector)
 insertMarkup()
 const now = () => performance.timeOrigin + performance.now()
+const number = (n, digits = 0) => n.toLocaleString('en', { maximumFractionDigits: digits, minimumFractionDigits: digits })
+const duration = ms => ms < 9.95 ? `${number(Math.max(0, ms), 1)} ms` : ms < 1e3 ? `${number(ms)} ms` : `${number(ms / 1e3, 1)} s`
+const counts = list => list.map(([n, what]) => `${n} ${what}`).join(', ')
 
-// One technique at work.
+/** Adds to the end of a list that is bounded. */
+function append(list, item, most) {
+  list.push(item)
+  if (list.length > most) list.shift()
+}
 
 let subscribers = []
+let rights // what the token allows here
 let heartbeat = 15e3 // ms; a stream is never silent for longer
-const ids = new Map // of the events that this page published, by number
+const ids = new Map // of the last events that this page published, by number
 const remembered = 5000 // events; a duplicate is recognized among the last of them
 let erasedTo = -1 // the room was erased up to this id: older events will not arrive any more
-const erased = n => ids.get(n) <= erasedTo
+const canArrive = n => !(ids.get(n) <= erasedTo)
 const suspendedState = 'suspended until this page is visible'
-const callbacks = ['onRequest', 'onOpen', 'onBody', 'onEvent', 'onBatch', 'onTexts', 'onActivity', 'onComplete', 'onReconnect', 'onError']
+
+// The columns of the board, after the technique and the timeline.
+const columns = [['Delivered'], ['Check'], ['Requests', 'per event'], ['Bytes', 'per event'], ['Median', 'delay'], ['95th', 'percentile']]
 
 class Subscriber {
   constructor(technique, cursor) {
-    Object.assign(this, technique, { title: capitalized(names[technique.name]), cursor, generation: 0, failures: 0, requestSpans: [], arrivals: [], log: [], lastExchange: {} })
-    this.state = 'not started'
-    this.api = technique.apis && 'xhr'
+    Object.assign(this, technique, { cursor, title: capitalized(names[technique.name]), state: 'not started', generation: 0, failures: 0 })
+    Object.assign(this, { requestSpans: [], arrivals: [], log: [], lastExchange: {}, api: technique.apis && 'xhr' })
     this.build()
     this.reset()
   }
@@ -36,12 +42,8 @@ class Subscriber {
     Object.assign(this, { requests: 0, up: 0, down: 0, delivered: 0, doubled: 0, disorder: 0, gaps: 0, base: published, highest: published, seen: new Set, missing: new Set, delays: [], firstByte: undefined })
   }
 
-  get lost() { return [...this.missing].filter(n => !erased(n)).length }
-  get pending() {
-    let count = 0
-    for (let n = this.highest + 1; n <= published; n++) if (!erased(n)) count++
-    return count
-  }
+  get lost() { return [...this.missing].filter(canArrive).length }
+  get pending() { return [...ids.keys()].filter(n => n > this.highest && canArrive(n)).length }
   get needsSlot() { return !this.short && !this.socket && (this.cookies || this.api === 'xhr' || cookies.mode !== 'omit') }
 
   // Connecting.
@@ -53,7 +55,7 @@ class Subscriber {
 
   stop(state = 'paused') {
     clearTimeout(this.timer)
-    this.generation++ // callbacks of the old connection are ignored
+    this.generation++
     this.close?.()
     this.close = undefined
     this.picture?.close()
@@ -81,9 +83,10 @@ class Subscriber {
   }
 
   begin() {
-    const generation = ++this.generation, subscriber = this
-    const link = { api: this.api, url: query => this.url(query), frame: (url, hide) => this.frame(url, hide), get state() { return subscriber.state }, get cursor() { return subscriber.cursor } }
-    for (const name of callbacks) link[name] = (...args) => generation === this.generation && this[name](...args)
+    const generation = ++this.generation
+    const link = new Proxy(this, { // ignores what an old connection still calls
+      get: (_, name) => typeof this[name] !== 'function' ? this[name] : (...args) => generation === this.generation && this[name](...args),
+    })
     this.state = 'connecting'
     this.requestAt = now()
     this.picture?.open()
@@ -101,18 +104,17 @@ class Subscriber {
     if (this.state === 'open' && !this.short && now() - this.activeAt > Math.max(heartbeat, this.wait || 0) * 1.2 + 2000) this.onError(new Error('no heartbeat'))
   }
 
-  // What a technique uses: see techniques.js.
+  // What a technique calls: see techniques.js.
 
-  /** A page shows texts without ids; their ids are known from publishing. No two URLs are equal, since a browser would send such requests one after the other. */
+  /** A page shows texts without ids; their ids are known from publishing. */
   url(query) {
     this.cursor = Math.max(this.cursor, this.page && ids.get(this.last) || 0)
     return address(this.name, { after: this.cursor, ...query, _: unique() })
   }
 
-  frame(url, hide) {
-    const frame = Object.assign(document.createElement('iframe'), { title: this.title, src: url, hidden: hide })
-    if (hide) document.body.append(frame)
-    else showIn(this.card, frame)
+  frame(src, hidden) {
+    const frame = make('iframe', { title: this.title, src, hidden })
+    ;(hidden ? document.body : $('.shown', this.card)).append(frame)
     return frame
   }
 
@@ -120,8 +122,7 @@ class Subscriber {
     this.requests++
     this.requestAt = at
     this.onComplete()
-    this.requestSpans.push({ from: at })
-    if (this.requestSpans.length > 100) this.requestSpans.shift()
+    append(this.requestSpans, { from: at }, 100)
     const head = `GET ${url} HTTP/1.1\nHost: ${location.host}\nUser-Agent: ${navigator.userAgent}\n${more}`
     this.up += size(head) + head.split('\n').length // a line ends in two bytes
     this.requestHead = head
@@ -147,7 +148,7 @@ class Subscriber {
   onActivity() { this.activeAt = now() }
 
   onBatch({ cursor, events }) {
-    events.forEach(event => this.onEvent(event))
+    for (const event of events) this.onEvent(event)
     this.cursor = cursor
   }
 
@@ -155,20 +156,17 @@ class Subscriber {
     if (type === 'hello') heartbeat = data.beat * 1e3
     if (type === 'bye') return this.onError(Object.assign(new Error('the relay ended the connection (bye)'), { retry: data.retry }))
     if (id) this.cursor = id
-    if (type === 'gap' && data.reason === 'erased') {
-      erasedTo = Math.max(erasedTo, id)
-      this.note('gap: the room was erased')
-    } else if (type === 'gap') {
-      this.gaps++
-      this.note('gap: some events are no longer in the history')
-    }
     if (type === 'message') this.check(String(data))
+    if (type !== 'gap') return
+    if (data.reason === 'erased') erasedTo = Math.max(erasedTo, id)
+    else this.gaps++
+    this.note(data.reason === 'erased' ? 'gap: the room was erased' : 'gap: some events are no longer in the history')
   }
 
   onTexts(texts) {
-    const shown = this.short ? this.shown || new Set : new Set // a page that refreshes itself repeats what it showed before
+    const shown = this.short && this.shown // a page that refreshes itself repeats what it showed before
     this.shown = new Set(texts)
-    for (const text of texts) if (!shown.has(text)) this.check(text)
+    for (const text of texts) if (!shown?.has(text)) this.check(text)
   }
 
   onComplete() {
@@ -186,10 +184,9 @@ class Subscriber {
 
   /** Checks whether an event is new, a duplicate, or out of order, and which were skipped. */
   check(text) {
-    const [, from, number, sentAt] = pattern.exec(text) || []
-    const n = +number, at = now()
+    const [, from, digits, sentAt] = pattern.exec(text) || [], n = +digits, at = now()
     if (from !== run) { // published by somebody else, who gave it no number
-      this.arrived(at)
+      append(this.arrivals, at, 500)
       return this.note(text.slice(0, 80))
     }
     this.last = n
@@ -202,60 +199,57 @@ class Subscriber {
     this.seen.delete(n - remembered)
     this.highest = Math.max(this.highest, n)
     this.delivered++
-    const delay = at - sentAt
-    if (sentAt >= this.caughtUpAt) this.delays.push(delay)
-    if (this.delays.length > 1000) this.delays.shift()
-    this.arrived(at)
-    onArrival?.(this, n, at)
-    this.note(`#${n}`, sentAt >= this.caughtUpAt ? duration(delay) : `caught up, ${duration(delay)}`)
+    append(this.arrivals, at, 500)
+    const live = sentAt >= this.caughtUpAt, delay = at - sentAt
+    if (live) append(this.delays, delay, 1000)
+    this.note(`#${n}`, (live ? '' : 'caught up, ') + duration(delay))
   }
 
-  /** Puts a dot on the timeline. */
-  arrived(at) {
-    this.arrivals.push(at)
-    if (this.arrivals.length > 500) this.arrivals.shift()
+  note(text, more = '') {
+    this.log = [[text, more], ...this.log].slice(0, 5)
+    this.noted = true
   }
 
   // Display.
 
   build() {
-    this.card = $('#card').content.cloneNode(true).firstElementChild
-    const { card } = this
-    Object.assign(card.dataset, { technique: this.name })
+    const card = this.card = $('#card').content.cloneNode(true).firstElementChild
     card.id = this.name
-    $('h3', card).textContent = this.title
-    $('.year', card).textContent = years[this.name]
-    $('.description', card).textContent = this.description
-    $('.rawnote', card).textContent = this.rawNote
+    for (const [selector, text] of [['h3', this.title], ['.year', years[this.name]], ['.description', this.description], ['.rawnote', this.rawNote]]) $(selector, card).textContent = text
     $('.code', card).ontoggle = () => this.showCode()
     $('.cut', card).onclick = () => this.cut()
     $('.halt', card).onclick = () => { this.wanted ? this.pause() : this.start(); show() }
     if (this.apis) {
-      const select = document.createElement('select')
-      for (const api in this.apis) select.add(new Option(this.apis[api], api))
-      select.onchange = () => { this.api = select.value; if (this.wanted) { this.stop(); this.connect() } }
-      const label = document.createElement('label')
-      label.append('with ', select)
-      $('.choose', card).append(label)
-      $('.choose', card).hidden = false
-      this.select = select
+      this.select = make('select', { onchange: () => { this.api = this.select.value; this.reconnect() } })
+      for (const api in this.apis) this.select.add(new Option(this.apis[api], api))
+      $('.description', card).after(make('label', '', 'with ', this.select))
     }
-    if (this.picture) this.picture = new Picture(this)
+    if (this.picture) this.picture = new Picture(card)
     $('#cards').append(card)
 
-    this.row = $('#row').content.cloneNode(true).firstElementChild
+    const cells = columns.map(([title, more = '']) => {
+      const cell = make('td')
+      cell.dataset.label = `${title} ${more}`
+      return cell
+    })
+    this.row = make('tr', '', make('th', '', make('a', { href: '#' + this.name }, this.title)), make('td', 'timeline', make('canvas', { ariaHidden: true })), ...cells)
     this.row.dataset.technique = this.name
-    Object.assign($('a', this.row), { href: '#' + this.name, textContent: this.title })
     $('#board tbody').append(this.row)
   }
 
-  /** Shows the source code of this technique when its part of the card is opened. */
+  reconnect() {
+    if (!this.wanted) return
+    this.stop()
+    this.connect()
+  }
+
+  /** Shows the source code when its part of the card is opened. */
   showCode() {
     const details = $('.code', this.card)
     if (!details.open) return
     details.scrollIntoView({ block: 'nearest' }) // an open card takes a row of its own
-    for (const [file, extract] of [['transports.go', goCode], ['comet.js', jsCode]]) {
-      const part = $(`[data-file="${file}"]`, details), pre = $('pre', part), why = $('.why', part)
+    for (const [i, [file, extract]] of [['transports.go', goCode], ['comet.js', jsCode]].entries()) {
+      const part = details.querySelectorAll('section')[i], pre = $('pre', part), why = $('.why', part)
       if (pre.textContent) continue
       why.textContent = 'Loading …'
       load(file).then(source => {
@@ -263,107 +257,98 @@ class Subscriber {
         why.textContent = code ? '' : 'No function: the browser loads and shows this page by itself, without a script.'
         pre.hidden = !code
         pre.ariaLabel = `${this.title} in ${file}`
-        $('code', pre).textContent = code
+        pre.firstChild.textContent = code
       }).catch(error => why.textContent = `The source code could not be shown: ${error.message}. Close and open this part to try again.`)
     }
   }
 
-  note(text, more = '') {
-    this.log.unshift([text, more])
-    this.log.length = Math.min(this.log.length, 5)
-    this.noted = true
-  }
+  show() {
+    const { name, card, row, state, wanted, delivered, lost, doubled, disorder, pending, gaps } = this
+    const waits = state === 'connecting' ? now() - this.requestAt : 0
+    card.dataset.state = row.dataset.state = state
+    setText($('.lamp', card), waits > 1000 ? `waits for a connection, ${duration(waits)}` : state === 'open' && this.short ? `a request every ${interval()} s` : state)
+    setText($('.halt', card), wanted ? 'Pause' : 'Start')
+    $('.cut', card).disabled = !wanted
 
-  show(relay) {
-    const { card, row, delivered } = this
+    const checks = [[lost, 'lost'], [doubled, 'doubled'], [disorder, 'out of order']], wrong = checks.filter(([n]) => n)
+    card.dataset.wrong = row.dataset.wrong = wrong.length > 0
+    Object.assign(card.dataset, { delivered, lost, doubled, disorder })
+    const more = [[pending, 'still to come'], [gaps, 'gaps reported']].filter(([n]) => n)
+    setText($('.check', card), counts([[published - this.base, 'published'], [delivered, 'delivered'], ...checks, ...more]))
+
+    // The costs as the page sees them, and as the relay counts them.
+    const relay = counters?.[name], before = baseCounters?.[name]
+    const counted = name => relay?.[name] - before?.[name]
     const perEvent = (n, digits) => delivered && n >= 0 ? number(n / delivered, digits) : '–'
-    const held = this.requestSpans.length && !this.requestSpans.at(-1).to ? 1 : 0
-    const put = (element, text) => { if (element.textContent !== text) element.textContent = text }
-    const waits = this.state === 'connecting' ? now() - this.requestAt : 0
-    const state = waits > 1000 ? `waits for a connection, ${duration(waits)}` : this.state
-    card.dataset.state = row.dataset.state = this.state
-    put($('.lamp', card), state === 'open' && this.short ? `a request every ${interval()} s` : state)
-    put($('.halt', card), this.wanted ? 'Pause' : 'Start')
-    $('.cut', card).disabled = !this.wanted
-
-    const wrong = [[this.lost, 'lost'], [this.doubled, 'doubled'], [this.disorder, 'out of order']]
-    card.dataset.wrong = row.dataset.wrong = wrong.some(([n]) => n)
-    Object.assign(card.dataset, { delivered, lost: this.lost, doubled: this.doubled, disorder: this.disorder })
-    put($('.check', card), `${published - this.base} published, ${delivered} delivered, ${wrong.map(w => w.join(' ')).join(', ')}${this.pending > 0 ? `, ${this.pending} still to come` : ''}${this.gaps ? `, ${this.gaps} gaps reported` : ''}`)
+    const down = counted('sent_bytes_total'), up = counted('received_bytes_total')
+    const costs = {
+      requests: [perEvent(this.requests, 2), perEvent(counted('requests_total'), 2)],
+      down: [(/As (fetch|the script|read)/.test(this.rawNote) ? '' : '≈ ') + perEvent(this.down), perEvent(down)],
+      up: ['≥ ' + perEvent(this.up), perEvent(up)],
+      held: [this.requestSpans.length && !this.requestSpans.at(-1).to ? 1 : 0, relay?.connections ?? '–'],
+    }
+    for (const cost in costs) costs[cost].forEach((text, i) => setText($(`[data-cost=${cost}]`, card).cells[i + 1], String(text)))
 
     const delays = this.delays.toSorted((a, b) => a - b)
     const quantile = share => delays.length ? duration(delays[Math.ceil(share * delays.length) - 1]) : '–'
-    const costs = {
-      requests: [perEvent(this.requests, 2), relay && perEvent(relay.requests, 2)],
-      down: [`${/As (fetch|the script|read)/.test(this.rawNote) ? '' : '≈ '}${perEvent(this.down)}`, relay && perEvent(relay.out)],
-      up: [`≥ ${perEvent(this.up)}`, relay && perEvent(relay.in)],
-      held: [String(held), relay && String(relay.connections)],
-      median: [quantile(0.5), ' '],
-      most: [quantile(0.95), ' '],
-    }
-    for (const cost in costs) costs[cost].forEach((text, i) => put($(`[data-cost=${cost}]`, card).cells[i + 1], text || '–'))
+    const cells = [
+      String(delivered),
+      counts(wrong) || (pending ? `${pending} to come` : delivered ? 'all, once, in order' : '–'),
+      costs.requests[down >= 0 ? 1 : 0],
+      (down >= 0 ? perEvent(down + up) : '≥ ' + perEvent(this.up + this.down)) + (this.picture ? ' *' : ''),
+      quantile(0.5),
+      quantile(0.95),
+    ]
+    cells.forEach((text, i) => setText(row.cells[i + 2], text))
 
-    const found = wrong.filter(([n]) => n).map(w => w.join(' ')).join(', ')
-    const bytes = (relay ? perEvent(relay.in + relay.out) : `≥ ${perEvent(this.up + this.down)}`) + (this.picture ? ' *' : '')
-    const cells = [String(delivered), found || (this.pending > 0 ? `${this.pending} to come` : delivered ? 'all, once, in order' : '–'), costs.requests[relay ? 1 : 0], bytes, quantile(0.5), quantile(0.95)]
-    cells.forEach((text, i) => put(row.cells[i + 2], text))
-
-    if (this.noted) $('.events', card).replaceChildren(...this.log.map(([text, more]) => {
-      const li = document.createElement('li')
-      li.append(text, Object.assign(document.createElement('small'), { textContent: more }))
-      return li
-    }))
+    if (this.noted) $('.events', card).replaceChildren(...this.log.map(([text, more]) => make('li', '', text, make('small', '', more))))
     this.noted = false
-    if ($('.bytes', card).open) {
-      put($('.out', card), `${this.lastExchange.request || this.requestHead || ''}(and what the browser adds: Accept, cookies …)`)
-      put($('.in', card), `${this.lastExchange.head || ''}\n${(this.lastExchange.body || '').slice(0, 4000)}`)
-    }
+    if (!$('.bytes', card).open) return
+    const { request = this.requestHead ?? '', head = '', body = '' } = this.lastExchange
+    setText($('.out', card), request + '(and what the browser adds: Accept, cookies …)')
+    setText($('.in', card), `${head}\n${body.slice(0, 4000)}`)
   }
-}
-
-function showIn(card, ...elements) {
-  $('.shown', card).append(...elements)
-  $('.shown', card).hidden = false
 }
 
 /** Server push as it was meant: a page whose parts replace each other or, where the browser does not show that, a picture. */
 class Picture {
-  constructor(subscriber) { this.subscriber = subscriber }
+  constructor(card) {
+    this.card = card
+  }
 
   open() { requestSlot(this) }
-  stop() { this.close(); this.open() }
 
   close() {
-    clearTimeout(this.timer)
     if (this.frame) this.frame.src = '' // the browser goes on loading an image that is only removed
     this.frame?.remove()
+    this.frame = undefined
     releaseSlot(this)
   }
 
-  begin() {
-    const { card } = this.subscriber
-    const caption = $('.shownas', card) || Object.assign(document.createElement('p'), { className: 'shownas' })
-    const put = (tag, as, more) => {
-      this.frame = Object.assign(document.createElement(tag), more)
-      this.frame.src = address('multipart', { as, last: as === 'html' ? 6 : undefined, form: as === 'html' ? 0 : undefined, w: as === 'svg' ? 480 : undefined, h: as === 'svg' ? 150 : undefined, _: unique() })
-      showIn(card, this.frame, caption)
+  stop() {
+    this.close()
+    this.open()
+  }
+
+  /** Shows a frame, and returns it after a moment, if it is still shown. */
+  async show(tag, properties, query, ms) {
+    const frame = this.frame = make(tag, { ...properties, src: address('multipart', { ...query, _: unique() }) })
+    $('.shown', this.card).replaceChildren(frame)
+    await sleep(ms)
+    return this.frame === frame && frame
+  }
+
+  async begin() {
+    const caption = $('.shownas', this.card)
+    if (Picture.pages !== false) {
+      setText(caption, 'Testing whether this browser supports it …')
+      const frame = await this.show('iframe', { title: 'The room as a page that the relay pushes' }, { as: 'html', last: 6, form: 0 }, 2000)
+      if (!frame) return
+      Picture.pages = !!frame.contentDocument?.querySelector('main')
+      if (Picture.pages) return caption.textContent = 'This browser supports server push for whole pages.'
     }
-    const picture = () => {
-      put('img', 'svg', { alt: 'The room as a picture that the relay pushes', width: 480, height: 150 })
-      this.timer = setTimeout(() => {
-        caption.textContent = this.frame.naturalWidth ? 'This browser supports server push for pictures, but not for pages.' : 'This browser supports server push neither for pages nor for pictures; or they wait for a connection.'
-      }, 1500)
-    }
-    if (Picture.pages === false) return picture()
-    put('iframe', 'html', { title: 'The room as a page that the relay pushes' })
-    caption.textContent = 'Testing whether this browser supports it …'
-    this.timer = setTimeout(() => {
-      Picture.pages = !!this.frame.contentDocument?.querySelector('main')
-      caption.textContent = 'This browser supports server push for whole pages.'
-      if (Picture.pages) return
-      this.frame.remove()
-      picture()
-    }, 2000)
+    const image = await this.show('img', { alt: 'The room as a picture that the relay pushes', width: 480, height: 150 }, { as: 'svg', w: 480, h: 150 }, 1500)
+    if (image) caption.textContent = image.naturalWidth ? 'This browser supports server push for pictures, but not for pages.' : 'This browser supports server push neither for pages nor for pictures; or they wait for a connection.'
   }
 }
 
@@ -392,40 +377,35 @@ function assignSlots() {
     users.set(user, now())
     user.begin()
   }
-  const [oldest, since] = [...users].reduce((a, b) => b[1] < a[1] ? b : a, [undefined, Infinity])
-  if (!slots.queue.length || now() - since < slotTime) return
+  const [oldest, since] = users.entries().next().value ?? []
+  if (!slots.queue.length || !(now() - since > slotTime)) return
   oldest.stop('waits its turn')
   if (oldest instanceof Subscriber) oldest.connect() // to the end of the queue
 }
 
 /** Sends eight requests that take a second each. Those answered after one second were sent at once; the rest had to wait. */
 async function findConnectionLimit() {
-  const tries = 8, abort = slots.trial = new AbortController, begun = now()
-  const longPoll = () => request(address('longpoll', { wait: 1, _: unique() }), { credentials: 'same-origin', signal: abort.signal })
+  const tries = 8, begun = now(), { signal } = slots.trial = new AbortController
   let answered = 0, separate = false
-  const all = [...Array(tries)].map(() => longPoll().then(() => answered++).catch(() => sleep(3000)))
+  const all = Array.from({ length: tries }, () => request(address('longpoll', { wait: 1, _: unique() }), { credentials: 'same-origin', signal }).then(() => answered++, () => sleep(3000)))
   await sleep(30)
-  request(address('poll', { _: unique() }), { signal: abort.signal }).then(response => separate = !rights.required && response.ok && now() - begun < 700, () => { })
+  request(address('poll', { _: unique() }), { signal }).then(response => separate = !rights.required && response.ok && now() - begun < 700, () => { })
   await Promise.race(all)
   await sleep(500) // for late answers on a busy machine; requests that waited are answered a second later
-  abort.abort()
-  const limited = answered < tries
+  slots.trial.abort()
+  const waited = tries - answered
   cookies.mode = separate ? 'omit' : 'same-origin'
-  slots.limit = limited ? Math.max(1, answered - (separate ? 1 : 2)) : Infinity
-  for (const subscriber of subscribers) {
-    subscriber.api &&= limited && separate ? 'fetch' : 'xhr'
-    if (subscriber.api) subscriber.select.value = subscriber.api
-  }
-  $('#limit').textContent = !limited ? `${http}: ${tries} requests were sent at once, and none had to wait for another.` :
-    `${http}: ${tries} requests were sent at once, and ${tries - answered} had to wait for the others.` +
+  slots.limit = waited ? Math.max(1, answered - (separate ? 1 : 2)) : Infinity
+  for (const subscriber of subscribers) if (subscriber.apis) subscriber.api = subscriber.select.value = waited && separate ? 'fetch' : 'xhr'
+  $('#limit').textContent = `${http}: ${tries} requests were sent at once, and ` + (!waited ? 'none had to wait for another.' : `${waited} had to wait for the others.` +
     (separate ? ' This browser uses separate connections for requests without cookies, so fetch omits cookies, and streaming uses fetch.' : '') +
-    ` The lab holds at most ${slots.limit} other connections, so that short requests find one free; where that is too few, techniques take turns.`
+    ` The lab holds at most ${slots.limit} other connections, so that short requests find one free; where that is too few, techniques take turns.`)
 }
 
 // Publishing, one event after the other, so that the numbers are in the relay's order.
 
 let published = 0, due = 0, publishing
-const sendTimes = [] // of the last events
+const sendTimes = []
 
 async function publish(count) {
   due = Math.min(due + count, 5000)
@@ -440,8 +420,7 @@ async function publishNext() {
   await resetting
   const n = published + 1
   for (let tries = 0; ; tries++) {
-    const at = now(), text = `${run} #${n} ${at.toFixed(1)} `
-    const body = text.padEnd($('#bytes').valueAsNumber || 0, 'comet ')
+    const at = now(), body = `${run} #${n} ${at.toFixed(1)} `.padEnd($('#bytes').valueAsNumber || 0, 'comet ')
     let wait = Math.min(5000, 250 * 2 ** tries), problem = 'the relay could not be reached'
     try {
       const response = await request(address('', { key: `${run}-${n}` }), { method: 'POST', body, signal: AbortSignal.timeout(10e3) })
@@ -450,10 +429,8 @@ async function publishNext() {
         published = n
         ids.set(n, id)
         ids.delete(n - remembered)
-        sendTimes.push(at)
-        if (sendTimes.length > 500) sendTimes.shift()
-        $('#refused').textContent = ''
-        return
+        append(sendTimes, at, 500)
+        return $('#refused').textContent = ''
       }
       problem = error
       wait = response.headers.get('Retry-After') * 1e3 || wait
@@ -463,34 +440,19 @@ async function publishNext() {
   }
 }
 
-// The relay's own counters.
+// The relay's own counters, by technique and by their names in /metrics.
 
 let counters, baseCounters, countersRefused
 
 async function measure() {
   if (countersRefused) return
-  const read = {}
-  const names = { requests_total: 'requests', connections: 'connections', delivered_total: 'delivered', received_bytes_total: 'in', sent_bytes_total: 'out' }
-  try {
-    const response = await request(here('metrics'))
-    if (!response.ok) {
-      countersRefused = true // the next request would be refused too
-      counters = undefined
-      $('#uncounted').textContent = `The relay does not show its own counts to this page (${response.status}); numbers marked ≥ are what the page saw itself.`
-      return
-    }
-    for (const [, name, technique, value] of (await response.text()).matchAll(/^cometes_(\w+)\{technique="(\w+)"\} (\d+)$/gm)) {
-      if (names[name]) (read[technique] ??= {})[names[name]] = +value
-    }
-    counters = read
-  } catch { counters = undefined }
-}
-
-/** What the relay counted since the reset; the connections are those held now. */
-function sinceReset(name) {
-  const is = counters?.[name], was = baseCounters?.[name]
-  if (!is || !was) return
-  return { connections: is.connections, requests: is.requests - was.requests, delivered: is.delivered - was.delivered, in: is.in - was.in, out: is.out - was.out }
+  const response = await request(here('metrics')).catch(() => undefined)
+  counters = response?.ok ? {} : undefined
+  if (response?.ok) for (const [, name, technique, value] of (await response.text()).matchAll(/^cometes_(\w+)\{technique="(\w+)"\} (\d+)$/gm)) (counters[technique] ??= {})[name] = +value
+  else if (response) { // the next request would be refused too
+    countersRefused = true
+    $('#uncounted').textContent = `The relay does not show its own counts to this page (${response.status}); numbers marked ≥ are what the page saw itself.`
+  }
 }
 
 let resetting
@@ -503,33 +465,28 @@ function reset() {
   return resetting
 }
 
-// The test of the network: events sent at even intervals arrive at even intervals, unless something buffers them.
-
-let onArrival
-
+/** Tests the network: events sent at even intervals arrive at even intervals, unless something buffers them. */
 async function testBuffering() {
-  const count = 10, apart = 200
+  const count = 10, apart = 200 // ms
   for (let i = 0; i < 40 && subscribers.some(s => s.wanted && s.state !== 'open' && (s.state === 'connecting' || !s.delivered)); i++) await sleep(100)
-  const streams = subscribers.filter(s => s.wanted && ['multipart', 'html', 'iframe', 'stream', 'sse', 'ws'].includes(s.name))
-  const open = streams.filter(s => s.state === 'open')
-  const silent = streams.filter(s => s.state === 'connecting')
-  const arrivals = new Map(open.map(s => [s, []])), begun = published
-  onArrival = (s, n, at) => n > begun && arrivals.get(s)?.push(at)
+  const streams = subscribers.filter(s => s.wanted && !s.short && !s.wait)
+  const open = streams.filter(s => s.state === 'open'), silent = streams.filter(s => s.state === 'connecting')
+  const begun = now()
   for (let i = 0; i < count; i++) {
     await publish(1)
     await sleep(apart)
-    if (suspended) return onArrival = undefined
+    if (suspended) return
   }
   await sleep(1000)
-  onArrival = undefined
-  const gaps = s => arrivals.get(s).slice(1).map((at, i) => at - arrivals.get(s)[i])
-  const buffered = open.filter(s => arrivals.get(s).length < count || gaps(s).filter(gap => gap < apart / 4).length > count / 3)
+  const arrivals = s => s.arrivals.filter(at => at > begun)
+  const gaps = s => arrivals(s).slice(1).map((at, i) => at - arrivals(s)[i])
+  const buffered = open.filter(s => arrivals(s).length < count || gaps(s).filter(gap => gap < apart / 4).length > count / 3)
   const even = open.filter(s => !buffered.includes(s))
   const names = list => list.map(s => s.title).join(', ')
   const result = []
-  if (buffered.length) result.push(`Yes: ${count} events were sent ${apart} ms apart. Some arrived late or several at once with ${names(buffered)}. Something on the way buffers responses.`)
-  const which = buffered.length ? `Not with ${names(even)}:` : even.length === streams.length ? 'No. With all techniques that stream,' : `No. With ${names(even)},`
-  if (even.length) result.push(`${which} ${count} events sent ${apart} ms apart arrived one by one, at most ${duration(Math.max(...even.flatMap(gaps)))} apart.`)
+  if (buffered.length) result.push(`Yes: of ${count} events sent ${apart} ms apart, some arrived late or several at once with ${names(buffered)}. Something on the way buffers responses.`)
+  if (even.length) result.push(buffered.length ? `Not with ${names(even)}:` : even.length === streams.length ? 'No. With all techniques that stream,' : `No. With ${names(even)},`,
+    `${count} events sent ${apart} ms apart arrived one by one, at most ${duration(Math.max(...even.flatMap(gaps)))} apart.`)
   if (silent.length) result.push(`No response at all with ${names(silent)}: buffered, or waiting for a connection.`)
   $('#held').dataset.held = !!buffered.length
   $('#held').textContent = result.join(' ') || 'No technique that streams is connected. Start some, and test again.'
@@ -537,68 +494,64 @@ async function testBuffering() {
 }
 
 async function testComet() {
-  try {
-    const { Comet } = await import('./comet.js')
-    const comet = new Comet(here(address('')).href, { shared: false })
-    const via = await Promise.race([new Promise(open => comet.addEventListener('status', e => e.detail.status === 'open' && open(e.detail.via))), sleep(8000)])
-    comet.close()
-    $('#choice').textContent = via ? `${capitalized(names[via])}, on this network: it tries techniques in its order of preference, and uses the first that connects.` : 'none: no technique connected in time.'
-  } catch (error) {
-    $('#choice').textContent = `(not known: ${error.message})`
-  }
+  const comet = new Comet(here(address('')).href, { shared: false })
+  const via = await Promise.race([new Promise(open => comet.addEventListener('status', ({ detail }) => detail.status === 'open' && open(detail.via))), sleep(8000)])
+  comet.close()
+  $('#choice').textContent = via ? `${capitalized(names[via])}, on this network: the first in its order of preference that connects.` : 'none: no technique connected in time.'
 }
 
 // Six more connections, to show the browser's limit.
 
-let extra = []
+let extra = [], extraBegun
 
 function openExtra() {
-  const begun = now()
-  extra = [...Array(6)].map((_, i) => {
-    const one = { lamp: Object.assign(document.createElement('span'), { className: 'lamp' }), source: new EventSource(address('sse', { _: unique() })) }
-    one.source.onopen = () => one.delay ??= now() - begun
-    one.show = () => {
-      one.lamp.dataset.state = one.delay ? 'open' : 'connecting'
-      one.lamp.textContent = `${i + 1} ${one.delay ? `open after ${duration(one.delay)}` : `waits, ${duration(now() - begun)}`}`
-    }
+  extraBegun = now()
+  extra = Array.from({ length: 6 }, () => {
+    const one = { lamp: make('span', 'lamp'), source: new EventSource(address('sse', { _: unique() })) }
+    one.source.onopen = () => one.delay ??= now() - extraBegun
     return one
   })
   $('#extra').replaceChildren('Six more EventSources. Over HTTP/1.1, those that find no free connection wait, and so do short requests: see client pull and JSONP. Over HTTP/2 none waits. ', ...extra.map(one => one.lamp))
+}
+
+function showExtra() {
+  for (const [i, { lamp, delay }] of extra.entries()) {
+    lamp.dataset.state = delay ? 'open' : 'connecting'
+    setText(lamp, `${i + 1} ${delay ? `open after ${duration(delay)}` : `waits, ${duration(now() - extraBegun)}`}`)
+  }
 }
 
 function closeExtra(reason = '') {
   for (const one of extra) one.source.close()
   if (extra.length || !reason) $('#extra').textContent = reason
   extra = []
-  press($('#more'), false)
+  $('#more').ariaPressed = false
 }
 
 // Experiments. Each sets the lab up, does something, and says what to look at; *column* is a column's name.
 
-const settings = (values) => {
+function set(values) {
   for (const id in values) $('#' + id).value = values[id]
-  for (const id in values) $('#' + id).onchange?.({ type: 'change' })
+  for (const id in values) $('#' + id).onchange?.()
 }
-const steadily = on => $('#steady').ariaPressed === String(on) || $('#steady').click()
-const reached = async count => { for (const begun = published; published < begun + count && !suspended;) await sleep(50) }
 
 const experiments = [
   ['Cut all in the middle of a burst', 'Every connection breaks while 40 events are published. Each technique comes back with its cursor. *Check*: nothing is lost, doubled or out of order.', async () => {
     publish(40)
-    await reached(20)
+    for (const begun = published; published < begun + 20 && !suspended;) await sleep(50)
     for (const s of subscribers) s.cut()
   }],
-  ['Open six more: who waits?', 'Over HTTP/1.1 a browser opens six connections to a host, for all its tabs. See below the buttons which of the six wait; and in *Arrivals* that polling, client pull and JSONP wait with them. WebSockets do not count. Press “Open six more” again to close them.', async () => {
+  ['Open six more: who waits?', 'Over HTTP/1.1 a browser opens six connections to a host, for all its tabs. Below the buttons you see which of the six wait; in *Arrivals*, that polling, client pull and JSONP wait with them. WebSockets do not count. Press “Open six more” again to close them.', async () => {
     if (!extra.length) $('#more').click()
     await publish(20)
   }],
   ['Publish one a minute', 'What does it cost to wait? See *Requests* after a minute: polling asked 30 times for one event, long polling two or three times, a stream not once. Then press “Publish steadily” to stop it.', async () => {
-    settings({ every: 2, rate: 0.0167 })
+    set({ every: 2, rate: 0.0167 })
     await publish(1)
     steadily(true)
   }],
-  ['Ask only every ten seconds', 'One event a second, but polling and client pull ask every ten. *Median delay*: they wait half of that, five seconds; long polling is as fast as a stream.', async () => {
-    settings({ every: 10, rate: 1 })
+  ['Ask only every ten seconds', 'One event a second, but polling and client pull ask every ten. *Median delay*: they wait half of that, five seconds; long polling is as fast as a stream.', () => {
+    set({ every: 10, rate: 1 })
     steadily(true)
   }],
   ['Stay away longer than the history', 'WebSocket and server-sent events pause while 400 events are published; the relay keeps the newest 256 of a room. On their cards: the rest is lost, and a gap says so. Client pull loses some as well: its page shows the newest 50.', async () => {
@@ -611,89 +564,89 @@ const experiments = [
 
 function showExperiments() {
   $('#experiments ol').append(...experiments.map(([label, look, run]) => {
-    const li = document.createElement('li'), button = Object.assign(document.createElement('button'), { type: 'button', textContent: label, disabled: !rights.write })
-    const p = document.createElement('p'), state = document.createElement('small')
-    p.append(...look.split('*').map((part, i) => i % 2 ? Object.assign(document.createElement('b'), { textContent: part }) : part))
-    state.role = 'status'
+    const state = make('small', { role: 'status' })
+    const button = make('button', { type: 'button', disabled: !rights.write }, label)
     button.onclick = async () => {
       button.disabled = true
       state.textContent = ' running…'
       steadily(false)
-      settings({ bytes: 64 })
+      set({ bytes: 64 })
       await reset()
       await run()
       state.textContent = ' done: look at the table'
       button.disabled = false
     }
-    li.append(button, state, p)
-    return li
+    return make('li', '', button, state, make('p', '', ...look.split('*').map((part, i) => i % 2 ? make('b', '', part) : part)))
   }))
 }
 
-// From another origin: the relay's other name, which a browser takes for another site.
+// From another origin: the relay's other name, which a browser takes for another site. Each way returns what to say if it
+// works, and fails if it is refused.
 
 const otherName = { localhost: '127.0.0.1', '127.0.0.1': 'localhost' }[location.hostname]
 
-const ways = {
-  'CORS': ['fetch, and the header Access-Control-Allow-Origin', async url => {
+const ways = [
+  ['CORS', 'fetch, and the header Access-Control-Allow-Origin', async url => {
     const response = await fetch(url('poll', { last: 1 }), { cache: 'no-store' })
-    return response.headers.get('Content-Type') && `the answer can be read: ${(await response.text()).slice(0, 60)}…`
+    return `the answer can be read: ${(await response.text()).slice(0, 60)}…`
   }],
-  'JSONP': ['a script of the other site, which calls a function of this page', url => new Promise((done, fail) => {
-    const callback = 'cross_' + unique(), script = document.createElement('script')
+  ['JSONP', 'a script of the other site, which calls a function of this page', url => new Promise((done, fail) => {
+    const callback = 'cross_' + unique(), script = make('script', { src: url('jsonp', { wait: 0, callback }), onerror: fail, onload: fail })
     window[callback] = answer => done(`the script called the function with the cursor ${answer.cursor}`)
-    Object.assign(script, { src: url('jsonp', { wait: 0, callback }), onerror: fail, onload: () => { script.remove(); fail() } })
     document.head.append(script)
   })],
-  '<img>': ['a picture that the other site pushes', (url, li) => new Promise((done, fail) => {
-    const img = Object.assign(new Image(320, 100), { alt: 'The room as a picture, from the other site' })
-    Object.assign(img, { onload: () => done('the picture is here'), onerror: () => { img.remove(); fail() }, src: url('multipart', { as: 'svg', w: 320, h: 100 }) })
+  ['<img>', 'a picture that the other site pushes', (url, li) => new Promise((done, fail) => {
+    const img = make('img', { alt: 'The room as a picture, from the other site', width: 320, height: 100, onload: () => done('the picture is here'), onerror: () => { img.remove(); fail() } })
+    img.src = url('multipart', { as: 'svg', w: 320, h: 100 })
     li.append(img)
-    addEventListener('suspend', () => { img.src = ''; img.remove() }, { once: true })
   })],
+]
+
+/** A picture that is only removed is still loaded. */
+function closePictures() {
+  for (const img of $('#crossed').querySelectorAll('img')) {
+    img.src = ''
+    img.remove()
+  }
 }
 
 async function askAsOtherSite() {
-  const origin = location.origin.replace(location.hostname, otherName)
-  const url = (technique, query) => origin + address(technique, { ...query, _: unique() })
-  $('#crossed').querySelectorAll('img').forEach(img => img.src = '')
-  $('#asked').textContent = `asking ${origin} …`
-  const refused = await Promise.all(Object.entries(ways).map(([name, [what, ask]], i) => {
-    const li = $('#crossed').children[i] ?? $('#crossed').appendChild(document.createElement('li')), p = document.createElement('p')
-    li.replaceChildren(Object.assign(document.createElement('b'), { textContent: name }), ': ' + what, p)
-    return ask(url, li).then(text => { p.textContent = 'Works: ' + text }, () => { p.textContent = 'Refused: the browser shows this page nothing of the answer.'; return true })
-  }))
-  $('#asked').textContent = !refused.some(Boolean) ? `${origin} lets pages of ${location.origin} read.` :
-    rights.required ? `${origin} asks for a token, and a cookie of this site is not sent to another.` : `${origin} does not let pages of ${location.origin} read. Start the relay with -origins ${location.origin}, and it will.`
+  const other = location.origin.replace(location.hostname, otherName)
+  const url = (technique, query) => other + address(technique, { ...query, _: unique() })
+  closePictures()
+  $('#asked').textContent = `asking ${other} …`
+  const items = ways.map(([name, what]) => make('li', '', make('b', '', name), ': ' + what, make('p')))
+  $('#crossed').replaceChildren(...items)
+  const works = await Promise.all(ways.map(([, , ask], i) => ask(url, items[i]).then(text => 'Works: ' + text, () => '').then(works => {
+    $('p', items[i]).textContent = works || 'Refused: the browser shows this page nothing of the answer.'
+    return works
+  })))
+  $('#asked').textContent = works.every(Boolean) ? `${other} lets pages of ${location.origin} read.` :
+    rights.required ? `${other} asks for a token, and a cookie of this site is not sent to another.` : `${other} does not let pages of ${location.origin} read. Start the relay with -origins ${location.origin}, and it will.`
 }
 
 $('#ask').onclick = askAsOtherSite
 $('#ask').disabled = !otherName
 if (!otherName) $('#asked').textContent = `This page is open at ${location.host}, whose other name it does not know. Open it at localhost or 127.0.0.1 to try.`
 
-// A page that is not visible holds no connection, since all tabs share the few that the browser opens. A page that was
-// left may stay in memory with its connections, and be shown again.
+// A page that is not visible holds no connection, since all tabs share the few that the browser opens.
 
-let left = false
 let suspended = document.hidden
 let suspensions = 0
 
-function updateSuspended() {
-  const now = left || document.hidden
-  if (now === suspended) return
-  suspended = now
+onVisibility(visible => {
+  if (suspended !== visible) return
+  suspended = !visible
   dispatchEvent(new Event('suspend'))
-  if (!now) return subscribers.filter(s => s.wanted).forEach(s => s.connect())
+  const wanted = subscribers.filter(s => s.wanted)
+  if (visible) return wanted.forEach(s => s.connect())
   suspensions++
   slots.trial?.abort()
-  subscribers.filter(s => s.wanted).forEach(s => s.stop(suspendedState))
+  for (const s of wanted) s.stop(suspendedState)
+  closePictures()
   window.stop() // the request of a script goes on when its element is removed
   closeExtra('The six were closed when this page was hidden, so that other tabs of this site can load. They stay closed until you open them again.')
-}
-
-addEventListener('pagehide', () => { left = true; updateSuspended() })
-addEventListener('pageshow', () => { left = false; updateSuspended() })
-document.addEventListener('visibilitychange', updateSuspended)
+})
 
 /** Runs a test while the page is visible; repeats it if the page was suspended meanwhile. */
 async function whileVisible(test) {
@@ -706,12 +659,9 @@ async function whileVisible(test) {
 
 // Drawing.
 
-const number = (n, digits = 0) => n.toLocaleString('en', { maximumFractionDigits: digits, minimumFractionDigits: digits })
-const duration = ms => ms < 9.95 ? `${number(Math.max(0, ms), 1)} ms` : ms < 1e3 ? `${number(ms)} ms` : `${number(ms / 1e3, 1)} s`
-
 function show() {
-  for (const subscriber of subscribers) subscriber.show(sinceReset(subscriber.name))
-  for (const one of extra) one.show()
+  for (const subscriber of subscribers) subscriber.show()
+  showExtra()
   $('#published').textContent = published - subscribers[0].base
   $('#halt').textContent = subscribers.some(s => s.wanted) ? 'Pause all' : 'Start all'
 }
@@ -719,65 +669,68 @@ function show() {
 const timelineLength = 15e3 // ms
 
 function draw(canvas, spans, dots) {
-  const { clientWidth: w, clientHeight: h } = canvas, scale = devicePixelRatio
+  const { clientWidth: w, clientHeight: h } = canvas, scale = devicePixelRatio, width = Math.round(w * scale)
   if (!w) return
-  if (canvas.width !== Math.round(w * scale)) Object.assign(canvas, { width: Math.round(w * scale), height: Math.round(h * scale) })
-  const pen = canvas.getContext('2d'), end = now(), x = at => w - 4 - (end - at) / timelineLength * w
+  if (canvas.width !== width) Object.assign(canvas, { width, height: Math.round(h * scale) })
+  const pen = canvas.getContext('2d'), end = now(), begin = end - timelineLength, x = at => Math.max(0, w - 4 - (end - at) / timelineLength * w)
+  const { color, outlineColor } = getComputedStyle(canvas)
   pen.setTransform(scale, 0, 0, scale, 0, 0)
   pen.clearRect(0, 0, w, h)
-  pen.fillStyle = colours.line
-  for (const { from, to } of spans) if (!(to < end - timelineLength)) pen.fillRect(Math.max(0, x(from)), h / 2 - 1, Math.max(1.5, x(to ?? end) - Math.max(0, x(from))), 2)
-  pen.fillStyle = colours.dot
-  for (const at of dots) if (at > end - timelineLength) {
+  pen.fillStyle = outlineColor
+  for (const { from, to = end } of spans) if (to > begin) pen.fillRect(x(from), h / 2 - 1, Math.max(1.5, x(to) - x(from)), 2)
+  pen.fillStyle = color
+  for (const at of dots) if (at > begin) {
     pen.beginPath()
     pen.arc(x(at), h / 2, 2.75, 0, 7)
     pen.fill()
   }
 }
 
-let colours
 const reducedMotion = matchMedia('(prefers-reduced-motion: reduce)')
-const dark = matchMedia('(prefers-color-scheme: dark)')
-
-function updateColours() {
-  const style = getComputedStyle(document.body)
-  colours = { line: style.getPropertyValue('--soft'), dot: style.getPropertyValue('--coma') }
-}
 
 function drawAll() {
   draw($('#sent canvas'), [], sendTimes)
-  for (const subscriber of subscribers) draw($('canvas', subscriber.row), subscriber.requestSpans, subscriber.arrivals)
+  for (const { row, requestSpans, arrivals } of subscribers) draw($('canvas', row), requestSpans, arrivals)
   setTimeout(() => requestAnimationFrame(drawAll), reducedMotion.matches ? 1000 : 40)
 }
 
 // The page.
 
-let rights // what the token allows here
-let steady
-const press = (button, on) => { button.ariaPressed = on; return on }
+let steadyTimer
+
+/** Publishes at the rate that the form says. */
+function steadily(on) {
+  clearInterval(steadyTimer)
+  $('#steady').ariaPressed = on
+  if (on) steadyTimer = setInterval(() => due < 5 && !suspended && publish(1), 1000 / Math.min(50, Math.max(0.01, $('#rate').valueAsNumber || 1)))
+}
+
+const isSteady = () => $('#steady').ariaPressed === 'true'
+$('#steady').onclick = () => steadily(!isSteady())
+$('#rate').onchange = () => steadily(isSteady())
 $('#controls').onsubmit = e => { e.preventDefault(); publish(1) }
 $('#burst').onclick = () => publish($('#many').valueAsNumber || 1)
-$('#steady').onclick = $('#rate').onchange = ({ type }) => {
-  clearInterval(steady)
-  const on = type === 'click' ? $('#steady').ariaPressed !== 'true' : $('#steady').ariaPressed === 'true'
-  if (press($('#steady'), on)) steady = setInterval(() => due < 5 && !suspended && publish(1), 1000 / Math.min(50, Math.max(0.01, $('#rate').valueAsNumber || 1)))
-}
 $('#cut').onclick = () => subscribers.forEach(s => s.cut())
 $('#halt').onclick = () => {
   const stop = subscribers.some(s => s.wanted)
-  for (const s of subscribers) stop ? s.pause() : s.wanted || s.start()
+  for (const s of subscribers) stop ? s.pause() : s.start()
   show()
 }
-$('#more').onclick = e => press(e.target, !extra.length) ? openExtra() : closeExtra()
+$('#more').onclick = e => {
+  e.target.ariaPressed = !extra.length
+  extra.length ? closeExtra() : openExtra()
+}
 $('#reset').onclick = reset
-$('#every').onchange = () => subscribers.filter(s => s.short && s.wanted).forEach(s => { s.stop(); s.connect() })
+$('#every').onchange = () => subscribers.filter(s => s.short).forEach(s => s.reconnect())
 $('#again').onclick = async e => {
   e.target.disabled = true
   await whileVisible(testBuffering)
   e.target.disabled = false
 }
 
-/** Shows why the lab can not run, in place of the lab. */
+$('#board thead tr').append(...columns.map(([title, more = '']) => make('th', '', title, make('small', '', more))))
+
+/** Says why the lab can not run, in place of the lab. */
 function refuse(reason) {
   $('#trouble').textContent = reason
   $('#all').hidden = true
@@ -794,21 +747,22 @@ async function begin() {
   }
   $('#another').ontoggle = () => askForToken($('#another div'), undefined, flags)
   $('#another').hidden = rights.read && rights.write
-  if (!rights.read) return refuse(`Your token does not let this page read the room ${room}. Open the lab with ?room=NAME in the address for a room that the token names, or use a token that may read and write ${room}.`)
+  if (!rights.read) return refuse(`Your token does not let this page read the room ${room}. Open the lab with ?room=NAME for a room that it names, or use a token that may read and write ${room}.`)
   if (rights.required) cookies.mode = 'same-origin' // the token is in a cookie
   const { cursor, error } = await (await request(address('poll'), { credentials: 'same-origin' })).json()
   if (error) return refuse(`The relay does not let this page read the room ${room}: ${error}.`)
   if (!rights.write) {
     $('#trouble').textContent = `Your token lets this page read the room ${room}, but not publish to it. So nothing is measured here; events of other publishers are shown.`
-    for (const input of $('#controls div').querySelectorAll('button, input')) input.disabled = true
-    $('#again').disabled = true
+    for (const input of document.querySelectorAll('#controls :is(button, input), #again')) input.disabled = true
   }
   subscribers = techniques.map(technique => new Subscriber(technique, cursor))
-  $('#room').textContent = `curl ${rights.required ? '-H "Authorization: Bearer $TOKEN" ' : ''}-d hi ${quoteForShell(here('rooms/' + encodeURIComponent(room)).href)}`
-  $('#copy').replaceChildren(copyButton(() => $('#room').textContent))
+  // On a phone the board is not laid out as a table, but it is still one.
+  for (const [selector, role] of [['thead, tbody', 'rowgroup'], ['tr', 'row'], ['thead th', 'columnheader'], ['tbody th', 'rowheader'], ['td', 'cell']]) {
+    for (const element of $('#board').querySelectorAll(selector)) element.role = role
+  }
+  $('#room').textContent = curl(rights.required, '-d hi ' + quoteForShell(here('rooms/' + encodeURIComponent(room)).href))
+  $('#room').after(' ', copyButton(() => $('#room').textContent))
   showExperiments()
-  updateColours()
-  dark.addEventListener('change', updateColours)
   setInterval(show, 250)
   setInterval(() => { assignSlots(); subscribers.forEach(s => s.checkHeartbeat()) }, 1000)
   drawAll()

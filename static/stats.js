@@ -132,7 +132,7 @@ class Graph {
     const text = (x, y, anchor, words, kind = '') => `<text x="${x}" y="${y}" text-anchor="${anchor}" class="${kind}">${words}</text>`
     let drawn = ''
     for (let n = low; n < high + step / 2; n += step) {
-      drawn += `<path class="grid" d="M${left} ${y(n)}H${w}"/>` + text(left - 6, +y(n) + 4, 'end', this.format(Math.abs(n) < step / 1e3 ? 0 : n))
+      drawn += `<path class="scale" d="M${left} ${y(n)}H${w}"/>` + text(left - 6, +y(n) + 4, 'end', this.format(Math.abs(n) < step / 1e3 ? 0 : n))
     }
     const minutes = span / 60e3, parts = w < 420 ? 2 : minutes % 5 ? 4 : 5
     for (let i = 0; i <= parts; i++) {
