@@ -6,7 +6,10 @@ const sleep = ms => new Promise(done => setTimeout(done, ms))
 insertMarkup()
 
 // The room is in the address. Without one it gets a name that nobody guesses: everybody who knows it can watch.
-if (location.hash.length < 2) history.replaceState(null, '', '#cam-' + Array.from(crypto.getRandomValues(new Uint8Array(8)), n => (n % 36).toString(36)).join(''))
+if (location.hash.length < 2) {
+  const name = Array.from(crypto.getRandomValues(new Uint8Array(8)), n => (n % 36).toString(36)).join('')
+  history.replaceState(null, '', '#cam-' + name)
+}
 const room = decodeURIComponent(location.hash.slice(1)), path = 'rooms/' + encodeURIComponent(room)
 onhashchange = () => location.reload()
 
@@ -18,7 +21,7 @@ const maxSide = 640, minSide = 160
 let live // the run that is publishing, or undefined
 let number = crypto.getRandomValues(new Uint16Array(1))[0] // of the last frame: another publisher's are not taken for ours
 let limit = 60e3 // bytes of a frame; less if the relay says so
-let side = maxSide, quality = 0.75
+let side = maxSide // the longer one, in pixels
 let slower = 1 // after 429: so many times the chosen interval
 let why = '' // there is a clock and no camera
 
@@ -62,12 +65,12 @@ function drawClock(width, height) {
   pen.fillText(`${now.toTimeString().slice(0, 8)}.${Math.floor(now.getMilliseconds() / 100)}`, x, height * 0.92)
 }
 
-/** Encodes the canvas. What does not fit is encoded smaller the next time. */
+/** Encodes the canvas. If that does not fit, or is small, the next frame has another size. */
 async function encode() {
-  const blob = await new Promise(done => canvas.toBlob(done, 'image/jpeg', quality))
+  const blob = await new Promise(done => canvas.toBlob(done, 'image/jpeg', 0.7))
   const fits = blob.size <= limit
-  if (!fits) quality > 0.4 ? quality -= 0.1 : side = Math.max(minSide, side * 0.8)
-  else if (blob.size < limit / 2 && quality < 0.75) quality += 0.05
+  if (!fits) side = Math.max(minSide, side * 0.8)
+  else if (blob.size < limit / 3) side = Math.min(maxSide, side * 1.1)
   return fits && blob
 }
 
@@ -75,33 +78,27 @@ async function encode() {
 async function publish(run) {
   for (let failures = 0; live === run;) {
     const started = performance.now()
-    let pause = 0, error
+    let pause = 0
     drawFrame()
     const frame = await encode()
-    if (frame) try {
+    if (frame) {
       const sending = performance.now()
-      const response = await fetch(path + '?ttl=10', { method: 'POST', body: frame, headers: { 'Content-Type': 'image/jpeg' } })
-      const { status, headers } = response, answer = await response.json()
-      failures = 0
-      if (response.ok) {
+      const response = await fetch(path + '?ttl=10', { method: 'POST', body: frame, headers: { 'Content-Type': 'image/jpeg' } }).catch(() => undefined)
+      const { error = 'the relay cannot be reached' } = await response?.json().catch(() => undefined) ?? {}
+      if (response?.ok) {
+        failures = 0
         slower = Math.max(1, slower * 0.98)
         sent.add(performance.now() - sending)
         $('#size').textContent = `${canvas.width} × ${canvas.height}, ${(frame.size / 1e3).toFixed(1)} KB`
         if (live === run) say(slower > 1.1 ? 'Live, with fewer frames: the relay said that they were too many.' : 'Live.')
-      } else if (status === 413 && limit > 2e3) {
-        limit = frame.size * 0.8
-      } else if ([401, 403, 415].includes(status)) {
-        stop(answer.error, true)
-      } else {
-        error = answer.error
-        if (status === 429) slower = Math.min(20, slower * 1.5)
-        pause = (headers.get('Retry-After') || 2) * 1e3
+      } else if (response?.status === 413 && limit > 2e3) limit = frame.size * 0.8
+      else if ([401, 403, 415].includes(response?.status)) stop(error, true)
+      else {
+        if (response?.status === 429) slower = Math.min(20, slower * 1.5)
+        pause = response?.headers.get('Retry-After') * 1e3 || Math.min(8000, 500 * 2 ** failures++)
+        if (live === run) say(`Waiting: ${error}.`, true)
       }
-    } catch {
-      error = 'the relay cannot be reached'
-      pause = Math.min(8000, 500 * 2 ** failures++)
     }
-    if (error && live === run) say(`Waiting: ${error}.`, true)
     await sleep(Math.max(pause, started + slower * 1e3 / $('#rate').value - performance.now(), 0))
   }
 }
@@ -159,7 +156,7 @@ function watch() {
 image.onerror = () => setTimeout(watch, 2000)
 document.onvisibilitychange = () => document.hidden || watch()
 
-/** Reads the number of the frame that is shown. An <img> that was drawn on a canvas once is not always drawn anew; a bitmap of it is new. */
+/** Reads the number of the frame that is shown, from a bitmap: an <img> drawn on a canvas again may be the old frame. */
 async function look() {
   try {
     const bitmap = await createImageBitmap(image), { width, height } = bitmap
@@ -200,17 +197,19 @@ class Series {
 const sent = new Series, returned = new Series
 
 setInterval(() => {
-  const texts = { fps: short(sent.recent()), returned: short(returned.recent()), publishing: duration(sent.quantile(0.5)), median: duration(returned.quantile(0.5)), most: duration(returned.quantile(0.95)) }
-  for (const id in texts) $('#' + id).textContent = texts[id]
+  $('#fps').textContent = short(sent.recent())
+  $('#returned').textContent = short(returned.recent())
+  $('#publishing').textContent = duration(sent.quantile(0.5))
+  $('#median').textContent = duration(returned.quantile(0.5))
+  $('#most').textContent = duration(returned.quantile(0.95))
 }, 1000)
 
-// The page.
-
 $('.room').textContent = room
-const url = here(path + '/multipart?as=image').href
-for (const [name, text] of Object.entries({ 'This page': location.href, 'In your own page': `<img src="${url}" alt="a camera, live">`, 'From a shell': `curl -H 'Content-Type: image/jpeg' -T frame.jpg ${quoteForShell(here(path).href)}` })) {
-  $('.share').append(make('li', '', name + ': ', make('code', '', text), ' ', copyButton(() => text)))
-}
+for (const [where, text] of [
+  ['This page', location.href],
+  ['In your own page', `<img src="${here(path + '/multipart?as=image')}" alt="a camera, live">`],
+  ['From a shell', `curl -H 'Content-Type: image/jpeg' -T frame.jpg ${quoteForShell(here(path).href)}`],
+]) $('.share').append(make('li', '', where + ': ', make('code', '', text), ' ', copyButton(() => text)))
 $('#controls').onsubmit = event => {
   event.preventDefault()
   live ? stop() : start()

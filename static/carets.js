@@ -33,12 +33,10 @@ function remove(client) {
   draw()
 }
 
-/** Removes the carets of somebody who has left. */
 export function forget(user) {
   for (const [client, { name }] of peers) if (name === user) remove(client)
 }
 
-/** Moves all carets over a change to the text. */
 export function moveCarets(change) {
   for (const peer of peers.values()) Object.assign(peer, { from: move(peer.from, change), to: move(peer.to, change) })
 }
@@ -47,7 +45,6 @@ export function moveCarets(change) {
 
 const range = document.createRange()
 
-/** The rectangles on the screen of a part of the text. */
 function rectangles(from, to) {
   const text = mirror.firstChild, { length } = text
   range.setStart(text, Math.min(from, length - 1))

@@ -48,7 +48,6 @@ function enter(name) {
   return enterRoom(name)
 }
 
-/** Shows what the token allows, if the relay requires one. */
 function onRights() {
   const { required, refused, read, write } = rights, url = String(new URL('rooms/' + room, location)), query = me && '?' + new URLSearchParams({ user: me })
   input.disabled = $('#send').disabled = !write
@@ -141,7 +140,6 @@ function listed(names) {
   return new Intl.ListFormat('en-GB').formatToParts(shown).map(({ type, value }) => type === 'element' ? make('bdi', '', value) : value)
 }
 
-/** Says who joined and who left. Several in a row are one line. */
 function showMove(name, joined) {
   if (log.lastElementChild?.className !== 'move') lastMoves = new Map
   lastMoves.delete(name)
@@ -180,15 +178,23 @@ const timeElement = (at, minute) => make('time', { dateTime: at.toISOString(), t
 const mentionsMe = ({ from, data }) => me && from !== me &&
   asText(data).toLowerCase().split('@' + me.toLowerCase()).slice(1).some(rest => !/^[\p{L}\p{N}_]/u.test(rest))
 
-/** A message's text. URLs become links, what is between backticks is code, long text is folded, and emoji alone are big. */
+// Code between backticks, and URLs, which end before a bracket that was opened before them.
+const MARKS = /```\n?([^]+?)\n?```|`([^`\n]+)`|\bhttps?:\/\/(?:\([^\s()]*\)|\[[^\s[\]]*\]|\{[^\s{}]*\}|[^\s<>"\])}])+/gi
+
+/** A message's text, with links and code. Long text is folded, and emoji alone are big. */
 function textElement(data) {
   const text = asText(data), el = make('div', { className: 'text', dir: 'auto' })
   let at = 0
-  for (const { 0: match, 1: block, 2: code, index } of text.matchAll(/```\n?([^]+?)\n?```|`([^`\n]+)`|\bhttps?:\/\/[^\s<>"]+/gi)) {
-    const href = trimLink(match), isCode = block ?? code
-    if (!isCode && !URL.canParse(href)) continue
-    el.append(text.slice(at, index), isCode ? make('code', block ? 'block' : '', isCode) : make('a', { href, target: '_blank', rel: 'noopener noreferrer' }, href))
-    at = index + (isCode ? match : href).length
+  for (const { 0: match, 1: block, 2: code, index } of text.matchAll(MARKS)) {
+    let end = match.length, mark = make('code', block ? 'block' : '', block ?? code)
+    if (!block && !code) {
+      while ('.,:;!?\'…’”»'.includes(match[end - 1])) end-- // the sentence's
+      const href = match.slice(0, end)
+      if (!URL.canParse(href)) continue
+      mark = make('a', { href, target: '_blank', rel: 'noopener noreferrer' }, href)
+    }
+    el.append(text.slice(at, index), mark)
+    at = index + end
   }
   el.append(text.slice(at))
   if (/^(?:\p{Extended_Pictographic}[\p{Emoji_Modifier}\uFE0F\u200D]*\s?){1,9}$/u.test(text)) el.classList.add('emoji')
@@ -202,18 +208,6 @@ function textElement(data) {
 
 /** A picture. Its height is known only when it is decoded. */
 const pictureElement = (from = 'somebody', src) => make('div', 'text', make('img', { className: 'picture', src, alt: 'a picture by ' + from, onload: keepAtEnd }))
-
-/** Removes what follows a URL in a sentence: a full stop, or a closing bracket that was opened before the URL. */
-function trimLink(link) {
-  const open = [], pairs = { '(': ')', '[': ']', '{': '}' }
-  let end = 0
-  for (; end < link.length; end++) {
-    if (pairs[link[end]]) open.push(pairs[link[end]])
-    else if (')]}'.includes(link[end]) && open.pop() !== link[end]) break
-  }
-  while ('.,:;!?\'…’”»'.includes(link[end - 1])) end--
-  return link.slice(0, end)
-}
 
 const atBottom = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40
 
@@ -266,8 +260,8 @@ new ResizeObserver(keepAtEnd).observe(scroller) // the phone's keyboard appears,
 const outbox = new Set // of { text, key, time, el, note, state }; and id, once the relay has answered
 
 function submit(text, type) {
-  const note = make('div', 'note'), time = Date.now()
-  const mine = { text, type, time, note, el: make('div', '', type ? pictureElement(me, text) : textElement(text), note), key: time.toString(36) + Math.random().toString(36) }
+  const time = Date.now(), key = time.toString(36) + Math.random().toString(36), note = make('div', 'note')
+  const mine = { text, type, time, key, note, el: make('div', '', type ? pictureElement(me, text) : textElement(text), note) }
   outbox.add(mine)
   $('#outbox').append(mine.el)
   $('#outbox').hidden = false
@@ -292,7 +286,7 @@ async function send(mine) {
   keepAtEnd()
 }
 
-/** Finds the message in the outbox that an event belongs to. If the event arrives before the answer to POST, its text is compared. */
+/** The message in the outbox that an event belongs to. If it arrives before the answer to POST, the text is compared. */
 function findInOutbox({ id, from, data }) {
   const all = [...outbox]
   return all.find(mine => mine.id === id) ?? all.find(mine => mine.state === 'pending' && mine.text === data && me === from)
@@ -302,14 +296,12 @@ function setState(mine, state, error) {
   mine.state = state
   mine.el.className = 'message ' + state
   mine.note.role = error ? 'alert' : null
-  const useless = error?.status >= 400 && error.status < 500 && error.status !== 429 // to try again
-  const why = error?.status === 413 ? 'It is too long for this relay. Make it shorter' : error?.message
-  mine.note.replaceChildren(...error ?
-    [`Not sent: ${why}. `, useless && mine.type ? '' : useless ? button('Edit', () => edit(mine)) : button('Try again', () => send(mine)), ' ', button('Discard', () => discard(mine))] :
-    [state === 'sent' ? 'sent' : comet.status === 'open' ? 'sending…' : 'waiting for the connection…'])
+  if (!error) return setText(mine.note, state === 'sent' ? 'sent' : comet.status === 'open' ? 'sending…' : 'waiting for the connection…')
+  const again = !error.final ? button('Try again', () => send(mine)) : mine.type ? '' : button('Edit', () => edit(mine))
+  const why = error.status === 413 ? 'It is too long for this relay. Make it shorter' : error.message
+  mine.note.replaceChildren(`Not sent: ${why}. `, again, ' ', button('Discard', () => discard(mine)))
 }
 
-/** Takes a message back into the input. */
 function edit(mine) {
   discard(mine)
   input.value = [input.value, mine.text].filter(Boolean).join('\n')
@@ -323,7 +315,6 @@ function discard(mine) {
   $('#outbox').hidden = !outbox.size
 }
 
-/** Messages that were not sent, and the text in the input. */
 const draft = () => [...[...outbox].filter(mine => !mine.id && !mine.type).map(mine => mine.text), input.value].join('\n').trim()
 addEventListener('pagehide', () => tabStorage.set('draft', draft()))
 
@@ -355,9 +346,12 @@ $('#say').onsubmit = e => {
 const MAX_PICTURE = 60e3 // characters of a data: URL
 const isPicture = ({ type, data }) => type === 'image' && /^data:image\/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=]+$/.test(data)
 
-/** Returns a file as a data: URL. A small one stays as it is, and may move; else it is scaled down until it fits. SVG may hold scripts. */
+/** Returns a file as a data: URL. A small one stays as it is, and may move, but not SVG, which may hold scripts. */
 async function toDataURL(file) {
-  if (/png|jpeg|gif|webp/.test(file.type) && file.size < MAX_PICTURE * 0.74) return `data:${file.type};base64,${btoa(String.fromCharCode(...new Uint8Array(await file.arrayBuffer())))}`
+  if (/png|jpeg|gif|webp/.test(file.type) && file.size < MAX_PICTURE * 0.74) {
+    const bytes = new Uint8Array(await file.arrayBuffer())
+    return `data:${file.type};base64,${btoa(String.fromCharCode(...bytes))}`
+  }
   const bitmap = await createImageBitmap(file), canvas = make('canvas'), pen = canvas.getContext('2d')
   let scale = Math.min(1, 1280 / Math.max(bitmap.width, bitmap.height)), quality = 0.8, url
   do {
@@ -393,7 +387,6 @@ function changeName(name) {
   else if (name !== me) rename(name)
 }
 
-/** Updates what is shown around the log: counts, who is typing, whether the name is taken. */
 function updateSummary() {
   const typing = [...people].filter(([name, li]) => li.dataset.state === 'typing' && name !== me).map(([name]) => name)
   setText($('#typing'), ...listed(typing), !typing[0] ? '' : typing[1] ? ' are typing…' : ' is typing…')
@@ -450,7 +443,7 @@ async function notify({ type, from, data }) {
   await worker?.showNotification(`${from ?? 'Somebody'} in #${room}`, { body, tag: 'cometes ' + room, icon: 'icon.svg', data: location.href })
 }
 
-/** A mention rings, if the bell is on and the user looks at something else: two short tones. */
+/** Rings with two short tones, if the bell is on and the user looks at something else. */
 function ring() {
   if (!bellIsOn() || document.hasFocus()) return
   const audio = new AudioContext, volume = audio.createGain()

@@ -190,3 +190,6 @@ export function lines(line: (text: string) => void): (bytes: Uint8Array) => void
 
 /** Returns a random number of milliseconds to wait after this many tries. */
 export function backoff(tries: number): number
+
+/** fetch, but throws a CometError if the relay answers with an error. */
+export function get(url: string, options?: RequestInit): Promise<Response>

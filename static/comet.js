@@ -127,7 +127,7 @@ export class CometError extends Error {
   }
 }
 
-/** fetch, but throws HTTP errors. `final` ones would be the same again. */
+/** fetch, but throws HTTP errors. */
 export async function get(url, options) {
   const response = await fetch(url, options)
   const { ok, status, headers } = response

@@ -8,7 +8,6 @@ insertMarkup()
 const MAX_SHOWN = 500 // older events are removed
 const MAX_LENGTH = 10e3 // characters that are shown of an event
 const RIGHTS = "-read '*' -write '*'"
-const FROM = ['last', 'after']
 cookies.mode = 'same-origin' // a token is in a cookie
 
 const { elements: reads } = $('#read'), { elements: publishes } = $('#publish')
@@ -19,7 +18,6 @@ const say = words => setText($('#state'), words)
 
 // Reading.
 
-/** What the form says, as a query. */
 function query() {
   const from = reads.from.value, user = reads.reader.value.trim()
   return { ...from !== 'now' && { [from]: reads.n.value || (from === 'last' ? 10 : 0) }, ...user && { user } }
@@ -58,7 +56,8 @@ function connect(it) {
     get cursor() { return it.cursor },
     url(more) {
       const { after, last = more?.last, ...rest } = it.query, from = it.cursor ? { after: it.cursor } : { after, last }
-      return address(name, { ...more, ...rest, ...from, names: name === 'sse' ? 0 : undefined, _: unique() }, rooms) // an EventSource shows every type if they have no names
+      const noNames = name === 'sse' && { names: 0 } // so that an EventSource shows every type
+      return address(name, { ...more, ...rest, ...from, ...noNames, _: unique() }, rooms)
     },
     frame(src, hidden) {
       const frame = make('iframe', { src, hidden, title: capitalized(names[name]) })
@@ -123,7 +122,6 @@ function show(text, { type = 'message', room, id } = {}) {
 
 // Publishing.
 
-/** What the form publishes. */
 function toPublish() {
   const query = {}
   for (const name of ['user', 'type', 'ttl', 'key', 'if']) if (publishes[name].value.trim()) query[name] = publishes[name].value.trim()
@@ -143,7 +141,6 @@ async function publish({ room, query, body, type }) {
 
 const whole = (path, query) => quoteForShell(here(path) + (Object.keys(query).length ? '?' + new URLSearchParams(query) : ''))
 
-/** Shows what the forms do, as commands. */
 function showCommands() {
   const via = reads.via.value, url = whole(`rooms/${reads.rooms.value}/${via}`, { ...query(), ...via === 'jsonp' && { callback: 'tell' } })
   const read = curl(rights.required, via === 'ws' ? '-c ' + url.replace('http', 'ws') : url)
@@ -177,7 +174,7 @@ addEventListener('pageshow', e => e.persisted && connection && connect(connectio
 reads.rooms.value = pageQuery.get('room') || 'lobby'
 publishes.to.value = reads.rooms.value.split(',')[0]
 reads.via.value = names[pageQuery.get('via')] ? pageQuery.get('via') : 'sse'
-for (const from of FROM) if (pageQuery.get(from)) {
+for (const from of ['last', 'after']) if (pageQuery.get(from)) {
   reads.from.value = from
   reads.n.value = pageQuery.get(from)
 }

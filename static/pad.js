@@ -119,7 +119,6 @@ let publishing, more, caretMoved, asked, pace = PACE
 let hold = {}, ourTurn // who was often too late asks the others to wait; who asked first is first
 let wrote, wanted // who has just written publishes a snapshot if one is due; everybody, if somebody needs one
 
-/** Publishes what is next. Returns whether there was something. */
 async function publishNext() {
   const { lost } = replica
   for (let n = 0; (replica.waiting || performance.now() < hold.until) && n < 50; n++) await sleep(20) // somebody needs several publishes, or was too late
@@ -202,7 +201,6 @@ let shown = '' // the textarea's value, as far as it is in the replica
 let held = [] // what others have changed since
 let composing, composeTimer, last = {} // input
 
-/** Shows a change by somebody else. */
 function show(change) {
   if (!change || isEmpty(change)) return
   history.rebase(change)
@@ -221,7 +219,6 @@ function release() {
   draw(top)
 }
 
-/** Takes over what was written into the textarea. */
 function commit(joins) {
   const value = input.value.toWellFormed(), { selectionEnd } = input
   if (value !== input.value && !composing) {

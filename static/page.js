@@ -85,16 +85,15 @@ export function copies(button, text, done = 'Copied') {
 export const copyButton = (text, label = 'Copy') => copies(make('button', { type: 'button', className: 'copy' }, label), text)
 
 /**
- * Returns what this browser may do in a room: { required, user, exp, read, write }; without a room, only whether its token
- * is valid. If it has no valid token `refused` is true, and `error` says why. The relay keeps the token in a cookie that no
- * script can read.
+ * Returns what this browser may do in a room: { required, user, exp, read, write }. Without a valid token `refused` is true,
+ * and `error` says why. The relay keeps the token in a cookie that no script can read.
  */
-export async function access(room) {
-  const token = new URLSearchParams(location.search).get('token')
+export async function access(room = '') {
+  const token = new URLSearchParams(location.search).get('token') ?? ''
   try {
-    const response = await fetch('token?' + new URLSearchParams({ ...room && { room }, ...token && { token } }), { cache: 'no-store' }), answer = await response.json()
-    if (response.ok) return answer
-    if (response.status === 401) return { required: true, refused: true, read: false, write: false, error: answer.error }
+    const response = await fetch('token?' + new URLSearchParams({ room, token }), { cache: 'no-store' }), { status } = response, answer = await response.json()
+    if (status === 200) return answer
+    if (status === 401) return { required: true, refused: true, read: false, write: false, error: answer.error }
   } catch { }
   return { required: false, read: true, write: true } // unknown: the next request shows it
 }
@@ -102,22 +101,20 @@ export async function access(room) {
 /** Fills an element with a form for a token. `rights` is what it should allow, as options of the command that makes one. */
 export function askForToken(element, error, rights = '-read lobby -write lobby') {
   element.innerHTML = `<form class="token">
-    <h2>This relay asks for a token</h2>
-    <p>It contains who you are, and which rooms you may read and write.</p>
-    <label>Token <input name="token" required autocomplete="off" autocapitalize="none" spellcheck="false" maxlength="4096"></label>
-    <button>Continue</button>
-    <p>The operator of the relay makes one with the relay’s secret:</p>
-    <pre></pre>
-    <p>On Fly.io, where the secret is already set:</p>
-    <pre></pre>
-    <p>For Cloud Run, run the first command on your own machine.</p>
-  </form>`
-  const [form] = element.children, [own, fly] = form.querySelectorAll('pre'), command = `token -sub NAME ${rights}`
+<h2>This relay asks for a token</h2>
+<p>It contains who you are, and which rooms you may read and write.</p>
+<label>Token <input name="token" required autocomplete="off" autocapitalize="none" spellcheck="false" maxlength="4096"></label>
+<button>Continue</button>
+<p>The operator of the relay makes one with the relay’s secret:</p>
+<pre></pre>
+<p>On Fly.io, where the secret is already set:</p>
+<pre></pre>
+<p>For Cloud Run, run the first command on your own machine.</p>
+</form>`
+  const form = element.firstChild, [own, fly] = form.querySelectorAll('pre'), command = `token -sub NAME ${rights}`
   own.textContent = `COMETES_SECRET=… cometes ${command}`
   fly.textContent = `fly ssh console -C "/cometes ${command}"`
-  if (error && !/asks for a token/.test(error)) {
-    form.children[1].replaceWith(make('p', { className: 'wrong', role: 'alert' }, `Your token was not accepted: ${error}.`))
-  }
+  if (error && !/asks for a token/.test(error)) $('p', form).replaceWith(make('p', { className: 'wrong', role: 'alert' }, `Your token was not accepted: ${error}.`))
   form.onsubmit = e => { // the relay moves the token into a cookie, and redirects to the URL without it
     e.preventDefault()
     const url = new URL(location)

@@ -68,7 +68,7 @@ export const tabStorage = storage('sessionStorage'), browserStorage = storage('l
 
 export let comet, room
 export let rights // what the token allows in the room
-let page // what the page does itself: { lobby, last, enter, onRights, onConnect, onStatus, onEvent, onMove }
+let page // what the page does itself: { lobby, last, enter, connect, onRights, onConnect, onStatus, onEvent, onMove }
 
 /** Begins. `lobby` is the room if the URL names none: ?room=lobby or #lobby. */
 export function open(own) {
@@ -82,13 +82,14 @@ function roomInURL() {
   const { hash, searchParams } = new URL(location)
   const name = (new URLSearchParams('r=' + hash.slice(1).replaceAll('+', '%2B')).get('r') || searchParams.get('room') || '').trim()
   const room = name.replace(/[^A-Za-z0-9_.:-]+/g, '-').slice(0, 64) || page.lobby
-  showNoRoom(name && name !== room && name)
+  showNoRoom(name === room ? '' : name)
   return room
 }
 
 /** Says why a name is none, below it. */
-export function showNoRoom(name) {
-  $('#noroom').replaceChildren(...!name ? [] : ['A room cannot be called ', make('bdi', '', name.length > 64 ? name.slice(0, 64) + '…' : name), ': 1 to 64 letters without accents, digits, or _ . : - and no spaces.'])
+function showNoRoom(name) {
+  const bdi = make('bdi', '', name.length > 64 ? name.slice(0, 64) + '…' : name)
+  setText($('#noroom'), ...name ? ['A room cannot be called ', bdi, ': 1 to 64 letters without accents, digits, or _ . : - and no spaces.'] : [])
 }
 
 export async function enterRoom(name) {
@@ -119,13 +120,13 @@ export async function enterRoom(name) {
 $('#go').onsubmit = e => {
   e.preventDefault()
   const name = $('#room').value.trim()
-  if (name === room || !/^[\w.:-]{1,64}$/.test(name)) return showNoRoom(name !== room && name)
+  if (name === room || !/^[\w.:-]{1,64}$/.test(name)) return showNoRoom(name === room ? '' : name)
   history.pushState(null, '', '?room=' + name)
   onpopstate()
 }
 $('#room').onblur = () => { // only Enter changes the room
   $('#room').value = room
-  showNoRoom()
+  showNoRoom('')
 }
 onpopstate = onhashchange = () => roomInURL() === room || page.enter(roomInURL())
 
@@ -147,7 +148,6 @@ export function cleanName(name) {
 
 export let me = cleanName(new URLSearchParams(location.search).get('user') ?? '') || tabStorage.get('name')
 
-/** Shows the form for the name, or what the page has in its place. */
 export function showNaming(show) {
   if (show && $('#naming').hidden) $('#name').value = me || browserStorage.get('name')
   $('#naming').hidden = !show
@@ -194,13 +194,10 @@ const colourOf = new Map // by name
 
 /** A name has the same colour in every browser, unless another name in the page has that colour already. */
 export function applyColour(el, name) {
-  let n = colourOf.get(name)
-  if (n === undefined) {
-    let hash = 0
-    for (const c of name) hash = Math.imul(hash ^ c.codePointAt(0), 0x5bd1e995) ^ hash >>> 15
-    n = (hash >>> 0) % COLOURS
-    const taken = new Set(colourOf.values())
-    while (taken.size < COLOURS && taken.has(n)) n = (n + 7) % COLOURS
+  const taken = [...colourOf.values()]
+  let n = colourOf.get(name) ?? [...name].reduce((hash, c) => (31 * hash + c.codePointAt(0)) % 65521, 7) % COLOURS
+  if (!colourOf.has(name) && taken.length < COLOURS) {
+    while (taken.includes(n)) n = (n + 7) % COLOURS
     colourOf.set(name, n)
   }
   el.style.setProperty('--hue', n % 12 * 30 + 15)
@@ -234,7 +231,6 @@ $('#menu').onchange = () => comet?.use(ways.value)
 $('#menu').onsubmit = e => e.preventDefault()
 
 let countdown
-/** Shows a status of comet.js. */
 export function onStatus(detail) {
   const { status, via, retryIn, error, leader } = detail, needsToken = error?.status === 401
   setText($('#words'), { connecting: 'connecting', open: 'connected by ' + names[via], closed: 'not connected' }[status] ?? status)
@@ -300,7 +296,6 @@ function clearPeople() {
   $('#here').replaceChildren()
 }
 
-/** Updates what is said about all together. */
 export function summarize() {
   $('#count').textContent = $('#who').textContent = `${crowdCount || [...people.keys()].filter(isHere).length} here`
   $('#crowd').hidden = !crowdCount

@@ -45,18 +45,10 @@ function split(change) {
 
 /** Splits a text into parts that are at most 60,000 bytes of JSON each. */
 function parts(text) {
-  const all = ['']
-  let bytes = 0
-  for (const c of text) {
-    const more = c < ' ' || c === '"' || c === '\\' ? 6 : c < '\x80' ? 1 : 3 * c.length // at most
-    bytes += more
-    if (bytes > 60_000) {
-      all.push('')
-      bytes = more
-    }
-    all[all.length - 1] += c
-  }
-  return all
+  if (new TextEncoder().encode(JSON.stringify(text)).length <= 60_000) return [text]
+  let half = text.length >> 1
+  if (!text.slice(0, half).isWellFormed()) half++
+  return [...parts(text.slice(0, half)), ...parts(text.slice(half))]
 }
 
 /**
