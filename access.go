@@ -40,75 +40,70 @@ type access struct {
 
 // wrap returns a handler that gives requests their permit, and answers those about tokens.
 func (a *access) wrap(s *server, next http.Handler) http.Handler {
-	usual := &accessRights{a: a} // without a token, from the relay's own pages or from programs
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r, p := withPermit(r)
-		rights := accessRights{a: a}
-		if r.Method == http.MethodDelete || r.URL.Path == "/rooms" {
-			rights.local = a.isLocal(r)
-		}
-		p.rights, p.ancestors = usual, a.ancestors
+		rights := &accessRights{a: a}
+		p.rights, p.ancestors = rights, a.ancestors
 		if a.secrets != nil {
-			token, err := a.token(r)
-			switch {
-			case err != nil:
-			case token == "":
-				err = tokenError(http.StatusUnauthorized, "this relay asks for a token: Authorization: Bearer, the query token, or a cookie token")
-			default:
-				rights.claims, err = verifyToken(token, a.secrets, time.Now())
-			}
-			if rights.tokenErr = err; err == nil {
+			if rights.claims, rights.tokenErr = a.verify(r); rights.claims != nil {
 				p.user, p.expiresAt = rights.claims.Sub, rights.claims.expires()
 			}
 		}
+		var err error
 		if strings.HasPrefix(r.URL.Path, "/rooms") {
-			a.cors(w, r)
-			origin, err := a.check(r)
-			if p.origin = origin; err != nil {
-				s.answer(w, r, func(http.ResponseWriter, *http.Request) error { return err })
-				return
-			}
-			if r.Method == http.MethodOptions {
-				w = preflightWriter{w, a.origins, r}
-			}
+			w = a.cors(w, r)
+			p.origin, err = a.check(r)
 		}
-		if rights != *usual {
-			own := rights
-			p.rights = &own
-			if own.inURL(r) {
-				s.answer(w, r, own.moveToCookie)
-				return
-			}
+		switch {
+		case err != nil:
+			s.answer(w, r, func(http.ResponseWriter, *http.Request) error { return err })
+		case rights.inURL(r):
+			s.answer(w, r, rights.moveToCookie)
+		case r.URL.Path == "/token":
+			s.answer(w, r, rights.describe)
+		default:
+			next.ServeHTTP(w, r)
 		}
-		if r.URL.Path == "/token" {
-			s.answer(w, r, func(w http.ResponseWriter, r *http.Request) error { return a.describeToken(w, r, p) })
-			return
-		}
-		next.ServeHTTP(w, r)
 	})
 }
 
 // accessRights are the rights of one request.
 type accessRights struct {
 	a        *access
-	local    bool // from this machine; known only where it matters
+	claims   *claims // nil without a good token
 	tokenErr error
-	claims   *claims // nil without a token
 }
 
 func (ar *accessRights) read(room string) error  { return ar.check(room, false) }
 func (ar *accessRights) write(room string) error { return ar.check(room, true) }
 
 func (ar *accessRights) check(room string, write bool) error {
-	switch {
-	case ar.a.secrets == nil:
-		return nil
-	case ar.tokenErr != nil:
+	if ar.a.secrets == nil || ar.tokenErr != nil {
 		return ar.tokenErr
-	case !ar.claims.allows(room, write):
+	}
+	list := ar.claims.Read
+	if write {
+		list = ar.claims.Write
+	}
+	if !matchesRoom(list, room) {
 		return tokenError(http.StatusForbidden, fmt.Sprintf("the token is not good for the room %q", room))
 	}
 	return nil
+}
+
+// statsRoom is the room that only operators read.
+const statsRoom = "_stats"
+
+// operate allows an operator: a client whose token names the room _stats; or, without a
+// secret, one on this machine.
+func (ar *accessRights) operate(r *http.Request) error {
+	if ar.a.secrets != nil {
+		return ar.read(statsRoom)
+	}
+	if ar.a.isLocal(r) {
+		return nil
+	}
+	return newError(http.StatusForbidden, "this is for operators: ask from the machine itself, or give the relay a -secret and bring a token that may read "+statsRoom)
 }
 
 // proxyHeaders are set by proxies.
@@ -126,27 +121,6 @@ func (a *access) isLocal(r *http.Request) bool {
 	ip, err := netip.ParseAddr(name)
 	return (name == "localhost" || err == nil && ip.IsLoopback()) &&
 		!slices.ContainsFunc(proxyHeaders, func(name string) bool { return r.Header[name] != nil })
-}
-
-// statsRoom is the room that only operators read.
-const statsRoom = "_stats"
-
-// operate allows an operator: a client whose token names the room _stats; or, without a
-// secret, one on this machine.
-func (ar *accessRights) operate() error {
-	if ar.a.secrets != nil {
-		if ar.tokenErr != nil {
-			return ar.tokenErr
-		}
-		if ar.claims.allows(statsRoom, false) {
-			return nil
-		}
-		return tokenError(http.StatusForbidden, "this is for operators, whose token may read "+statsRoom)
-	}
-	if ar.local {
-		return nil
-	}
-	return newError(http.StatusForbidden, "this is for operators: ask from the machine itself, or give the relay a -secret and bring a token that may read "+statsRoom)
 }
 
 // Origins.
@@ -181,28 +155,45 @@ func newOrigins(list string) (*origins, error) {
 	return o, nil
 }
 
-func (o *origins) listed(origin string) bool {
-	return o.all || slices.Contains(o.list, origin)
-}
-
 var varyOrigin = []string{"Origin, Sec-Fetch-Site"}
 
 // cors writes the headers (https://fetch.spec.whatwg.org/#http-cors-protocol) that let a
-// page of a listed origin see the answer, even if it is an error.
-func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
+// page of a listed origin see the answer, even if it is an error, and send what it likes: a
+// header of its own tools, for tracing or of htmx, does no harm.
+func (o *origins) cors(w http.ResponseWriter, r *http.Request) http.ResponseWriter {
 	h, origin := w.Header(), r.Header.Get("Origin")
 	if origin == "" && r.Method == http.MethodPost {
-		return // no page sees the answer, and no cache keeps it
+		return w // no page sees the answer, and no cache keeps it
 	}
 	h["Vary"] = varyOrigin
-	if origin == "" || !o.listed(origin) {
-		return
+	if origin == "" || !o.all && !slices.Contains(o.list, origin) {
+		return w
 	}
 	h.Set("Access-Control-Allow-Origin", origin)
 	h.Set("Access-Control-Expose-Headers", "Retry-After")
 	if !o.all {
 		h.Set("Access-Control-Allow-Credentials", "true")
 	}
+	if r.Method != http.MethodOptions {
+		return w
+	}
+	headers := "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
+	if asked := r.Header.Get("Access-Control-Request-Headers"); asked != "" {
+		headers += ", " + asked
+	}
+	h.Set("Access-Control-Allow-Headers", headers)
+	h.Set("Access-Control-Max-Age", "7200") // Chromium keeps it no longer
+	return preflightWriter{w}
+}
+
+// A preflightWriter answers OPTIONS with the methods that CORS allows: those that there are.
+type preflightWriter struct{ http.ResponseWriter }
+
+func (w preflightWriter) WriteHeader(status int) {
+	if methods := w.Header().Get("Allow"); methods != "" {
+		w.Header().Set("Access-Control-Allow-Methods", methods)
+	}
+	w.ResponseWriter.WriteHeader(status)
 }
 
 // check says whether the page behind a request may make it. A read by <script>, <img> or
@@ -213,7 +204,7 @@ func (o *origins) cors(w http.ResponseWriter, r *http.Request) {
 //
 // A link from anywhere to a page of the relay may be followed: the site it is on sees
 // nothing of that page.
-func (o *origins) check(r *http.Request) (string, error) {
+func (o *origins) check(r *http.Request) (foreign string, err error) {
 	origin, site := r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site")
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	byReferer := site == "cross-site" || site == "same-site" || site == "" && !wantsHTML(r)
@@ -225,9 +216,10 @@ func (o *origins) check(r *http.Request) (string, error) {
 	if origin == "" && site == "" {
 		return "", nil // no page is behind it, or one that hides
 	}
-	foreign := ""
-	if origin != "" && site != "same-origin" && !sameHost(origin, r.Host) {
-		foreign = origin
+	if origin != "" && site != "same-origin" {
+		if from, err := url.Parse(origin); err != nil || !strings.EqualFold(from.Host, r.Host) {
+			foreign = origin
+		}
 	}
 	if o.all {
 		if foreign == "" && site == "cross-site" {
@@ -243,38 +235,10 @@ func (o *origins) check(r *http.Request) (string, error) {
 	if reads {
 		checked = &http.Request{Method: http.MethodPost, Host: r.Host, URL: r.URL, Header: http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}}
 	}
-	if err := o.protection.Check(checked); err != nil {
+	if o.protection.Check(checked) != nil {
 		return "", limitError(http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0)
 	}
 	return foreign, nil
-}
-
-func sameHost(origin, host string) bool {
-	u, err := url.Parse(origin)
-	return err == nil && strings.EqualFold(u.Host, host)
-}
-
-// A preflightWriter adds to the answer to OPTIONS what CORS allows. Chromium keeps it
-// for two hours at most.
-type preflightWriter struct {
-	http.ResponseWriter
-	o *origins
-	r *http.Request
-}
-
-func (w preflightWriter) WriteHeader(status int) {
-	origin := w.r.Header.Get("Origin")
-	if h := w.Header(); status == http.StatusNoContent && origin != "" && w.o.listed(origin) {
-		h.Set("Access-Control-Allow-Methods", h.Get("Allow"))
-		// A page may send headers of its own tools, for tracing or of htmx: they do no harm.
-		headers := "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
-		if asked := w.r.Header.Get("Access-Control-Request-Headers"); asked != "" {
-			headers += ", " + asked
-		}
-		h.Set("Access-Control-Allow-Headers", headers)
-		h.Set("Access-Control-Max-Age", "7200")
-	}
-	w.ResponseWriter.WriteHeader(status)
 }
 
 // Tokens.
@@ -363,14 +327,6 @@ func (c *claims) expires() int64 {
 	return int64(*c.Exp * 1e9)
 }
 
-// allows reports whether the token is good for the room.
-func (c *claims) allows(room string, write bool) bool {
-	if write {
-		return matchesRoom(c.Write, room)
-	}
-	return matchesRoom(c.Read, room)
-}
-
 // matchesRoom reports whether a room is in the list. A room of the relay's own must be
 // named with its _; a * alone does not cover it.
 func matchesRoom(list []string, room string) bool {
@@ -383,31 +339,30 @@ func matchesRoom(list []string, room string) bool {
 	return false
 }
 
-// token returns the token of a request: a bearer token, for programs; the parameter
-// token, for EventSource and WebSocket, which cannot set a header; or a cookie, for
-// pages. Another site of the same domain may have set a cookie too: a good one counts.
-func (a *access) token(r *http.Request) (string, error) {
-	if scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " "); strings.EqualFold(scheme, "Bearer") {
-		return strings.TrimSpace(token), nil
-	}
-	if strings.Contains(r.URL.RawQuery, "token") {
-		switch tokens := r.URL.Query()["token"]; {
-		case len(tokens) > 1:
-			return "", badRequest("token is given twice")
-		case len(tokens) == 1 && tokens[0] != "":
-			return tokens[0], nil
+// verify returns what the token of a request says: a bearer token, for programs; the
+// parameter token, for EventSource and WebSocket, which cannot set a header; or a cookie,
+// for pages. Another site of the same domain may have set a cookie too: a good one counts.
+func (a *access) verify(r *http.Request) (c *claims, err error) {
+	scheme, bearer, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	tokens := r.URL.Query()["token"]
+	switch {
+	case strings.EqualFold(scheme, "Bearer"):
+		tokens = []string{strings.TrimSpace(bearer)}
+	case len(tokens) > 1:
+		return nil, badRequest("token is given twice")
+	case len(tokens) == 0 || tokens[0] == "":
+		tokens = nil
+		for _, cookie := range r.CookiesNamed("token") {
+			tokens = append(tokens, cookie.Value)
 		}
 	}
-	cookies := r.CookiesNamed("token")
-	for i, c := range cookies {
-		if i == len(cookies)-1 {
-			return c.Value, nil
-		}
-		if _, err := verifyToken(c.Value, a.secrets, time.Now()); err == nil {
-			return c.Value, nil
+	err = tokenError(http.StatusUnauthorized, "this relay asks for a token: Authorization: Bearer, the query token, or a cookie token")
+	for _, token := range tokens {
+		if c, err = verifyToken(token, a.secrets, time.Now()); err == nil {
+			break
 		}
 	}
-	return "", nil
+	return c, err
 }
 
 // inURL reports whether a good token is in the URL of a page.
@@ -442,25 +397,24 @@ func (ar *accessRights) moveToCookie(w http.ResponseWriter, r *http.Request) err
 	return nil
 }
 
-// describeToken is GET /token: what the token of a page is good for, since a script
-// cannot see its cookie. The parameter room says for which room.
-func (a *access) describeToken(w http.ResponseWriter, r *http.Request, p *permit) error {
+// describe is GET /token: what the token of a page is good for, since a script cannot see
+// its cookie. The parameter room says for which room.
+func (ar *accessRights) describe(w http.ResponseWriter, r *http.Request) error {
 	q := &request{values: r.URL.Query()}
 	room := q.param("room")
-	rights := p.rights.(*accessRights)
 	switch {
-	case rights.tokenErr != nil:
-		return rights.tokenErr
+	case ar.tokenErr != nil:
+		return ar.tokenErr
 	case q.err != nil:
 		return q.err
 	case room != "" && !validName(room):
 		return badRoom(room)
 	}
-	answer := map[string]any{"required": a.secrets != nil}
+	answer := map[string]any{"required": ar.a.secrets != nil}
 	if room != "" {
-		answer["read"], answer["write"] = rights.read(room) == nil, rights.write(room) == nil
+		answer["read"], answer["write"] = ar.read(room) == nil, ar.write(room) == nil
 	}
-	if c := rights.claims; c != nil {
+	if c := ar.claims; c != nil {
 		if c.Sub != "" {
 			answer["user"] = c.Sub
 		}

@@ -276,7 +276,7 @@ func (r *relay) list(prefix string, most int) (list []roomStatus, more bool) {
 
 // listRooms is GET /rooms, for operators.
 func (st *stats) listRooms(w http.ResponseWriter, r *http.Request, q *request) error {
-	if err := q.permit.rights.operate(); err != nil {
+	if err := q.permit.rights.operate(r); err != nil {
 		return err
 	}
 	prefix := q.param("prefix")

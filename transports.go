@@ -1012,7 +1012,7 @@ type permit struct {
 type rights interface {
 	read(room string) error
 	write(room string) error
-	operate() error // to list rooms, and to erase them
+	operate(*http.Request) error // to list rooms, and to erase them
 }
 
 // A quota bounds what a client takes.
@@ -1027,14 +1027,14 @@ type quota interface {
 // unlimited is the rights and the quota of a client that nobody limits.
 type unlimited struct{}
 
-func (unlimited) read(string) error      { return nil }
-func (unlimited) write(string) error     { return nil }
-func (unlimited) operate() error         { return nil }
-func (unlimited) publish() error         { return nil }
-func (unlimited) publishTo(string) error { return nil }
-func (unlimited) hold() error            { return nil }
-func (unlimited) release()               {}
-func (unlimited) reserve(int) error      { return nil }
+func (unlimited) read(string) error           { return nil }
+func (unlimited) write(string) error          { return nil }
+func (unlimited) operate(*http.Request) error { return nil }
+func (unlimited) publish() error              { return nil }
+func (unlimited) publishTo(string) error      { return nil }
+func (unlimited) hold() error                 { return nil }
+func (unlimited) release()                    {}
+func (unlimited) reserve(int) error           { return nil }
 
 func newPermit() *permit {
 	return &permit{expiresAt: math.MaxInt64, ancestors: "*", rights: unlimited{}, quota: unlimited{}}
@@ -1487,7 +1487,7 @@ func (s *server) handleRoom(w http.ResponseWriter, r *http.Request, q *request) 
 	if q.rooms[0][0] == '_' {
 		return errReserved
 	}
-	if err := q.permit.rights.operate(); err != nil {
+	if err := q.permit.rights.operate(r); err != nil {
 		return err
 	}
 	if err := s.erase(q.rooms[0]); err != nil {
