@@ -66,6 +66,11 @@ func boundsFor(memory int64) bounds {
 // it returns defaultMemory.
 func availableMemory(root fs.FS) (memory int64, source string) {
 	memory, source = math.MaxInt64, "default"
+	found := func(n int64, from string) {
+		if n > 0 && n < memory && n < 1<<50 { // v1 has a huge number for none
+			memory, source = n, from
+		}
+	}
 	groups, _ := fs.ReadFile(root, "proc/self/cgroup")
 	for line := range strings.Lines(string(groups)) {
 		f := strings.SplitN(strings.TrimSpace(line), ":", 3) // cgroups(7): number, controllers, path
@@ -81,18 +86,14 @@ func availableMemory(root fs.FS) (memory int64, source string) {
 		}
 		for dir := path.Clean("/" + f[2]); ; dir = path.Dir(dir) { // a container may see its own group as the root
 			b, _ := fs.ReadFile(root, path.Join(base, dir, file))
-			n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
-			if err == nil && n > 0 && n < 1<<50 && n < memory { // v1 has a huge number for none
-				memory, source = n, "cgroup"
-			}
+			n, _ := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64) // without a file, or of "max", it is 0
+			found(n, "cgroup")
 			if dir == "/" {
 				break
 			}
 		}
 	}
-	if n := debug.SetMemoryLimit(-1); n < memory && n < 1<<50 {
-		memory, source = n, "GOMEMLIMIT"
-	}
+	found(debug.SetMemoryLimit(-1), "GOMEMLIMIT")
 	if source == "default" {
 		memory = defaultMemory
 	}
@@ -188,17 +189,14 @@ func (s *allotment) grow(n int64) error {
 func (s *allotment) wait() {
 	b := s.budget
 	b.mu.Lock()
-	if len(b.waiting) == 0 && b.used < b.max {
-		b.add(s, 1)
-		b.mu.Unlock()
-		return
-	}
 	s.ready = make(chan struct{})
-	if b.waiting = append(b.waiting, s); len(b.waiting) == 1 {
+	b.waiting = append(b.waiting, s)
+	if b.admit(); len(b.waiting) == 1 {
 		b.tick()
 	}
 	b.mu.Unlock()
 	<-s.ready
+	s.ready = nil // the allotment is kept as long as the connection
 }
 
 // take takes n, beyond the bound if it must, unless the allotment has ended; give gives all

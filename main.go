@@ -156,22 +156,27 @@ func parseFlags(args []string, getenv func(string) string, memory int64) (config
 		err = fs.Parse(args)
 	}
 	c.redis = cmp.Or(c.redis, getenv("REDIS_URL")) // layer: redis.go (no default of the flag, since -help shows those)
-	switch {
-	case err != nil:
-	case fs.NArg() > 0:
+	if err == nil && fs.NArg() > 0 {
 		err = fmt.Errorf("%q is not a flag; -help lists them", fs.Arg(0))
-	case c.beat < time.Second || c.roomIdle < time.Second || c.presenceTTL < time.Second:
-		err = errors.New("-beat, -idle and -present must be 1s or more")
-	case c.age < 0:
-		err = errors.New("-age must not be negative")
-	case c.maxEvents < 1 || c.maxRooms < 1 || c.maxUsers < 1 || c.streams < 1 || c.perAddr < 1 || c.body < 1:
-		err = errors.New("-events, -rooms, -users, -streams, -per-addr and -body must be 1 or more")
-	case !(c.rate > 0) || !(c.roomRate > 0):
-		err = errors.New("-rate and -room-rate must be more than 0")
-	case c.maxRoomBytes < 1 || c.maxBytes < c.maxRoomBytes:
-		err = errors.New("-room-bytes must be 1 or more, and -all-bytes not less than it")
 	}
-	return c, err
+	return c, cmp.Or(err, c.check())
+}
+
+// check says which value is not possible.
+func (c *config) check() error {
+	switch {
+	case c.beat < time.Second || c.roomIdle < time.Second || c.presenceTTL < time.Second:
+		return errors.New("-beat, -idle and -present must be 1s or more")
+	case c.age < 0:
+		return errors.New("-age must not be negative")
+	case c.maxEvents < 1 || c.maxRooms < 1 || c.maxUsers < 1 || c.streams < 1 || c.perAddr < 1 || c.body < 1:
+		return errors.New("-events, -rooms, -users, -streams, -per-addr and -body must be 1 or more")
+	case !(c.rate > 0) || !(c.roomRate > 0):
+		return errors.New("-rate and -room-rate must be more than 0")
+	case c.maxRoomBytes < 1 || c.maxBytes < c.maxRoomBytes:
+		return errors.New("-room-bytes must be 1 or more, and -all-bytes not less than it")
+	}
+	return nil
 }
 
 const (
@@ -214,12 +219,12 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 	defer stopMetrics() // layer: stats.go
 	if isTerminal(os.Stderr) {
 		fmt.Fprintln(os.Stderr, greeting(listener.Addr().String(), a.access.secrets != nil))
-		return serve(ctx, a, a.http(c.h2c), a.listen(listener))
-	}
-	slog.Info("listening", "addr", listener.Addr().String(), "version", version(), "instance", a.instance,
-		"memory", memory, "memory-from", source, "streams", c.streams, "all-bytes", c.maxBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", a.access.secrets != nil)
-	if a.access.secrets == nil {
-		slog.Warn("the relay is open: anybody may read and publish; -secret closes it")
+	} else {
+		slog.Info("listening", "addr", listener.Addr().String(), "version", version(), "instance", a.instance,
+			"memory", memory, "memory-from", source, "streams", c.streams, "all-bytes", c.maxBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", a.access.secrets != nil)
+		if a.access.secrets == nil {
+			slog.Warn("the relay is open: anybody may read and publish; -secret closes it")
+		}
 	}
 	return serve(ctx, a, a.http(c.h2c), a.listen(listener))
 }
@@ -248,7 +253,7 @@ func (a *app) http(h2c bool) *http.Server {
 func (a *app) listen(l net.Listener) net.Listener {
 	most := a.limiter.maxStreams
 	d := &limitListener{Listener: l, limiter: a.limiter, maxConns: int64(most + max(most/10, 100)), countRefusal: a.refused}
-	if d.addrs.perAddr = a.config.perAddr; a.config.trustProxy {
+	if d.addrs.perAddr = a.limiter.held.perAddr; a.limiter.trustProxy {
 		d.addrs.perAddr = math.MaxInt // all come from the proxy
 	}
 	d.spareFD, _ = os.Open(os.DevNull)
@@ -257,15 +262,8 @@ func (a *app) listen(l net.Listener) net.Listener {
 
 // healthcheck asks the relay at addr for its health.
 func healthcheck(addr string) error {
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return err
-	}
-	if host == "" || host == "0.0.0.0" || host == "::" {
-		host = "127.0.0.1"
-	}
-	c := http.Client{Timeout: 3 * time.Second}
-	resp, err := c.Get("http://" + net.JoinHostPort(host, port) + "/healthz")
+	c := http.Client{Timeout: 3 * time.Second, Transport: &http.Transport{}} // without a proxy
+	resp, err := c.Get("http://" + addr + "/healthz")                        // one without a host is this machine
 	if err != nil {
 		return err
 	}
@@ -279,27 +277,17 @@ func healthcheck(addr string) error {
 // release is set by the linker, for builds that cannot see the repository.
 var release string
 
-// version returns the release, the version of the module, or the commit.
+// version returns the release, or what the go command has found out.
 func version() string {
-	if release != "" {
-		return release
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return cmp.Or(release, info.Main.Version)
 	}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && info.Main.Version == "(devel)" {
-			return s.Value[:min(12, len(s.Value))]
-		}
-	}
-	return info.Main.Version
+	return release
 }
 
 // An app is the relay with all layers.
 type app struct {
 	*server
-	config   config
 	handler  http.Handler
 	limiter  *limiter
 	access   *access
@@ -320,7 +308,7 @@ func newApp(c config) (*app, error) {
 	s := newServer(newRelay(c.limits))
 	s.heartbeat, s.maxAge, s.maxBody = c.beat, c.age, c.body
 	s.maxUnsent = boundsFor(c.memory).unsent
-	a := &app{server: s, config: c, handler: s}
+	a := &app{server: s, handler: s}
 	if a.redis, err = newRedis(s, c.redis, c.redisPrefix, c.redisEvents); err != nil { // layer: redis.go
 		return nil, err // layer: redis.go
 	} // layer: redis.go
