@@ -42,11 +42,8 @@ const (
 
 // A limiter bounds what clients take together, and each address.
 type limiter struct {
-	trustProxy     bool
-	fly            bool  // the proxy is Fly.io's
-	maxBody        int64 // bytes
-	maxStreams     int   // streams and waiting long-polls
-	maxStreamBytes int64 // of memory, for them
+	flags          config
+	maxStreamBytes int64 // of memory, for streams and waiting long-polls
 
 	open      atomic.Int64 // connections
 	receipts  *budget      // bytes that are being received or, of answers with an end, taken
@@ -63,10 +60,7 @@ type limiter struct {
 func newLimiter(c config) *limiter {
 	b := boundsFor(c.memory)
 	return &limiter{
-		trustProxy:     c.trustProxy,
-		fly:            c.fly,
-		maxBody:        c.body,
-		maxStreams:     c.streams,
+		flags:          c,
 		maxStreamBytes: int64(max(c.streams, b.streams)) * streamCost,
 		receipts:       newBudget(max(b.receipts, 4*bodyFactor*c.body)),
 		served:         newBudget(b.served),
@@ -124,7 +118,7 @@ func (q *clientQuota) begin(w http.ResponseWriter, r *http.Request) error {
 		}
 		q.in.due.Store(0)
 	}
-	if r.ContentLength == 0 || r.ContentLength > q.l.maxBody { // the latter is refused before it is read
+	if r.ContentLength == 0 || r.ContentLength > q.l.flags.body { // the latter is refused before it is read
 		return nil
 	}
 	q.body = &reservedBody{ReadCloser: r.Body, part: &q.in, reserved: smallSize, began: time.Now().UnixNano()}
@@ -204,7 +198,7 @@ func (q *clientQuota) hold() error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.streams >= l.maxStreams || l.streamBytes+q.cost() > most {
+	if l.streams >= l.flags.streams || l.streamBytes+q.cost() > most {
 		return errTooManyStreams
 	}
 	if !l.held.acquire(q.addr) {
@@ -313,9 +307,9 @@ func isUnlimited(a netip.Addr) bool { return a.IsLoopback() || !a.IsValid() }
 // too, so there it counts only without X-Forwarded-For.
 func (l *limiter) clientAddr(r *http.Request) netip.Addr {
 	said := ""
-	if l.trustProxy {
+	if l.flags.trustProxy {
 		said = strings.Join(r.Header.Values("X-Forwarded-For"), ",")
-		if fly := r.Header.Get("Fly-Client-IP"); fly != "" && (l.fly || said == "") {
+		if fly := r.Header.Get("Fly-Client-IP"); fly != "" && (l.flags.fly || said == "") {
 			said = fly
 		}
 	}

@@ -87,7 +87,7 @@ func TestTheAddressOfAClient(t *testing.T) {
 				r.Header.Add(name, value)
 			}
 		}
-		if got := (&limiter{trustProxy: tc.trust, fly: strings.Contains(tc.headers, "Fly: yes")}).clientAddr(r).String(); got != tc.want {
+		if got := (&limiter{flags: config{trustProxy: tc.trust, fly: strings.Contains(tc.headers, "Fly: yes")}}).clientAddr(r).String(); got != tc.want {
 			t.Errorf("from %s with %q, trusted: %v, it is %s, want %s", tc.conn, tc.headers, tc.trust, got, tc.want)
 		}
 	}

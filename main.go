@@ -251,9 +251,9 @@ func (a *app) http(h2c bool) *http.Server {
 // listen returns the listener for http, around l. Beside what is held there are requests
 // that come and go; a tenth of the connections is for them, and 100 at least.
 func (a *app) listen(l net.Listener) net.Listener {
-	most := a.limiter.maxStreams
+	most := a.limiter.flags.streams
 	d := &limitListener{Listener: l, limiter: a.limiter, maxConns: int64(most + max(most/10, 100)), countRefusal: a.refused}
-	if d.addrs.perAddr = a.limiter.held.perAddr; a.limiter.trustProxy {
+	if d.addrs.perAddr = a.limiter.flags.perAddr; a.limiter.flags.trustProxy {
 		d.addrs.perAddr = math.MaxInt // all come from the proxy
 	}
 	d.spareFD, _ = os.Open(os.DevNull)
