@@ -33,9 +33,37 @@ import (
 
 // access gives each request a permit.
 type access struct {
-	*origins
+	anyOrigin  bool
+	origins    []string // whose pages may read and publish, beside the relay's own
+	protection http.CrossOriginProtection
+	ancestors  string   // whose pages may frame the relay's, as in a Content-Security-Policy
 	secrets    [][]byte // that tokens are signed with; none if all may read and publish
 	trustProxy bool     // there is a proxy
+}
+
+// newAccess reads -origins, a comma separated list of origins, https://example.com or
+// http://localhost:3000, or * for all; and -secret.
+func newAccess(c config) (*access, error) {
+	a := &access{secrets: parseSecrets(c.secret), trustProxy: c.trustProxy}
+	if c.secret != "" && a.secrets == nil {
+		return nil, errors.New("-secret is blank")
+	}
+	for origin := range strings.SplitSeq(c.origins, ",") {
+		switch origin = strings.TrimSpace(origin); {
+		case origin == "":
+		case origin == "*":
+			a.anyOrigin = true
+		case a.protection.AddTrustedOrigin(origin) != nil:
+			return nil, fmt.Errorf("-origins: %q is no origin such as https://example.com", origin)
+		default:
+			a.origins = append(a.origins, origin)
+		}
+	}
+	a.ancestors = strings.Join(append([]string{"'self'"}, a.origins...), " ")
+	if a.anyOrigin {
+		a.ancestors = "*"
+	}
+	return a, nil
 }
 
 // wrap returns a handler that gives requests their permit, and answers those about tokens.
@@ -125,53 +153,23 @@ func (a *access) isLocal(r *http.Request) bool {
 
 // Origins.
 
-// origins is the list of those whose pages may read and publish.
-type origins struct {
-	all        bool
-	list       []string
-	protection http.CrossOriginProtection
-	ancestors  string // whose pages may frame the relay's, as in a Content-Security-Policy
-}
-
-// newOrigins reads a comma separated list of origins, https://example.com or
-// http://localhost:3000, or * for all.
-func newOrigins(list string) (*origins, error) {
-	o := &origins{}
-	for origin := range strings.SplitSeq(list, ",") {
-		switch origin = strings.TrimSpace(origin); {
-		case origin == "":
-		case origin == "*":
-			o.all = true
-		case o.protection.AddTrustedOrigin(origin) != nil:
-			return nil, fmt.Errorf("-origins: %q is no origin such as https://example.com", origin)
-		default:
-			o.list = append(o.list, origin)
-		}
-	}
-	o.ancestors = "*"
-	if !o.all {
-		o.ancestors = strings.Join(append([]string{"'self'"}, o.list...), " ")
-	}
-	return o, nil
-}
-
 var varyOrigin = []string{"Origin, Sec-Fetch-Site"}
 
 // cors writes the headers (https://fetch.spec.whatwg.org/#http-cors-protocol) that let a
 // page of a listed origin see the answer, even if it is an error, and send what it likes: a
 // header of its own tools, for tracing or of htmx, does no harm.
-func (o *origins) cors(w http.ResponseWriter, r *http.Request) http.ResponseWriter {
+func (a *access) cors(w http.ResponseWriter, r *http.Request) http.ResponseWriter {
 	h, origin := w.Header(), r.Header.Get("Origin")
 	if origin == "" && r.Method == http.MethodPost {
 		return w // no page sees the answer, and no cache keeps it
 	}
 	h["Vary"] = varyOrigin
-	if origin == "" || !o.all && !slices.Contains(o.list, origin) {
+	if origin == "" || !a.anyOrigin && !slices.Contains(a.origins, origin) {
 		return w
 	}
 	h.Set("Access-Control-Allow-Origin", origin)
 	h.Set("Access-Control-Expose-Headers", "Retry-After")
-	if !o.all {
+	if !a.anyOrigin {
 		h.Set("Access-Control-Allow-Credentials", "true")
 	}
 	if r.Method != http.MethodOptions {
@@ -204,7 +202,7 @@ func (w preflightWriter) WriteHeader(status int) {
 //
 // A link from anywhere to a page of the relay may be followed: the site it is on sees
 // nothing of that page.
-func (o *origins) check(r *http.Request) (foreign string, err error) {
+func (a *access) check(r *http.Request) (foreign string, err error) {
 	origin, site := r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site")
 	reads := r.Method == http.MethodGet || r.Method == http.MethodHead
 	byReferer := site == "cross-site" || site == "same-site" || site == "" && !wantsHTML(r)
@@ -221,7 +219,7 @@ func (o *origins) check(r *http.Request) (foreign string, err error) {
 			foreign = origin
 		}
 	}
-	if o.all {
+	if a.anyOrigin {
 		if foreign == "" && site == "cross-site" {
 			foreign = "*"
 		}
@@ -235,7 +233,7 @@ func (o *origins) check(r *http.Request) (foreign string, err error) {
 	if reads {
 		checked = &http.Request{Method: http.MethodPost, Host: r.Host, URL: r.URL, Header: http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}}
 	}
-	if o.protection.Check(checked) != nil {
+	if a.protection.Check(checked) != nil {
 		return "", limitError(http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0)
 	}
 	return foreign, nil
@@ -288,11 +286,8 @@ func verifyToken(token string, secrets [][]byte, now time.Time) (*claims, error)
 	if err != nil || decodePart(parts[0], map[string]any{"alg": &alg, "crit": &crit}) != nil || alg != "HS256" || crit != nil {
 		return unauthorized("the token is no JWT of the algorithm HS256")
 	}
-	signed := false
-	for _, secret := range secrets {
-		signed = hmac.Equal(sum, hmacSHA256(parts[0]+"."+parts[1], secret)) || signed
-	}
-	if !signed {
+	signedWith := func(secret []byte) bool { return hmac.Equal(sum, hmacSHA256(parts[0]+"."+parts[1], secret)) }
+	if !slices.ContainsFunc(secrets, signedWith) {
 		return unauthorized("the token is not signed with this relay's secret")
 	}
 	var c claims

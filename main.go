@@ -301,14 +301,14 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.handler.Serv
 
 // newApp puts the layers together. To remove one, delete its file and the lines that name it.
 func newApp(c config) (*app, error) {
-	origins, err := newOrigins(c.origins)
+	access, err := newAccess(c)
 	if err != nil {
 		return nil, err
 	}
 	s := newServer(newRelay(c.limits))
 	s.heartbeat, s.maxAge, s.maxBody = c.beat, c.age, c.body
 	s.maxUnsent = boundsFor(c.memory).unsent
-	a := &app{server: s, handler: s}
+	a := &app{server: s, handler: s, access: access}
 	if a.redis, err = newRedis(s, c.redis, c.redisPrefix, c.redisEvents); err != nil { // layer: redis.go
 		return nil, err // layer: redis.go
 	} // layer: redis.go
@@ -332,11 +332,7 @@ func newApp(c config) (*app, error) {
 		} // layer: stats.go
 	} // layer: stats.go
 	a.handler = a.limiter.wrap(s, a.handler)
-	a.access = &access{origins: origins, secrets: parseSecrets(c.secret), trustProxy: c.trustProxy}
-	if c.secret != "" && a.access.secrets == nil {
-		return nil, errors.New("-secret is blank")
-	}
-	a.handler = a.access.wrap(s, a.handler)
+	a.handler = access.wrap(s, a.handler)
 	return a, nil
 }
 

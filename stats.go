@@ -50,24 +50,15 @@ type number struct {
 	value int64
 }
 
-// traffic is what one technique did since the start.
+// traffic is what one technique did since the start, as it is in the room _stats.
 type traffic struct {
-	requests, events int64
-	in, out          int64                       // bytes
-	delays           [len(delayBounds) + 1]int64 // events by their delay
-	delaySum         int64                       // milliseconds
-}
-
-// perTechnique are the numbers that each technique has, but for the histogram.
-var perTechnique = []struct {
-	name, key, help string
-	value           func(*technique, *traffic) int64
-}{
-	{"requests_total", "requests", "Requests.", func(_ *technique, n *traffic) int64 { return n.requests }},
-	{"connections", "connections", "Requests and streams that are held open.", func(t *technique, _ *traffic) int64 { return t.open.Load() }},
-	{"delivered_total", "delivered", "Events written to clients.", func(_ *technique, n *traffic) int64 { return n.events }},
-	{"received_bytes_total", "in", "Bytes of requests, heads included.", func(_ *technique, n *traffic) int64 { return n.in }},
-	{"sent_bytes_total", "out", "Bytes of answers, heads included.", func(_ *technique, n *traffic) int64 { return n.out }},
+	Connections int64 `json:"connections"` // requests and streams that are held now
+	Requests    int64 `json:"requests"`
+	Delivered   int64 `json:"delivered"` // events
+	In          int64 `json:"in"`        // bytes
+	Out         int64 `json:"out"`
+	delays      [len(delayBounds) + 1]int64
+	delaySum    int64 // milliseconds
 }
 
 // delayBounds are the upper ends of the histogram of delivery delay, in
@@ -107,14 +98,26 @@ func (st *stats) add(t *technique, n traffic) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	sum := st.traffic[t]
-	sum.requests += n.requests
-	sum.events += n.events
-	sum.in += n.in
-	sum.out += n.out
+	sum.Requests += n.Requests
+	sum.Delivered += n.Delivered
+	sum.In += n.In
+	sum.Out += n.Out
 	sum.delaySum += n.delaySum
 	for i, events := range n.delays {
 		sum.delays[i] += events
 	}
+}
+
+// totals returns what each technique did, by its name.
+func (st *stats) totals() map[string]traffic {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	totals := map[string]traffic{}
+	for t, n := range st.traffic {
+		n.Connections = t.open.Load()
+		totals[t.name] = *n
+	}
+	return totals
 }
 
 // newCounter returns the counter of one writer. It adds up what is written by one
@@ -129,7 +132,7 @@ func (st *stats) newCounter() counter {
 			}
 			of, n = t, traffic{}
 		}
-		n.out += int64(bytes)
+		n.Out += int64(bytes)
 		for _, e := range events {
 			if e.publishedAt == 0 { // a notice
 				if e.kind == "gap" {
@@ -137,7 +140,7 @@ func (st *stats) newCounter() counter {
 				}
 				continue
 			}
-			n.events++
+			n.Delivered++
 			delay := now - e.publishedAt
 			i, _ := slices.BinarySearch(delayBounds[:], delay)
 			n.delays[i]++
@@ -148,11 +151,11 @@ func (st *stats) newCounter() counter {
 
 // requested counts a request that net/http did not see.
 func (st *stats) requested(t *technique, bytes int) {
-	st.add(t, traffic{requests: 1, in: int64(bytes)})
+	st.add(t, traffic{Requests: 1, In: int64(bytes)})
 }
 
 // received counts bytes that a WebSocket's client sent.
-func (st *stats) received(t *technique, bytes int) { st.add(t, traffic{in: int64(bytes)}) }
+func (st *stats) received(t *technique, bytes int) { st.add(t, traffic{In: int64(bytes)}) }
 
 // wrap returns a handler that counts requests, and answers /metrics and GET /rooms.
 func (st *stats) wrap(next http.Handler) http.Handler {
@@ -173,13 +176,13 @@ func (st *stats) wrap(next http.Handler) http.Handler {
 			}
 		default:
 			if t := st.server.technique(path[strings.LastIndexByte(path, '/')+1:]); t != nil {
-				st.add(t, traffic{requests: 1, in: requestSize(r)})
+				st.add(t, traffic{Requests: 1, In: requestSize(r)})
 				if strings.Contains(path, statsRoom) {
 					st.start(r)
 				}
 				defer func() {
 					if w.Header()["Date"] == nil && t.name != "ws" { // else the connection was taken over
-						st.add(t, traffic{out: headSize(len("HTTP/1.1 200 OK"), w.Header())})
+						st.add(t, traffic{Out: headSize(len("HTTP/1.1 200 OK"), w.Header())})
 					}
 				}()
 			}
@@ -358,29 +361,34 @@ func (st *stats) metrics() string {
 		head(n.name, "gauge", n.help)
 		fmt.Fprintf(&b, "cometes_%s %d\n", n.name, n.value)
 	}
-	st.mu.Lock()
-	defer st.mu.Unlock()
 	head("refused_total", "", "Requests and connections refused.")
+	st.mu.Lock()
 	for _, reason := range reasons {
 		fmt.Fprintf(&b, "cometes_refused_total{reason=%q} %d\n", reason, st.refused[reason])
 	}
-	for _, n := range perTechnique {
-		head(n.name, "gauge", n.help)
+	st.mu.Unlock()
+	totals := st.totals()
+	each := func(name, help string, value func(traffic) int64) {
+		head(name, "gauge", help)
 		for _, t := range st.server.techniques {
-			fmt.Fprintf(&b, "cometes_%s{technique=%q} %d\n", n.name, t.name, n.value(t, st.traffic[t]))
+			fmt.Fprintf(&b, "cometes_%s{technique=%q} %d\n", name, t.name, value(totals[t.name]))
 		}
 	}
+	each("requests_total", "Requests.", func(n traffic) int64 { return n.Requests })
+	each("connections", "Requests and streams that are held open.", func(n traffic) int64 { return n.Connections })
+	each("delivered_total", "Events written to clients.", func(n traffic) int64 { return n.Delivered })
+	each("received_bytes_total", "Bytes of requests, heads included.", func(n traffic) int64 { return n.In })
+	each("sent_bytes_total", "Bytes of answers, heads included.", func(n traffic) int64 { return n.Out })
 	head("delivery_delay_seconds", "histogram", "From publishing to writing.")
 	for _, t := range st.server.techniques {
-		n := st.traffic[t]
-		label, below := fmt.Sprintf("technique=%q", t.name), int64(0)
+		n, below := totals[t.name], int64(0)
 		for i, bound := range delayBounds {
 			below += n.delays[i]
-			fmt.Fprintf(&b, "cometes_delivery_delay_seconds_bucket{%s,le=\"%v\"} %d\n", label, float64(bound)/1000, below)
+			fmt.Fprintf(&b, "cometes_delivery_delay_seconds_bucket{technique=%q,le=\"%v\"} %d\n", t.name, float64(bound)/1000, below)
 		}
-		fmt.Fprintf(&b, "cometes_delivery_delay_seconds_bucket{%s,le=\"+Inf\"} %d\n", label, n.events)
-		fmt.Fprintf(&b, "cometes_delivery_delay_seconds_sum{%s} %v\n", label, float64(n.delaySum)/1000)
-		fmt.Fprintf(&b, "cometes_delivery_delay_seconds_count{%s} %d\n", label, n.events)
+		fmt.Fprintf(&b, "cometes_delivery_delay_seconds_bucket{technique=%q,le=\"+Inf\"} %d\n", t.name, n.Delivered)
+		fmt.Fprintf(&b, "cometes_delivery_delay_seconds_sum{technique=%q} %v\n", t.name, float64(n.delaySum)/1000)
+		fmt.Fprintf(&b, "cometes_delivery_delay_seconds_count{technique=%q} %d\n", t.name, n.Delivered)
 	}
 	return b.String()
 }
@@ -421,7 +429,12 @@ func (st *stats) publish() {
 
 // snapshot returns the counters as they are published.
 func (st *stats) snapshot() map[string]any {
-	data := map[string]any{"instance": st.server.instance, "redis": nil, "uptime": int64(time.Since(st.started).Seconds())}
+	data := map[string]any{
+		"instance":   st.server.instance,
+		"uptime":     int64(time.Since(st.started).Seconds()),
+		"techniques": st.totals(),
+		"redis":      nil,
+	}
 	if st.shared != nil {
 		data["redis"] = st.shared()
 	}
@@ -430,16 +443,6 @@ func (st *stats) snapshot() map[string]any {
 			data[n.key] = n.value
 		}
 	}
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	techniques := map[string]map[string]int64{}
-	for t, n := range st.traffic {
-		techniques[t.name] = map[string]int64{}
-		for _, number := range perTechnique {
-			techniques[t.name][number.key] = number.value(t, n)
-		}
-	}
-	data["techniques"] = techniques
 	return data
 }
 
