@@ -228,7 +228,7 @@ func (s *server) pageHead(q *request, refresh string) string {
 		head += `<p>This page refreshes itself every ` + refresh + ` seconds.
 <a href="form?live=refresh&amp;` + user + `">Write in a form that stays</a></p>
 `
-		form = formHTML(q.rooms[0], q.user, "refresh")
+		form = q.formHTML("refresh")
 	default:
 		head += `<p>This page never ends: new messages appear on top.
 <a href="refresh?` + user + `">A page that refreshes itself instead</a></p>
@@ -256,9 +256,9 @@ func (q *request) headerHTML() string {
 
 // formHTML returns a form that posts to a room and then shows a page, in which the focus
 // is in the message again. Its key makes a double click one message.
-func formHTML(room, user, then string) string {
-	return `<form method="post" action="../` + room + `" aria-label="Write a message">
-<label>Name <input name="user" value="` + html.EscapeString(user) + `" pattern="\S(.*\S)?" title="a name, without spaces around it" maxlength="64" size="10" autocomplete="nickname"></label>
+func (q *request) formHTML(then string) string {
+	return `<form method="post" action="../` + q.rooms[0] + `" aria-label="Write a message">
+<label>Name <input name="user" value="` + html.EscapeString(q.user) + `" pattern="\S(.*\S)?" title="a name, without spaces around it" maxlength="64" size="10" autocomplete="nickname"></label>
 <label class="wide">Message <input id="data" name="data" required maxlength="4000" autocomplete="off" autofocus></label>
 <input type="hidden" name="key" value="` + rand.Text() + `">
 <input type="hidden" name="then" value="` + then + `">
@@ -270,7 +270,7 @@ func formHTML(room, user, then string) string {
 // handleForm is GET /rooms/{room}/form: the form alone, for a frame in a page that never
 // ends, or with live above a frame with that page.
 func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) error {
-	user := q.userParam()
+	q.user = q.userParam()
 	live := q.param("live")
 	if live != "" && live != "refresh" {
 		q.fail(badRequest("live is refresh"))
@@ -281,12 +281,11 @@ func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) 
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("Content-Security-Policy", q.pagePolicy())
-	form := formHTML(q.rooms[0], user, "form")
+	form := q.formHTML("form")
 	if live != "" {
-		q.user = user
 		form = q.headerHTML() + `<p>The messages below refresh themselves every few seconds; what you write stays.</p>
 </header>
-` + form + `<main><iframe class="live" title="Messages" src="refresh?form=0&amp;` + url.Values{"user": {user}}.Encode() + `"></iframe></main>
+` + form + `<main><iframe class="live" title="Messages" src="refresh?form=0&amp;` + url.Values{"user": {q.user}}.Encode() + `"></iframe></main>
 `
 	}
 	io.WriteString(w, pageStart("Write to "+q.title())+"<body class=\"bare\">\n"+form)
