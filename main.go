@@ -85,26 +85,18 @@ func greeting(addr string, tokens bool) string {
 	return fmt.Sprintf("Cometes is at http://%s\nOpen to %s.", net.JoinHostPort(host, port), who)
 }
 
-// A config is the values of the flags.
+// A config is the values of the flags, which parseFlags describes.
 type config struct {
-	addr        string
-	metricsAddr string
-	origins     string
-	secret      string
-	trustProxy  bool
-	fly         bool // it runs on Fly.io
-	h2c         bool
-	healthcheck bool
-	beat, age   time.Duration
-	streams     int
-	perAddr     int
-	rate        float64
-	roomRate    float64
-	body        int64
-	redis       string // layer: redis.go
-	redisPrefix string // layer: redis.go
-	redisEvents int    // layer: redis.go
-	memory      int64  // bytes; see availableMemory
+	addr, metricsAddr, origins, secret string
+	trustProxy, h2c, healthcheck       bool
+	fly                                bool // it runs on Fly.io
+	beat, age                          time.Duration
+	streams, perAddr                   int
+	rate, roomRate                     float64
+	body                               int64
+	memory                             int64  // bytes; see availableMemory
+	redis, redisPrefix                 string // layer: redis.go
+	redisEvents                        int    // layer: redis.go
 	limits
 }
 
