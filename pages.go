@@ -427,20 +427,23 @@ func (sub *subscriber) kept(low, high int64) (events []*event) {
 }
 
 // newest returns what the subscriber has read after a cursor and the log still holds, but
-// for presence, with the gaps where they belong: what is newest of it, since a page has a size.
+// for presence: what is newest of it, since a page has a size, and the gaps.
 func (sub *subscriber) newest(after int64, gaps []*event) []*event {
 	now := time.Now().UnixMilli()
-	events := slices.DeleteFunc(append(sub.kept(after, sub.cursor), gaps...), func(e *event) bool {
+	events := slices.DeleteFunc(sub.kept(after, sub.cursor), func(e *event) bool {
 		return e.kind == "presence" || e.expiresAt != 0 && e.expiresAt <= now
 	})
-	slices.SortStableFunc(events, func(a, b *event) int { return cmp.Compare(a.id, b.id) })
-	events = events[max(0, len(events)-pageMessages):]
+	byID := func(a, b *event) int { return cmp.Compare(a.id, b.id) }
+	slices.SortFunc(events, byID)
 	bytes := 0
 	for i, e := range slices.Backward(events) {
 		if bytes += len(e.json); bytes > maxAnswer {
-			return events[min(i+1, len(events)-1):]
+			events = events[min(i+1, len(events)-1):]
+			break
 		}
 	}
+	events = append(events, gaps...)
+	slices.SortStableFunc(events, byID) // an event comes before a gap with the same id
 	return events
 }
 

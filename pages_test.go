@@ -5,6 +5,7 @@ package main
 import (
 	"compress/gzip"
 	"encoding/json"
+	"fmt"
 	"html"
 	"io"
 	"os"
@@ -262,6 +263,33 @@ func TestPagesShowPictures(t *testing.T) {
 		for _, want := range []string{`<img src="` + html.EscapeString(url) + `" alt="a picture by ad&#34;a">`, `<span dir="auto">data:image/svg+xml;`, `base64,&#34;&gt;&lt;script&gt;`} {
 			if !strings.Contains(page, want) {
 				t.Errorf("the page lacks %s:\n%s", want, page)
+			}
+		}
+	})
+}
+
+// A page as a part of multipart has a size, beyond which the oldest messages are left out. A
+// gap is not.
+func TestAPageOfLongMessagesShowsTheGap(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		for i := range 12 {
+			data, _ := json.Marshal(fmt.Sprint(strings.Repeat("x", 50_000), i))
+			b.relay.publish(publishRequest{room: "a", kind: "message", data: data})
+		}
+		r := b.open("192.0.2.1", "GET /rooms/a/multipart?as=html&after=0", "")
+		defer r.stop()
+		r.readUntil("</main>") // before anything was read
+		if line := r.readUntil(`class="message"`); !strings.Contains(line, "x11</span>") {
+			t.Errorf("the newest message is not on top: %.100s", line)
+		}
+		for n := 1; ; n++ {
+			line := r.readUntil(`<p class="`)
+			if strings.Contains(line, "Some messages may be missing here") {
+				if n != 5 {
+					t.Errorf("before the gap there are %d messages of 50 KB", n)
+				}
+				return
 			}
 		}
 	})
