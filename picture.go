@@ -50,22 +50,14 @@ type pictures struct {
 	decoded func(*event) []byte // returns a published image
 
 	mu        sync.Mutex // guards what follows
-	renderers map[pictureKey]*renderer
+	renderers map[string]*renderer
 	bytes     int // of all renderers, at most
 }
-
-// A pictureKey is a room and a size.
-type pictureKey struct {
-	room string
-	w, h int
-}
-
-func (k pictureKey) String() string { return fmt.Sprintf("%s %d %d", k.room, k.w, k.h) }
 
 // newPictures has the server take images, and adds the representations image and svg to
 // the technique multipart.
 func newPictures(s *server) *pictures {
-	p := &pictures{server: s, skipped: func(int) {}, renderers: map[pictureKey]*renderer{}, decoded: cached(16, 64<<10, decodeImage)}
+	p := &pictures{server: s, skipped: func(int) {}, renderers: map[string]*renderer{}, decoded: cached(16, 64<<10, decodeImage)}
 	p.log = newRelay(limits{maxEvents: 1, maxRoomBytes: 1 << 20, maxBytes: maxDrawn, maxRooms: maxPictures})
 	p.log.wakeRoom = s.relay.wakeRoom
 	s.image = encodeImage
@@ -180,7 +172,9 @@ func (v *imageViewer) beat() string {
 
 // svg is multipart with as=svg.
 func (p *pictures) svg(_ *server, q *request) encoder {
-	key := pictureKey{q.rooms[0], int(q.intParam("w", minSide, maxSide, pictureWidth)), int(q.intParam("h", minSide, maxSide, pictureHeight))}
+	c := &renderer{p: p, room: q.rooms[0]}
+	c.w = int(q.intParam("w", minSide, maxSide, pictureWidth))
+	c.h = int(q.intParam("h", minSide, maxSide, pictureHeight))
 	if len(q.rooms) > 1 {
 		q.fail(badRequest("a picture is of one room"))
 	}
@@ -189,49 +183,43 @@ func (p *pictures) svg(_ *server, q *request) encoder {
 		return slices.DeleteFunc(events, func(e *event) bool { return e.kind != "picture" })
 	}
 	enc.event = func(b []byte, e *event) []byte { return append(append(b, e.json...), next...) }
-	enc.subscribe = func(sub *subscriber, req subscribeRequest) (func(), error) { return p.watch(key, sub, req) }
+	enc.subscribe = func(sub *subscriber, req subscribeRequest) (func(), error) { return p.watch(c, sub, req) }
 	return enc
 }
 
-// watch subscribes to a picture, and has it drawn meanwhile. The caller calls unwatch
-// after it has unsubscribed.
-func (p *pictures) watch(key pictureKey, sub *subscriber, req subscribeRequest) (unwatch func(), err error) {
+// watch subscribes to a picture, and has it drawn meanwhile: by c, if nobody draws it. The
+// caller calls unwatch after it has unsubscribed.
+func (p *pictures) watch(c *renderer, sub *subscriber, req subscribeRequest) (unwatch func(), err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	c := p.renderers[key]
-	if c == nil {
-		c = &renderer{pictureKey: key, p: p}
+	name := c.name()
+	if p.renderers[name] == nil {
 		if len(p.renderers) >= maxPictures || p.bytes+c.size() > maxDrawn {
 			return nil, limitError(http.StatusServiceUnavailable, "too many pictures are watched; try again later", "pictures", 10)
 		}
-		if err := p.server.relay.subscribe(&c.sub, subscribeRequest{rooms: []string{key.room}, cursor: -1}); err != nil {
+		if err := p.server.relay.subscribe(&c.sub, subscribeRequest{rooms: []string{c.room}, cursor: -1}); err != nil {
 			return nil, err
 		}
 		var ctx context.Context
 		ctx, c.stop = context.WithCancel(context.Background())
-		p.renderers[key] = c
+		p.renderers[name] = c
 		p.bytes += c.size()
 		c.draw() // the first is there before anybody watches
 		go c.run(ctx)
 	}
-	unwatch = func() {
+	c = p.renderers[name]
+	c.viewers++
+	req.rooms, req.cursor, req.last, req.user, req.seesPresence = []string{name}, -1, 1, "", false
+	return func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if c.viewers--; c.viewers > 0 {
-			return
+		if c.viewers--; c.viewers == 0 {
+			c.stop()
+			delete(p.renderers, name)
+			p.bytes -= c.size()
+			p.log.erase(name)
 		}
-		c.stop()
-		delete(p.renderers, key)
-		p.bytes -= c.size()
-		p.log.erase(key.String())
-	}
-	c.viewers++
-	req.rooms, req.cursor, req.last, req.user, req.seesPresence = []string{key.String()}, -1, 1, "", false
-	if err := p.log.subscribe(sub, req); err != nil {
-		go unwatch()
-		return nil, err
-	}
-	return unwatch, nil
+	}, p.log.subscribe(sub, req) // which succeeds: there are fewer pictures than there may be rooms
 }
 
 // drawAll draws every picture as things are, before the relay stops, and stops their log.
@@ -246,8 +234,9 @@ func (p *pictures) drawAll() {
 
 // A renderer draws one room while it is watched.
 type renderer struct {
-	pictureKey
 	p       *pictures
+	room    string
+	w, h    int // pixels
 	viewers int // guarded by p.mu
 	stop    context.CancelFunc
 
@@ -255,6 +244,9 @@ type renderer struct {
 	mu    sync.Mutex // held while it draws
 	drawn int64      // messages up to here are in a picture
 }
+
+// name is the room of the pictures' log that is for this room and size.
+func (c *renderer) name() string { return fmt.Sprintf("%s %d %d", c.room, c.w, c.h) }
 
 // run draws the room whenever it has changed, until ctx is done.
 func (c *renderer) run(ctx context.Context) {
@@ -297,7 +289,7 @@ func (c *renderer) draw() {
 	log.mu.Lock()
 	defer log.unlock()
 	if !log.isStopping() {
-		log.append(c.String(), &event{id: log.lastID.Load() + 1, kind: "picture", publishedAt: time.Now().UnixMilli(), json: c.svg(content)})
+		log.append(c.name(), &event{id: log.lastID.Load() + 1, kind: "picture", publishedAt: time.Now().UnixMilli(), json: c.svg(content)})
 	}
 }
 
