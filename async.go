@@ -125,7 +125,7 @@ type writerPool struct {
 	received    func(t *technique, bytes int) // counts what WebSockets send
 	openReceipt func(cut func()) receipt      // for a message that arrives; cut ends its client
 	requested   func(t *technique, bytes int) // counts requests that net/http does not see
-	resumed     *resumedConns                 // connections of long-polls, for the next request
+	resume      func(net.Conn)                // gives the connection of a long-poll back to net/http
 
 	mu        sync.Mutex // guards what follows
 	queue     []*session
@@ -138,7 +138,7 @@ type writerPool struct {
 
 // newWriterPool has the server's streams served by a pool.
 func newWriterPool(s *server, trustProxy bool) *writerPool {
-	p := &writerPool{server: s, trustProxy: trustProxy, openReceipt: func(func()) receipt { return unbounded{} }, received: func(*technique, int) {}, requested: func(*technique, int) {}, resumed: newResumedConns()}
+	p := &writerPool{server: s, trustProxy: trustProxy, openReceipt: func(func()) receipt { return unbounded{} }, received: func(*technique, int) {}, requested: func(*technique, int) {}}
 	s.takeOver = p.takeOver
 	s.relay.wakeRoom = p.wakeRoom
 	publish := s.publish
@@ -666,11 +666,7 @@ func (ses *session) release(byeSent bool) {
 		ses.server.unsentBytes.Add(-int64(len(b)))
 	}
 	ses.pool.remove(ses)
-	if ses.poll == nil || !ses.poll.sent {
-		ses.close()
-	} else {
-		ses.server.release(ses.quota, ses.technique)
-	}
+	ses.close()
 	if ses.poll != nil {
 		ses.poll.answered <- struct{}{}
 	}
@@ -708,12 +704,13 @@ func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) 
 	ses.begins(conn, "101 Switching Protocols", h)
 	ses.headroom, ses.send = maxFrameHead, ses.sendMessage
 	ses.proxied = ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
+	author := ses.author(q)
 	ses.pool.add(ses)
 	in := io.Reader(conn)
 	if len(early) > 0 {
 		in = io.MultiReader(bytes.NewReader(early), conn)
 	}
-	go ses.readMessages(bufio.NewReaderSize(in, 128), ses.author(q))
+	go ses.readMessages(bufio.NewReaderSize(in, 128), author)
 	return nil
 }
 

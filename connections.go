@@ -400,9 +400,8 @@ type acceptance struct {
 	err  error
 }
 
-// listen returns a listener for net/http. A connection of inner that is around a
-// *limitedConn, and no *limitedConn itself, comes back with its first byte read already.
-func (l *limiter) listen(inner net.Listener) net.Listener {
+// newAdmission returns a listener for net/http around another.
+func newAdmission(inner net.Listener) *admission {
 	a := &admission{Listener: inner, accepted: make(chan acceptance), done: make(chan struct{})}
 	a.close = sync.OnceFunc(func() { close(a.done) })
 	go func() {
@@ -421,6 +420,8 @@ func (l *limiter) listen(inner net.Listener) net.Listener {
 	return a
 }
 
+// admit waits until net/http may serve a connection, and hands it over. One that was taken
+// over, and comes back, has a part of a head with it.
 func (a *admission) admit(conn net.Conn) {
 	if v := limitedConnOf(conn); v != nil {
 		if v == conn && !v.readHead() {

@@ -3,8 +3,7 @@
 // taken over like that of a stream. A writer of the pool sends the answer. One goroutine
 // waits to read, which shows whether the client is still there; what it reads after the
 // answer is the next request. With these bytes the connection goes back to the
-// http.Server, through a listener of our own. So between two requests it costs no more
-// than a stream, either.
+// http.Server. So between two requests it costs no more than a stream, either.
 //
 // Clients that long-poll ask again in the same words, with another cursor. Where the
 // head of a request is one that net/http has read before, except for the digits of the
@@ -25,7 +24,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -64,12 +62,13 @@ type question struct {
 type heldPoll struct {
 	*question
 	cursor     int64
-	asked      bool          // the session is to subscribe
-	due        atomic.Bool   // the wait is over, or the client left: the answer is due without an event, too
+	end        time.Time     // when the wait is over
+	due        atomic.Bool   // it is, or the client left: the answer is due without an event, too
 	last       bool          // the connection ends with the answer
 	sent       bool          // the answer was given to the socket, or is pending
 	answered   chan struct{} // receives a token with each answer; then the session is the reader's
 	answeredAt time.Time
+	deadline   time.Time // to read, that the connection has; zero for none
 }
 
 // takeOverPoll answers a long-poll if something is due, and otherwise has it wait in
@@ -98,6 +97,7 @@ func (p *writerPool) takeOverPoll(w http.ResponseWriter, r *http.Request, st *st
 	}
 	ses.conn = conn
 	ses.poll = &heldPoll{question: p.questionOf(st, r, q, w.Header(), head), last: r.Close, answered: make(chan struct{}, 1)}
+	ses.poll.end = ses.poll.endOf(time.Now())
 	w.Header().Set("Date", "") // for stats.go: what is written is counted here
 	p.add(ses)
 	go ses.readRequests(early)
@@ -138,6 +138,11 @@ func (p *writerPool) questionOf(st *stream, r *http.Request, q *request, header 
 	}
 	p.questions[n.before+n.after] = n
 	return n
+}
+
+// endOf returns when a wait is over that begins now.
+func (n *question) endOf(now time.Time) time.Time {
+	return now.Add(min(n.wait, time.Unix(0, n.expiresAt).Sub(now)))
 }
 
 // cursorIn returns where the digits of the parameter after are in the head of a request,
@@ -213,49 +218,65 @@ func (ses *session) readRequests(early []byte) {
 		if size != len(buf) && len(early) == 0 {
 			buf = make([]byte, size)
 		}
-		end := time.Now().Add(min(p.wait, time.Until(time.Unix(0, p.expiresAt))))
 		if len(early) == 0 {
-			b, err = ses.read(buf, end)
+			b, err = ses.read(buf, p.end)
 		}
-		if ses.awaitAnswer(err, end); errors.Is(err, os.ErrDeadlineExceeded) {
+		if ses.awaitAnswer(err); errors.Is(err, os.ErrDeadlineExceeded) {
 			b, err = ses.read(buf, p.answeredAt.Add(idleTimeout))
 		}
 		if !ses.state.CompareAndSwap(stateAnswered, stateNew) {
 			return // the answer was the last, or failed
 		}
-		if err != nil || ses.gone.Load() {
-			ses.state.Store(stateClosed)
-			ses.pool.remove(ses)
+		left := err != nil || ses.gone.Load()
+		if !left {
+			if n, cursor := ses.pool.known(p.question, b); n != nil && ses.ask(n, cursor) {
+				ses.pool.requested(n.technique, len(b))
+				continue
+			}
+		}
+		ses.state.Store(stateClosed)
+		ses.pool.remove(ses)
+		ses.sub.unsubscribe()
+		if left {
 			ses.conn.Close()
-			return
+		} else {
+			ses.conn.SetReadDeadline(time.Time{})
+			ses.pool.resume(&resumedConn{Conn: ses.conn, unread: bytes.Clone(b)})
 		}
-		n, cursor := ses.pool.known(p.question, b)
-		if n == nil || !ses.ask(n, cursor) {
-			ses.state.Store(stateClosed)
-			ses.pool.remove(ses)
-			ses.pool.resumed.add(&resumedConn{Conn: ses.conn, unread: bytes.Clone(b)})
-			return
-		}
-		ses.pool.requested(n.technique, len(b))
+		return
 	}
 }
 
-// read reads what comes until the time end.
+// read reads what comes until the time end. A deadline that is earlier is left as it is: to
+// move it for each request costs more than to see now and then that it came too early.
 func (ses *session) read(buf []byte, end time.Time) ([]byte, error) {
-	ses.conn.SetReadDeadline(end)
-	if ses.gone.Load() { // and that deadline was set in vain
-		return nil, net.ErrClosed
+	p := ses.poll
+	for {
+		if p.deadline.IsZero() || p.deadline.After(end) {
+			p.deadline = end
+			ses.conn.SetReadDeadline(end)
+		}
+		if ses.gone.Load() { // and that deadline was set in vain
+			return nil, net.ErrClosed
+		}
+		n, err := ses.conn.Read(buf)
+		if n > 0 {
+			err = nil
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			early := !p.deadline.Equal(end)
+			p.deadline = time.Time{}
+			if early {
+				continue
+			}
+		}
+		return buf[:n], err
 	}
-	n, err := ses.conn.Read(buf)
-	if n > 0 {
-		err = nil
-	}
-	return buf[:n], err
 }
 
 // awaitAnswer waits for the answer. It is due at once if to read has failed, and else at
-// the time end.
-func (ses *session) awaitAnswer(err error, end time.Time) {
+// the end of the wait.
+func (ses *session) awaitAnswer(err error) {
 	select {
 	case <-ses.poll.answered:
 		return
@@ -265,7 +286,7 @@ func (ses *session) awaitAnswer(err error, end time.Time) {
 		select {
 		case <-ses.poll.answered:
 			return
-		case <-time.After(time.Until(end)):
+		case <-time.After(time.Until(ses.poll.end)):
 		}
 	}
 	if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -277,17 +298,27 @@ func (ses *session) awaitAnswer(err error, end time.Time) {
 }
 
 // ask holds a request that repeats the one before, and reports whether it did. If not,
-// net/http finds the same, and says why. A writer goes on, whose stack is large enough
-// to subscribe: ten thousand goroutines like this one keep theirs small.
+// net/http finds the same, and says why. Whoever asks the same once more is still
+// subscribed. Otherwise a writer subscribes: its stack is large enough, and ten thousand
+// goroutines like this one keep theirs small.
 func (ses *session) ask(n *question, cursor int64) bool {
-	p, s := ses.poll, ses.server
-	if time.Now().UnixNano() >= n.expiresAt || cursor > s.relay.lastID.Load() || s.hold(ses.quota, n.technique) != nil {
+	p, s, now := ses.poll, ses.server, time.Now()
+	if now.UnixNano() >= n.expiresAt || cursor > s.relay.lastID.Load() || s.hold(ses.quota, n.technique) != nil {
 		return false
 	}
+	if p.question != n {
+		ses.sub.unsubscribe()
+	}
 	ses.technique, ses.enc = n.technique, n.enc
-	p.question, p.cursor, p.last = n, cursor, n.last
-	p.asked, p.sent = true, false
+	p.question, p.cursor, p.end, p.last, p.sent = n, cursor, n.endOf(now), n.last, false
 	p.due.Store(false)
+	if len(ses.sub.subscriptions) > 0 {
+		ses.sub.setCursor(cursor, 0)
+		ses.state.Store(stateWriting) // from here on it is woken
+		if s.relay.lastID.Load() == cursor && !s.relay.isStopping() && ses.state.CompareAndSwap(stateWriting, stateIdle) {
+			return true
+		}
+	}
 	ses.requeue()
 	return true
 }
@@ -298,8 +329,7 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 	if p.sent {
 		return errAnswered
 	}
-	if p.asked {
-		p.asked = false
+	if len(ses.sub.subscriptions) == 0 {
 		q := p.subscribe
 		q.cursor, q.driver = p.cursor, ses
 		if err := ses.server.subscribe(&ses.sub, q); err != nil {
@@ -312,7 +342,9 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 	if len(sc.events) == 0 && !stopping && !p.due.Load() {
 		return nil
 	}
-	ses.sub.unsubscribe()
+	if p.before == "" || p.subscribe.user != "" { // it cannot be repeated, or the user was present for the wait
+		ses.sub.unsubscribe()
+	}
 	p.sent = true
 	p.last = p.last || stopping || ses.gone.Load()
 
@@ -401,38 +433,3 @@ func hijack(w http.ResponseWriter) (conn net.Conn, early, head []byte, err error
 	}
 	return conn, early, head, nil
 }
-
-// resumedConns is the listener that gives the http.Server its connections back.
-type resumedConns struct {
-	conns  chan net.Conn
-	closed chan struct{}
-	once   sync.Once
-}
-
-func newResumedConns() *resumedConns {
-	return &resumedConns{conns: make(chan net.Conn), closed: make(chan struct{})}
-}
-
-func (l *resumedConns) add(conn net.Conn) {
-	select {
-	case l.conns <- conn:
-	case <-l.closed:
-		conn.Close()
-	}
-}
-
-func (l *resumedConns) Accept() (net.Conn, error) {
-	select {
-	case conn := <-l.conns:
-		return conn, nil
-	case <-l.closed:
-		return nil, net.ErrClosed
-	}
-}
-
-func (l *resumedConns) Close() error {
-	l.once.Do(func() { close(l.closed) })
-	return nil
-}
-
-func (l *resumedConns) Addr() net.Addr { return &net.TCPAddr{} }

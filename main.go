@@ -249,7 +249,7 @@ func (a *app) listen(l net.Listener) net.Listener {
 		d.addrs.perAddr = math.MaxInt // all come from the proxy
 	}
 	d.spareFD, _ = os.Open(os.DevNull)
-	return a.limiter.listen(d)
+	return d
 }
 
 // healthcheck asks the relay at addr for its health.
@@ -332,8 +332,9 @@ func newApp(c config) (*app, error) {
 func serve(ctx context.Context, a *app, srv *http.Server, listener net.Listener) error {
 	defer a.redis.close() // layer: redis.go
 	failed := make(chan error, 1)
-	go func() { failed <- srv.Serve(listener) }()
-	go srv.Serve(a.limiter.listen(a.pool.resumed)) // layer: async.go
+	admission := newAdmission(listener)
+	a.pool.resume = admission.admit // layer: async.go
+	go func() { failed <- srv.Serve(admission) }()
 	sweep := time.NewTicker(a.relay.roomIdle / 10)
 	defer sweep.Stop()
 	for ctx.Err() == nil {

@@ -728,7 +728,7 @@ func (d *redis) subscribe(sub *subscriber, q subscribeRequest) error {
 	d.awaitShared()
 	d.relay.mu.Lock()
 	defer d.relay.mu.Unlock()
-	sub.setCursor(q)
+	sub.setCursor(q.cursor, q.last)
 	return nil
 }
 

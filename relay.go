@@ -518,25 +518,25 @@ func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 	if q.longLived {
 		sub.user, sub.client = q.user, q.client
 	}
-	sub.setCursor(q)
+	sub.setCursor(q.cursor, q.last)
 	return nil
 }
 
 // setCursor puts the subscriber where its client was: next returns all that was published
 // since, and a gap where the log does not reach back so far. A client without a cursor
 // begins with the newest messages, and what the log dropped before is no loss to it.
-func (sub *subscriber) setCursor(q subscribeRequest) {
+func (sub *subscriber) setCursor(cursor int64, last int) {
 	r := sub.relay
-	sub.cursor, sub.lost = q.cursor, ""
+	sub.cursor, sub.lost = cursor, ""
 	switch {
-	case q.cursor < 0:
-		sub.cursor = sub.cursorBeforeNewest(q.last)
+	case cursor < 0:
+		sub.cursor = sub.cursorBeforeNewest(last)
 		for i := range sub.subscriptions {
 			sub.subscriptions[i].baseline = sub.subscriptions[i].room.history.Load().trimmed
 		}
-	case q.cursor < r.epoch:
+	case cursor < r.epoch:
 		sub.lost = "restart"
-	case q.cursor > r.lastID.Load()+r.lookahead:
+	case cursor > r.lastID.Load()+r.lookahead:
 		sub.lost = "future"
 	}
 }
@@ -576,6 +576,7 @@ func (sub *subscriber) cursorBeforeNewest(n int) int64 {
 	return ids[max(0, len(ids)-n)] - 1
 }
 
+// unsubscribe may be called again.
 func (sub *subscriber) unsubscribe() {
 	r := sub.relay
 	r.mu.Lock()
@@ -589,6 +590,7 @@ func (sub *subscriber) unsubscribe() {
 		}
 		r.closeIfUnused(rm)
 	}
+	sub.subscriptions = nil
 }
 
 func (s *subscription) attach() {
