@@ -211,12 +211,15 @@ func TestRedisConformance(t *testing.T) {
 }
 
 // Clients hop between three instances and all techniques, over connections that break, and
-// receive each event once and in order.
+// receive each event once and in order. With COMETES_FAULTS they receive 200,000.
 func TestRedisHops(t *testing.T) {
 	const publishers, readers = 4, 20
-	each := 4300
-	if testing.Short() {
+	each := 1000
+	switch {
+	case testing.Short():
 		each = 250
+	case os.Getenv("COMETES_FAULTS") != "":
+		each = 4300
 	}
 	beds := startRedis(t).relays(3, "-redis-events", "100000")
 	rooms := []string{"a", "b", "c"}
@@ -375,7 +378,10 @@ func (p *presenceScript) told(want ...string) {
 
 // Presence is one, whichever instances a user's tabs and requests go to.
 func TestRedisPresence(t *testing.T) {
+	t.Parallel()
 	beds := startRedis(t).relays(3, "-present", "3s")
+	var scripts sync.WaitGroup
+	defer scripts.Wait()
 	for _, tc := range []struct {
 		sentence string
 		script   string // with what is told after =>
@@ -427,11 +433,10 @@ func TestRedisPresence(t *testing.T) {
 			wait 9s =>
 			wait 2s => ada offline`},
 	} {
-		t.Run(tc.sentence, func(t *testing.T) {
+		run := func(t *testing.T) {
 			if strings.Contains(tc.script, "wait") && testing.Short() {
 				t.Skip("takes seconds")
 			}
-			t.Parallel()
 			p := newPresenceScript(t, beds, strings.ReplaceAll(tc.sentence[:15], " ", "-"))
 			for line := range strings.SplitSeq(strings.TrimSpace(tc.script), "\n") {
 				action, want, tells := strings.Cut(strings.TrimSpace(line), "=>")
@@ -442,7 +447,8 @@ func TestRedisPresence(t *testing.T) {
 					p.told()
 				}
 			}
-		})
+		}
+		scripts.Go(func() { t.Run(tc.sentence, run) }) // not t.Parallel: they only wait, on however few cores
 	}
 }
 
@@ -595,8 +601,9 @@ func (f *faultTest) check(name string, r *faultReader) (gaps int) {
 // COMETES_FAULTS=10m has it last longer.
 func TestRedisFaults(t *testing.T) {
 	if testing.Short() {
-		t.Skip("takes 40 s")
+		t.Skip("takes 30 s")
 	}
+	t.Parallel()
 	f := &faultTest{t: t, redis: startRedis(t, "--appendonly", "yes"), published: map[int64]string{}}
 	for n := range f.instances {
 		f.instances[n] = startInstance(t, "127.0.0.1:0", f.redis.url(), "-beat", "1s", "-present", "3s")
@@ -635,9 +642,9 @@ func TestRedisFaults(t *testing.T) {
 		reading.Go(func() { f.read(end, fmt.Sprint("r", n), &readers[n], last.Load) })
 	}
 	count := map[string]int{}
-	for until := time.Now().Add(faultTime(20*time.Second, 0)); ; {
+	for until := time.Now().Add(faultTime(12*time.Second, 0)); ; {
 		for _, fault := range faults {
-			time.Sleep(time.Second)
+			time.Sleep(faultTime(500*time.Millisecond, time.Second))
 			t.Log(fault.name)
 			fault.do()
 			count[fault.name]++
@@ -847,6 +854,7 @@ func TestRedisTrims(t *testing.T) {
 // While Redis does not answer, publishes are refused in time, streams beat, and reading goes
 // on; then everything goes on where it was.
 func TestRedisAway(t *testing.T) {
+	t.Parallel()
 	for _, way := range []string{"stopped", "killed"} {
 		t.Run(way, func(t *testing.T) {
 			if testing.Short() && way == "stopped" {
@@ -1038,6 +1046,7 @@ func TestRedisKilledInstance(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes 25 s")
 	}
+	t.Parallel()
 	r := startRedis(t)
 	dies := r.relay()
 	client := dies.testbed().subscribe(variantOf("stream"), "a", "user=ada", "client=one").begin()
