@@ -217,7 +217,7 @@ func (s *allotment) give() {
 }
 
 func (s *allotment) free() {
-	if s == nil {
+	if s.budget == nil { // it was never open
 		return
 	}
 	s.budget.mu.Lock()

@@ -62,7 +62,8 @@ func (d *limitListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		addr := addrOf(conn.RemoteAddr().String())
+		from, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
+		addr := addrKey(from.Addr())
 		switch {
 		case d.limiter.open.Load() >= d.maxConns:
 			d.rejectGently(conn, "connections")
@@ -296,8 +297,11 @@ func (v *limitedConn) setPhase(state http.ConnState) {
 }
 
 func (v *limitedConn) freeHead() {
-	v.head.free()
-	v.head, v.headCost = nil, 0
+	if v.head != nil {
+		v.head.free()
+		v.head = nil
+	}
+	v.headCost = 0
 }
 
 // giveWay ends a connection that stands still. A body that does not arrive is answered.

@@ -1,13 +1,12 @@
 // The inspector: opens one connection to any rooms, shows what comes as it is, and publishes. The techniques are those of
 // the lab; see techniques.js for what a link is.
 
-import { $, access, askForToken, capitalized, copyButton, curl, here, insertMarkup, make, names, quoteForShell, setText } from './page.js'
+import { $, access, capitalized, copyButton, curl, here, insertMarkup, make, names, offerToken, quoteForShell, setText } from './page.js'
 import { address, cookies, pageQuery, request, sleep, techniques, unique } from './techniques.js'
 
 insertMarkup()
 const MAX_SHOWN = 500 // older events are removed
 const MAX_LENGTH = 10e3 // characters that are shown of an event
-const RIGHTS = "-read '*' -write '*'"
 cookies.mode = 'same-origin' // a token is in a cookie
 
 const { elements: reads } = $('#read'), { elements: publishes } = $('#publish')
@@ -182,11 +181,5 @@ reads.reader.value = pageQuery.get('user') ?? ''
 
 rights = await access(publishes.to.value)
 showCommands()
-if (rights.refused) {
-  $('#all').hidden = true
-  askForToken($('#enter'), rights.error, RIGHTS)
-} else {
-  $('#another').ontoggle = () => askForToken($('#another div'), undefined, RIGHTS)
-  $('#another').hidden = !rights.required
-  if (pageQuery.has('open')) open()
-}
+offerToken(rights, !rights.required, "-read '*' -write '*'")
+if (!rights.refused && pageQuery.has('open')) open()

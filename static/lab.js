@@ -1,10 +1,10 @@
-// The lab: all techniques subscribe to one room. Each event is checked on arrival, and its cost is measured. techniques.js
-// opens the connections; a Subscriber is one technique at work: its cursor, its counters and its card.
+// The lab: all techniques subscribe to one room. Each event is checked on arrival, and its cost is measured. A Subscriber is
+// one technique at work: its cursor, its counters and its card. Its connections are opened by techniques.js.
 
 import { goCode, jsCode, load } from './code.js'
 import { Comet } from './comet.js'
-import { $, access, askForToken, capitalized, copyButton, curl, here, insertMarkup, make, names, onVisibility, quoteForShell, setText, years } from './page.js'
-import { address, cookies, headOf, http, interval, pageQuery, pattern, request, room, run, size, sleep, techniques, unique } from './techniques.js'
+import { $, access, capitalized, copyButton, curl, here, insertMarkup, make, names, offerToken, onVisibility, quoteForShell, setText, years } from './page.js'
+import { address, cookies, headOf, http, interval, pageQuery, pattern, request, room, runId, size, sleep, techniques, unique } from './techniques.js'
 
 insertMarkup()
 const now = () => performance.timeOrigin + performance.now()
@@ -12,7 +12,6 @@ const number = (n, digits = 0) => n.toLocaleString('en', { maximumFractionDigits
 const duration = ms => ms < 9.95 ? `${number(Math.max(0, ms), 1)} ms` : ms < 1e3 ? `${number(ms)} ms` : `${number(ms / 1e3, 1)} s`
 const counts = list => list.map(([n, what]) => `${n} ${what}`).join(', ')
 
-/** Adds to the end of a list that is bounded. */
 function append(list, item, most) {
   list.push(item)
   if (list.length > most) list.shift()
@@ -22,12 +21,11 @@ let subscribers = []
 let rights // what the token allows here
 let heartbeat = 15e3 // ms; a stream is never silent for longer
 const ids = new Map // of the last events that this page published, by number
-const remembered = 5000 // events; a duplicate is recognized among the last of them
-let erasedTo = -1 // the room was erased up to this id: older events will not arrive any more
+const remembered = 5000 // events, among which a duplicate is recognized
+let erasedTo = -1 // the room was erased up to this id
 const canArrive = n => !(ids.get(n) <= erasedTo)
 const suspendedState = 'suspended until this page is visible'
 
-// The columns of the board, after the technique and the timeline.
 const columns = [['Delivered'], ['Check'], ['Requests', 'per event'], ['Bytes', 'per event'], ['Median', 'delay'], ['95th', 'percentile']]
 
 class Subscriber {
@@ -68,7 +66,6 @@ class Subscriber {
     this.stop()
   }
 
-  /** Drops the connection, and reconnects after a moment. */
   cut() {
     if (!this.wanted) return
     this.stop('cut')
@@ -99,7 +96,7 @@ class Subscriber {
     this.caughtUpAt = this.shown = undefined
   }
 
-  /** Some connections fail silently. A stream without a heartbeat has failed. */
+  /** Some connections fail silently. */
   checkHeartbeat() {
     if (this.state === 'open' && !this.short && now() - this.activeAt > Math.max(heartbeat, this.wait || 0) * 1.2 + 2000) this.onError(new Error('no heartbeat'))
   }
@@ -154,7 +151,7 @@ class Subscriber {
 
   onEvent({ type, id, data }) {
     if (type === 'hello') heartbeat = data.beat * 1e3
-    if (type === 'bye') return this.onError(Object.assign(new Error('the relay ended the connection (bye)'), { retry: data.retry }))
+    if (type === 'bye') return this.onError(Object.assign(new Error('the relay said bye'), { retry: data.retry }))
     if (id) this.cursor = id
     if (type === 'message') this.check(String(data))
     if (type !== 'gap') return
@@ -185,7 +182,7 @@ class Subscriber {
   /** Checks whether an event is new, a duplicate, or out of order, and which were skipped. */
   check(text) {
     const [, from, digits, sentAt] = pattern.exec(text) || [], n = +digits, at = now()
-    if (from !== run) { // published by somebody else, who gave it no number
+    if (from !== runId) { // published by somebody else, who gave it no number
       append(this.arrivals, at, 500)
       return this.note(text.slice(0, 80))
     }
@@ -215,7 +212,7 @@ class Subscriber {
   build() {
     const card = this.card = $('#card').content.cloneNode(true).firstElementChild
     card.id = this.name
-    for (const [selector, text] of [['h3', this.title], ['.year', years[this.name]], ['.description', this.description], ['.rawnote', this.rawNote]]) $(selector, card).textContent = text
+    for (const [selector, text] of [['h3', this.title], ['.year', years[this.name]], ['.description', this.description], ['.rawnote', this.rawNote + (this.cookies ? ' No script can read its bytes, so the head is from a HEAD request.' : '')]]) $(selector, card).textContent = text
     $('.code', card).ontoggle = () => this.showCode()
     $('.cut', card).onclick = () => this.cut()
     $('.halt', card).onclick = () => { this.wanted ? this.pause() : this.start(); show() }
@@ -243,7 +240,6 @@ class Subscriber {
     this.connect()
   }
 
-  /** Shows the source code when its part of the card is opened. */
   showCode() {
     const details = $('.code', this.card)
     if (!details.open) return
@@ -254,11 +250,11 @@ class Subscriber {
       why.textContent = 'Loading …'
       load(file).then(source => {
         const code = extract(source, this.name)
-        why.textContent = code ? '' : 'No function: the browser loads and shows this page by itself, without a script.'
+        why.textContent = code ? '' : 'No function: the browser loads this page without a script.'
         pre.hidden = !code
         pre.ariaLabel = `${this.title} in ${file}`
         pre.firstChild.textContent = code
-      }).catch(error => why.textContent = `The source code could not be shown: ${error.message}. Close and open this part to try again.`)
+      }).catch(error => why.textContent = `It could not be shown: ${error.message}. Close and open this to try again.`)
     }
   }
 
@@ -283,7 +279,7 @@ class Subscriber {
     const down = counted('sent_bytes_total'), up = counted('received_bytes_total')
     const costs = {
       requests: [perEvent(this.requests, 2), perEvent(counted('requests_total'), 2)],
-      down: [(/As (fetch|the script|read)/.test(this.rawNote) ? '' : '≈ ') + perEvent(this.down), perEvent(down)],
+      down: [(/^As /.test(this.rawNote) ? '' : '≈ ') + perEvent(this.down), perEvent(down)],
       up: ['≥ ' + perEvent(this.up), perEvent(up)],
       held: [this.requestSpans.length && !this.requestSpans.at(-1).to ? 1 : 0, relay?.connections ?? '–'],
     }
@@ -310,7 +306,7 @@ class Subscriber {
   }
 }
 
-/** Server push as it was meant: a page whose parts replace each other or, where the browser does not show that, a picture. */
+/** Server push as it was meant: a page whose parts replace each other or, in browsers without that, a picture. */
 class Picture {
   constructor(card) {
     this.card = card
@@ -341,20 +337,20 @@ class Picture {
   async begin() {
     const caption = $('.shownas', this.card)
     if (Picture.pages !== false) {
-      setText(caption, 'Testing whether this browser supports it …')
+      setText(caption, 'Testing whether this browser shows it …')
       const frame = await this.show('iframe', { title: 'The room as a page that the relay pushes' }, { as: 'html', last: 6, form: 0 }, 2000)
       if (!frame) return
       Picture.pages = !!frame.contentDocument?.querySelector('main')
-      if (Picture.pages) return caption.textContent = 'This browser supports server push for whole pages.'
+      if (Picture.pages) return caption.textContent = 'This browser shows server push for whole pages.'
     }
     const image = await this.show('img', { alt: 'The room as a picture that the relay pushes', width: 480, height: 150 }, { as: 'svg', w: 480, h: 150 }, 1500)
-    if (image) caption.textContent = image.naturalWidth ? 'This browser supports server push for pictures, but not for pages.' : 'This browser supports server push neither for pages nor for pictures; or they wait for a connection.'
+    if (image) caption.textContent = image.naturalWidth ? 'This browser shows server push for pictures, but not for pages.' : 'This browser shows it neither for pages nor for pictures; or they wait for a connection.'
   }
 }
 
-// Connection slots. Over HTTP/1.1 a browser opens about six connections to a host, for all its tabs together; further
-// requests wait. So the lab finds the limit, leaves one connection for short requests, and lets techniques take turns
-// where the rest is too few. A technique that gave up its slot resumes from its cursor, so nothing is lost.
+// Connection slots. Over HTTP/1.1 a browser opens about six connections to a host, for all its tabs; further requests wait.
+// So the lab finds the limit, leaves one for short requests, and lets techniques take turns where the rest is too few.
+// Who gave up a slot resumes from the cursor, so nothing is lost.
 
 const slotTime = 6000 // ms
 const slots = { limit: 1, users: new Map, queue: [], trial: undefined }
@@ -383,7 +379,7 @@ function assignSlots() {
   if (oldest instanceof Subscriber) oldest.connect() // to the end of the queue
 }
 
-/** Sends eight requests that take a second each. Those answered after one second were sent at once; the rest had to wait. */
+/** Sends eight requests that take a second. Those answered after one second were sent at once; the rest had to wait. */
 async function findConnectionLimit() {
   const tries = 8, begun = now(), { signal } = slots.trial = new AbortController
   let answered = 0, separate = false
@@ -398,8 +394,8 @@ async function findConnectionLimit() {
   slots.limit = waited ? Math.max(1, answered - (separate ? 1 : 2)) : Infinity
   for (const subscriber of subscribers) if (subscriber.apis) subscriber.api = subscriber.select.value = waited && separate ? 'fetch' : 'xhr'
   $('#limit').textContent = `${http}: ${tries} requests were sent at once, and ` + (!waited ? 'none had to wait for another.' : `${waited} had to wait for the others.` +
-    (separate ? ' This browser uses separate connections for requests without cookies, so fetch omits cookies, and streaming uses fetch.' : '') +
-    ` The lab holds at most ${slots.limit} other connections, so that short requests find one free; where that is too few, techniques take turns.`)
+    (separate ? ' Requests without cookies have connections of their own here, so fetch omits cookies, and streaming uses fetch.' : '') +
+    ` The lab holds at most ${slots.limit} others, so that short requests find one free; where that is too few, techniques take turns.`)
 }
 
 // Publishing, one event after the other, so that the numbers are in the relay's order.
@@ -420,10 +416,10 @@ async function publishNext() {
   await resetting
   const n = published + 1
   for (let tries = 0; ; tries++) {
-    const at = now(), body = `${run} #${n} ${at.toFixed(1)} `.padEnd($('#bytes').valueAsNumber || 0, 'comet ')
+    const at = now(), body = `${runId} #${n} ${at.toFixed(1)} `.padEnd($('#bytes').valueAsNumber || 0, 'comet ')
     let wait = Math.min(5000, 250 * 2 ** tries), problem = 'the relay could not be reached'
     try {
-      const response = await request(address('', { key: `${run}-${n}` }), { method: 'POST', body, signal: AbortSignal.timeout(10e3) })
+      const response = await request(address('', { key: `${runId}-${n}` }), { method: 'POST', body, signal: AbortSignal.timeout(10e3) })
       const { id, error } = await response.json()
       if (response.ok) {
         published = n
@@ -451,7 +447,7 @@ async function measure() {
   if (response?.ok) for (const [, name, technique, value] of (await response.text()).matchAll(/^cometes_(\w+)\{technique="(\w+)"\} (\d+)$/gm)) (counters[technique] ??= {})[name] = +value
   else if (response) { // the next request would be refused too
     countersRefused = true
-    $('#uncounted').textContent = `The relay does not show its own counts to this page (${response.status}); numbers marked ≥ are what the page saw itself.`
+    $('#uncounted').textContent = `The relay does not show its own counts to this page (${response.status}); ≥ is what the page saw itself.`
   }
 }
 
@@ -465,7 +461,7 @@ function reset() {
   return resetting
 }
 
-/** Tests the network: events sent at even intervals arrive at even intervals, unless something buffers them. */
+/** Events sent at even intervals arrive at even intervals, unless something on the way buffers them. */
 async function testBuffering() {
   const count = 10, apart = 200 // ms
   for (let i = 0; i < 40 && subscribers.some(s => s.wanted && s.state !== 'open' && (s.state === 'connecting' || !s.delivered)); i++) await sleep(100)
@@ -484,7 +480,7 @@ async function testBuffering() {
   const even = open.filter(s => !buffered.includes(s))
   const names = list => list.map(s => s.title).join(', ')
   const result = []
-  if (buffered.length) result.push(`Yes: of ${count} events sent ${apart} ms apart, some arrived late or several at once with ${names(buffered)}. Something on the way buffers responses.`)
+  if (buffered.length) result.push(`Yes: of ${count} events sent ${apart} ms apart, some arrived late or several at once with ${names(buffered)}.`)
   if (even.length) result.push(buffered.length ? `Not with ${names(even)}:` : even.length === streams.length ? 'No. With all techniques that stream,' : `No. With ${names(even)},`,
     `${count} events sent ${apart} ms apart arrived one by one, at most ${duration(Math.max(...even.flatMap(gaps)))} apart.`)
   if (silent.length) result.push(`No response at all with ${names(silent)}: buffered, or waiting for a connection.`)
@@ -511,7 +507,7 @@ function openExtra() {
     one.source.onopen = () => one.delay ??= now() - extraBegun
     return one
   })
-  $('#extra').replaceChildren('Six more EventSources. Over HTTP/1.1, those that find no free connection wait, and so do short requests: see client pull and JSONP. Over HTTP/2 none waits. ', ...extra.map(one => one.lamp))
+  $('#extra').replaceChildren('Six more EventSources. Over HTTP/1.1, those that find no free connection wait, and so do short requests. Over HTTP/2 none waits. ', ...extra.map(one => one.lamp))
 }
 
 function showExtra() {
@@ -528,7 +524,7 @@ function closeExtra(reason = '') {
   $('#more').ariaPressed = false
 }
 
-// Experiments. Each sets the lab up, does something, and says what to look at; *column* is a column's name.
+// Experiments: a label, what to look at (*column* is one of the board's), and what happens.
 
 function set(values) {
   for (const id in values) $('#' + id).value = values[id]
@@ -536,25 +532,25 @@ function set(values) {
 }
 
 const experiments = [
-  ['Cut all in the middle of a burst', 'Every connection breaks while 40 events are published. Each technique comes back with its cursor. *Check*: nothing is lost, doubled or out of order.', async () => {
+  ['Cut all in the middle of a burst', 'Every connection breaks while 40 events are published, and each technique comes back with its cursor. *Check*: nothing is lost, doubled or out of order.', async () => {
     publish(40)
     for (const begun = published; published < begun + 20 && !suspended;) await sleep(50)
     for (const s of subscribers) s.cut()
   }],
-  ['Open six more: who waits?', 'Over HTTP/1.1 a browser opens six connections to a host, for all its tabs. Below the buttons you see which of the six wait; in *Arrivals*, that polling, client pull and JSONP wait with them. WebSockets do not count. Press “Open six more” again to close them.', async () => {
+  ['Open six more: who waits?', 'Over HTTP/1.1 a browser opens six connections to a host, for all its tabs; WebSockets do not count. Below the buttons see which of the six wait; in *Arrivals*, that polling, client pull and JSONP wait, too. Press “Open six more” again to close them.', async () => {
     if (!extra.length) $('#more').click()
     await publish(20)
   }],
-  ['Publish one a minute', 'What does it cost to wait? See *Requests* after a minute: polling asked 30 times for one event, long polling two or three times, a stream not once. Then press “Publish steadily” to stop it.', async () => {
+  ['Publish one a minute', 'What does it cost to wait? *Requests* after a minute: polling asked 30 times for one event, long polling two or three times, a stream not once. “Publish steadily” stops it.', async () => {
     set({ every: 2, rate: 0.0167 })
     await publish(1)
     steadily(true)
   }],
-  ['Ask only every ten seconds', 'One event a second, but polling and client pull ask every ten. *Median delay*: they wait half of that, five seconds; long polling is as fast as a stream.', () => {
+  ['Ask only every ten seconds', 'Events come every second, but polling and client pull ask every ten. *Median delay*: theirs is half of that, five seconds; long polling is as fast as a stream.', () => {
     set({ every: 10, rate: 1 })
     steadily(true)
   }],
-  ['Stay away longer than the history', 'WebSocket and server-sent events pause while 400 events are published; the relay keeps the newest 256 of a room. On their cards: the rest is lost, and a gap says so. Client pull loses some as well: its page shows the newest 50.', async () => {
+  ['Stay away longer than the history', 'WebSocket and server-sent events pause while 400 events are published; the relay keeps the newest 256 of a room. On their cards: the rest is lost, and a gap says so. Client pull loses some, too: its page shows the newest 50.', async () => {
     const away = subscribers.filter(s => s.name === 'ws' || s.name === 'sse')
     for (const s of away) s.pause()
     await publish(400)
@@ -580,8 +576,7 @@ function showExperiments() {
   }))
 }
 
-// From another origin: the relay's other name, which a browser takes for another site. Each way returns what to say if it
-// works, and fails if it is refused.
+// From another origin: the relay's other name, which a browser takes for another site. A way that works returns what to say.
 
 const otherName = { localhost: '127.0.0.1', '127.0.0.1': 'localhost' }[location.hostname]
 
@@ -590,9 +585,9 @@ const ways = [
     const response = await fetch(url('poll', { last: 1 }), { cache: 'no-store' })
     return `the answer can be read: ${(await response.text()).slice(0, 60)}…`
   }],
-  ['JSONP', 'a script of the other site, which calls a function of this page', url => new Promise((done, fail) => {
+  ['JSONP', 'a script of the other site calls a function of this page', url => new Promise((done, fail) => {
     const callback = 'cross_' + unique(), script = make('script', { src: url('jsonp', { wait: 0, callback }), onerror: fail, onload: fail })
-    window[callback] = answer => done(`the script called the function with the cursor ${answer.cursor}`)
+    window[callback] = answer => done(`it was called with the cursor ${answer.cursor}`)
     document.head.append(script)
   })],
   ['<img>', 'a picture that the other site pushes', (url, li) => new Promise((done, fail) => {
@@ -627,7 +622,7 @@ async function askAsOtherSite() {
 
 $('#ask').onclick = askAsOtherSite
 $('#ask').disabled = !otherName
-if (!otherName) $('#asked').textContent = `This page is open at ${location.host}, whose other name it does not know. Open it at localhost or 127.0.0.1 to try.`
+if (!otherName) $('#asked').textContent = 'To try this, open the page at localhost or 127.0.0.1.'
 
 // A page that is not visible holds no connection, since all tabs share the few that the browser opens.
 
@@ -645,10 +640,10 @@ onVisibility(visible => {
   for (const s of wanted) s.stop(suspendedState)
   closePictures()
   window.stop() // the request of a script goes on when its element is removed
-  closeExtra('The six were closed when this page was hidden, so that other tabs of this site can load. They stay closed until you open them again.')
+  closeExtra('The six were closed when this page was hidden, so that other tabs of this site can load.')
 })
 
-/** Runs a test while the page is visible; repeats it if the page was suspended meanwhile. */
+/** Runs a test while the page is visible, again if it was hidden meanwhile. */
 async function whileVisible(test) {
   for (let before; before !== suspensions;) {
     while (suspended) await new Promise(done => addEventListener('suspend', done, { once: true }))
@@ -741,18 +736,14 @@ async function begin() {
   const rooms = pageQuery.get('room') ?? "'lab-*'"
   const flags = /^[\w.:*'-]+$/.test(rooms) ? `-read ${rooms} -write ${rooms}` : undefined
   rights = await access(room)
-  if (rights.refused) {
-    refuse('')
-    return askForToken($('#enter'), rights.error, flags)
-  }
-  $('#another').ontoggle = () => askForToken($('#another div'), undefined, flags)
-  $('#another').hidden = rights.read && rights.write
-  if (!rights.read) return refuse(`Your token does not let this page read the room ${room}. Open the lab with ?room=NAME for a room that it names, or use a token that may read and write ${room}.`)
+  offerToken(rights, rights.read && rights.write, flags)
+  if (rights.refused) return refuse('')
+  if (!rights.read) return refuse(`Your token does not let this page read the room ${room}. Open the lab with ?room=NAME for a room that it names, or use another.`)
   if (rights.required) cookies.mode = 'same-origin' // the token is in a cookie
   const { cursor, error } = await (await request(address('poll'), { credentials: 'same-origin' })).json()
   if (error) return refuse(`The relay does not let this page read the room ${room}: ${error}.`)
   if (!rights.write) {
-    $('#trouble').textContent = `Your token lets this page read the room ${room}, but not publish to it. So nothing is measured here; events of other publishers are shown.`
+    $('#trouble').textContent = `Your token lets this page read the room ${room}, but not publish to it: only events of other publishers are shown.`
     for (const input of document.querySelectorAll('#controls :is(button, input), #again')) input.disabled = true
   }
   subscribers = techniques.map(technique => new Subscriber(technique, cursor))

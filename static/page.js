@@ -124,3 +124,15 @@ export function askForToken(element, error, rights = '-read lobby -write lobby')
   element.hidden = false
   if (matchMedia('(hover: hover)').matches) form.token.focus()
 }
+
+/** Shows a form for a token: in place of #all if the relay refuses, or else one to open, if the token allows too little. */
+export function offerToken({ refused, error }, enough, rights) {
+  const form = make('div', { id: 'enter' }), all = $('#all')
+  if (refused) {
+    all.hidden = true
+    all.before(form)
+    askForToken(form, error, rights)
+  } else if (!enough) {
+    all.before(make('details', { id: 'another', ontoggle: () => askForToken(form, undefined, rights) }, make('summary', '', 'Use another token'), form))
+  }
+}

@@ -1,8 +1,8 @@
-// Graphs of the relay's own numbers, and of numbers that anybody publishes: two rooms, each read with comet.js. A Graph is
-// an SVG, and its values as text. Below the graphs, operators see a list of the rooms.
+// Graphs of the relay's own numbers, and of those that anybody publishes: two rooms, read with comet.js. A Graph is an SVG,
+// and its values as text. Below, operators see a list of the rooms.
 
 import { Comet } from './comet.js'
-import { $, access, askForToken, copyButton, curl, here, insertMarkup, make, names, onVisibility, quoteForShell, setText } from './page.js'
+import { $, access, copyButton, curl, here, insertMarkup, make, names, offerToken, onVisibility, quoteForShell, setText } from './page.js'
 
 insertMarkup()
 const query = new URLSearchParams(location.search)
@@ -10,8 +10,8 @@ const room = query.get('room') || 'temp'
 const token = query.get('token') || undefined
 
 const spans = [60e3, 120e3, 300e3, 600e3] // ms that a graph may show
-const maxRows = 3000 // older rows are removed
-const maxGap = 5e3 // ms; rows farther apart are not joined, since nothing was counted between them
+const maxRows = 3000
+const maxGap = 5e3 // ms; rows farther apart are not joined
 const left = 46, right = 6, below = 16 // pixels around the curves
 
 const timeText = time => new Date(time).toLocaleTimeString()
@@ -65,7 +65,7 @@ class Graph {
     this.describe()
   }
 
-  /** The ms that are shown: those chosen, or the fewest that hold what is unbroken until now. */
+  /** The ms that are shown: those chosen, or what holds the unbroken run until now. */
   get span() {
     const edge = rightEdge()
     let oldest
@@ -87,7 +87,7 @@ class Graph {
     return rightEdge() - this.span * (box.right - right - clientX) / (box.width - left - right)
   }
 
-  /** The row nearest to the marked time. */
+  /** The row nearest to the marked time, or the last. */
   at(shown) {
     const distance = ({ time }) => Math.abs(time - (markedTime ?? rightEdge()))
     return shown.reduce((best, row) => distance(row) <= distance(best) ? row : best, shown[0])
@@ -169,7 +169,6 @@ function addRow(rows, row) {
   if (rows.length > maxRows) rows.shift()
 }
 
-/** If a room was erased, its numbers are removed here too. */
 const onErased = (rows, then) => ({ detail: { data } }) => {
   if (data?.reason !== 'erased') return
   rows.length = 0
@@ -177,7 +176,7 @@ const onErased = (rows, then) => ({ detail: { data } }) => {
   then?.()
 }
 
-// The relay's numbers. It counts from its start; the graphs show the difference per second.
+// The relay counts from its start; the graphs show the difference per second.
 
 const relayRows = []
 let previous, statsComet
@@ -220,7 +219,7 @@ function showInstances({ redis, instance }) {
   $('#instances').hidden = !redis
   if (!redis) return
   const { away, instances } = redis
-  setText($('#redis'), away ? 'Redis is away. Nothing can be published until it is back; what is in memory is still read.' :
+  setText($('#redis'), away ? 'Redis is away. Until it is back nothing can be published; what is in memory is still read.' :
     instances.length === 1 ? 'This relay is alone on its Redis.' : `${instances.length} relays share one log by their Redis.`)
   $('#instances tbody').replaceChildren(...instances.map(one => tableRow(one.instance + (one.instance === instance ? ' (this one)' : ''),
     formatNumber(one.connections), formatNumber(one.rooms), formatNumber(one.users), one.silent > 10 ? `silent for ${one.silent} s` : 'now')))
@@ -284,7 +283,7 @@ function followNumbers() {
   }
 }
 
-// Something to look at: while a button is pressed, a number that wanders is published once a second.
+// Something to look at: a number that wanders, once a second.
 
 let feedTimer, fed = 50
 
@@ -338,7 +337,7 @@ async function send(path, options) {
   return body
 }
 
-/** Lists the rooms, and again every 4 s. */
+/** Lists the rooms, every 4 s. */
 async function listRooms() {
   clearTimeout(listTimer)
   const mine = newestRequest = {}, prefix = $('#prefix').value.trim()
@@ -357,7 +356,7 @@ async function listRooms() {
 const noStats = 'Your token does not name the room _stats in its read right'
 
 const showNoOperator = () => setText($('#count'), allowed.required ? `${noStats}. One that does: cometes token -sub NAME -read '_stats,*' -write '*'` :
-  'The relay lists its rooms to operators only. Without a secret (-secret), that is whoever opens this page on the relay’s own machine, not through a proxy; with one, whoever has a token that names the room _stats in its read right.')
+  'The relay lists its rooms to operators only. Without a secret (-secret), that is who opens this page on the relay’s own machine, not through a proxy; with one, whose token names the room _stats in its read right.')
 
 function showRooms({ rooms, more }, prefix) {
   rooms.sort((a, b) => sortBy === 'room' ? (a.room < b.room ? -1 : 1) : b[sortBy] - a[sortBy])
@@ -421,8 +420,7 @@ const heads = Object.entries(columns).map(([name, [title]]) => {
 })
 $('#list thead tr').append(...heads, make('th', { scope: 'col' }, make('span', 'unseen', 'Erase')))
 
-// The page. While it is hidden it loads neither the picture, which holds a connection, of which a browser has few per site,
-// nor the list of rooms; comet.js keeps its connections.
+// While the page is hidden it loads neither the list nor the picture, which holds one of the browser's few connections.
 
 let allowed = {}
 
@@ -439,15 +437,11 @@ addEventListener('pointerdown', e => e.target.closest('.graph svg') || mark())
 setInterval(() => pausedAt || drawAll(), 1000)
 
 const [ours, theirs] = await Promise.all([access('_stats'), access(room)])
-const { required, refused, error } = ours, rights = "-read '_stats,*' -write '*'"
+const { required, refused } = ours
 allowed = { required, read: theirs.read, operates: ours.read }
 if (!ours.read) document.body.dataset.status = 'closed'
-if (refused) {
-  $('#all').hidden = true
-  askForToken($('#enter'), error, rights)
-} else {
-  $('#another').ontoggle = () => askForToken($('#another div'), undefined, rights)
-  $('#another').hidden = ours.read && theirs.read
+offerToken(ours, ours.read && theirs.read, "-read '_stats,*' -write '*'")
+if (!refused) {
   $('#feed').textContent = `while sleep 1; do ${curl(required, `-s -d $((RANDOM % 100)) ${quoteForShell(roomURL)}`)}; done`
   $('#feed').after(copyButton(() => $('#feed').textContent))
   if (ours.read) followStats()

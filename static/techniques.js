@@ -1,12 +1,12 @@
-// How the lab opens a connection for each technique, with nothing but what the browser offers. An entry of the table
-// opens its connection, reports to its link what it sees, and returns a function that closes it.
+// How lab and inspector open a connection for each technique, with nothing but what the browser offers: open(link) tells the
+// link what it sees, and returns a function that closes the connection.
 
-import { here } from './page.js'
+import { here, make } from './page.js'
 
 export const pageQuery = new URLSearchParams(location.search)
 const token = pageQuery.get('token')
-export const run = Math.random().toString(36).slice(2, 6).padEnd(4, '0') // identifies this page in the events it publishes
-export const room = pageQuery.get('room') || 'lab-' + run
+export const runId = Math.random().toString(36).slice(2, 6).padEnd(4, '0') // in the events that this page publishes
+export const room = pageQuery.get('room') || 'lab-' + runId
 export const pattern = /^(\w{4}) #(\d+) (\d+\.\d) / // of an event's text: run, number, time of sending
 
 export const sleep = ms => new Promise(done => setTimeout(done, ms))
@@ -20,36 +20,33 @@ export function address(technique, query, rooms = room) {
   return url.pathname + url.search
 }
 
-// In some browsers, requests without cookies use separate connections: see findConnectionLimit in lab.js. Only fetch can
-// omit them.
+// In some browsers, requests without cookies have connections of their own. Only fetch can omit them.
 export const cookies = { mode: 'omit' }
 export const request = (url, options) => fetch(url, { credentials: cookies.mode, cache: 'no-store', ...options })
 
 export const http = /^h[23]/.test(performance.getEntriesByType('navigation')[0]?.nextHopProtocol) ? 'HTTP/2' : 'HTTP/1.1'
-export const headOf = response => `${http} ${response.status} ${response.statusText}\n` + [...response.headers].map(h => h.join(': ') + '\n').join('')
-const statusError = response => Object.assign(new Error(`the relay answered ${response.status}`), { retry: response.headers.get('Retry-After') * 1e3 })
+export const headOf = ({ status, statusText, headers }) => `${http} ${status} ${statusText}\n` + [...headers].map(h => h.join(': ') + '\n').join('')
 
-// The techniques, oldest first.
+// The techniques, oldest first. Those with cookies are loaded by the browser itself: no script reads their heads. A link has
 //
-//     link.onRequest(url, more)   a request was sent; more is what is known of its head
-//     link.onOpen(head)           its response began
-//     link.onBody(text)           a part of the body arrived
-//     link.onEvent(event, json)   an event arrived; json is its text, where that is known
-//     link.onBatch(answer)        the events of one answer arrived, and the cursor for the next request
-//     link.onTexts(texts)         the messages that a page shows now
-//     link.onActivity()           something arrived, perhaps only a heartbeat
-//     link.onComplete()           the response is complete
-//     link.onReconnect()          the connection was lost, and the browser opens a new one
-//     link.onError(error)         the connection failed, or ended when it should not
+//     onRequest(url, more)   a request was sent; more is what is known of its head
+//     onOpen(head)           its response began
+//     onBody(text)           a part of the body arrived
+//     onEvent(event, json)   an event arrived; json is its text, where that is known
+//     onBatch(answer)        the events of one answer, and the cursor for the next request
+//     onTexts(texts)         the messages that a page shows now
+//     onActivity()           something arrived, perhaps only a heartbeat
+//     onComplete()           the response is complete
+//     onReconnect()          the browser opens a lost connection again
+//     onError(error)         the connection failed, or ended when it should not
 
 export const techniques = [
   {
     name: 'refresh', cookies: true, page: true, short: true,
-    description: 'A page with a header that makes the browser load it again every few seconds.',
-    rawNote: 'The page as the browser parsed it, since no script can read its bytes; the head is from a HEAD request.',
+    description: 'A header makes the browser load the page again every few seconds.',
+    rawNote: 'The page as the browser parsed it.',
     open(link) {
-      const url = link.url({ wait: interval(), form: 0 })
-      const frame = link.frame(url)
+      const url = link.url({ wait: interval(), form: 0 }), frame = link.frame(url)
       let timeout
       frame.onload = () => {
         const page = frame.contentDocument?.querySelector('main')
@@ -68,18 +65,16 @@ export const techniques = [
   },
   {
     name: 'multipart', picture: true,
-    description: 'One response of many parts. Each part replaces the one before: an animated picture, or a page.',
+    description: 'One response of many parts, each of which replaces the one before: a live picture, or a page.',
     rawNote: 'As read with fetch, which shows the boundaries between the parts.',
     open: link => readStream(link, link.url({ as: 'json' })),
   },
   {
     name: 'html', cookies: true, page: true,
     description: 'The browser shows a page while it is loading, and the server never finishes it.',
-    rawNote: 'The newest message as the browser parsed it, since no script can read its bytes; the head is from a HEAD request.',
+    rawNote: 'The newest message as the browser parsed it.',
     open(link) {
-      const url = link.url({ last: 0, form: 0 })
-      link.onRequest(url)
-      const frame = link.frame(url)
+      const frame = openFrame(link, { last: 0, form: 0 })
       const observer = new MutationObserver(() => {
         link.onActivity()
         for (let p; (p = frame.contentDocument?.querySelector('main > .message:not([data-read])'));) {
@@ -108,12 +103,10 @@ export const techniques = [
   },
   {
     name: 'iframe', cookies: true,
-    description: 'A hidden page that never ends. Each event is a script in it, which passes the event to the outer page.',
-    rawNote: 'Reconstructed from the event that the frame passed on; the head is from a HEAD request.',
+    description: 'A hidden page that never ends. Each event is a script in it, which passes it on to the outer page.',
+    rawNote: 'Reconstructed from the event that the frame passed on.',
     open(link) {
-      const url = link.url()
-      link.onRequest(url)
-      const frame = link.frame(url, true)
+      const frame = openFrame(link, {}, true)
       const unwatch = watchFrame(link, frame)
       const onMessage = e => {
         if (e.source !== frame.contentWindow) return
@@ -147,7 +140,7 @@ export const techniques = [
         read += text.length
         if (text) onText(text)
         if (xhr.readyState === 4) link.onError(new Error('the response ended'))
-        else if (read > 1e6) link.onError(new Error('XMLHttpRequest keeps the whole response in memory, so the lab reconnects after a megabyte'))
+        else if (read > 1e6) link.onError(new Error('a megabyte was read: XMLHttpRequest keeps it all in memory, so the lab reconnects'))
       }
       link.onRequest(url)
       xhr.open('GET', url)
@@ -157,18 +150,20 @@ export const techniques = [
   },
   {
     name: 'jsonp', cookies: true, wait: 25e3,
-    description: 'Long polling with script tags, once the only way to make a request to another origin.',
-    rawNote: 'Reconstructed from what the script passed on; the head is from a HEAD request.',
+    description: 'Long polling with script tags, once the only way to read from another origin.',
+    rawNote: 'Reconstructed from what the script passed on.',
     open(link) {
       const callback = 'lab_' + unique()
       let script, called
       const next = () => {
-        script = document.createElement('script')
-        script.src = link.url({ wait: called === undefined ? 0 : 25, callback })
+        const src = link.url({ wait: called === undefined ? 0 : 25, callback })
         called = false
-        script.onerror = () => link.onError(new Error('the script did not load'))
-        script.onload = () => { script.remove(); called ? next() : link.onError(new Error('the script did not call the callback')) }
-        link.onRequest(script.getAttribute('src'))
+        script = make('script', {
+          src,
+          onerror: () => link.onError(new Error('the script did not load')),
+          onload: () => { script.remove(); called ? next() : link.onError(new Error('the script did not call the callback')) },
+        })
+        link.onRequest(src)
         document.head.append(script)
       }
       window[callback] = answer => {
@@ -184,8 +179,8 @@ export const techniques = [
   },
   {
     name: 'sse', cookies: true,
-    description: 'Streaming as a standard: the browser parses the events, reconnects by itself, and sends the last id.',
-    rawNote: 'Reconstructed from the event that the EventSource passed on; the head is from a HEAD request.',
+    description: 'Streaming as a standard: the browser parses the events, reconnects, and sends the last id.',
+    rawNote: 'Reconstructed from the event that the EventSource passed on.',
     open(link) {
       const url = link.url(), source = new EventSource(url)
       const head = () => `Accept: text/event-stream\nCache-Control: no-cache\n${link.state === 'reconnecting' ? `Last-Event-ID: ${link.cursor}\n` : ''}`
@@ -206,7 +201,7 @@ export const techniques = [
   },
   {
     name: 'ws', socket: true,
-    description: 'Starts as an HTTP request, then carries frames in both directions over one connection.',
+    description: 'Begins as an HTTP request, then carries frames in both directions.',
     rawNote: 'The frame, reconstructed from its text by RFC 6455. The browser does not show the handshake.',
     open(link) {
       const url = link.url(), socket = new WebSocket(new URL(url, location.href.replace(/^http/, 'ws')))
@@ -224,47 +219,46 @@ export const techniques = [
   },
 ]
 
-/** Reads a response that never ends. */
-function readStream(link, url) {
-  const abort = new AbortController(), onText = lines(link), utf8 = new TextDecoder()
-  const read = async () => {
-    link.onRequest(url)
-    const response = await request(url, { signal: abort.signal })
-    if (!response.ok) throw statusError(response)
-    link.onOpen(headOf(response))
-    const reader = response.body.getReader()
-    for (let part; !(part = await reader.read()).done;) onText(utf8.decode(part.value, { stream: true }))
-    throw new Error('the response ended')
-  }
-  read().catch(link.onError)
+/** Runs what ends when the connection is closed. */
+function run(link, task) {
+  const abort = new AbortController()
+  task(abort.signal).catch(link.onError)
   return () => abort.abort()
 }
+
+async function get(link, url, signal) {
+  link.onRequest(url)
+  const response = await request(url, { signal })
+  if (!response.ok) throw Object.assign(new Error(`the relay answered ${response.status}`), { retry: response.headers.get('Retry-After') * 1e3 })
+  link.onOpen(headOf(response))
+  return response
+}
+
+/** Reads a response that never ends. */
+const readStream = (link, url) => run(link, async signal => {
+  const reader = (await get(link, url, signal)).body.getReader(), onText = lines(link), utf8 = new TextDecoder()
+  for (let part; !(part = await reader.read()).done;) onText(utf8.decode(part.value, { stream: true }))
+  throw new Error('the response ended')
+})
 
 /** Sends one request after the other. */
-function repeat(link, query, pause) {
-  const abort = new AbortController()
-  const loop = async () => {
-    for (let wait = 0; !abort.signal.aborted; wait = query.wait) { // the first does not wait, to show that it works
-      const url = link.url({ wait })
-      link.onRequest(url)
-      const response = await request(url, { signal: abort.signal })
-      if (!response.ok) throw statusError(response)
-      link.onOpen(headOf(response))
-      const text = await response.text()
-      link.onBody(text)
-      link.onBatch(JSON.parse(text))
-      link.onComplete()
-      await pause?.()
-    }
+const repeat = (link, query, pause) => run(link, async signal => {
+  for (let wait = 0; !signal.aborted; wait = query.wait) { // the first does not wait, to show that it works
+    const text = await (await get(link, link.url({ wait }), signal)).text()
+    link.onBody(text)
+    link.onBatch(JSON.parse(text))
+    link.onComplete()
+    await pause?.()
   }
-  loop().catch(link.onError)
-  return () => abort.abort()
+})
+
+function openFrame(link, query, hidden) {
+  const url = link.url(query)
+  link.onRequest(url)
+  return link.frame(url, hidden)
 }
 
-/**
- * Watches a frame, which has no event for the beginning of its page, nor for a lost connection. Some browsers show the
- * loss in the document's state; for the others there is the timeout of the heartbeat.
- */
+/** A frame has no event for the beginning of its page, nor for a lost connection, which some browsers show in its state. */
 function watchFrame(link, frame, onBegin) {
   let begun
   const timer = setInterval(() => {
@@ -278,7 +272,7 @@ function watchFrame(link, frame, onBegin) {
   return () => clearInterval(timer)
 }
 
-/** Splits text into lines, wherever the network split it. Lines that begin with { are events. */
+/** Splits text into lines, wherever the network split it. */
 function lines(link) {
   let rest = ''
   return text => {
