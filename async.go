@@ -122,10 +122,9 @@ const (
 type writerPool struct {
 	server      *server
 	trustProxy  bool
-	received    func(t *technique, bytes int) // counts what WebSockets send
-	openReceipt func(cut func()) receipt      // for a message that arrives; cut ends its client
-	requested   func(t *technique, bytes int) // counts requests that net/http does not see
-	resume      func(net.Conn)                // gives the connection of a long-poll back to net/http
+	received    func(t *technique, requests, bytes int) // counts what net/http does not see
+	openReceipt func(cut func()) receipt                // for a message that arrives; cut ends its client
+	resume      func(net.Conn)                          // gives the connection of a long-poll back to net/http
 
 	mu        sync.Mutex // guards what follows
 	queue     []*session
@@ -138,7 +137,7 @@ type writerPool struct {
 
 // newWriterPool has the server's streams served by a pool.
 func newWriterPool(s *server, trustProxy bool) *writerPool {
-	p := &writerPool{server: s, trustProxy: trustProxy, openReceipt: func(func()) receipt { return unbounded{} }, received: func(*technique, int) {}, requested: func(*technique, int) {}}
+	p := &writerPool{server: s, trustProxy: trustProxy, openReceipt: func(func()) receipt { return unbounded{} }, received: func(*technique, int, int) {}}
 	s.takeOver = p.takeOver
 	s.relay.wakeRoom = p.wakeRoom
 	publish := s.publish
@@ -897,8 +896,8 @@ func (m *message) free() {
 
 // take handles a message.
 func (ses *session) take(a *author, kind websocket.MessageType, data []byte) {
-	ses.pool.received(ses.technique, len(data)+6) // with the shortest head and a mask
-	ses.handling.Store(true)                      // what is published is answered, even if the relay stops meanwhile
+	ses.pool.received(ses.technique, 0, len(data)+6) // with the shortest head and a mask
+	ses.handling.Store(true)                         // what is published is answered, even if the relay stops meanwhile
 	if reply := ses.server.handleMessage(a, kind, data); reply != nil {
 		ses.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), reply.event().json...)))
 	}

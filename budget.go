@@ -217,7 +217,7 @@ func (s *allotment) give() {
 }
 
 func (s *allotment) free() {
-	if s.budget == nil { // it was never open
+	if s == nil {
 		return
 	}
 	s.budget.mu.Lock()

@@ -62,8 +62,7 @@ func (d *limitListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		from, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
-		addr := addrKey(from.Addr())
+		addr := addrOf(conn.RemoteAddr().String())
 		switch {
 		case d.limiter.open.Load() >= d.maxConns:
 			d.rejectGently(conn, "connections")
@@ -297,11 +296,8 @@ func (v *limitedConn) setPhase(state http.ConnState) {
 }
 
 func (v *limitedConn) freeHead() {
-	if v.head != nil {
-		v.head.free()
-		v.head = nil
-	}
-	v.headCost = 0
+	v.head.free()
+	v.head, v.headCost = nil, 0
 }
 
 // giveWay ends a connection that stands still. A body that does not arrive is answered.

@@ -100,8 +100,8 @@ type clientQuota struct {
 	conn    *limitedConn // nil if the listener is not ours
 	http11  bool
 	body    *reservedBody
-	cut     func()    // ends a client of HTTP/2 that takes no answer
-	in, out allotment // of l.receipts: for the request and its body, and for the answer
+	cut     func()     // ends a client of HTTP/2 that takes no answer
+	in, out *allotment // of l.receipts: for the request and its body, and for a long answer; or nil
 }
 
 // begin reserves what the request takes before it is read.
@@ -110,7 +110,7 @@ func (q *clientQuota) begin(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	}
 	rc := http.NewResponseController(w)
-	q.in = allotment{budget: q.l.receipts, cut: func() { rc.SetReadDeadline(past) }}
+	q.in = q.l.receipts.open(func() { rc.SetReadDeadline(past) })
 	if r.ProtoMajor == 2 {
 		q.cut = func() { rc.SetWriteDeadline(past) }
 		if err := q.in.grow(requestCost); err != nil {
@@ -121,7 +121,7 @@ func (q *clientQuota) begin(w http.ResponseWriter, r *http.Request) error {
 	if r.ContentLength == 0 || r.ContentLength > q.l.flags.body { // the latter is refused before it is read
 		return nil
 	}
-	q.body = &reservedBody{ReadCloser: r.Body, part: &q.in, reserved: smallSize, began: time.Now().UnixNano()}
+	q.body = &reservedBody{ReadCloser: r.Body, part: q.in, reserved: smallSize, began: time.Now().UnixNano()}
 	r.Body = q.body
 	if r.ContentLength > smallSize {
 		q.body.reserved = r.ContentLength
@@ -139,7 +139,7 @@ func (q *clientQuota) reserve(bytes int) error {
 	if bytes <= smallSize || cut == nil {
 		return nil
 	}
-	q.out = allotment{budget: q.l.receipts, cut: cut}
+	q.out = q.l.receipts.open(cut)
 	return q.out.grow(int64(bytes))
 }
 

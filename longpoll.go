@@ -230,7 +230,7 @@ func (ses *session) readRequests(early []byte) {
 		left := err != nil || ses.gone.Load()
 		if !left {
 			if n, cursor := ses.pool.known(p.question, b); n != nil && ses.ask(n, cursor) {
-				ses.pool.requested(n.technique, len(b))
+				ses.pool.received(n.technique, 1, len(b))
 				continue
 			}
 		}

@@ -85,8 +85,8 @@ func (c *pollingClient) repeat(b *testbed, head string) int64 {
 
 // countRepeated counts the requests that net/http does not see.
 func countRepeated(b *testbed) *int {
-	n, counted := new(int), b.pool.requested
-	b.pool.requested = func(t *technique, bytes int) { *n++; counted(t, bytes) }
+	n, counted := new(int), b.pool.received
+	b.pool.received = func(t *technique, requests, bytes int) { *n += requests; counted(t, requests, bytes) }
 	return n
 }
 

@@ -311,7 +311,6 @@ func newApp(c config) (*app, error) {
 	a.handler = a.stats.wrap(a.handler)                                // layer: stats.go
 	a.pictures.skipped = func(n int) { a.stats.skipped.Add(int64(n)) } // layer: stats.go picture.go
 	a.pool.received = a.stats.received                                 // layer: stats.go async.go
-	a.pool.requested = a.stats.requested                               // layer: stats.go async.go
 	a.handler = wrapPages(s, a.handler)
 	a.handler = a.redis.wrap(a.handler) // layer: redis.go
 	a.limiter = newLimiter(c)

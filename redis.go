@@ -19,6 +19,10 @@
 // wait until it has read as far. While Redis is away nobody knows, and such a cursor is
 // taken for good.
 //
+// Batches. One call of the script is on its way at a time. What is asked for meanwhile waits,
+// and goes with the next. So the more is published at once, the less an event costs: Redis
+// reads and writes its state once for a batch, and the XREAD behind it reads all of it.
+//
 // Lost answers. A publish may have been done although its answer never came. With a key it
 // is sent again, and Redis knows the key. Without one the client is told that nobody knows.
 //
@@ -44,7 +48,9 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/http"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -59,8 +65,10 @@ const (
 	silentAfter    = 20 * time.Second        // an instance that did not is dead
 	unhealthyAfter = 10 * time.Second        // without a beat
 	settleTime     = 10 * time.Second        // after Redis has lost its data, for all to share their users again
-	readCount      = 128                     // entries of a stream that are read at once
+	readCount      = "128"                   // entries of a stream that are read at once
 	awayLookahead  = int64(3600e6)           // while Redis is away a cursor may be an hour ahead
+	maxBatch       = 64                      // calls in a batch
+	maxBatchBytes  = 256 << 10               // the last call may go beyond
 )
 
 //go:embed redis.lua
@@ -87,7 +95,7 @@ type redis struct {
 	stop     context.CancelFunc
 	ended    chan struct{} // closed when the instance has said that it leaves
 
-	// Used by one goroutine at a time, which reads.
+	// Used by one goroutine at a time, which reads: see awaitTurn.
 	read     [2]string // the position in each stream
 	last     [2]int64  // the newest of our entries that was read of each; -1 before the first
 	floor    int64     // the floor of all rooms at the start
@@ -95,23 +103,18 @@ type redis struct {
 	warnedAt time.Time // of an entry that is not ours
 
 	mu          sync.Mutex // guards what follows; may be locked under relay.mu
-	pipeline    *pipeline  // nil while Redis is away
+	batcher     *batcher   // nil while Redis is away
 	back        chan bool  // closed when it is back
 	awaySince   time.Time
-	beatAt      time.Time           // the last
-	born        string              // where Redis' data begin; another value after they were lost
-	applied     int64               // everything up to this id is in the log
-	waiting     map[chan bool]int64 // for an id to be applied; closed then
-	shared      map[share]string    // states that are still to be sent
-	flushes     []chan bool         // closed when they are sent and applied
-	work        chan bool           // holds a token when there is something to send
-	reconcileAt time.Time           // when to compare the users, or the zero time
-	settledAt   time.Time           // before, Redis may not have all users
+	beatAt      time.Time               // the last
+	born        string                  // where Redis' data begin; another value after they were lost
+	applied     int64                   // everything up to this id is in the log
+	waiting     map[chan struct{}]int64 // for an id to be applied; closed then
+	lastShare   scriptCall              // the last state that was shared
+	reconcileAt time.Time               // when to compare the users, or the zero time
+	settledAt   time.Time               // before, Redis may not have all users
 	instances   []instanceStatus
 }
-
-// A share is whose state it is. There is a client only for a goodbye.
-type share struct{ room, user, client string }
 
 // An instanceStatus describes an instance to an operator.
 type instanceStatus struct {
@@ -136,10 +139,10 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 	case events < 1:
 		return nil, errors.New("-redis-events must be 1 or more")
 	}
-	target.maxBulk = int(4*s.maxBody) + 64<<10
+	target.maxText = int(4*s.maxBody) + 64<<10
 	r := s.relay
 	d := &redis{relay: r, server: s, target: target, events: events, ended: make(chan struct{}), read: [2]string{"0-0", "0-0"}, last: [2]int64{-1, -1},
-		back: make(chan bool), waiting: map[chan bool]int64{}, shared: map[share]string{}, work: make(chan bool, 1)}
+		back: make(chan bool), waiting: map[chan struct{}]int64{}}
 	for _, name := range []string{"state", "messages", "signals", "keys", "order", "rooms", "users", "instances"} {
 		d.keys = append(d.keys, "{"+prefix+"}:"+name) // braces keep them together in a cluster
 	}
@@ -150,9 +153,9 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 	r.announceState = func(rm *room, user, state string, _ time.Time) { d.share(rm.name, user, "", cmp.Or(state, "count")) }
 	s.publish, s.erase, s.catchUp, s.setState, s.subscribe = d.publish, d.erase, d.catchUp, d.setPresence, d.subscribe
 	for start, pause := time.Now(), 50*time.Millisecond; ; pause *= 2 {
-		p, reader, err := d.connect()
+		b, reader, err := d.connect()
 		if err == nil {
-			go d.run(p, reader)
+			go d.run(b, reader)
 			return d, nil
 		}
 		refusal, isFinal := err.(redisError)
@@ -166,15 +169,15 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 
 // Connecting.
 
-// connect makes the two connections, one for commands and one for reading, and reads all
+// connect makes the two connections, one for the script and one for reading, and reads all
 // that the streams have.
-func (d *redis) connect() (p *pipeline, reader *redisConn, err error) {
+func (d *redis) connect() (b *batcher, reader *redisConn, err error) {
 	conn, err := d.target.dial()
 	if err != nil {
 		return nil, nil, err
 	}
-	p = newPipeline(conn)
-	if err = d.beat(p, 0); err == nil {
+	b = newBatcher(d, conn)
+	if err = d.beat(b, 0); err == nil {
 		reader, err = d.target.dial()
 	}
 	if err == nil && d.floor == 0 {
@@ -184,34 +187,33 @@ func (d *redis) connect() (p *pipeline, reader *redisConn, err error) {
 		n, err = d.readStreams(reader, 0)
 	}
 	if err == nil {
-		d.found(p)
-		err = d.reconcile(p)
+		d.found(b)
+		err = d.reconcile(reader)
 	}
 	if err != nil {
-		d.disconnect(p, reader, err)
+		disconnect(b, reader, err)
 	}
-	return p, reader, err
+	return b, reader, err
 }
 
-func (d *redis) disconnect(p *pipeline, reader *redisConn, err error) {
-	p.fail(err)
+func disconnect(b *batcher, reader *redisConn, err error) {
+	b.fail(err)
 	if reader != nil {
 		reader.Close()
 	}
-	d.lost(p)
 }
 
 // begin sets the relay's counter, and the floor of all rooms, to where Redis' messages begin.
 func (d *redis) begin(reader *redisConn) error {
-	reply, err := reader.do("XRANGE", d.keys[1], "-", "+", "COUNT", 1)
+	first, err := reader.do("XRANGE", d.keys[1], "-", "+", "COUNT", "1")
 	if err != nil {
 		return err
 	}
 	r := d.relay
 	r.epoch = asNumber(d.born)
 	d.floor = r.epoch
-	if first := asList(reply); len(first) == 1 {
-		d.floor = max(d.floor, parseEntry(0, first[0]).previous)
+	for _, entry := range first.list {
+		d.floor = max(d.floor, parseEntry(0, entry).previous)
 	}
 	r.trimmedElsewhere = d.floor
 	r.lastID.Store(d.floor)
@@ -219,41 +221,41 @@ func (d *redis) begin(reader *redisConn) error {
 }
 
 // found takes note that Redis is there.
-func (d *redis) found(p *pipeline) {
+func (d *redis) found(b *batcher) {
 	d.relay.mu.Lock()
 	defer d.relay.mu.Unlock()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.relay.lookahead = idStep - 1 // what another instance has beyond the last id is its own
-	d.pipeline, d.awaySince = p, time.Time{}
+	d.batcher, d.awaySince = b, time.Time{}
 	close(d.back)
 }
 
-// lost takes note that Redis is away, if it was there by this pipeline.
-func (d *redis) lost(p *pipeline) {
+// lost takes note that Redis is away, if it was there by this batcher.
+func (d *redis) lost(b *batcher) {
 	d.relay.mu.Lock()
 	defer d.relay.mu.Unlock()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.pipeline == p {
+	if d.batcher == b {
 		d.relay.lookahead = awayLookahead
-		d.pipeline, d.awaySince, d.back = nil, time.Now(), make(chan bool)
-		clear(d.shared)
+		d.batcher, d.awaySince, d.back = nil, time.Now(), make(chan bool)
 	}
 }
 
 // run reads what all instances publish, and reconnects when it must.
-func (d *redis) run(p *pipeline, reader *redisConn) {
+func (d *redis) run(b *batcher, reader *redisConn) {
 	defer close(d.ended)
 	for {
 		slog.Info("connected to Redis", "addr", d.target.addr)
-		err := d.follow(p, reader)
+		err := d.follow(b, reader)
 		if d.stopping.Err() != nil {
-			d.beat(p, silentAfter-leaveGrace) // so others end our leases after leaveGrace
-			p.fail(err)
+			d.lost(b)
+			d.beat(b, silentAfter-leaveGrace) // so others end our leases after leaveGrace
+			b.fail(err)
 			return
 		}
-		d.disconnect(p, reader, err)
+		disconnect(b, reader, err)
 		slog.Warn("Redis is away", "addr", d.target.addr, "error", err)
 		for pause := 50 * time.Millisecond; err != nil; pause = min(2*pause, 3*time.Second) {
 			select {
@@ -261,68 +263,64 @@ func (d *redis) run(p *pipeline, reader *redisConn) {
 			case <-d.stopping.Done():
 				return
 			}
-			p, reader, err = d.connect()
+			b, reader, err = d.connect()
 		}
 	}
 }
 
 // follow reads until a connection fails.
-func (d *redis) follow(p *pipeline, reader *redisConn) error {
+func (d *redis) follow(b *batcher, reader *redisConn) error {
 	defer context.AfterFunc(d.stopping, func() { reader.Close() })()
 	go func() {
-		<-p.failed
+		<-b.failed
 		reader.Close()
 	}()
-	go d.keepBeating(p)
-	go d.sendShared(p)
+	go d.keepBeating(b)
 	for {
+		d.awaitTurn(b)
 		if _, err := d.readStreams(reader, beatEvery); err != nil {
 			return err
 		}
-		d.mu.Lock()
-		due := !d.reconcileAt.IsZero() && time.Now().After(d.reconcileAt)
-		d.mu.Unlock()
-		if due {
-			if err := d.reconcile(p); err != nil {
+		if d.isReconcileDue() {
+			if err := d.reconcile(reader); err != nil {
 				return err
 			}
 		}
 	}
 }
 
-func (d *redis) keepBeating(p *pipeline) {
+func (d *redis) keepBeating(b *batcher) {
 	ticker := time.NewTicker(beatEvery)
 	defer ticker.Stop()
 	for {
 		select {
-		case <-p.failed:
+		case <-b.failed:
 			return
 		case <-d.stopping.Done():
 			return
 		case <-ticker.C:
 		}
-		if err := d.beat(p, 0); err != nil {
-			p.fail(err)
+		if err := d.beat(b, 0); err != nil {
+			b.fail(err)
 		}
 	}
 }
 
 // beat says that this instance lives, or did so long ago, and ends others that do not.
-func (d *redis) beat(p *pipeline, age time.Duration) error {
+func (d *redis) beat(b *batcher, age time.Duration) error {
 	d.relay.mu.Lock()
 	status, _ := json.Marshal(instanceStatus{Connections: d.server.active(), Rooms: d.relay.lru.Len(), Users: d.relay.leases})
 	d.relay.mu.Unlock()
-	reply, err := d.eval(p, replyTimeout, "beat", d.server.instance, int(age.Seconds()), status)
+	answer, err := b.do(replyTimeout, "beat", d.server.instance, strconv.Itoa(int(age.Seconds())), string(status))
 	if err != nil {
 		return err
 	}
-	answer := asList(reply)
-	if len(answer) != 4 {
+	if len(answer.list) != 4 {
 		return errProtocol
 	}
-	born, isKnown, now := asString(answer[0]), answer[1] == int64(1), asNumber(asString(answer[2]))
+	born, isKnown, now := answer.list[0].text, answer.list[1].text == "1", asNumber(answer.list[2].text)
 	var all []instanceStatus
-	for instance, beat := range asHash(answer[3]) {
+	for instance, beat := range answer.list[3].hash() {
 		at, status, _ := strings.Cut(beat, " ")
 		var s instanceStatus
 		json.Unmarshal([]byte(status), &s)
@@ -342,8 +340,8 @@ func (d *redis) beat(p *pipeline, age time.Duration) error {
 	d.mu.Unlock()
 	for _, s := range all {
 		for cursor, silent := "0", int64(silentAfter/time.Second); s.Silent > silent; {
-			reply, err := d.eval(p, replyTimeout, "end", s.Instance, silent, cursor)
-			if cursor = asString(reply); err != nil || cursor == "0" {
+			reply, err := b.do(replyTimeout, "end_silent", s.Instance, strconv.FormatInt(silent, 10), cursor)
+			if cursor = reply.text; err != nil || cursor == "0" {
 				break
 			}
 		}
@@ -351,20 +349,171 @@ func (d *redis) beat(p *pipeline, age time.Duration) error {
 	return nil
 }
 
-// eval runs the script.
-func (d *redis) eval(p *pipeline, timeout time.Duration, what string, args ...any) (any, error) {
-	command := make([]any, 0, 6+len(d.keys)+len(args))
-	command = append(command, "EVALSHA", redisScriptSum, len(d.keys))
-	for _, key := range d.keys {
-		command = append(command, key)
+// Calling the script.
+
+// A batcher calls the script, for one batch after the other.
+type batcher struct {
+	redis  *redis
+	conn   *redisConn
+	failed chan struct{} // closed when the connection has ended
+
+	mu        sync.Mutex // guards what follows
+	more      sync.Cond  // signalled when a batch is queued, and at the end
+	queue     []*batch   // still to be sent; calls are added to the last
+	sent      int        // how many batches were sent
+	reads     bool       // the next batches read the streams, see awaitTurn
+	isReading bool       // the batch on its way does
+	err       error      // why the connection has ended
+}
+
+// A batch is what the script does at once, for many who wait for it.
+type batch struct {
+	encoded   []byte // of each call its name, the number of its arguments, and these
+	arguments int    // how many all of these are
+	calls     int
+	replies   []reply // guarded by batcher.mu until done is closed, and so is err
+	err       error
+	done      chan struct{} // closed when there are replies or an error
+}
+
+// A scriptCall is one thing that the script is to do.
+type scriptCall struct {
+	batcher *batcher
+	batch   *batch
+	index   int // of its reply
+}
+
+func newBatcher(d *redis, conn *redisConn) *batcher {
+	b := &batcher{redis: d, conn: conn, failed: make(chan struct{})}
+	b.more.L = &b.mu
+	go b.run()
+	return b
+}
+
+// do has the script do something, and returns its reply when this instance has read all that
+// Redis had by then. With the error errNotSent it was not done, with another it may have been.
+func (b *batcher) do(timeout time.Duration, what string, args ...string) (reply, error) {
+	return b.start(what, args...).wait(timeout)
+}
+
+func (b *batcher) start(what string, args ...string) scriptCall {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.err != nil {
+		late := &batch{err: errNotSent, done: make(chan struct{})}
+		close(late.done)
+		return scriptCall{b, late, 0}
 	}
-	command = append(append(command, d.relay.lastID.Load(), d.events, what), args...)
-	reply, err := p.do(timeout, command...)
-	if e, ok := err.(redisError); ok && strings.HasPrefix(string(e), "NOSCRIPT") {
-		command[0], command[1] = "EVAL", redisScript
-		reply, err = p.do(timeout, command...)
+	if n := len(b.queue); n == 0 || b.queue[n-1].calls >= maxBatch || len(b.queue[n-1].encoded) >= maxBatchBytes {
+		b.queue = append(b.queue, &batch{encoded: make([]byte, 0, 1<<10), done: make(chan struct{})})
+		b.more.Signal()
 	}
-	return reply, err
+	last := b.queue[len(b.queue)-1]
+	last.encoded = appendArgs(last.encoded, what, strconv.Itoa(len(args)))
+	last.encoded = appendArgs(last.encoded, args...)
+	last.arguments += 2 + len(args)
+	last.calls++
+	return scriptCall{b, last, last.calls - 1}
+}
+
+func (c scriptCall) wait(timeout time.Duration) (reply, error) {
+	timer := time.NewTimer(timeout)
+	defer timer.Stop()
+	select {
+	case <-c.batch.done:
+	case <-timer.C:
+		c.batcher.mu.Lock()
+		defer c.batcher.mu.Unlock()
+	}
+	switch {
+	case c.batch.err != nil:
+		return reply{}, c.batch.err
+	case c.batch.replies == nil:
+		return reply{}, errNoReply
+	}
+	r := c.batch.replies[c.index]
+	return r, r.refusal
+}
+
+func (b *batcher) run() {
+	for {
+		b.mu.Lock()
+		for len(b.queue) == 0 && b.err == nil {
+			b.more.Wait()
+		}
+		if b.err != nil {
+			b.mu.Unlock()
+			return
+		}
+		batch, reads := b.queue[0], b.reads
+		b.queue, b.isReading = b.queue[1:], reads
+		b.sent++
+		b.mu.Unlock()
+
+		r, err := b.call("EVALSHA", redisScriptSum, batch, reads)
+		refusal, isRefused := err.(redisError)
+		if strings.HasPrefix(string(refusal), "NOSCRIPT") {
+			r, err = b.call("EVAL", redisScript, batch, reads)
+			_, isRefused = err.(redisError)
+		}
+		if err == nil && len(r.list) != 1+batch.calls {
+			err = errProtocol
+		}
+		if err != nil && !isRefused {
+			b.fail(err)
+			err = fmt.Errorf("no answer: %w", err)
+		}
+		newest := int64(0)
+		b.mu.Lock()
+		if batch.err = err; err == nil {
+			newest, batch.replies = asNumber(r.list[0].text), r.list[1:]
+		}
+		b.isReading = false
+		b.mu.Unlock()
+		b.redis.whenRead(b, newest, batch.done)
+		runtime.Gosched() // who is about to call the script joins the next batch
+	}
+}
+
+// call calls the script for a batch, and may read the streams after it. The error is a
+// redisError if the script was refused.
+func (b *batcher) call(command, script string, batch *batch, reads bool) (reply, error) {
+	d := b.redis
+	text := appendCount(b.conn.out[:0], 5+len(d.keys)+batch.arguments)
+	text = appendArgs(text, command, script, strconv.Itoa(len(d.keys)))
+	text = appendArgs(text, d.keys...)
+	text = appendArgs(text, strconv.FormatInt(d.relay.lastID.Load(), 10), strconv.Itoa(d.events))
+	text = append(text, batch.encoded...)
+	if reads {
+		text = d.appendRead(text, "COUNT", readCount)
+	}
+	b.conn.SetDeadline(time.Now().Add(replyTimeout))
+	r, err := b.conn.send(text)
+	if _, isRefused := err.(redisError); reads && (err == nil || isRefused) {
+		if _, err := d.readEntries(b.conn); err != nil {
+			return reply{}, fmt.Errorf("reading: %w", err)
+		}
+	}
+	return r, err
+}
+
+// fail ends the connection, and all that waits for it.
+func (b *batcher) fail(err error) {
+	b.redis.lost(b) // first, so that nobody tries this connection again
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.err != nil {
+		return
+	}
+	b.err = err
+	go b.conn.Close() // with TLS it may block
+	for _, batch := range b.queue {
+		batch.err = errNotSent
+		close(batch.done)
+	}
+	b.queue = nil
+	b.more.Signal()
+	close(b.failed)
 }
 
 // Reading.
@@ -385,25 +534,24 @@ type redisEntry struct {
 
 // parseEntry reads an entry. Others may write to Redis, so all is checked as if it came from
 // a client.
-func parseEntry(stream int, reply any) (e redisEntry) {
-	values := asList(reply)
-	if len(values) != 2 {
+func parseEntry(stream int, r reply) (e redisEntry) {
+	if len(r.list) != 2 {
 		return e
 	}
-	e.stream, e.at = stream, asString(values[0])
+	e.stream, e.at = stream, r.list[0].text
 	id, sequence, _ := strings.Cut(e.at, "-")
 	e.id = asNumber(id)
-	fields := asList(values[1])
-	if len(fields) != 6 || sequence != "0" || e.id >= 1<<53 {
+	fields := r.list[1].list
+	if len(fields) != 2 || sequence != "0" || e.id >= 1<<53 {
 		return e
 	}
-	head := strings.Split(asString(fields[1]), " ")
-	if len(head) != 6 {
+	lines := strings.SplitN(fields[1].text, "\n", 3)
+	head := strings.Split(lines[0], " ")
+	if len(lines) != 3 || len(head) != 6 {
 		return e
 	}
 	e.previous, e.time, e.ttl = asNumber(head[0]), time.UnixMilli(asNumber(head[1])), time.Duration(asNumber(head[2]))*time.Millisecond
-	e.instance, e.kind, e.room, e.user = head[3], head[4], head[5], asString(fields[3])
-	e.data, _ = fields[5].([]byte)
+	e.instance, e.kind, e.room, e.user, e.data = head[3], head[4], head[5], lines[1], []byte(lines[2])
 	if e.previous < 0 || e.previous >= e.id || e.ttl < 0 || e.ttl > maxTTL*time.Second || !validName(e.room) || e.room[0] == '_' || !validUser(e.user) {
 		return e
 	}
@@ -420,34 +568,76 @@ func parseEntry(stream int, reply any) (e redisEntry) {
 
 func (e *redisEntry) state() string { return strings.Trim(string(e.data), `"`) }
 
-// readStreams reads what is new in both streams, and waits if there is nothing. It returns
-// how many entries it read.
-func (d *redis) readStreams(reader *redisConn, wait time.Duration) (int, error) {
-	command := []any{"XREAD", "COUNT", readCount}
-	if wait > 0 {
-		command = append(command, "BLOCK", wait.Milliseconds())
+// awaitTurn lets the batches read the streams as long as they come one after the other, and
+// returns when for a millisecond there was none, or when the users are to be compared. Then
+// the caller is to read. So a busy instance reads what it publishes without another command.
+func (d *redis) awaitTurn(b *batcher) {
+	for sent := -1; ; time.Sleep(time.Millisecond) {
+		isDue := d.isReconcileDue()
+		b.mu.Lock()
+		b.reads = b.sent != sent && !isDue
+		isOurs := !b.reads && !b.isReading
+		sent = b.sent
+		b.mu.Unlock()
+		if isOurs {
+			return
+		}
 	}
+}
+
+// readStreams reads what is new in both streams, and waits if there is nothing. It returns
+// how many entries it read. A command that has waited may answer with one stream alone,
+// although the other has older entries of the same batch. So a second command reads, both
+// streams at one moment.
+func (d *redis) readStreams(reader *redisConn, wait time.Duration) (int, error) {
 	reader.SetDeadline(time.Now().Add(wait + 5*time.Second))
-	reply, err := reader.do(append(command, "STREAMS", d.keys[1], d.keys[2], d.read[0], d.read[1])...)
+	commands := reader.out[:0]
+	if wait > 0 {
+		commands = d.appendRead(commands, "COUNT", "1", "BLOCK", strconv.FormatInt(wait.Milliseconds(), 10))
+	}
+	reader.out = d.appendRead(commands, "COUNT", readCount)
+	if _, err := reader.Write(reader.out); err != nil {
+		return 0, err
+	}
+	if wait > 0 {
+		if _, err := reader.receive(); err != nil {
+			return 0, err
+		}
+	}
+	return d.readEntries(reader)
+}
+
+// appendRead appends the command that reads the streams.
+func (d *redis) appendRead(b []byte, options ...string) []byte {
+	b = appendArgs(appendCount(b, 6+len(options)), "XREAD")
+	b = appendArgs(b, options...)
+	return appendArgs(b, "STREAMS", d.keys[1], d.keys[2], d.read[0], d.read[1])
+}
+
+// readEntries receives the reply to it, and does what the entries say.
+func (d *redis) readEntries(conn *redisConn) (int, error) {
+	news, err := conn.receive()
 	if err != nil {
 		return 0, err
 	}
 	var entries []redisEntry
 	var upTo *redisEntry // what comes after it in one stream may come after what was not read of the other
-	for _, v := range asList(reply) {
-		pair := asList(v)
-		if len(pair) != 2 {
+	for _, pair := range news.list {
+		if len(pair.list) != 2 {
 			return 0, errProtocol
 		}
-		stream := slices.Index(d.keys[1:3], asString(pair[0]))
-		for _, v := range asList(pair[1]) {
-			entries = append(entries, parseEntry(max(stream, 0), v))
+		stream, some := slices.Index(d.keys[1:3], pair.list[0].text), pair.list[1].list
+		entries = slices.Grow(entries, len(some))
+		for _, r := range some {
+			entries = append(entries, parseEntry(max(stream, 0), r))
 			if entries[len(entries)-1].at == "" || stream < 0 {
 				return 0, errProtocol
 			}
 		}
-		if last := entries[len(entries)-1]; len(asList(pair[1])) == readCount && (upTo == nil || last.id < upTo.id) {
-			upTo = &last
+		if strconv.Itoa(len(some)) == readCount {
+			if last := entries[len(entries)-1]; upTo == nil || last.id < upTo.id {
+				upTo = &last
+			}
 		}
 	}
 	slices.SortStableFunc(entries, func(a, b redisEntry) int { return cmp.Compare(a.id, b.id) })
@@ -561,40 +751,26 @@ func (r *relay) dropSignals(rm *room, id int64) {
 	r.changed = append(r.changed, rm)
 }
 
-// await waits until everything up to an id is in the log, and reports whether it is.
-func (d *redis) await(ctx context.Context, id int64) bool {
-	d.mu.Lock()
-	if d.applied >= id {
-		d.mu.Unlock()
-		return true
-	}
-	ch := make(chan bool)
-	d.waiting[ch] = id
-	d.mu.Unlock()
-	timer := time.NewTimer(readTimeout)
-	defer timer.Stop()
-	select {
-	case <-ch:
-		return true
-	case <-timer.C:
-	case <-ctx.Done():
-	}
+// whenRead closes a channel when everything up to an id is in the log, or at once if the
+// batcher's connection is not in use yet, or no more.
+func (d *redis) whenRead(b *batcher, id int64, done chan struct{}) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	delete(d.waiting, ch)
-	return d.applied >= id
+	if d.batcher == b && d.applied < id {
+		d.waiting[done] = id
+	} else {
+		close(done)
+	}
 }
 
 // catchUp waits for a cursor beyond the log, if Redis says that it will come.
-func (d *redis) catchUp(ctx context.Context, cursor int64) {
-	p := d.connected(0)
-	if p == nil {
+func (d *redis) catchUp(cursor int64) {
+	b := d.connected(0)
+	if b == nil {
 		return
 	}
-	newest, err := p.do(replyTimeout, "HGET", d.keys[0], "id")
-	if err != nil {
-		d.lost(p) // before anybody looks at the cursor
-	} else if !d.await(ctx, min(cursor, asNumber(asString(newest)))) { // we are far behind
+	newest, err := b.do(readTimeout, "newest")
+	if err != nil || min(cursor, asNumber(newest.text)) > d.relay.lastID.Load() { // away, or far behind
 		d.relay.mu.Lock()
 		d.relay.lookahead = awayLookahead
 		d.relay.mu.Unlock()
@@ -622,18 +798,17 @@ func (d *redis) publish(p publishRequest) (id int64, isNew bool, err error) {
 			return 0, false, err
 		}
 	}
-	var onlyIf any = ""
+	onlyIf := ""
 	if p.onlyIf != nil {
-		onlyIf = *p.onlyIf
+		onlyIf = strconv.FormatInt(*p.onlyIf, 10)
 	}
-	answer, err := d.ask(p.key != "", "publish", p.room, p.kind, p.from, p.ttl.Milliseconds(), p.key, onlyIf, p.data)
+	answer, err := d.ask(p.key != "", "publish", p.room, p.kind, p.from, strconv.FormatInt(p.ttl.Milliseconds(), 10), p.key, onlyIf, string(p.data))
 	if err != nil {
 		return 0, false, err
 	}
 	if id = asNumber(strings.Trim(answer, "nki")); strings.HasPrefix(answer, "i") {
 		return 0, false, conflict(id)
 	}
-	d.await(context.Background(), id)
 	return id, strings.HasPrefix(answer, "n"), nil
 }
 
@@ -646,51 +821,48 @@ func (d *redis) erase(room string) error {
 	if err != nil {
 		return err
 	}
-	d.await(context.Background(), asNumber(id))
 	for stream := range 2 {
 		for from := "-"; from != "" && err == nil; {
-			from, err = d.ask(true, "delete", stream+1, room, from, "("+id+"-0")
+			from, err = d.ask(true, "delete", strconv.Itoa(stream+1), room, from, "("+id+"-0")
 		}
 	}
 	return err
 }
 
-// ask runs the script, which answers with a string, and again if its answer was lost and it may.
-func (d *redis) ask(again bool, what string, args ...any) (string, error) {
+// ask has the script do something that it answers with a string, and again if the answer was
+// lost and that may be.
+func (d *redis) ask(again bool, what string, args ...string) (string, error) {
 	failure := errRedisAway
 	for deadline := time.Now().Add(publishTimeout); ; {
 		left := time.Until(deadline)
-		p := d.connected(left)
-		if p == nil || left <= 0 {
+		b := d.connected(left)
+		if b == nil || left <= 0 {
 			return "", failure
 		}
-		reply, err := d.eval(p, min(left, replyTimeout), what, args...)
-		if _, ok := reply.([]byte); err == nil && !ok {
-			err = errProtocol
-		}
+		reply, err := b.do(left, what, args...)
 		if refusal, ok := err.(redisError); ok {
 			slog.Error("Redis refused a publish", "error", refusal)
 			return "", errRedisRefused
 		}
 		switch {
 		case err == nil:
-			return asString(reply), nil
-		case err != errNotSent:
+			return reply.text, nil
+		case err == errNotSent:
+		case !again:
+			return "", errRedisSilent
+		default:
 			failure = errRedisSilent
-		}
-		if d.lost(p); failure == errRedisSilent && !again {
-			return "", failure
 		}
 	}
 }
 
-// connected returns the pipeline, or nil. If Redis went away just now it waits.
-func (d *redis) connected(atMost time.Duration) *pipeline {
+// connected returns the batcher, or nil. If Redis went away just now it waits.
+func (d *redis) connected(atMost time.Duration) *batcher {
 	d.mu.Lock()
-	p, back, since := d.pipeline, d.back, d.awaySince
+	b, back, since := d.batcher, d.back, d.awaySince
 	d.mu.Unlock()
-	if p != nil || atMost <= 0 || time.Since(since) > publishTimeout {
-		return p
+	if b != nil || atMost <= 0 || time.Since(since) > publishTimeout {
+		return b
 	}
 	select {
 	case <-back:
@@ -732,77 +904,24 @@ func (d *redis) subscribe(sub *subscriber, q subscribeRequest) error {
 	return nil
 }
 
-// share has the state of a user, as this instance knows it, sent to all. It is called under
-// relay.mu. While Redis is away nothing is kept, since both sides are compared later.
+// share tells all instances the state of a user, as this one knows it; the client only of a
+// goodbye. It is called under relay.mu. While Redis is away nothing is kept, since both sides
+// are compared later.
 func (d *redis) share(room, user, client, state string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.pipeline != nil {
-		d.shared[share{room, user, client}] = state
-		d.wakeSender()
-	}
-}
-
-func (d *redis) wakeSender() {
-	select {
-	case d.work <- true:
-	default:
+	if d.batcher != nil {
+		d.lastShare = d.batcher.start("share", d.server.instance, room, user, client, state)
 	}
 }
 
 // awaitShared waits until what was shared so far has been read here.
 func (d *redis) awaitShared() {
 	d.mu.Lock()
-	if len(d.shared) == 0 || d.pipeline == nil {
-		d.mu.Unlock()
-		return
-	}
-	ch := make(chan bool)
-	d.flushes = append(d.flushes, ch)
-	d.wakeSender()
+	last := d.lastShare
 	d.mu.Unlock()
-	select {
-	case <-ch:
-	case <-time.After(readTimeout):
-	}
-}
-
-// sendShared sends what is shared, all that is due at once.
-func (d *redis) sendShared(p *pipeline) {
-	for {
-		select {
-		case <-d.work:
-		case <-p.failed:
-			return
-		}
-		d.mu.Lock()
-		due, flushes := maps.Clone(d.shared), d.flushes
-		d.flushes = nil
-		d.mu.Unlock()
-		newest := "0"
-		for some := range slices.Chunk(slices.Collect(maps.Keys(due)), 100) {
-			args := []any{d.server.instance}
-			for _, s := range some {
-				args = append(args, s.room, s.user, s.client, due[s])
-			}
-			reply, err := d.eval(p, replyTimeout, "share", args...)
-			if err != nil {
-				p.fail(err)
-				return
-			}
-			newest = asString(reply)
-		}
-		d.await(d.stopping, asNumber(newest))
-		d.mu.Lock()
-		for s, state := range due {
-			if d.shared[s] == state {
-				delete(d.shared, s)
-			}
-		}
-		d.mu.Unlock()
-		for _, ch := range flushes {
-			close(ch)
-		}
+	if last.batch != nil {
+		last.wait(readTimeout)
 	}
 }
 
@@ -846,16 +965,24 @@ func (d *redis) applyPresence(e *redisEntry) {
 	}
 }
 
+func (d *redis) isReconcileDue() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return !d.reconcileAt.IsZero() && time.Now().After(d.reconcileAt)
+}
+
 // reconcile compares the users that Redis has with those here. It is called by who reads
 // the streams: what changes after Redis has answered is still to be read.
-func (d *redis) reconcile(p *pipeline) error {
-	reply, err := p.do(5*time.Second, "HGETALL", d.keys[6])
+func (d *redis) reconcile(reader *redisConn) error {
+	reader.SetDeadline(time.Now().Add(5 * time.Second))
+	reply, err := reader.do("HGETALL", d.keys[6])
 	if err != nil {
 		return err
 	}
 	users := map[string]map[string]string{} // by room
-	held := map[share]string{}              // by this instance, as Redis has it
-	for field, value := range asHash(reply) {
+	type member struct{ room, user string }
+	held := map[member]string{} // by this instance, as Redis has it
+	for field, value := range reply.hash() {
 		room, user, _ := strings.Cut(field, " ")
 		state, holders, _ := strings.Cut(value, " ")
 		if !validName(room) || room[0] == '_' || user == "" || !validUser(user) || !slices.Contains(presenceStates, state) {
@@ -866,7 +993,7 @@ func (d *redis) reconcile(p *pipeline) error {
 		}
 		users[room][user] = state
 		if strings.Contains(holders, d.server.instance) {
-			held[share{room, user, ""}] = state
+			held[member{room, user}] = state
 		}
 	}
 	d.mu.Lock()
@@ -885,7 +1012,7 @@ func (d *redis) reconcile(p *pipeline) error {
 	}
 	for name, rm := range r.rooms {
 		for user, l := range rm.leases {
-			s := share{name, user, ""}
+			s := member{name, user}
 			if state := l.stateAt(now); state != "offline" && held[s] != state {
 				d.share(name, user, "", state)
 			} else if state == "offline" {
@@ -950,7 +1077,7 @@ func (d *redis) status() any {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	away := int64(0)
-	if d.pipeline == nil {
+	if d.batcher == nil {
 		away = 1 + int64(time.Since(d.awaySince).Seconds())
 	}
 	return map[string]any{"away": away, "instances": d.instances}

@@ -1,12 +1,13 @@
 -- What is done in Redis, where one thing happens at a time. Called with the keys below, and
--- as arguments: the newest id that the caller has, how many entries a stream keeps, what
--- to do, and what that takes. Of keys and of the rooms' newest messages Redis remembers
+-- as arguments: the newest id that the caller has, how many entries a stream keeps, and then
+-- for each thing to do its name, how many arguments it takes, and these. It answers with the
+-- newest id, and a reply to each. Of keys and of the rooms' newest messages Redis remembers
 -- ten for each entry that a stream keeps.
 
 local call = redis.call
 local STATE, STREAMS, KNOWN, ORDER, ROOMS, USERS, INSTANCES = KEYS[1], {KEYS[2], KEYS[3]}, KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local MESSAGES, SIGNALS = 1, 2
-local HEAD, EVENTS, WHAT = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+local HEAD, EVENTS = tonumber(ARGV[1]), tonumber(ARGV[2])
 
 local function last_of(stream)
 	if call('EXISTS', stream) == 0 then return 0 end
@@ -16,37 +17,42 @@ local function last_of(stream)
 	end
 end
 
+-- The state is read and written once, for all that is to do: the newest id, the first one
+-- since Redis was empty, and the newest of each stream.
+local state = call('HMGET', STATE, 'id', 'born', MESSAGES, SIGNALS)
+local newest, born, newest_of = state[1], state[2], {state[3] or '0', state[4] or '0'}
+local last = tonumber(newest) or math.max(last_of(STREAMS[1]), last_of(STREAMS[2]))
+local time = call('TIME')
+local now = time[1] * 1000000 + time[2]
+local milliseconds = string.format('%.0f', now / 1000)
+
 -- add appends an entry, and returns its id.
 local function add(stream, ttl, instance, kind, room, user, data)
-	local state = call('HMGET', STATE, 'id', stream)
-	local last = state[1] or math.max(last_of(STREAMS[1]), last_of(STREAMS[2]))
-	local t = call('TIME')
-	local now = t[1] * 1000000 + t[2]
-	local id = string.format('%.0f', math.max(now, last + 16, HEAD + 1)) -- 16 is idStep
-	if not state[1] then call('HSET', STATE, 'born', id) end
-	local head = (state[2] or '0') .. ' ' .. string.format('%.0f', now / 1000) .. ' ' .. ttl .. ' ' .. instance .. ' ' .. kind .. ' ' .. room
-	call('XADD', STREAMS[stream], 'MAXLEN', '~', EVENTS, id .. '-0', 'head', head, 'user', user, 'data', data)
-	call('HSET', STATE, 'id', id, stream, id)
+	last = math.max(now, last + 16, HEAD + 1) -- 16 is idStep
+	local id = string.format('%.0f', last)
+	local head = table.concat({newest_of[stream], milliseconds, ttl, instance, kind, room}, ' ')
+	call('XADD', STREAMS[stream], 'MAXLEN', '~', EVENTS, id .. '-0', 'event', head .. '\n' .. user .. '\n' .. data)
+	newest, born, newest_of[stream] = id, born or id, id
 	return id
 end
 
+local to_do = {}
+
 -- publish answers with the id, after an n for a new event, a k for a known key, an i if there
 -- is a newer message.
-if WHAT == 'publish' then
-	local room, kind, user, ttl, key, only, data = unpack(ARGV, 4)
+function to_do.publish(room, kind, user, ttl, key, only, data)
 	local field = room .. ' ' .. key
 	if key ~= '' then
 		local id = call('HGET', KNOWN, field)
 		if id then return 'k' .. id end
 	end
 	if only ~= '' then
-		local newest = string.format('%.0f', call('ZSCORE', ROOMS, room) or 0)
-		if newest ~= only then return 'i' .. newest end
+		local id = string.format('%.0f', call('ZSCORE', ROOMS, room) or 0)
+		if id ~= only then return 'i' .. id end
 	end
 	local id = add(ttl == '0' and MESSAGES or SIGNALS, ttl, '-', kind, room, user, data)
-	if ttl == '0' then
-		call('ZADD', ROOMS, id, room)
-		if call('ZCARD', ROOMS) > 10 * EVENTS then call('ZPOPMIN', ROOMS) end
+	if ttl == '0' and call('ZADD', ROOMS, id, room) == 1 and call('ZCARD', ROOMS) > 10 * EVENTS then
+		call('ZPOPMIN', ROOMS)
 	end
 	if key ~= '' then
 		call('HSET', KNOWN, field, id)
@@ -55,18 +61,22 @@ if WHAT == 'publish' then
 	return 'n' .. id
 end
 
-if WHAT == 'erase' then
-	call('ZREM', ROOMS, ARGV[4])
-	return add(MESSAGES, '0', '-', 'gap', ARGV[4], '', '')
+function to_do.newest()
+	return newest or '0'
+end
+
+function to_do.erase(room)
+	call('ZREM', ROOMS, room)
+	return add(MESSAGES, '0', '-', 'gap', room, '', '')
 end
 
 -- delete removes what a room has in a stream, a part at a time. It answers where to go on, or
 -- with nothing.
-if WHAT == 'delete' then
-	local stream, room = STREAMS[tonumber(ARGV[4])], ARGV[5]
-	local entries = call('XRANGE', stream, ARGV[6], ARGV[7], 'COUNT', 200)
+function to_do.delete(stream, room, from, to)
+	stream = STREAMS[tonumber(stream)]
+	local entries = call('XRANGE', stream, from, to, 'COUNT', 200)
 	for _, entry in ipairs(entries) do
-		if string.match(entry[2][2] or '', ' (%S+)$') == room then call('XDEL', stream, entry[1]) end
+		if string.match(entry[2][2] or '', ' (%S+)\n') == room then call('XDEL', stream, entry[1]) end
 	end
 	return entries[200] and '(' .. entries[200][1] or ''
 end
@@ -90,39 +100,25 @@ local function lease(instance, room, user, state)
 	return add(SIGNALS, '60000', instance, 'presence', room, user, '"' .. state .. '"')
 end
 
--- share answers with the newest id.
-if WHAT == 'share' then
-	local newest = '0'
-	for i = 5, #ARGV, 4 do
-		local room, user, client, state = unpack(ARGV, i, i + 3)
-		local id
-		if state == 'goodbye' then
-			id = add(SIGNALS, '1', ARGV[4], 'goodbye', room, user, client)
-		elseif state == 'count' then
-			id = add(SIGNALS, '60000', ARGV[4], 'presence', room, '', '')
-		else
-			id = lease(ARGV[4], room, user, state)
-		end
-		if id ~= '0' then newest = id end
-	end
-	return newest
+-- share answers with the id, or with 0 if nothing changed for all.
+function to_do.share(instance, room, user, client, state)
+	if state == 'goodbye' then return add(SIGNALS, '1', instance, 'goodbye', room, user, client) end
+	if state == 'count' then return add(SIGNALS, '60000', instance, 'presence', room, '', '') end
+	return lease(instance, room, user, state)
 end
 
-if WHAT == 'beat' then
-	local instance, age, status = unpack(ARGV, 4)
-	local now = call('TIME')[1]
+function to_do.beat(instance, age, status)
 	local known = call('HEXISTS', INSTANCES, instance)
-	call('HSET', INSTANCES, instance, string.format('%.0f', now - age) .. ' ' .. status)
+	call('HSET', INSTANCES, instance, string.format('%.0f', time[1] - age) .. ' ' .. status)
 	add(SIGNALS, '1', instance, 'beat', '-', '', '')
-	return {call('HGET', STATE, 'born'), known, now, call('HGETALL', INSTANCES)}
+	return {born, known, time[1], call('HGETALL', INSTANCES)}
 end
 
--- end lets go of the users of an instance if it is silent, a part at a time. It answers where
--- to go on, or with 0.
-if WHAT == 'end' then
-	local instance, silent, cursor = unpack(ARGV, 4)
+-- end_silent lets go of the users of an instance if it is silent, a part at a time. It answers
+-- where to go on, or with 0.
+function to_do.end_silent(instance, silent, cursor)
 	local beat = call('HGET', INSTANCES, instance)
-	if not beat or call('TIME')[1] - string.match(beat, '%d+') <= tonumber(silent) then return '0' end
+	if not beat or time[1] - string.match(beat, '%d+') <= tonumber(silent) then return '0' end
 	local found = call('HSCAN', USERS, cursor, 'COUNT', 200)
 	for i = 1, #found[2], 2 do
 		local room, user = string.match(found[2][i], '^(%S+) (.*)$')
@@ -131,3 +127,16 @@ if WHAT == 'end' then
 	if found[1] == '0' then call('HDEL', INSTANCES, instance) end
 	return found[1]
 end
+
+local replies, i = {''}, 3
+while ARGV[i] do
+	local from, to = i + 2, i + 1 + ARGV[i + 1]
+	local ok, reply = pcall(to_do[ARGV[i]], unpack(ARGV, from, to)) -- an error is of this one alone
+	replies[#replies + 1] = ok and reply or type(reply) == 'table' and reply or {err = tostring(reply)}
+	i = to + 1
+end
+if newest ~= state[1] then
+	call('HSET', STATE, 'id', newest, 'born', born, MESSAGES, newest_of[1], SIGNALS, newest_of[2])
+end
+replies[1] = newest or '0'
+return replies

@@ -14,9 +14,9 @@ import (
 	"io"
 	"net"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -49,7 +49,7 @@ type redisTarget struct {
 	addr, user, password, db string
 
 	tls     *tls.Config
-	maxBulk int // bytes of one string of a reply
+	maxText int // see redisConn
 }
 
 // parseRedisURL reads redis://user:password@host:port/db, or rediss:// for TLS. Its errors do
@@ -90,7 +90,8 @@ func parseRedisURL(raw string) (*redisTarget, error) {
 type redisConn struct {
 	net.Conn
 	r       *bufio.Reader
-	maxBulk int
+	out     []byte // what was sent last, for its memory
+	maxText int    // bytes of one string of a reply
 }
 
 // replyTimeout is how long a connection may be without an answer.
@@ -107,15 +108,15 @@ func (t *redisTarget) dial() (*redisConn, error) {
 	if t.tls != nil {
 		conn = tls.Client(conn, t.tls)
 	}
-	c := &redisConn{conn, bufio.NewReaderSize(conn, 32<<10), t.maxBulk}
-	var commands [][]any
+	c := &redisConn{Conn: conn, r: bufio.NewReaderSize(conn, 32<<10), maxText: t.maxText}
+	var commands [][]string
 	switch {
 	case t.user != "":
-		commands = append(commands, []any{"AUTH", t.user, t.password})
+		commands = append(commands, []string{"AUTH", t.user, t.password})
 	case t.password != "":
-		commands = append(commands, []any{"AUTH", t.password})
+		commands = append(commands, []string{"AUTH", t.password})
 	}
-	for _, command := range append(commands, []any{"SELECT", cmp.Or(t.db, "0")}) {
+	for _, command := range append(commands, []string{"SELECT", cmp.Or(t.db, "0")}) {
 		if _, err := c.do(command...); err != nil {
 			c.Close()
 			return nil, err
@@ -126,93 +127,94 @@ func (t *redisTarget) dial() (*redisConn, error) {
 }
 
 // do sends a command, and returns its reply.
-func (c *redisConn) do(args ...any) (any, error) {
-	if _, err := c.Write(appendCommand(nil, args)); err != nil {
-		return nil, err
-	}
-	reply, err := c.readReply(0)
-	if e, ok := reply.(redisError); ok {
-		return nil, e
-	}
-	return reply, err
+func (c *redisConn) do(args ...string) (reply, error) {
+	return c.send(appendArgs(appendCount(c.out[:0], len(args)), args...))
 }
 
-// appendCommand appends a command of strings, bytes and numbers.
-func appendCommand(b []byte, args []any) []byte {
-	b = append(strconv.AppendInt(append(b, '*'), int64(len(args)), 10), "\r\n"...)
+// send sends commands that are encoded, and returns the first reply.
+func (c *redisConn) send(commands []byte) (reply, error) {
+	c.out = commands
+	if _, err := c.Write(commands); err != nil {
+		return reply{}, err
+	}
+	return c.receive()
+}
+
+// receive returns the next reply. The error is a redisError if that is a refusal.
+func (c *redisConn) receive() (reply, error) {
+	r, err := c.readReply(0)
+	return r, cmp.Or(err, r.refusal)
+}
+
+// appendCount begins a command: first comes the number of its arguments.
+func appendCount(b []byte, n int) []byte {
+	return append(strconv.AppendInt(append(b, '*'), int64(n), 10), "\r\n"...)
+}
+
+func appendArgs(b []byte, args ...string) []byte {
 	for _, arg := range args {
-		var s string
-		switch v := arg.(type) {
-		case string:
-			s = v
-		case []byte:
-			b = append(strconv.AppendInt(append(b, '$'), int64(len(v)), 10), "\r\n"...)
-			b = append(append(b, v...), "\r\n"...)
-			continue
-		default:
-			s = fmt.Sprint(v)
-		}
-		b = append(strconv.AppendInt(append(b, '$'), int64(len(s)), 10), "\r\n"...)
-		b = append(append(b, s...), "\r\n"...)
+		b = append(strconv.AppendInt(append(b, '$'), int64(len(arg)), 10), "\r\n"...)
+		b = append(append(b, arg...), "\r\n"...)
 	}
 	return b
 }
 
-// readReply reads a reply: nil, a redisError, int64, []byte or []any. A string that is too
-// long to be ours is read as nil. The bounds are those of what we ask for.
-func (c *redisConn) readReply(depth int) (any, error) {
-	const maxDepth, maxItems, maxString = 8, 1 << 20, 512 << 20
+// A reply is a text, a list of replies, or a refusal. A number is a text, too.
+type reply struct {
+	text    string
+	list    []reply
+	refusal error // a redisError
+}
+
+// readReply reads a reply. A text that is too long to be ours is read as none. The bounds are
+// those of what we ask for.
+func (c *redisConn) readReply(depth int) (r reply, err error) {
+	const maxDepth, maxItems, maxText = 8, 1 << 20, 512 << 20
 	line, err := c.r.ReadSlice('\n')
 	if err != nil && err != bufio.ErrBufferFull {
-		return nil, err
+		return r, err
 	}
-	text, ok := strings.CutSuffix(string(line), "\r\n")
-	if !ok || text == "" {
-		return nil, fmt.Errorf("%w: it says %.60q", errProtocol, line)
+	text, ok := bytes.CutSuffix(line, []byte("\r\n"))
+	if !ok || len(text) == 0 {
+		return r, fmt.Errorf("%w: it says %.60q", errProtocol, line)
 	}
-	n, err := strconv.ParseInt(text[1:], 10, 64)
-	switch kind := text[0]; {
-	case kind == '+':
-		return []byte(text[1:]), nil
+	kind, text := text[0], text[1:]
+	n, noNumber := strconv.Atoi(string(text))
+	switch {
+	case kind == '+', kind == ':' && noNumber == nil:
+		r.text = string(text)
+		return r, nil
 	case kind == '-':
-		return redisError(text[1:]), nil
-	case err != nil:
-	case kind == ':':
-		return n, nil
+		r.refusal = redisError(text)
+		return r, nil
+	case noNumber != nil:
 	case n == -1 && (kind == '$' || kind == '*'):
-		return nil, nil
-	case kind == '$' && n > int64(c.maxBulk) && n <= maxString:
-		_, err := io.CopyN(io.Discard, c.r, n+2)
-		return nil, err
-	case kind == '$' && n >= 0 && n <= int64(c.maxBulk):
+		return r, nil
+	case kind == '$' && n > c.maxText && n <= maxText:
+		_, err := io.CopyN(io.Discard, c.r, int64(n+2))
+		return r, err
+	case kind == '$' && n >= 0 && n <= c.maxText:
 		b := make([]byte, n+2)
-		if _, err := io.ReadFull(c.r, b); err != nil || bytes.HasSuffix(b, []byte("\r\n")) {
-			return b[:n], err
+		if _, err := io.ReadFull(c.r, b); err != nil {
+			return r, err
 		}
+		if b, ok := bytes.CutSuffix(b, []byte("\r\n")); ok {
+			r.text = string(b)
+			return r, nil
+		}
+		return r, errProtocol
 	case kind == '*' && n >= 0 && n <= maxItems && depth < maxDepth:
-		values := []any{} // grows as values come, not as the number says
+		r.list = make([]reply, 0, min(n, 64)) // grows as they come, not as the number says
 		for range n {
-			v, err := c.readReply(depth + 1)
+			item, err := c.readReply(depth + 1)
 			if err != nil {
-				return nil, err
+				return r, err
 			}
-			values = append(values, v)
+			r.list = append(r.list, item)
 		}
-		return values, nil
+		return r, nil
 	}
-	return nil, fmt.Errorf("%w: it says %.60q", errProtocol, text)
-}
-
-// asList returns an array, and nil for anything else.
-func asList(reply any) []any {
-	values, _ := reply.([]any)
-	return values
-}
-
-// asString returns a string, and "" for anything else.
-func asString(reply any) string {
-	b, _ := reply.([]byte)
-	return string(b)
+	return r, fmt.Errorf("%w: it says %.60q", errProtocol, line)
 }
 
 // asNumber returns the number in a string, or 0.
@@ -221,120 +223,11 @@ func asNumber(s string) int64 {
 	return n
 }
 
-// asHash returns the fields of a hash.
-func asHash(reply any) map[string]string {
-	values, fields := asList(reply), map[string]string{}
-	for i := 0; i+1 < len(values); i += 2 {
-		fields[asString(values[i])] = asString(values[i+1])
+// hash returns the fields of a hash.
+func (r reply) hash() map[string]string {
+	fields := map[string]string{}
+	for pair := range slices.Chunk(r.list, 2) {
+		fields[pair[0].text] = pair[len(pair)-1].text
 	}
 	return fields
-}
-
-// A pipeline is a connection that many use at once. What they send while one of them
-// writes goes out together; replies come in the same order.
-type pipeline struct {
-	conn   *redisConn
-	failed chan struct{} // closed when it has ended
-
-	mu      sync.Mutex // guards what follows
-	unsent  []byte
-	writing bool         // somebody writes, and will write what is unsent, too
-	calls   []*redisCall // without a reply yet, the oldest first
-	err     error        // why it has ended
-}
-
-// A redisCall is a command on its way.
-type redisCall struct {
-	reply any
-	err   error
-	done  chan struct{} // closed when it has its reply, or never will
-}
-
-func newPipeline(conn *redisConn) *pipeline {
-	p := &pipeline{conn: conn, failed: make(chan struct{})}
-	go p.read()
-	return p
-}
-
-// do sends a command, and waits for its reply. The error is errNotSent if Redis cannot have
-// got it. Who waits in vain for replyTimeout ends the connection.
-func (p *pipeline) do(timeout time.Duration, args ...any) (any, error) {
-	c := &redisCall{done: make(chan struct{})}
-	p.mu.Lock()
-	if p.err != nil {
-		p.mu.Unlock()
-		return nil, errNotSent
-	}
-	p.unsent = appendCommand(p.unsent, args)
-	p.calls = append(p.calls, c)
-	if !p.writing {
-		p.writeLocked()
-	}
-	p.mu.Unlock()
-	timer := time.NewTimer(timeout)
-	defer timer.Stop()
-	select {
-	case <-c.done:
-		return c.reply, c.err
-	case <-timer.C:
-		if timeout >= replyTimeout {
-			p.fail(errNoReply)
-		}
-		return nil, errNoReply
-	}
-}
-
-// writeLocked writes, also for those who come meanwhile. It unlocks p.mu while it does.
-func (p *pipeline) writeLocked() {
-	p.writing = true
-	for len(p.unsent) > 0 && p.err == nil {
-		b := p.unsent
-		p.unsent = nil
-		p.mu.Unlock()
-		p.conn.SetWriteDeadline(time.Now().Add(replyTimeout))
-		if _, err := p.conn.Write(b); err != nil {
-			p.fail(err)
-		}
-		p.mu.Lock()
-	}
-	p.writing = false
-}
-
-func (p *pipeline) read() {
-	for {
-		reply, err := p.conn.readReply(0)
-		p.mu.Lock()
-		if err == nil && len(p.calls) == 0 {
-			err = errProtocol
-		}
-		if err != nil {
-			p.mu.Unlock()
-			p.fail(err)
-			return
-		}
-		c := p.calls[0]
-		p.calls = p.calls[1:]
-		p.mu.Unlock()
-		if c.reply = reply; reply != nil {
-			c.err, _ = reply.(error)
-		}
-		close(c.done)
-	}
-}
-
-// fail ends the connection, and all calls that wait.
-func (p *pipeline) fail(err error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.err != nil {
-		return
-	}
-	p.err = err
-	p.conn.Close()
-	for _, c := range p.calls {
-		c.err = fmt.Errorf("no answer: %w", err)
-		close(c.done)
-	}
-	p.calls = nil
-	close(p.failed)
 }

@@ -149,13 +149,10 @@ func (st *stats) newCounter() counter {
 	}
 }
 
-// requested counts a request that net/http did not see.
-func (st *stats) requested(t *technique, bytes int) {
-	st.add(t, traffic{Requests: 1, In: int64(bytes)})
+// received counts what net/http did not see.
+func (st *stats) received(t *technique, requests, bytes int) {
+	st.add(t, traffic{Requests: int64(requests), In: int64(bytes)})
 }
-
-// received counts bytes that a WebSocket's client sent.
-func (st *stats) received(t *technique, bytes int) { st.add(t, traffic{In: int64(bytes)}) }
 
 // wrap returns a handler that counts requests, and answers /metrics and GET /rooms.
 func (st *stats) wrap(next http.Handler) http.Handler {

@@ -407,7 +407,7 @@ type server struct {
 	erase     func(room string) error
 	setState  func(room, user, client, state string) error
 	subscribe func(*subscriber, subscribeRequest) error
-	catchUp   func(ctx context.Context, cursor int64) // waits until the log has a cursor that is beyond it, if it may come
+	catchUp   func(cursor int64) // waits until the log has a cursor that is beyond it, if it may come
 	eventHTML func(*event) []byte
 	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
 	count     func() counter                                                                      // returns a counter for one that writes
@@ -434,7 +434,7 @@ func newServer(r *relay) *server {
 		erase:     r.erase,
 		setState:  r.setPresence,
 		subscribe: r.subscribe,
-		catchUp:   func(context.Context, int64) {},
+		catchUp:   func(int64) {},
 		eventHTML: plainHTML,
 		count:     func() counter { return func(*technique, []*event, int, int64) {} },
 		refused:   func(string) {},
@@ -495,7 +495,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 		h.Set(name, value)
 	}
 	if q.sub.cursor > s.relay.lastID.Load() {
-		s.catchUp(r.Context(), q.sub.cursor)
+		s.catchUp(q.sub.cursor)
 	}
 	st := &stream{server: s, technique: t, enc: enc, quota: q.permit.quota}
 	switch {
