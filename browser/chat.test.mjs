@@ -415,7 +415,7 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
   test('right-to-left names and texts do not affect what is around them', limit, async () => {
     const page = await openChat(browser, relay.url, 'bidi', 'ada'), other = 'אבג (1)'
     for (const user of [other, 'דה']) await fetch(`${relay.url}/rooms/bidi/presence?${new URLSearchParams({ user })}`, { method: 'POST', body: 'typing' })
-    await publish('bidi', 'שלום', { user: other })
+    await shown(page, await publish('bidi', 'שלום', { user: other }))
     await until('they type', async () => / are typing…$/.test(await text(page, '#typing')))
     const isolated = selector => page.evaluate(selector => [...document.querySelectorAll(selector)].map(el => el.textContent), selector)
     assert.deepEqual((await isolated('#typing bdi')).sort(), [other, 'דה'].sort())

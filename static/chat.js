@@ -39,7 +39,7 @@ function enter(name) {
   outbox.forEach(discard)
   log.replaceChildren()
   log.ariaBusy = true // a screen reader does not read the history out
-  lastGroup = lastDay = lastVia = lastMoves = undefined
+  log.day = lastVia = undefined
   hasAll = false
   unread = newBelow = gapCount = 0
   countByVia = {}
@@ -77,9 +77,9 @@ function onStatus({ status, via }) {
 // The log. Events that arrive within 20 ms are rendered together, with one layout.
 
 let pending, renderTimer // [function, event] to render
-let lastGroup, lastDay, lastVia // at the log's end: the messages under one name, the date, the technique
+let lastVia // the technique of the last message
 let lastMoves // who joined and left, in the line at the log's end
-let target = log // where messages are added: the log, or what will be above it
+let target = log // where messages are added, with `day`, the last date there: the log, or what will be above it
 let hasAll // the log begins where the relay's history begins
 let following // the log is scrolled to its end, and stays there
 
@@ -93,11 +93,10 @@ function render() {
   renderTimer = undefined
   for (const [show, event] of pending.splice(0)) {
     try {
-      for (const mine of outbox) if (mine.id < event?.id) showMessage({ ...mine, data: mine.text, from: me }) // its own event was lost
+      for (const mine of outbox) if (mine.id < event?.id) showMessage({ ...mine, from: me }) // its own event was lost
       show(event)
     } catch (error) { // show the event as it is
       console.error(error)
-      lastGroup = undefined
       const raw = make('div', 'message raw', textElement(event))
       raw.dataset.id = event?.id
       log.append(raw)
@@ -118,7 +117,7 @@ function oldestElement() {
 function showGap({ data }) {
   if (data?.reason === 'erased') {
     log.replaceChildren()
-    lastDay = undefined
+    log.day = undefined
     newBelow = 0
     hasAll = true
     return addLine('gap', 'An operator erased the messages that were here.')
@@ -129,7 +128,6 @@ function showGap({ data }) {
 
 /** Adds a line across the log. It replaces a line of the same kind that is directly above. */
 function addLine(kind, ...content) {
-  lastGroup = undefined
   if (target.lastElementChild?.className === kind) target.lastElementChild.replaceChildren(...content)
   else target.append(make('p', kind, ...content))
 }
@@ -152,21 +150,20 @@ function showMove(name, joined) {
 function showMessage({ id, type = 'message', from, time, data }) {
   const mine = findInOutbox({ id, from, data })
   if (mine) discard(mine)
-  const at = new Date(time), minute = clock.format(at)
-  if (lastDay !== at.toDateString()) addLine('day', calendar.format(at))
-  lastDay = at.toDateString()
-  if (!lastGroup || lastGroup.from !== from || time - lastGroup.time > GROUP_TIME) {
-    lastGroup = { from, time, minute, el: make('section', from && from === me ? 'group mine' : 'group') }
-    lastGroup.el.append(make('p', 'head', make('bdi', '', from ?? 'somebody'), timeElement(at, minute)))
-    applyColour(lastGroup.el, from ?? '')
-    target.append(lastGroup.el)
+  const at = new Date(time), minute = clock.format(at), day = calendar.format(at)
+  if (target.day !== day) addLine('day', target.day = day)
+  let group = target.lastElementChild
+  if (!group?.matches('.group') || group.from !== from || time - group.time > GROUP_TIME) {
+    group = make('section', { className: from && from === me ? 'group mine' : 'group', from, time, minute })
+    group.append(make('p', 'head', make('bdi', '', from ?? 'somebody'), timeElement(at, minute)))
+    applyColour(group, from ?? '')
+    target.append(group)
   }
-  const picture = isPicture({ type, data })
-  const p = make('div', mentionsMe({ from, data }) ? 'message mention' : 'message', picture ? pictureElement(from, data) : textElement(data))
+  const p = make('div', mentionsMe({ from, data }) ? 'message mention' : 'message', contentOf({ type, from, data }))
   p.dataset.id = id
-  if (type !== 'message' && !picture) p.prepend(make('code', 'type', type))
-  if (minute !== lastGroup.minute) p.append(timeElement(at, lastGroup.minute = minute))
-  lastGroup.el.append(p)
+  if (type !== 'message' && !isPicture({ type, data })) p.prepend(make('code', 'type', type))
+  if (minute !== group.minute) p.append(timeElement(at, group.minute = minute))
+  group.append(p)
   if (target !== log) return
   countByVia[comet.via] = (countByVia[comet.via] ?? 0) + 1
   if (!following && !mine) newBelow++
@@ -206,8 +203,9 @@ function textElement(data) {
   }))
 }
 
-/** A picture. Its height is known only when it is decoded. */
-const pictureElement = (from = 'somebody', src) => make('div', 'text', make('img', { className: 'picture', src, alt: 'a picture by ' + from, onload: keepAtEnd }))
+/** The text or the picture of a message. The height of a picture is known only when it is decoded. */
+const contentOf = ({ type, from = 'somebody', data }) => !isPicture({ type, data }) ? textElement(data) :
+  make('div', 'text', make('img', { className: 'picture', src: data, alt: 'a picture by ' + from, onload: keepAtEnd }))
 
 const atBottom = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40
 
@@ -236,16 +234,13 @@ async function showOlder() {
     older = (await new Room(where).read('last=' + MAX_MESSAGES)).filter(({ type, id }) => type !== 'presence' && type !== 'gap' && id < first.dataset.id)
   } catch { return hasAll = false } // scrolling tries again
   if (where !== room || !first.isConnected) return
-  const saved = [lastGroup, lastDay]
   target = make('div')
-  lastGroup = lastDay = undefined
   addLine('way', older.length ? 'the relay keeps no older messages' : 'this is all that the relay keeps')
   for (const event of older) showMessage(event)
   const { scrollHeight, scrollTop } = scroller, [line] = log.children
-  if (line.className === 'day' && line.textContent === [...target.querySelectorAll('.day')].at(-1)?.textContent) line.remove()
+  if (line.className === 'day' && line.textContent === target.day) line.remove()
   log.prepend(...target.children)
   target = log
-  ;[lastGroup, lastDay] = saved
   scroller.scrollTop = scrollTop + scroller.scrollHeight - scrollHeight
 }
 $('#pill').onclick = () => {
@@ -257,15 +252,15 @@ new ResizeObserver(keepAtEnd).observe(scroller) // the phone's keyboard appears,
 
 // Messages of this user.
 
-const outbox = new Set // of { text, key, time, el, note, state }; and id, once the relay has answered
+const outbox = new Set // of { data, type, time, key, el, note, state }; and id, once the relay has answered
 
-function submit(text, type) {
+function submit(data, type) {
   const time = Date.now(), key = time.toString(36) + Math.random().toString(36), note = make('div', 'note')
-  const mine = { text, type, time, key, note, el: make('div', '', type ? pictureElement(me, text) : textElement(text), note) }
+  const mine = { data, type, time, key, note, el: make('div', '', contentOf({ type, from: me, data }), note) }
   outbox.add(mine)
   $('#outbox').append(mine.el)
   $('#outbox').hidden = false
-  $('#outbox').classList.toggle('more', lastGroup?.from === me)
+  $('#outbox').classList.toggle('more', log.lastElementChild?.from === me)
   send(mine)
   comet.presence('online') // no longer typing
   following = true
@@ -276,7 +271,7 @@ function submit(text, type) {
 async function send(mine) {
   setState(mine, 'pending')
   try {
-    mine.id = await comet.send(mine.text, { key: mine.key, type: mine.type })
+    mine.id = await comet.send(mine.data, { key: mine.key, type: mine.type })
     render()
     if (log.querySelector(`[data-id="${mine.id}"]`)) discard(mine) // its event has arrived already: only the first answer was lost
     else setState(mine, 'sent')
@@ -289,7 +284,7 @@ async function send(mine) {
 /** The message in the outbox that an event belongs to. If it arrives before the answer to POST, the text is compared. */
 function findInOutbox({ id, from, data }) {
   const all = [...outbox]
-  return all.find(mine => mine.id === id) ?? all.find(mine => mine.state === 'pending' && mine.text === data && me === from)
+  return all.find(mine => mine.id === id) ?? all.find(mine => mine.state === 'pending' && mine.data === data && me === from)
 }
 
 function setState(mine, state, error) {
@@ -304,7 +299,7 @@ function setState(mine, state, error) {
 
 function edit(mine) {
   discard(mine)
-  input.value = [input.value, mine.text].filter(Boolean).join('\n')
+  input.value = [input.value, mine.data].filter(Boolean).join('\n')
   fitHeight()
   input.focus()
 }
@@ -315,7 +310,7 @@ function discard(mine) {
   $('#outbox').hidden = !outbox.size
 }
 
-const draft = () => [...[...outbox].filter(mine => !mine.id && !mine.type).map(mine => mine.text), input.value].join('\n').trim()
+const draft = () => [...[...outbox].filter(mine => !mine.id && !mine.type).map(mine => mine.data), input.value].join('\n').trim()
 addEventListener('pagehide', () => tabStorage.set('draft', draft()))
 
 function fitHeight() {

@@ -21,7 +21,6 @@ const PATIENCE = 3e3 // ms in which somebody else may publish a snapshot, before
 const input = $('#text')
 const client = Math.random().toString(36).slice(2, 10) // the name of this page among all that write
 const sleep = ms => new Promise(done => setTimeout(done, ms))
-const isMessage = type => !['presence', 'gap', 'caret'].includes(type)
 let ourRoom
 let replica = new Replica(client), history = new History
 let newest = 0 // the newest message of the room
@@ -84,7 +83,7 @@ async function recover(wait) {
   asked = false
   await sleep(Math.random() * 500 + 100)
   for (let tries = 0; replica.lost;) try {
-    const before = newest, events = (await ourRoom.read('last=256')).filter(({ type }) => isMessage(type)), newer = new Replica
+    const before = newest, events = (await ourRoom.read('last=256')).filter(({ type }) => !['presence', 'gap', 'caret'].includes(type)), newer = new Replica
     if (!replica.lost || newest !== before) continue // events came meanwhile
     for (const event of events) newer.receive(event)
     newest = events.at(-1)?.id ?? 0
@@ -260,27 +259,18 @@ input.addEventListener('compositionend', () => setTimeout(() => { // in some bro
   if (!isEmpty(held)) release()
 }))
 
-function takeBack(which) {
+function takeBack(e, which) {
+  if (!which) return
+  e.preventDefault() // the browser's own would undo what others did
   const change = !composing && !input.readOnly && history[which](replica.view)
   if (!change) return
   input.value = shown = apply(shown, change)
   input.setSelectionRange(endOf(change), endOf(change))
   act(change)
 }
-
-input.onbeforeinput = e => {
-  const which = { historyUndo: 'undo', historyRedo: 'redo' }[e.inputType]
-  if (!which) return
-  e.preventDefault() // the browser's own would undo what others did
-  takeBack(which)
-}
-input.onkeydown = e => {
-  const key = e.key.toLowerCase(), which = { z: e.shiftKey ? 'redo' : 'undo', y: 'redo' }[key]
-  if (!which || !(e.ctrlKey || e.metaKey) || e.altKey) return
-  e.preventDefault()
-  takeBack(which)
-}
-for (const which of ['undo', 'redo']) $('#' + which).onclick = () => takeBack(which)
+input.onbeforeinput = e => takeBack(e, { historyUndo: 'undo', historyRedo: 'redo' }[e.inputType])
+input.onkeydown = e => takeBack(e, (e.ctrlKey || e.metaKey) && !e.altKey && { z: e.shiftKey ? 'redo' : 'undo', y: 'redo' }[e.key.toLowerCase()])
+for (const which of ['undo', 'redo']) $('#' + which).onclick = e => takeBack(e, which)
 
 let caret = [0, 0] // where others see ours
 document.onselectionchange = () => {
@@ -295,14 +285,13 @@ document.onselectionchange = () => {
 const isSaved = () => !replica.pending.length && input.value === shown
 
 function showState() {
-  const open = comet?.status === 'open', words = refused ? `Not saved: ${refused}` : replica.lost ? 'Reading the text again…' :
-    isSaved() ? 'Saved' : open ? 'Saving…' : 'Not saved: waiting for the connection'
+  const { length } = input.value, most = `${MAX.toLocaleString('en')} characters`
   document.body.dataset.saved = isSaved() && !replica.lost ? 'yes' : 'no'
-  setText($('#saved'), words)
-  const { length } = input.value, full = length >= MAX ? `The text is full: it has ${MAX.toLocaleString('en')} characters.` : ''
-  $('#length').textContent = `${length.toLocaleString('en')} of ${MAX.toLocaleString('en')} characters`
+  setText($('#saved'), refused ? `Not saved: ${refused}` : replica.lost ? 'Reading the text again…' : isSaved() ? 'Saved' :
+    comet?.status === 'open' ? 'Saving…' : 'Not saved: waiting for the connection')
+  setText($('#full'), length < MAX ? '' : `The text is full: it has ${most}.`)
+  $('#length').textContent = `${length.toLocaleString('en')} of ${most}`
   $('#length').classList.toggle('near', length > 0.95 * MAX)
-  setText($('#full'), full)
   $('#undo').disabled = !history.canUndo || input.readOnly
   $('#redo').disabled = !history.canRedo || input.readOnly
 }
