@@ -324,10 +324,10 @@ func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
 
 // add begins to serve a session.
 func (p *writerPool) add(ses *session) {
-	if c, ok := ses.conn.(interface{ SetWriteBuffer(int) error }); ok {
+	ses.fd = -1
+	if c := within[*net.TCPConn](ses.conn); c != nil {
 		c.SetWriteBuffer(socketBuffer)
-	}
-	if ses.fd = fdOf(ses.conn); ses.fd >= 0 {
+		ses.fd = fdOf(c)
 		ses.kernelTimeout = setUserTimeout(ses.fd, 2*max(p.server.heartbeat, writeTimeout))
 	}
 	p.mu.Lock()
@@ -673,7 +673,7 @@ func (ses *session) release(byeSent bool) {
 		ses.conn.Close()
 		return
 	}
-	if c, ok := ses.conn.(interface{ CloseWrite() error }); ok {
+	if c := within[*net.TCPConn](ses.conn); c != nil {
 		c.CloseWrite()
 	}
 	time.AfterFunc(lingerTimeout, func() { ses.conn.Close() })

@@ -69,12 +69,12 @@ func (d *limitListener) Accept() (net.Conn, error) {
 		case !d.addrs.acquire(addr):
 			d.rejectGently(conn, "address")
 		default:
-			if c, ok := conn.(*net.TCPConn); ok { // left to itself, Linux would keep megabytes
+			if c := within[*net.TCPConn](conn); c != nil { // left to itself, Linux would keep megabytes
 				c.SetReadBuffer(kernelBuffer)
 				c.SetWriteBuffer(kernelBuffer)
 			}
 			d.most.Store(max(d.most.Load(), d.limiter.open.Add(1)))
-			return &limitedConn{Conn: conn, listener: d, addr: addr}, nil
+			return &limitedConn{Conn: newSocket(conn), listener: d, addr: addr}, nil
 		}
 	}
 }
@@ -343,40 +343,18 @@ func (v *limitedConn) weight() int64 {
 // NetConn returns the connection within.
 func (v *limitedConn) NetConn() net.Conn { return v.Conn }
 
-// limitedConnOf returns the limitedConn in a connection, or nil.
-func limitedConnOf(c net.Conn) *limitedConn {
+// within returns the connection of type C that a connection is, or has in it; or nil.
+func within[C net.Conn](conn net.Conn) (found C) {
 	for {
-		switch v := c.(type) {
-		case *limitedConn:
-			return v
-		case interface{ NetConn() net.Conn }:
-			c = v.NetConn()
-		default:
-			return nil
+		if c, ok := conn.(C); ok {
+			return c
 		}
+		outer, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			return found
+		}
+		conn = outer.NetConn()
 	}
-}
-
-// CloseWrite, SetWriteBuffer and SyscallConn are those of the TCP connection within.
-func (v *limitedConn) CloseWrite() error {
-	if c, ok := v.Conn.(*net.TCPConn); ok {
-		return c.CloseWrite()
-	}
-	return errors.ErrUnsupported
-}
-
-func (v *limitedConn) SetWriteBuffer(bytes int) error {
-	if c, ok := v.Conn.(*net.TCPConn); ok {
-		return c.SetWriteBuffer(bytes)
-	}
-	return errors.ErrUnsupported
-}
-
-func (v *limitedConn) SyscallConn() (syscall.RawConn, error) {
-	if c, ok := v.Conn.(*net.TCPConn); ok {
-		return c.SyscallConn()
-	}
-	return nil, errors.ErrUnsupported
 }
 
 // Admission to net/http.
@@ -419,7 +397,7 @@ func newAdmission(inner net.Listener) *admission {
 // admit waits until net/http may serve a connection, and hands it over. One that was taken
 // over, and comes back, has a part of a head with it.
 func (a *admission) admit(conn net.Conn) {
-	if v := limitedConnOf(conn); v != nil {
+	if v := within[*limitedConn](conn); v != nil {
 		if v == conn && !v.readHead() {
 			v.freeHead()
 			conn.Close()
@@ -440,7 +418,7 @@ func (a *admission) hand(got acceptance) {
 	select {
 	case a.accepted <- got:
 	case <-a.done:
-		if v := limitedConnOf(got.conn); v != nil {
+		if v := within[*limitedConn](got.conn); v != nil {
 			v.setPhase(http.StateClosed)
 		}
 		if got.conn != nil {
@@ -468,11 +446,11 @@ type connKey struct{}
 // attach has the server tell the limiter of its connections.
 func (l *limiter) attach(srv *http.Server) {
 	srv.ConnState = func(c net.Conn, state http.ConnState) {
-		if v := limitedConnOf(c); v != nil {
+		if v := within[*limitedConn](c); v != nil {
 			v.setPhase(state)
 		}
 	}
 	srv.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
-		return context.WithValue(ctx, connKey{}, limitedConnOf(c))
+		return context.WithValue(ctx, connKey{}, within[*limitedConn](c))
 	}
 }

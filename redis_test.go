@@ -114,7 +114,7 @@ func (r *redisServer) do(args ...any) reply {
 	return reply
 }
 
-// An instance is a relay in a process of its own: the test's binary, see socket_unix_test.go.
+// An instance is a relay in a process of its own: the test's binary, see socket_linux_test.go.
 type instance struct {
 	t    testing.TB
 	cmd  *exec.Cmd

@@ -1,4 +1,4 @@
-//go:build !unix
+//go:build !linux
 
 package main
 
@@ -8,7 +8,9 @@ import (
 )
 
 // On other systems every write waits, in a goroutine of its own.
-func fdOf(net.Conn) int { return -1 }
+func newSocket(conn net.Conn) net.Conn { return conn }
+
+func fdOf(*net.TCPConn) int { return -1 }
 
 func setUserTimeout(int, time.Duration) bool { return false }
 

@@ -36,7 +36,7 @@ func TestMain(m *testing.M) {
 }
 
 // buildRelay builds the relay, once: its test binary, which is a relay if the environment
-// says so (see socket_unix_test.go).
+// says so (see socket_linux_test.go).
 var buildRelay = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(relayDir, "relay")
 	if out, err := exec.Command("go", "test", "-c", "-o", path, "cometes").CombinedOutput(); err != nil {

@@ -1,5 +1,3 @@
-//go:build linux
-
 // Tests of what the relay sets on its sockets, and the relay as a process for bench/.
 
 package main
