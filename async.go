@@ -553,6 +553,9 @@ func (p *writerPool) run(batches int) {
 		}
 		sc.count(nil, nil, 0, 0)
 		clear(batch)
+		if batches > 1 { // publishers get a turn: the more they publish meanwhile, the more goes out in one write
+			runtime.Gosched()
+		}
 	}
 }
 
