@@ -676,9 +676,7 @@ func (ses *session) release(byeSent bool) {
 		ses.conn.Close()
 		return
 	}
-	if c := within[*net.TCPConn](ses.conn); c != nil {
-		c.CloseWrite()
-	}
+	closeWrite(ses.conn)
 	time.AfterFunc(lingerTimeout, func() { ses.conn.Close() })
 }
 

@@ -106,9 +106,7 @@ func (d *limitListener) rejectGently(conn net.Conn, reason string) {
 		conn.SetReadDeadline(time.Now().Add(time.Second))
 		conn.Read(b[:])
 		d.reject(conn, reason)
-		if c, ok := conn.(*net.TCPConn); ok {
-			c.CloseWrite()
-		}
+		closeWrite(conn)
 		for n := 1; n > 0; {
 			n, _ = conn.Read(b[:])
 		}
@@ -342,6 +340,17 @@ func (v *limitedConn) weight() int64 {
 
 // NetConn returns the connection within.
 func (v *limitedConn) NetConn() net.Conn { return v.Conn }
+
+// CloseWrite is called by net/http before it closes: the client reads the answer to its
+// end, even if some of its request was never read.
+func (v *limitedConn) CloseWrite() error { return closeWrite(v.Conn) }
+
+func closeWrite(conn net.Conn) error {
+	if c := within[*net.TCPConn](conn); c != nil {
+		return c.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
 
 // within returns the connection of type C that a connection is, or has in it; or nil.
 func within[C net.Conn](conn net.Conn) (found C) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -127,4 +128,40 @@ func TestACrowdThatComesAtOnceWaitsItsTurn(t *testing.T) {
 			defer r.stop()
 		}
 	})
+}
+
+// A body that is refused unread must not take the answer with it: closing on unread bytes
+// resets the connection. net/http half-closes it first, if it can.
+func TestARefusedBodyDoesNotTakeTheAnswer(t *testing.T) {
+	c, err := parseFlags(nil, testEnv(), defaultMemory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := newApp(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- serve(ctx, a, a.http(false), a.listen(l)) }()
+	defer func() { stop(); <-done }()
+
+	const waits = "GET /rooms/a/longpoll?wait=1 HTTP/1.1\r\nHost: x\r\n\r\n" // is taken over, and comes back
+	for _, before := range []string{"", waits} {
+		conn, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, before+"POST /rooms/a HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\n")
+		conn.Write(make([]byte, 100_000))
+		answers, err := io.ReadAll(conn)
+		if err != nil || !strings.Contains(string(answers), " 413 ") {
+			t.Errorf("the answer is %.300q, and reading ends with %v", answers, err)
+		}
+		conn.Close()
+	}
 }

@@ -395,6 +395,9 @@ type resumedConn struct {
 // NetConn returns the connection within.
 func (c *resumedConn) NetConn() net.Conn { return c.Conn }
 
+// CloseWrite is called by net/http before it closes.
+func (c *resumedConn) CloseWrite() error { return closeWrite(c.Conn) }
+
 func (c *resumedConn) Read(b []byte) (n int, err error) {
 	if len(c.unread) > 0 {
 		n = copy(b, c.unread)
