@@ -149,7 +149,7 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
     await others.stop()
     await expectSameLog(page, relay, 'ways')
     assert.deepEqual(await gapLines(page), [])
-    const tally = await text(page, '#tally')
+    const tally = await text(page, '#totals')
     for (const via of Object.values(techniques)) assert.match(tally, new RegExp(`\\d+ by ${via}`))
     assert.deepEqual(page.errors, [])
     await page.close()

@@ -54,7 +54,7 @@ function onRights() {
   input.placeholder = write ? 'Write to #' + room : 'Your token does not allow you to write here'
   $('#curl').textContent = curl(required, `-d hi ${quoteForShell(url.replace('http://', ''))}`)
   $('#endless').href = `rooms/${room}/html${query}`
-  $('#anew').href = `rooms/${room}/refresh${query}`
+  $('#refresh-page').href = `rooms/${room}/refresh${query}`
   updateTitle()
   if (!refused && !read) addLine('gap', 'Your token does not allow you to read this room.')
 }
@@ -386,7 +386,7 @@ function updateSummary() {
   const typing = [...people].filter(([name, li]) => li.dataset.state === 'typing' && name !== me).map(([name]) => name)
   setText($('#typing'), ...listed(typing), !typing[0] ? '' : typing[1] ? ' are typing…' : ' is typing…')
   const by = Object.entries(countByVia).map(([via, n]) => `${n} by ${names[via]}`)
-  $('#tally').textContent = `Messages so far: ${by.join(', ') || 'none'}. ${gapCount ? plural(gapCount, 'gap') : 'No gap'}.`
+  $('#totals').textContent = `Messages so far: ${by.join(', ') || 'none'}. ${gapCount ? plural(gapCount, 'gap') : 'No gap'}.`
   summarize()
 }
 

@@ -16,7 +16,7 @@ import { endOf, History, MAX, Replica } from './replica.js'
 const PACE = 150 // ms from one edit to the next, or more if many write; what is typed meanwhile is one edit
 const SNAPSHOT_AFTER = 64, SNAPSHOT_LATEST = 128 // messages; a room keeps 256 of them
 const SNAPSHOT_BYTES = 250e3 // or so many characters of JSON; a room keeps a megabyte
-const PATIENCE = 3e3 // ms in which somebody else may publish a snapshot, before we do
+const SNAPSHOT_DELAY = 3e3 // ms in which somebody else may publish a snapshot, before we do
 
 const input = $('#text')
 const client = Math.random().toString(36).slice(2, 10) // the name of this page among all that write
@@ -90,7 +90,7 @@ async function recover(wait) {
     show(replica.follow(newer))
     if (replica.lost && (wait || !me || !rights.write)) {
       publishSoon() // which asks for one
-      await sleep(PATIENCE)
+      await sleep(SNAPSHOT_DELAY)
       wait = false
     } else if (replica.lost) await publishSnapshot(newer)
   } catch (error) {

@@ -39,7 +39,7 @@ insert('main', 'beforebegin', `<form id="menu" popover autocomplete="off" aria-l
 ${way('auto', 'Automatic', 'the best that works')}${Object.keys(WAYS).map(via => way(via, capitalized(names[via]), WAYS[via], years[via])).join('')}
 </fieldset>
 <p id="trouble" role="status"></p>
-<p id="tally"></p>
+<p id="totals"></p>
 </form>`)
 insert('#foot', 'beforeend', '<button id="me" type="button"></button>')
 insert('#foot', 'afterend', `<form id="naming" hidden>
