@@ -135,6 +135,48 @@ func TestALongPollThatRepeatsIsHeldWithoutNetHTTP(t *testing.T) {
 	}
 }
 
+// Between two polls the subscription stays: what was published meanwhile is answered at once.
+// Who asks for another room, in words that are known, reads that one.
+func TestALongPollBetweenTwoRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		repeated := countRepeated(b)
+		heads := map[string]string{"a": pollHead("/rooms/a/longpoll?after=%d"), "b": pollHead("/rooms/b/longpoll?after=%d")}
+		c := newPollingClient(t, b)
+		for _, room := range []string{"b", "b", "b", "a", "a", "a"} {
+			c.send(fmt.Sprintf(heads[room], b.cursor()))
+			synctest.Wait()
+			b.post(room, "again")
+			c.expect("again")
+		}
+		for _, room := range []string{"a", "b", "b", "a", "a"} {
+			*repeated = 0
+			cursor, start := b.cursor(), time.Now()
+			b.post(room, "between")
+			c.send(fmt.Sprintf(heads[room], cursor))
+			c.expect("between")
+			if d := time.Since(start); d != 0 {
+				t.Errorf("what was published between two requests is answered after %v", d)
+			}
+			cursor = b.cursor()
+			c.send(fmt.Sprintf(heads[room], cursor))
+			synctest.Wait()
+			b.post("a", "for a")
+			b.post("b", "for b")
+			c.expect("for " + room)
+			synctest.Wait()
+			if n := b.subscriptions(); n != 1 || *repeated != 2 {
+				t.Errorf("%d are subscribed, and %d requests were held without net/http; want 1 and 2", n, *repeated)
+			}
+		}
+		c.Close()
+		synctest.Wait()
+		if n := b.subscriptions(); n != 0 {
+			t.Errorf("%d are subscribed when the client has left", n)
+		}
+	})
+}
+
 // What differs in anything but the digits of the cursor goes to net/http, with the same
 // answer as on a fresh connection.
 func TestALongPollThatDiffersIsReadByNetHTTP(t *testing.T) {
