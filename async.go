@@ -81,8 +81,7 @@ var errBlocked = errors.New("the socket is full")
 type session struct {
 	state atomic.Int32
 	gone  atomic.Bool // the client left
-	ws    bool
-	index int // in pool.sessions
+	index int         // in pool.sessions
 	*stream
 	pool          *writerPool
 	fd            int // the socket, for writes that do not wait; -1 where there are none
@@ -91,17 +90,20 @@ type session struct {
 	pending       net.Buffers // what a full socket did not take
 	kernelTimeout bool        // the kernel ends the connection when the client acknowledges nothing
 	poll          *heldPoll   // of a long-poll
+	ws            *webSocket  // of a WebSocket
+}
 
-	// Of a WebSocket.
+// A webSocket is what a session keeps of a WebSocket.
+type webSocket struct {
 	proxied      bool // there is, or may be, a proxy in between
 	heartbeats   int
 	pingDue      bool
 	awaitingPong atomic.Bool
 	handling     atomic.Bool // a message is being answered
-	replyDue     bool        // the same, when the writer's turn began
-	mu           sync.Mutex  // guards what follows
-	replies      []byte      // frames that are to be sent
-	closing      bool        // the last of them closes the WebSocket; nothing may follow (RFC 6455, 5.5.1)
+
+	mu      sync.Mutex // guards what follows
+	replies []byte     // frames that are to be sent
+	closing bool       // the last of them closes the WebSocket; nothing may follow (RFC 6455, 5.5.1)
 }
 
 // The states of a session. What is not atomic is touched only by what serves it: the
@@ -156,11 +158,11 @@ func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream
 	if st.technique.mode == longPoll {
 		return p.takeOverPoll(w, r, st, q)
 	}
-	ses := &session{stream: st, pool: p, ws: st.technique.name == "ws"}
-	if !ses.ws && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
+	ses, isWebSocket := &session{stream: st, pool: p}, st.technique.name == "ws"
+	if !isWebSocket && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
 		return false, nil
 	}
-	if ses.ws {
+	if isWebSocket {
 		if err := checkUpgrade(w, r); err != nil {
 			p.server.release(st.quota, st.technique)
 			return true, err
@@ -169,7 +171,7 @@ func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream
 	if err := st.open(q, ses); err != nil {
 		return true, err
 	}
-	if ses.ws {
+	if isWebSocket {
 		return true, ses.upgrade(w, r, q)
 	}
 	return true, ses.hijack(w)
@@ -567,27 +569,10 @@ func (ses *session) writeDue(sc *scratch, now int64) (err error) {
 			err = errors.New("panic")
 		}
 	}()
-	if ses.ws {
-		if err := ses.begin(sc, now); err != nil { // a client may send at once, and hello is first
+	replyDue := ses.ws != nil && ses.ws.handling.Load() // read before the replies are taken
+	if ses.ws != nil {
+		if err := ses.writeReplies(sc, now); err != nil {
 			return err
-		}
-		if ses.head != nil { // there is no hello for this client
-			if err := ses.write(nil, nil); err != nil {
-				return err
-			}
-		}
-		ses.replyDue = ses.handling.Load() // read before the replies are taken
-		ses.mu.Lock()
-		replies, closing := ses.replies, ses.closing
-		ses.replies = nil
-		ses.mu.Unlock()
-		if len(replies) > 0 && !ses.closed { // after a second close frame Chromium reports that the connection failed
-			if err := ses.write(replies, nil); err != nil {
-				return err
-			}
-		}
-		if closing {
-			return net.ErrClosed
 		}
 	}
 	if ses.poll != nil {
@@ -596,8 +581,8 @@ func (ses *session) writeDue(sc *scratch, now int64) (err error) {
 	if ses.gone.Load() {
 		return net.ErrClosed
 	}
-	stopping := ses.server.relay.isStopping() && !ses.replyDue
-	if ses.ws && ses.opened && ses.due(now) && now < ses.expiresAt && !stopping {
+	stopping := ses.server.relay.isStopping() && !replyDue
+	if ses.ws != nil && ses.opened && ses.due(now) && now < ses.expiresAt && !stopping {
 		if err := ses.ping(); err != nil {
 			return err
 		}
@@ -610,7 +595,7 @@ func (ses *session) afterWrite(err error) {
 	switch {
 	case err == errAnswered:
 		ses.finishAnswer()
-	case err == errBlocked && (ses.ws || ses.poll != nil): // whose goroutine does nothing but read
+	case err == errBlocked && (ses.ws != nil || ses.poll != nil): // whose goroutine does nothing but read
 		ses.state.Store(stateBlocked)
 		go ses.writePending()
 	case err == errBlocked:
@@ -703,7 +688,7 @@ func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) 
 	}
 	ses.begins(conn, "101 Switching Protocols", h)
 	ses.headroom, ses.send = maxFrameHead, ses.sendMessage
-	ses.proxied = ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil
+	ses.ws = &webSocket{proxied: ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil}
 	author := ses.author(q)
 	ses.pool.add(ses)
 	in := io.Reader(conn)
@@ -766,8 +751,8 @@ func (ses *session) sendMessage(sc *scratch, b []byte, events []*event) error {
 		b = b[:0] // a bye that this client does not see
 	}
 	sc.count(ses.technique, nil, len(b)-size+len(ses.head), 0)
-	if ses.pingDue {
-		ses.pingDue = false
+	if ses.ws.pingDue {
+		ses.ws.pingDue = false
 		b = append(pingFrame[:2:2], b...)
 	}
 	if ses.closed {
@@ -780,21 +765,21 @@ func (ses *session) sendMessage(sc *scratch, b []byte, events []*event) error {
 // ping asks the client of a WebSocket now and then whether it is still there. A client that
 // has not answered the last ping is gone.
 func (ses *session) ping() error {
-	ses.heartbeats++
-	due := ses.heartbeats%pingEvery == 1
-	if ses.kernelTimeout && !ses.proxied {
-		due = ses.heartbeats%pingRarely == 0
+	ses.ws.heartbeats++
+	due := ses.ws.heartbeats%pingEvery == 1
+	if ses.kernelTimeout && !ses.ws.proxied {
+		due = ses.ws.heartbeats%pingRarely == 0
 	}
 	if !due {
 		return nil
 	}
-	if ses.awaitingPong.Swap(true) {
+	if ses.ws.awaitingPong.Swap(true) {
 		return os.ErrDeadlineExceeded
 	}
 	if ses.enc.heartbeat == "" {
 		return ses.write(pingFrame, nil)
 	}
-	ses.pingDue = true // with the heartbeat, in one write
+	ses.ws.pingDue = true // with the heartbeat, in one write
 	return nil
 }
 
@@ -898,11 +883,11 @@ func (m *message) free() {
 // take handles a message.
 func (ses *session) take(a *author, kind websocket.MessageType, data []byte) {
 	ses.pool.received(ses.technique, 0, len(data)+6) // with the shortest head and a mask
-	ses.handling.Store(true)                         // what is published is answered, even if the relay stops meanwhile
+	ses.ws.handling.Store(true)                      // what is published is answered, even if the relay stops meanwhile
 	if reply := ses.server.handleMessage(a, kind, data); reply != nil {
 		ses.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), reply.event().json...)))
 	}
-	if ses.handling.Store(false); ses.server.relay.isStopping() {
+	if ses.ws.handling.Store(false); ses.server.relay.isStopping() {
 		ses.wake()
 	}
 }
@@ -995,7 +980,7 @@ func (ses *session) control(opcode byte, payload []byte) error {
 	case opPing:
 		ses.enqueueFrames(append([]byte{0x80 | opPong, byte(len(payload))}, payload...))
 	case opPong:
-		ses.awaitingPong.Store(false)
+		ses.ws.awaitingPong.Store(false)
 	case opClose:
 		if !validClose(payload) {
 			return errFrame
@@ -1015,16 +1000,44 @@ func validClose(payload []byte) bool {
 	return utf8.Valid(payload[2:]) && (code >= 1000 && code <= 1003 || code >= 1007 && code <= 1014 || code >= 3000 && code <= 4999)
 }
 
+// writeReplies writes the frames that answer what the client has sent. A client may send at
+// once, but hello is first.
+func (ses *session) writeReplies(sc *scratch, now int64) error {
+	if err := ses.begin(sc, now); err != nil {
+		return err
+	}
+	if ses.head != nil { // there is no hello for this client
+		if err := ses.write(nil, nil); err != nil {
+			return err
+		}
+	}
+	ws := ses.ws
+	ws.mu.Lock()
+	replies, closing := ws.replies, ws.closing
+	ws.replies = nil
+	ws.mu.Unlock()
+	if len(replies) > 0 && !ses.closed { // after a second close frame Chromium reports that the connection failed
+		if err := ses.write(replies, nil); err != nil {
+			return err
+		}
+	}
+	if closing {
+		return net.ErrClosed
+	}
+	return nil
+}
+
 // enqueueFrames has whole frames written by the pool. A client that leaves too many
 // unread is dropped.
 func (ses *session) enqueueFrames(frames []byte) {
-	ses.mu.Lock()
-	full := len(ses.replies)+len(frames) > maxQueuedReplies
-	if !full && !ses.closing {
-		ses.replies = append(ses.replies, frames...)
-		ses.closing = ses.closing || frames[0] == 0x88
+	ws := ses.ws
+	ws.mu.Lock()
+	full := len(ws.replies)+len(frames) > maxQueuedReplies
+	if !full && !ws.closing {
+		ws.replies = append(ws.replies, frames...)
+		ws.closing = frames[0] == 0x88
 	}
-	ses.mu.Unlock()
+	ws.mu.Unlock()
 	if full {
 		ses.abort()
 		return

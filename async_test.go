@@ -195,12 +195,12 @@ func TestAnAckIsSentBeforeTheBye(t *testing.T) {
 		b := newTestbed(t, pipe)
 		e := b.webSocket("a")
 		st := b.pool.sessions[0]
-		st.handling.Store(true) // the message is published, and its ack is about to be queued
+		st.ws.handling.Store(true) // the message is published, and its ack is about to be queued
 		b.stop()
 		synctest.Wait()
 		ack := notice{Type: "ack", Key: "k", ID: new(int64(1))}.event().json
 		st.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), ack...)))
-		st.handling.Store(false)
+		st.ws.handling.Store(false)
 		st.wake()
 		if h := e.next(); h.kind != "ack" {
 			t.Errorf("received %v, want the ack", h)
@@ -301,8 +301,8 @@ func TestHowManyPings(t *testing.T) {
 		kernelTimeout, proxied bool
 		pings                  int
 	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
-		st := &session{stream: &stream{server: b.server, enc: frames(b.server, &request{})}, ws: true, fd: -1}
-		st.kernelTimeout, st.proxied = test.kernelTimeout, test.proxied
+		st := &session{stream: &stream{server: b.server, enc: frames(b.server, &request{})}, ws: &webSocket{proxied: test.proxied}, fd: -1}
+		st.kernelTimeout = test.kernelTimeout
 		pings := 0
 		for range 48 {
 			st.pending = nil
@@ -312,7 +312,7 @@ func TestHowManyPings(t *testing.T) {
 			if st.sendMessage(b.scratches.New().(*scratch), append(make([]byte, maxFrameHead), beatJSON...), nil); st.pending[0][0] == 0x89 {
 				pings++
 			}
-			st.awaitingPong.Store(false)
+			st.ws.awaitingPong.Store(false)
 		}
 		if pings != test.pings {
 			t.Errorf("kernel timeout %v, proxied %v: %d pings in 48 heartbeats, want %d", test.kernelTimeout, test.proxied, pings, test.pings)
@@ -393,13 +393,13 @@ func TestWebSocketFlood(t *testing.T) {
 func TestHelloComesBeforeAnyReply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
-		st := &session{ws: true, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), headroom: maxFrameHead, expiresAt: math.MaxInt64}}
+		st := &session{ws: &webSocket{}, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), headroom: maxFrameHead, expiresAt: math.MaxInt64}}
 		st.send = st.sendMessage
 		if err := b.relay.subscribe(&st.sub, subscribeRequest{rooms: []string{"a"}, cursor: -1, maxBatchBytes: 1, driver: st}); err != nil {
 			t.Fatal(err)
 		}
 		defer st.sub.unsubscribe()
-		st.replies = []byte("an answer")
+		st.ws.replies = []byte("an answer")
 		st.writeDue(b.scratches.New().(*scratch), time.Now().UnixNano()) // its first turn, with a socket that is full
 		if first := string(slices.Concat(st.pending...)); !strings.Contains(first, `"hello"`) {
 			t.Errorf("the first message is %q", first)
