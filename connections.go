@@ -26,6 +26,9 @@ const (
 	headLineCost = 200
 	freeHead     = 8 << 10
 
+	// From the answer to the end of a connection whose client is still sending.
+	lingerTime = 500 * time.Millisecond
+
 	// Bytes that the kernel may keep of a connection, in each direction.
 	kernelBuffer = 64 << 10
 )
@@ -121,6 +124,7 @@ type limitedConn struct {
 	listener *limitListener
 	addr     netip.Addr
 	closed   atomic.Bool
+	lingers  atomic.Bool // Close is to wait, see leave
 
 	early []byte // what was read before net/http had the connection
 
@@ -143,7 +147,13 @@ const (
 	inBody         // or while it is answered
 )
 
+// Close closes the connection at once, unless it is to wait for its client; see leave.
 func (v *limitedConn) Close() error {
+	if v.lingers.Swap(false) {
+		v.CloseWrite()
+		time.AfterFunc(lingerTime, func() { v.Close() })
+		return nil
+	}
 	if !v.closed.Swap(true) {
 		v.listener.left(v.listener.limiter.open.Add(-1))
 		v.listener.addrs.release(v.addr)
@@ -321,11 +331,13 @@ func (v *limitedConn) hold(n int32) {
 	}
 }
 
-// leave gives up the place of a connection that net/http is about to close. Half a second
-// later, that is, so that its client can read the answer.
+// leave gives up the place of a connection that net/http is about to close, although not all
+// of a request was read. It is closed a moment later: to close on unread bytes resets the
+// connection, and would take the answer from the client.
 func (v *limitedConn) leave() {
 	if v != nil {
 		v.place.free()
+		v.lingers.Store(true)
 	}
 }
 
