@@ -42,10 +42,6 @@ import (
 )
 
 const (
-	// How long a stream that has ended waits for its client to close first. To close
-	// while the client still sends would take the end of the stream from it.
-	lingerTimeout = time.Second
-
 	// Bytes that the kernel may keep for a client that is slow to take them. Left to
 	// itself, Linux would keep megabytes.
 	socketBuffer = 32 << 10
@@ -661,8 +657,7 @@ func (ses *session) release(byeSent bool) {
 		ses.conn.Close()
 		return
 	}
-	closeWrite(ses.conn)
-	time.AfterFunc(lingerTimeout, func() { ses.conn.Close() })
+	closeGently(ses.conn)
 }
 
 // WebSocket (RFC 6455). The core has a library for it, which keeps 5 KB for each

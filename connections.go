@@ -26,8 +26,8 @@ const (
 	headLineCost = 200
 	freeHead     = 8 << 10
 
-	// From the answer to the end of a connection whose client is still sending.
-	lingerTime = 500 * time.Millisecond
+	// How long a connection that has ended waits for its client to close first.
+	lingerTimeout = time.Second
 
 	// Bytes that the kernel may keep of a connection, in each direction.
 	kernelBuffer = 64 << 10
@@ -124,7 +124,7 @@ type limitedConn struct {
 	listener *limitListener
 	addr     netip.Addr
 	closed   atomic.Bool
-	lingers  atomic.Bool // Close is to wait, see leave
+	lingers  atomic.Bool // Close is to be gentle, see leave
 
 	early []byte // what was read before net/http had the connection
 
@@ -147,11 +147,10 @@ const (
 	inBody         // or while it is answered
 )
 
-// Close closes the connection at once, unless it is to wait for its client; see leave.
+// Close closes the connection at once, or gently after leave.
 func (v *limitedConn) Close() error {
 	if v.lingers.Swap(false) {
-		v.CloseWrite()
-		time.AfterFunc(lingerTime, func() { v.Close() })
+		closeGently(v)
 		return nil
 	}
 	if !v.closed.Swap(true) {
@@ -332,8 +331,7 @@ func (v *limitedConn) hold(n int32) {
 }
 
 // leave gives up the place of a connection that net/http is about to close, although not all
-// of a request was read. It is closed a moment later: to close on unread bytes resets the
-// connection, and would take the answer from the client.
+// of a request was read, and has Close be gentle.
 func (v *limitedConn) leave() {
 	if v != nil {
 		v.place.free()
@@ -356,6 +354,13 @@ func (v *limitedConn) NetConn() net.Conn { return v.Conn }
 // CloseWrite is called by net/http before it closes: the client reads the answer to its
 // end, even if some of its request was never read.
 func (v *limitedConn) CloseWrite() error { return closeWrite(v.Conn) }
+
+// closeGently ends a connection so that its client reads all that was sent: to close on
+// bytes that nobody has read resets the connection, and would take that from the client.
+func closeGently(conn net.Conn) {
+	closeWrite(conn)
+	time.AfterFunc(lingerTimeout, func() { conn.Close() })
+}
 
 func closeWrite(conn net.Conn) error {
 	if c := within[*net.TCPConn](conn); c != nil {

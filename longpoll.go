@@ -298,7 +298,7 @@ func (ses *session) awaitAnswer(err error) {
 }
 
 // ask holds a request that repeats the one before, and reports whether it did. If not,
-// net/http finds the same, and says why. Whoever asks the same once more is still
+// net/http finds the same, and says why. A client that repeats its request is still
 // subscribed. Otherwise a writer subscribes: its stack is large enough, and ten thousand
 // goroutines like this one keep theirs small.
 func (ses *session) ask(n *question, cursor int64) bool {

@@ -8,10 +8,10 @@ import (
 	"unsafe"
 )
 
-// A socket is a TCP connection that is read and written without a word to Go's scheduler.
-// That is told of every other system call, since it may block, and wakes a thread to watch
-// it. Those of a socket never block, and in a relay that is woken a thousand times a second
-// that thread would take a sixth of the CPU.
+// A socket is a TCP connection whose system calls Go's scheduler does not see. For any other
+// system call, since it may block, the scheduler wakes a thread that watches it. Those of a
+// socket never block, and in a relay that wakes up a thousand times a second that thread
+// would take a sixth of the CPU.
 type socket struct {
 	*net.TCPConn
 	raw     syscall.RawConn
