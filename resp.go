@@ -104,6 +104,7 @@ func (t *redisTarget) dial() (*redisConn, error) {
 	if err != nil {
 		return nil, err
 	}
+	conn = newSocket(conn)
 	conn.SetDeadline(time.Now().Add(replyTimeout))
 	if t.tls != nil {
 		conn = tls.Client(conn, t.tls)
