@@ -276,7 +276,7 @@ func TestUnwritten(t *testing.T) {
 		}
 		f := newTestEncoder(t, technique)
 		for _, due := range [][]*event{events, events[:1], events[1:2], {quoted, events[0]}, {events[0], quoted}} {
-			b := f.encode([]byte("head"), 1, due...)
+			b := f.encode([]byte("head"), &subscriber{cursor: 1}, due...)
 			for n := range b {
 				rest := unwritten(b, n, due)
 				if got := bytes.Join(rest, nil); !bytes.Equal(got, b[n:]) {

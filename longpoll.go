@@ -351,7 +351,7 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 	head := p.answerHead
 	room := len(head) + 128 // for the head, whose Content-Length is known last
 	b := append(sc.buf[:0], make([]byte, room)...)
-	b = ses.enc.encode(append(b, ses.enc.preamble...), ses.sub.cursor, sc.events...)
+	b = ses.enc.encode(append(b, ses.enc.preamble...), &ses.sub, sc.events...)
 	sc.buf = b
 	sc.count(ses.technique, sc.events, len(b)-room, now/1e6)
 	var array [128]byte

@@ -93,7 +93,7 @@ func wrapPages(s *server, next http.Handler) http.Handler {
 	s.technique("refresh").encoder = func(s *server, q *request) encoder {
 		enc := refresh(s, q)
 		enc.preamble = ""
-		enc.batch = func(b []byte, _ int64, events []*event) []byte { // only now is q's user among those who are here
+		enc.batch = func(b []byte, _ *subscriber, events []*event) []byte { // only now is q's user among those who are here
 			return s.appendPage(append(b, s.pageHead(q, enc.header["Refresh"])...), events)
 		}
 		return enc
@@ -383,19 +383,11 @@ func (e *event) text() string {
 func multipartHTML(s *server, q *request) encoder {
 	enc, next := multipartOf("text/html; charset=utf-8")
 	enc.last = pageMessages
+	q.sub.maxBatchBytes = math.MaxInt // a page shows them all
 	head := s.pageHead(q, "")
-	var sub *subscriber
 	var from int64 // what lies after it is shown
 	var gaps []*event
-	enc.subscribe = func(to *subscriber, req subscribeRequest) (func(), error) {
-		sub, req.maxBatchBytes = to, math.MaxInt // a page shows them all
-		err := s.subscribe(sub, req)
-		if from = sub.cursor; sub.lost != "" {
-			from = 0
-		}
-		return nil, err
-	}
-	enc.batch = func(b []byte, _ int64, events []*event) []byte {
+	enc.batch = func(b []byte, sub *subscriber, events []*event) []byte {
 		for _, e := range events {
 			if e.kind == "gap" {
 				gaps = []*event{e} // the newest
@@ -404,6 +396,9 @@ func multipartHTML(s *server, q *request) encoder {
 		var shown []*event
 		switch e := events[len(events)-1]; {
 		case e.kind == "hello": // nothing was read yet
+			if sub.lost == "" {
+				from = sub.cursor
+			}
 		case e.kind == "bye":
 			shown = append(sub.newest(from, gaps), e)
 		case sub.seesPresence:

@@ -109,26 +109,22 @@ func decodeImage(e *event) []byte {
 // type. If that was wrong, the image is sent again under its own. A part without bytes
 // would crash a tab of Chromium, and anything before an image would spoil it. So the
 // heartbeat is the image once more; and before there is one, a line of its head.
-func (p *pictures) pushImages(s *server, q *request) encoder {
+func (p *pictures) pushImages(_ *server, q *request) encoder {
 	v := &imageViewer{p: p, boundary: rand.Text()}
+	q.sub.maxBatchBytes = math.MaxInt // one image is written of a batch
 	return encoder{
 		contentType: "multipart/x-mixed-replace; boundary=" + v.boundary,
 		preamble:    "--" + v.boundary + "\r\nX-Padding: " + strings.Repeat("x", minImageBytes) + "\r\n",
 		last:        math.MaxInt32, // the newest image, whatever was published since
-		subscribe: func(sub *subscriber, req subscribeRequest) (func(), error) {
-			v.sub, req.maxBatchBytes = sub, math.MaxInt // one image is written of a batch
-			return nil, s.subscribe(sub, req)
-		},
-		choose: v.choose,
-		event:  v.write,
-		beat:   v.beat,
+		choose:      v.choose,
+		event:       v.write,
+		beat:        v.beat,
 	}
 }
 
 // An imageViewer is who is sent published images.
 type imageViewer struct {
 	p        *pictures
-	sub      *subscriber
 	boundary string
 	opened   string // type of the part that has begun
 	shown    int64  // the event that was sent last
@@ -158,11 +154,11 @@ func (v *imageViewer) write(b []byte, e *event) []byte {
 	return append(append(b, img...), next...)
 }
 
-func (v *imageViewer) beat() string {
+func (v *imageViewer) beat(sub *subscriber) string {
 	if v.shown == 0 {
 		return "X-Beat: 1\r\n"
 	}
-	if found := v.sub.kept(v.shown-1, v.shown); len(found) > 0 {
+	if found := sub.kept(v.shown-1, v.shown); len(found) > 0 {
 		return string(v.write(nil, found[0]))
 	}
 	return "" // the log has dropped it

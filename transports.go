@@ -79,22 +79,22 @@ func newTechniques() []*technique {
 // batch, all that are due at once. Both append to b.
 type encoder struct {
 	event       func(b []byte, e *event) []byte
-	batch       func(b []byte, cursor int64, events []*event) []byte
+	batch       func(b []byte, sub *subscriber, events []*event) []byte
 	contentType string
 	header      map[string]string // more headers
 	preamble    string            // before everything
 	heartbeat   string
-	last        int                     // messages to begin with, unless the request says how many
-	choose      func([]*event) []*event // returns those of a batch that are written, if not nil
-	beat        func() string           // makes the heartbeat, if not nil
+	last        int                      // messages to begin with, unless the request says how many
+	choose      func([]*event) []*event  // returns those of a batch that are written, if not nil
+	beat        func(*subscriber) string // makes the heartbeat, if not nil
 
 	// Subscribes in place of the relay, if not nil; for a representation with a log of its own.
 	subscribe func(*subscriber, subscribeRequest) (unsubscribed func(), err error)
 }
 
-func (enc *encoder) encode(b []byte, cursor int64, events ...*event) []byte {
+func (enc *encoder) encode(b []byte, sub *subscriber, events ...*event) []byte {
 	if enc.batch != nil {
-		return enc.batch(b, cursor, events)
+		return enc.batch(b, sub, events)
 	}
 	for _, e := range events {
 		b = enc.event(b, e)
@@ -111,8 +111,8 @@ func (enc *encoder) encode(b []byte, cursor int64, events ...*event) []byte {
 func poll(*server, *request) encoder {
 	return encoder{
 		contentType: "application/json; charset=utf-8",
-		batch: func(b []byte, cursor int64, events []*event) []byte {
-			return append(pollBody(b, cursor, events), '\n')
+		batch: func(b []byte, sub *subscriber, events []*event) []byte {
+			return append(pollBody(b, sub.cursor, events), '\n')
 		},
 	}
 }
@@ -144,9 +144,9 @@ func jsonp(_ *server, q *request) encoder {
 	}
 	return encoder{
 		contentType: "application/javascript; charset=utf-8",
-		batch: func(b []byte, cursor int64, events []*event) []byte {
+		batch: func(b []byte, sub *subscriber, events []*event) []byte {
 			b = append(append(b, "/**/"...), callback...)
-			return append(pollBody(append(b, '('), cursor, events), ");\n"...)
+			return append(pollBody(append(b, '('), sub.cursor, events), ");\n"...)
 		},
 	}
 }
@@ -289,7 +289,7 @@ func frames(_ *server, q *request) encoder {
 		}
 	}
 	return encoder{
-		batch: func(b []byte, _ int64, events []*event) []byte {
+		batch: func(b []byte, _ *subscriber, events []*event) []byte {
 			for i, e := range events {
 				if i > 0 {
 					b = append(b, '\n')
@@ -337,7 +337,7 @@ func refresh(s *server, q *request) encoder {
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Refresh": wait, "Content-Security-Policy": q.pagePolicy()},
 		preamble:    plainHead + form + "\n",
-		batch:       func(b []byte, _ int64, events []*event) []byte { return s.appendPage(b, events) },
+		batch:       func(b []byte, _ *subscriber, events []*event) []byte { return s.appendPage(b, events) },
 		last:        pageMessages,
 	}
 }
@@ -513,7 +513,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 	if limit, ok := err.(httpError); ok && limit.retryAfter > 0 && t.name == "sse" {
 		// Any status but 200 would end an EventSource for good.
 		s.refused(limit.reason)
-		return writer(w)(enc.encode([]byte(enc.preamble), 0, s.bye()))
+		return writer(w)(enc.encode([]byte(enc.preamble), &st.sub, s.bye()))
 	}
 	return err
 }
@@ -574,7 +574,7 @@ func (st *stream) answer(w http.ResponseWriter, events []*event) error {
 	if err := st.quota.reserve(size); err != nil {
 		return err
 	}
-	b := st.enc.encode([]byte(st.enc.preamble), st.sub.cursor, events...)
+	b := st.enc.encode([]byte(st.enc.preamble), &st.sub, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	st.server.withScratch(func(sc *scratch) error { sc.count(st.technique, events, len(b), time.Now().UnixMilli()); return nil })
 	return writer(w)(b)
@@ -718,7 +718,7 @@ func (st *stream) step(sc *scratch, now int64, stopping bool) error {
 	}
 	st.heartbeatAt.Store(now + st.heartbeatEvery)
 	if st.enc.beat != nil {
-		return st.emit(sc, now, st.enc.beat())
+		return st.emit(sc, now, st.enc.beat(&st.sub))
 	}
 	return st.emit(sc, now, st.enc.heartbeat)
 }
@@ -753,7 +753,7 @@ func (st *stream) emit(sc *scratch, now int64, text string, events ...*event) er
 	b := append(sc.buf[:0], make([]byte, st.headroom)...)
 	b = append(b, text...)
 	if len(events) > 0 {
-		b = st.enc.encode(b, st.sub.cursor, events...)
+		b = st.enc.encode(b, &st.sub, events...)
 	}
 	sc.buf = b
 	st.heartbeatAt.Store(now + st.heartbeatEvery)

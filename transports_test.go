@@ -1893,10 +1893,10 @@ func BenchmarkFrame(b *testing.B) {
 	for _, t := range newTechniques() {
 		b.Run(t.name, func(b *testing.B) {
 			f := newTestEncoder(b, t)
-			buf := make([]byte, 0, 64<<10)
+			buf, sub := make([]byte, 0, 64<<10), &subscriber{cursor: 1}
 			b.ReportAllocs()
 			for b.Loop() {
-				if len(f.encode(buf, 1, events...)) == 0 {
+				if len(f.encode(buf, sub, events...)) == 0 {
 					b.Fatal("nothing was framed")
 				}
 			}
@@ -1942,14 +1942,14 @@ func TestFramingAllocatesNothing(t *testing.T) {
 	if len(events) != 2 {
 		t.Fatalf("read %d events, want a message and a signal", len(events))
 	}
-	buf := make([]byte, 0, 64<<10)
+	buf, sub := make([]byte, 0, 64<<10), &subscriber{cursor: 1}
 	for _, technique := range newTechniques() {
 		if technique.mode != streaming {
 			continue
 		}
 		f := newTestEncoder(t, technique)
 		for _, due := range [][]*event{events[:1], events[1:], events} {
-			if n := testing.AllocsPerRun(100, func() { f.encode(buf, 1, due...) }); n > 0 {
+			if n := testing.AllocsPerRun(100, func() { f.encode(buf, sub, due...) }); n > 0 {
 				t.Errorf("framing %d events as %s is %v allocations, want none", len(due), technique.name, n)
 			}
 		}
