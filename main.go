@@ -204,17 +204,16 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 	if err != nil {
 		return err
 	}
-	stopMetrics, err := a.stats.listen(c.metricsAddr) // layer: stats.go
+	err = a.stats.listen(c.metricsAddr) // layer: stats.go
 	if err != nil {
 		return err
 	}
-	defer stopMetrics() // layer: stats.go
 	if isTerminal(os.Stderr) {
-		fmt.Fprintln(os.Stderr, greeting(listener.Addr().String(), a.access.secrets != nil))
+		fmt.Fprintln(os.Stderr, greeting(listener.Addr().String(), c.secret != ""))
 	} else {
 		slog.Info("listening", "addr", listener.Addr().String(), "version", version(), "instance", a.instance,
-			"memory", memory, "memory-from", source, "streams", c.streams, "all-bytes", c.maxBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", a.access.secrets != nil)
-		if a.access.secrets == nil {
+			"memory", memory, "memory-from", source, "streams", c.streams, "all-bytes", c.maxBytes, "origins", c.origins, "trust-proxy", c.trustProxy, "tokens", c.secret != "")
+		if c.secret == "" {
 			slog.Warn("the relay is open: anybody may read and publish; -secret closes it")
 		}
 	}
@@ -282,7 +281,6 @@ type app struct {
 	*server
 	handler  http.Handler
 	limiter  *limiter
-	access   *access
 	pool     *writerPool // layer: async.go
 	pictures *pictures   // layer: picture.go
 	stats    *stats      // layer: stats.go
@@ -300,28 +298,22 @@ func newApp(c config) (*app, error) {
 	s := newServer(newRelay(c.limits))
 	s.heartbeat, s.maxAge, s.maxBody = c.beat, c.age, c.body
 	s.maxUnsent = boundsFor(c.memory).unsent
-	a := &app{server: s, handler: s, access: access}
+	a := &app{server: s, handler: s, limiter: newLimiter(c)}
 	if a.redis, err = newRedis(s, c.redis, c.redisPrefix, c.redisEvents); err != nil { // layer: redis.go
 		return nil, err // layer: redis.go
 	} // layer: redis.go
-	a.pool = newWriterPool(s, c.trustProxy)                            // layer: async.go
-	a.pictures = newPictures(s)                                        // layer: picture.go
-	a.stats = newStats(s)                                              // layer: stats.go
-	a.stats.shared = a.redis.status                                    // layer: stats.go redis.go
-	a.handler = a.stats.wrap(a.handler)                                // layer: stats.go
-	a.pictures.skipped = func(n int) { a.stats.skipped.Add(int64(n)) } // layer: stats.go picture.go
-	a.pool.received = a.stats.received                                 // layer: stats.go async.go
+	a.pool = newWriterPool(s, c.trustProxy)                                               // layer: async.go
+	a.pool.openReceipt = func(cut func()) receipt { return a.limiter.receipts.open(cut) } // layer: async.go
+	a.pictures = newPictures(s)                                                           // layer: picture.go
+	a.stats = newStats(s, a.limiter)                                                      // layer: stats.go
+	a.stats.shared = a.redis.status                                                       // layer: stats.go redis.go
+	a.pictures.skipped = func(n int) { a.stats.skipped.Add(int64(n)) }                    // layer: stats.go picture.go
+	a.pool.received = a.stats.received                                                    // layer: stats.go async.go
+
+	// From the inside out: what is added last sees a request first.
+	a.handler = a.stats.wrap(a.handler) // layer: stats.go
 	a.handler = wrapPages(s, a.handler)
 	a.handler = a.redis.wrap(a.handler) // layer: redis.go
-	a.limiter = newLimiter(c)
-	a.pool.openReceipt = func(cut func()) receipt { return a.limiter.receipts.open(cut) } // layer: async.go
-	a.stats.more = func() []number {                                                      // layer: stats.go
-		return []number{ // layer: stats.go
-			{"open_connections", "", "Connections.", a.limiter.open.Load()},                                                                 // layer: stats.go
-			{"served_connections", "", "Connections with a request, or between two.", a.limiter.served.inUse()},                             // layer: stats.go
-			{"reserved_bytes", "", "Bytes reserved for bodies that arrive, and for answers that clients take.", a.limiter.receipts.inUse()}, // layer: stats.go
-		} // layer: stats.go
-	} // layer: stats.go
 	a.handler = a.limiter.wrap(s, a.handler)
 	a.handler = access.wrap(s, a.handler)
 	return a, nil

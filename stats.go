@@ -25,10 +25,10 @@ import (
 // stats are all counters.
 type stats struct {
 	server         *server
+	limiter        *limiter
 	started        time.Time
-	shared         func() any      // describes the relays that share a log, if there are more; nil without
-	elsewhere      bool            // /metrics has an address of its own
-	more           func() []number // of other layers
+	shared         func() any // describes the relays that share a log, if there are more; nil without
+	elsewhere      bool       // /metrics has an address of its own
 	published      atomic.Int64
 	publishedBytes atomic.Int64 // of requests to publish
 	gaps           atomic.Int64 // sent to subscribers
@@ -70,8 +70,8 @@ var delayBounds = [...]int64{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000}
 var reasons = []string{"address", "body", "connections", "descriptors", "memory", "origin", "pictures", "rate", "redis", "room", "rooms", "streams", "token", "users"}
 
 // newStats counts what the server does.
-func newStats(s *server) *stats {
-	st := &stats{server: s, started: time.Now(), traffic: map[*technique]*traffic{}, refused: map[string]int64{}, more: func() []number { return nil }}
+func newStats(s *server, l *limiter) *stats {
+	st := &stats{server: s, limiter: l, started: time.Now(), traffic: map[*technique]*traffic{}, refused: map[string]int64{}}
 	for _, t := range s.techniques {
 		st.traffic[t] = &traffic{}
 	}
@@ -301,7 +301,7 @@ func (st *stats) numbers() []number {
 	r.mu.Unlock()
 	memory := []metrics.Sample{{Name: "/memory/classes/total:bytes"}, {Name: "/memory/classes/heap/released:bytes"}}
 	metrics.Read(memory)
-	return append([]number{
+	return []number{
 		{"start_time_seconds", "", "When the relay started, Unix time.", st.started.Unix()},
 		{"published_total", "published", "Events published.", st.published.Load()},
 		{"published_bytes_total", "in", "Bytes of requests to publish, heads included.", st.publishedBytes.Load()},
@@ -313,26 +313,29 @@ func (st *stats) numbers() []number {
 		{"history_bytes", "history", "Bytes of events kept.", int64(bytes)},
 		{"memory_bytes", "memory", "Memory the runtime has from the system.", int64(memory[0].Value.Uint64() - memory[1].Value.Uint64())},
 		{"unsent_bytes", "", "Bytes that streams have not taken yet.", st.server.unsentBytes.Load()},
+		{"reserved_bytes", "", "Bytes reserved for bodies that arrive, and for answers that clients take.", st.limiter.receipts.inUse()},
+		{"open_connections", "", "Connections.", st.limiter.open.Load()},
+		{"served_connections", "", "Connections with a request, or between two.", st.limiter.served.inUse()},
 		{"goroutines", "goroutines", "Goroutines.", int64(runtime.NumGoroutine())},
-	}, st.more()...)
+	}
 }
 
 // listen serves /metrics on an address of its own, if there is one, and no longer
 // beside the rest.
-func (st *stats) listen(addr string) (stop func() error, err error) {
+func (st *stats) listen(addr string) error {
 	if addr == "" {
-		return func() error { return nil }, nil
+		return nil
 	}
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	st.elsewhere = true
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) { st.handleMetrics(w, r, nil) })
 	srv := &http.Server{Handler: mux, ReadTimeout: requestTimeout, WriteTimeout: answerTimeout}
 	go srv.Serve(l)
-	return srv.Close, nil
+	return nil
 }
 
 // handleMetrics is GET /metrics, for those who may read _stats.
