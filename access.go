@@ -70,13 +70,12 @@ func newAccess(c config) (*access, error) {
 func (a *access) wrap(s *server, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r, p := withPermit(r)
-		rights := &accessRights{a: a}
-		p.rights, p.ancestors = rights, a.ancestors
+		rights := &accessRights{a: a, claims: &claims{}}
 		if a.secrets != nil {
-			if rights.claims, rights.tokenErr = a.verify(r); rights.claims != nil {
-				p.user, p.expiresAt = rights.claims.Sub, rights.claims.expires()
-			}
+			rights.claims, rights.tokenErr = a.verify(r)
 		}
+		p.rights, p.ancestors = rights, a.ancestors
+		p.user, p.expiresAt = rights.claims.Sub, rights.claims.expires()
 		var err error
 		if strings.HasPrefix(r.URL.Path, "/rooms") {
 			w = a.cors(w, r)
@@ -98,20 +97,16 @@ func (a *access) wrap(s *server, next http.Handler) http.Handler {
 // accessRights are the rights of one request.
 type accessRights struct {
 	a        *access
-	claims   *claims // nil without a good token
+	claims   *claims // empty without a good token
 	tokenErr error
 }
 
-func (ar *accessRights) read(room string) error  { return ar.check(room, false) }
-func (ar *accessRights) write(room string) error { return ar.check(room, true) }
+func (ar *accessRights) read(room string) error  { return ar.check(ar.claims.Read, room) }
+func (ar *accessRights) write(room string) error { return ar.check(ar.claims.Write, room) }
 
-func (ar *accessRights) check(room string, write bool) error {
+func (ar *accessRights) check(list []string, room string) error {
 	if ar.a.secrets == nil || ar.tokenErr != nil {
 		return ar.tokenErr
-	}
-	list := ar.claims.Read
-	if write {
-		list = ar.claims.Write
 	}
 	if !matchesRoom(list, room) {
 		return tokenError(http.StatusForbidden, fmt.Sprintf("the token is not good for the room %q", room))
@@ -337,32 +332,34 @@ func matchesRoom(list []string, room string) bool {
 // verify returns what the token of a request says: a bearer token, for programs; the
 // parameter token, for EventSource and WebSocket, which cannot set a header; or a cookie,
 // for pages. Another site of the same domain may have set a cookie too: a good one counts.
-func (a *access) verify(r *http.Request) (c *claims, err error) {
+func (a *access) verify(r *http.Request) (*claims, error) {
 	scheme, bearer, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	tokens := r.URL.Query()["token"]
 	switch {
 	case strings.EqualFold(scheme, "Bearer"):
 		tokens = []string{strings.TrimSpace(bearer)}
 	case len(tokens) > 1:
-		return nil, badRequest("token is given twice")
+		return &claims{}, badRequest("token is given twice")
 	case len(tokens) == 0 || tokens[0] == "":
 		tokens = nil
 		for _, cookie := range r.CookiesNamed("token") {
 			tokens = append(tokens, cookie.Value)
 		}
 	}
-	err = tokenError(http.StatusUnauthorized, "this relay asks for a token: Authorization: Bearer, the query token, or a cookie token")
+	err := tokenError(http.StatusUnauthorized, "this relay asks for a token: Authorization: Bearer, the query token, or a cookie token")
 	for _, token := range tokens {
-		if c, err = verifyToken(token, a.secrets, time.Now()); err == nil {
-			break
+		c, wrong := verifyToken(token, a.secrets, time.Now())
+		if wrong == nil {
+			return c, nil
 		}
+		err = wrong
 	}
-	return c, err
+	return &claims{}, err
 }
 
 // inURL reports whether a good token is in the URL of a page.
 func (ar *accessRights) inURL(r *http.Request) bool {
-	if ar.claims == nil || !wantsHTML(r) || !isPage(r.URL.Path) || r.URL.Query().Get("token") == "" {
+	if ar.a.secrets == nil || ar.tokenErr != nil || !wantsHTML(r) || !isPage(r.URL.Path) || r.URL.Query().Get("token") == "" {
 		return false
 	}
 	path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
@@ -409,13 +406,11 @@ func (ar *accessRights) describe(w http.ResponseWriter, r *http.Request) error {
 	if room != "" {
 		answer["read"], answer["write"] = ar.read(room) == nil, ar.write(room) == nil
 	}
-	if c := ar.claims; c != nil {
-		if c.Sub != "" {
-			answer["user"] = c.Sub
-		}
-		if c.Exp != nil {
-			answer["exp"] = *c.Exp
-		}
+	if ar.claims.Sub != "" {
+		answer["user"] = ar.claims.Sub
+	}
+	if ar.claims.Exp != nil {
+		answer["exp"] = *ar.claims.Exp
 	}
 	writeJSON(w, http.StatusOK, answer)
 	return nil
