@@ -202,77 +202,89 @@ func acceptsGzip(h http.Header) bool {
 
 // Pages without JavaScript.
 
-func (q *request) title() string { return html.EscapeString(strings.Join(q.rooms, ", ")) }
-
-func pageStart(title string) string {
-	return `<!DOCTYPE html>
+// The pieces of pages. See fill for what stands in braces.
+const (
+	pageStart = `<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>` + title + ` · Cometes</title>
+<title>{title} · Cometes</title>
 <link rel="icon" href="../../icon.svg">
 <link rel="stylesheet" href="../../plain.css">
 `
-}
+	bareBody = `<body class="bare">
+`
+	pageHeader = `<header>
+<nav><a href="../../?{chat}">Back to the chat</a></nav>
+<h1>{rooms}</h1>
+`
+	refreshNote = `<p>This page refreshes itself every {wait} seconds.
+<a href="form?live=refresh&amp;{query}">Write in a form that stays</a></p>
+`
+	endlessNote = `<p>This page never ends: new messages appear on top.
+<a href="refresh?{query}">A page that refreshes itself instead</a></p>
+`
+	liveNote = `<p>The messages below refresh themselves every few seconds; what you write stays.</p>
+`
+	form = `<form method="post" action="../{room}" aria-label="Write a message">
+<label>Name <input name="user" value="{user}" pattern="\S(.*\S)?" title="a name, without spaces around it" maxlength="64" size="10" autocomplete="nickname"></label>
+<label class="wide">Message <input id="data" name="data" required maxlength="4000" autocomplete="off" autofocus></label>
+<input type="hidden" name="key" value="{key}">
+<input type="hidden" name="then" value="{then}">
+<button>Send</button>
+</form>
+`
+	formFrame = `<section aria-label="Write"><iframe class="form" title="Write a message" src="form?{query}"></iframe></section>
+`
+	liveFrame = `<main><iframe class="live" title="Messages" src="refresh?form=0&amp;{query}"></iframe></main>
+`
+)
 
-// pageHead begins a page, with a form: in a page that refreshes itself as part of it,
-// else in a frame of its own.
-func (s *server) pageHead(q *request, refresh string) string {
-	user := url.Values{"user": {q.user}}.Encode()
-	head, form := q.headerHTML(), ""
-	switch {
-	case q.param("form") == "0": // it is in a frame of another page
-		head = "<body class=\"bare\">\n<header>\n"
-	case refresh != "":
-		head += `<p>This page refreshes itself every ` + refresh + ` seconds.
-<a href="form?live=refresh&amp;` + user + `">Write in a form that stays</a></p>
-`
-		form = q.formHTML("refresh")
-	default:
-		head += `<p>This page never ends: new messages appear on top.
-<a href="refresh?` + user + `">A page that refreshes itself instead</a></p>
-`
-		form = `<section aria-label="Write"><iframe class="form" title="Write a message" src="form?` + user + `"></iframe></section>
-`
-	}
-	if refresh != "" && q.sub.seesPresence {
-		head += `<p>` + s.relay.roster(q.rooms[0]).sentence() + ".</p>\n"
-	}
-	return pageStart(q.title()) + head + "</header>\n" + form
-}
-
-// headerHTML begins the header of a page: the room, and the way back to the chat.
-func (q *request) headerHTML() string {
+// fill returns HTML with what the request says, escaped, in place of the names in braces;
+// the caller gives more. The key makes a double click on a form one message.
+func (q *request) fill(page string, more ...string) string {
+	user := url.Values{"user": {q.user}}
 	chat := url.Values{"room": {q.rooms[0]}}
 	if q.user != "" {
 		chat.Set("user", q.user)
 	}
-	return `<header>
-<nav><a href="../../?` + html.EscapeString(chat.Encode()) + `">Back to the chat</a></nav>
-<h1>` + q.title() + `</h1>
-`
+	values := append(more, "{rooms}", q.title(), "{room}", q.rooms[0], "{user}", q.user,
+		"{query}", user.Encode(), "{chat}", chat.Encode(), "{key}", rand.Text())
+	for i := 1; i < len(values); i += 2 {
+		values[i] = html.EscapeString(values[i])
+	}
+	return strings.NewReplacer(values...).Replace(page)
 }
 
-// formHTML returns a form that posts to a room and then shows a page, in which the focus
-// is in the message again. Its key makes a double click one message.
-func (q *request) formHTML(then string) string {
-	return `<form method="post" action="../` + q.rooms[0] + `" aria-label="Write a message">
-<label>Name <input name="user" value="` + html.EscapeString(q.user) + `" pattern="\S(.*\S)?" title="a name, without spaces around it" maxlength="64" size="10" autocomplete="nickname"></label>
-<label class="wide">Message <input id="data" name="data" required maxlength="4000" autocomplete="off" autofocus></label>
-<input type="hidden" name="key" value="` + rand.Text() + `">
-<input type="hidden" name="then" value="` + then + `">
-<button>Send</button>
-</form>
-`
+func (q *request) title() string { return strings.Join(q.rooms, ", ") }
+
+// pageHead begins a page, with a form: in a page that refreshes itself as part of it,
+// else in a frame of its own.
+func (s *server) pageHead(q *request, refresh string) string {
+	head, write, here := pageHeader+endlessNote, formFrame, ""
+	if refresh != "" {
+		head, write = pageHeader+refreshNote, form
+		if q.sub.seesPresence {
+			here = "<p>" + s.relay.roster(q.rooms[0]).sentence() + ".</p>\n"
+		}
+	}
+	if q.param("form") == "0" { // it is in a frame of another page
+		head, write = bareBody+"<header>\n", ""
+	}
+	return q.fill(pageStart+head, "{title}", q.title(), "{wait}", refresh) + here + "</header>\n" + q.fill(write, "{then}", "refresh")
 }
 
 // handleForm is GET /rooms/{room}/form: the form alone, for a frame in a page that never
 // ends, or with live above a frame with that page.
 func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) error {
 	q.user = q.userParam()
-	live := q.param("live")
-	if live != "" && live != "refresh" {
+	page := pageStart + bareBody + form
+	switch q.param("live") {
+	case "":
+	case "refresh":
+		page = pageStart + bareBody + pageHeader + liveNote + "</header>\n" + form + liveFrame
+	default:
 		q.fail(badRequest("live is refresh"))
 	}
 	if q.err != nil {
@@ -281,14 +293,7 @@ func (s *server) handleForm(w http.ResponseWriter, r *http.Request, q *request) 
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")
 	h.Set("Content-Security-Policy", q.pagePolicy())
-	form := q.formHTML("form")
-	if live != "" {
-		form = q.headerHTML() + `<p>The messages below refresh themselves every few seconds; what you write stays.</p>
-</header>
-` + form + `<main><iframe class="live" title="Messages" src="refresh?form=0&amp;` + url.Values{"user": {q.user}}.Encode() + `"></iframe></main>
-`
-	}
-	io.WriteString(w, pageStart("Write to "+q.title())+"<body class=\"bare\">\n"+form)
+	io.WriteString(w, q.fill(page, "{title}", "Write to "+q.title(), "{then}", "form"))
 	return nil
 }
 
