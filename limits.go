@@ -30,8 +30,11 @@ var (
 )
 
 const (
-	streamCost  = 10 << 10 // bytes of memory that a stream counts for
-	requestCost = 30 << 10 // and one that net/http drives: HTTP/2, or HTTP/1.0
+	// A stream that net/http drives to its end, over HTTP/2 or HTTP/1.0, counts as so many.
+	streamWeight = 3
+
+	// Bytes of memory that a request of HTTP/2 takes.
+	requestCost = 30 << 10
 
 	// A body or an answer of this size, in bytes, is part of what its connection costs.
 	smallSize = 4 << 10
@@ -42,8 +45,8 @@ const (
 
 // A limiter bounds what clients take together, and each address.
 type limiter struct {
-	flags          config
-	maxStreamBytes int64 // of memory, for streams and waiting long-polls
+	flags     config
+	maxWeight int // of streams and waiting long-polls
 
 	open      atomic.Int64 // connections
 	receipts  *budget      // bytes that are being received or, of answers with an end, taken
@@ -52,21 +55,21 @@ type limiter struct {
 	rooms     rateLimiter[string]
 	held      addrLimiter // streams and waiting long-polls
 
-	mu          sync.Mutex // guards what follows
-	streams     int
-	streamBytes int64
+	mu      sync.Mutex // guards what follows
+	streams int
+	weight  int // of all streams: 1 for most, streamWeight for some
 }
 
 func newLimiter(c config) *limiter {
 	b := boundsFor(c.memory)
 	return &limiter{
-		flags:          c,
-		maxStreamBytes: int64(max(c.streams, b.streams)) * streamCost,
-		receipts:       newBudget(max(b.receipts, 4*bodyFactor*c.body)),
-		served:         newBudget(b.served),
-		publishes:      rateLimiter[netip.Addr]{rate: c.rate},
-		rooms:          rateLimiter[string]{rate: c.roomRate},
-		held:           addrLimiter{perAddr: c.perAddr},
+		flags:     c,
+		maxWeight: max(c.streams, b.streams),
+		receipts:  newBudget(max(b.receipts, 4*bodyFactor*c.body)),
+		served:    newBudget(b.served),
+		publishes: rateLimiter[netip.Addr]{rate: c.rate},
+		rooms:     rateLimiter[string]{rate: c.roomRate},
+		held:      addrLimiter{perAddr: c.perAddr},
 	}
 }
 
@@ -74,7 +77,10 @@ func newLimiter(c config) *limiter {
 func (l *limiter) wrap(s *server, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r, p := withPermit(r)
-		q := &clientQuota{l: l, addr: l.clientAddr(r), http11: r.ProtoMajor == 1 && r.ProtoMinor == 1}
+		q := &clientQuota{l: l, addr: l.clientAddr(r), weight: 1}
+		if r.ProtoMajor != 1 || r.ProtoMinor != 1 {
+			q.weight = streamWeight
+		}
 		q.conn, _ = r.Context().Value(connKey{}).(*limitedConn)
 		p.quota = q
 		defer q.free()
@@ -98,7 +104,7 @@ type clientQuota struct {
 	l       *limiter
 	addr    netip.Addr
 	conn    *limitedConn // nil if the listener is not ours
-	http11  bool
+	weight  int          // as a stream
 	body    *reservedBody
 	cut     func()     // ends a client of HTTP/2 that takes no answer
 	in, out *allotment // of l.receipts: for the request and its body, and for a long answer; or nil
@@ -192,20 +198,20 @@ func (q *clientQuota) publishTo(room string) error {
 
 func (q *clientQuota) hold() error {
 	l := q.l
-	most := l.maxStreamBytes
-	if !q.http11 {
-		most -= most / 4 // a quarter is for those that cost less
+	most := l.maxWeight
+	if q.weight > 1 {
+		most = most * 3 / 4 // the rest is for those that cost less
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.streams >= l.flags.streams || l.streamBytes+q.cost() > most {
+	if l.streams >= l.flags.streams || l.weight+q.weight > most {
 		return errTooManyStreams
 	}
 	if !l.held.acquire(q.addr) {
 		return errTooManyPerAddr
 	}
 	l.streams++
-	l.streamBytes += q.cost()
+	l.weight += q.weight
 	q.free() // a stream is not paid for twice
 	q.conn.hold(1)
 	return nil
@@ -216,17 +222,9 @@ func (q *clientQuota) release() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.streams--
-	l.streamBytes -= q.cost()
+	l.weight -= q.weight
 	l.held.release(q.addr)
 	q.conn.hold(-1)
-}
-
-// cost is how many bytes of memory a held request takes.
-func (q *clientQuota) cost() int64 {
-	if q.http11 {
-		return streamCost
-	}
-	return requestCost
 }
 
 // A rateLimiter lets each key do something rate times a second, and two seconds' worth at

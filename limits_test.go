@@ -484,10 +484,10 @@ func (b *testbed) held() string {
 	synctest.Wait()
 	b.limiter.mu.Lock()
 	defer b.limiter.mu.Unlock()
-	return fmt.Sprintf("%d bytes reserved, %d connections served, %d streams of %d bytes", b.limiter.receipts.inUse(), b.limiter.served.inUse(), b.limiter.streams, b.limiter.streamBytes)
+	return fmt.Sprintf("%d bytes reserved, %d connections served, %d streams of weight %d", b.limiter.receipts.inUse(), b.limiter.served.inUse(), b.limiter.streams, b.limiter.weight)
 }
 
-const nothingHeld = "0 bytes reserved, 0 connections served, 0 streams of 0 bytes"
+const nothingHeld = "0 bytes reserved, 0 connections served, 0 streams of weight 0"
 
 func TestWhatIsReservedIsGivenBackOnEveryWayOut(t *testing.T) {
 	body, big := strings.Repeat("x", 20_000), strings.Repeat("x", 40_000)
@@ -502,29 +502,29 @@ func TestWhatIsReservedIsGivenBackOnEveryWayOut(t *testing.T) {
 		wait       time.Duration
 		answer     string
 	}{
-		{"a publish", post("/rooms/a", length, body), "0 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, "201"},
-		{"a publish in chunks", post("/rooms/a", "Transfer-Encoding: chunked\r\n", "4e20\r\n"+body+"\r\n0\r\n\r\n"), "0 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, "201"},
-		{"a client that leaves in a body", post("/rooms/a", length, body[1:]), "40000 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, ""},
-		{"one that leaves in a chunk", post("/rooms/a", "Transfer-Encoding: chunked\r\n", "4e20\r\n"+body[:6_000]), "8192 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, ""},
-		{"a body that does not come in time", post("/rooms/a", length, body[1:]), "40000 bytes reserved, 1 connections served, 0 streams of 0 bytes", requestTimeout, "408"},
-		{"a body that is too big", post("/rooms/a", "Content-Length: 80000\r\n", big+big), "0 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, "413"},
+		{"a publish", post("/rooms/a", length, body), "0 bytes reserved, 1 connections served, 0 streams of weight 0", 0, "201"},
+		{"a publish in chunks", post("/rooms/a", "Transfer-Encoding: chunked\r\n", "4e20\r\n"+body+"\r\n0\r\n\r\n"), "0 bytes reserved, 1 connections served, 0 streams of weight 0", 0, "201"},
+		{"a client that leaves in a body", post("/rooms/a", length, body[1:]), "40000 bytes reserved, 1 connections served, 0 streams of weight 0", 0, ""},
+		{"one that leaves in a chunk", post("/rooms/a", "Transfer-Encoding: chunked\r\n", "4e20\r\n"+body[:6_000]), "8192 bytes reserved, 1 connections served, 0 streams of weight 0", 0, ""},
+		{"a body that does not come in time", post("/rooms/a", length, body[1:]), "40000 bytes reserved, 1 connections served, 0 streams of weight 0", requestTimeout, "408"},
+		{"a body that is too big", post("/rooms/a", "Content-Length: 80000\r\n", big+big), "0 bytes reserved, 1 connections served, 0 streams of weight 0", 0, "413"},
 		{"one that says so late", post("/rooms/a", "Transfer-Encoding: chunked\r\n", strings.Repeat("9c40\r\n"+big+"\r\n", 2)), "", 0, "413"},
-		{"a body nobody reads", post("/nothing", length, body), "0 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, "404"},
+		{"a body nobody reads", post("/nothing", length, body), "0 bytes reserved, 1 connections served, 0 streams of weight 0", 0, "404"},
 		{"a body of an unknown kind", post("/rooms/a", length+"Content-Type: image/tiff\r\n", body), "", 0, "415"},
 		{"a form that is none", post("/rooms/a", length+"Content-Type: multipart/form-data; boundary=b\r\n", body), "", 0, "400"},
-		{"a client that leaves in a head", "GET /rooms/a/poll HTTP/1.1\r\nX: " + body[:10_000], "15872 bytes reserved, 0 connections served, 0 streams of 0 bytes", 0, ""},
-		{"a head that does not come in time", "GET /rooms/a/poll HTTP/1.1\r\nX: " + body[:10_000], "15872 bytes reserved, 0 connections served, 0 streams of 0 bytes", headTimeout, ""},
-		{"a head of many lines", "GET /healthz HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("x:y\r\n", 1000) + "\r\n", "0 bytes reserved, 1 connections served, 0 streams of 0 bytes", 0, "200"},
+		{"a client that leaves in a head", "GET /rooms/a/poll HTTP/1.1\r\nX: " + body[:10_000], "15872 bytes reserved, 0 connections served, 0 streams of weight 0", 0, ""},
+		{"a head that does not come in time", "GET /rooms/a/poll HTTP/1.1\r\nX: " + body[:10_000], "15872 bytes reserved, 0 connections served, 0 streams of weight 0", headTimeout, ""},
+		{"a head of many lines", "GET /healthz HTTP/1.1\r\nHost: x\r\n" + strings.Repeat("x:y\r\n", 1000) + "\r\n", "0 bytes reserved, 1 connections served, 0 streams of weight 0", 0, "200"},
 		{"a head that is too long", "GET /healthz HTTP/1.1\r\nX: " + body + big, "", time.Second, "431"},
 		{"a second head", "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /healthz HTTP/1.1\r\nX: " + body[:14_000], "", 0, "200"},
 		{"no HTTP", "\x16\x03\x01\r\n", "", 0, "400"},
 		{"no request line", "hello\r\n", "", 0, "400"},
 		{"nothing", "", nothingHeld, headTimeout, ""},
-		{"a stream", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of 10240 bytes", 0, "200"},
-		{"a WebSocket", ws, "0 bytes reserved, 0 connections served, 1 streams of 10240 bytes", 0, "101"},
-		{"a long-poll", "GET /rooms/a/longpoll HTTP/1.1\r\nHost: x\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of 10240 bytes", 0, ""},
-		{"a stream of HTTP/1.0", "GET /rooms/a/sse HTTP/1.0\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of 30720 bytes", 0, "200"},
-		{"a long-poll of HTTP/1.0", "GET /rooms/a/longpoll?wait=1 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of 30720 bytes", 0, ""},
+		{"a stream", "GET /rooms/a/sse HTTP/1.1\r\nHost: x\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of weight 1", 0, "200"},
+		{"a WebSocket", ws, "0 bytes reserved, 0 connections served, 1 streams of weight 1", 0, "101"},
+		{"a long-poll", "GET /rooms/a/longpoll HTTP/1.1\r\nHost: x\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of weight 1", 0, ""},
+		{"a stream of HTTP/1.0", "GET /rooms/a/sse HTTP/1.0\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of weight 3", 0, "200"},
+		{"a long-poll of HTTP/1.0", "GET /rooms/a/longpoll?wait=1 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", "0 bytes reserved, 0 connections served, 1 streams of weight 3", 0, ""},
 		{"and after it", "GET /rooms/a/longpoll?wait=1 HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", "", 2 * time.Second, "200"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -597,7 +597,7 @@ func TestASlowBodyIsReceivedWhileNobodyNeedsItsMemory(t *testing.T) {
 func TestAStreamThatNetHTTPDrivesCountsForWhatItCosts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipeH2)
-		b.limiter.maxStreamBytes = 4 * requestCost
+		b.limiter.maxWeight = 4 * streamWeight
 		var held []*eventReader
 		for range 3 {
 			held = append(held, b.subscribe(variantOf("stream"), "a").begin())
