@@ -37,7 +37,7 @@ var (
 // A lease is a user's presence in a room. It is guarded by relay.mu.
 type lease struct {
 	clients     []presenceClient
-	state       string    // online, away or offline
+	state       string    // online or away, while the user is present
 	typingUntil time.Time // typing until then
 
 	counted     bool      // in room.online, by countLease
@@ -49,11 +49,11 @@ type lease struct {
 
 // A presenceClient is one page or program of a user.
 type presenceClient struct {
-	name        string    // as it calls itself; "" stands for all that give no name
-	connections int       // streams and long-polls
-	goodbyes    int       // how many of them have said offline, and get no grace when they close
-	expiresAt   time.Time // without a connection, present until then
-	leftAt      time.Time // when it said offline
+	name         string    // as it calls itself; "" stands for all that give no name
+	connections  int       // streams and long-polls
+	goodbyes     int       // how many of them have said offline, and get no grace when they close
+	presentUntil time.Time // without a connection
+	leftAt       time.Time // when it said offline
 }
 
 // A summary is the state of a room with more than maxRosterUsers users.
@@ -75,16 +75,55 @@ func (l *lease) client(name string) *presenceClient {
 	return &l.clients[i]
 }
 
-// connections returns how many connections hold the lease, and until when it is good
-// without them.
-func (l *lease) connections() (n int, expiresAt time.Time) {
+// connections returns how many connections the user has.
+func (l *lease) connections() (n int) {
 	for _, c := range l.clients {
 		n += c.connections
-		if expiresAt.Before(c.expiresAt) {
-			expiresAt = c.expiresAt
-		}
 	}
-	return n, expiresAt
+	return n
+}
+
+// forever is later than any time on a clock.
+var forever = time.Unix(1<<40, 0)
+
+// expiresAt returns until when the user is present: forever, while there is a connection
+// that has not said goodbye.
+func (l *lease) expiresAt() (end time.Time) {
+	for _, c := range l.clients {
+		if c.connections > c.goodbyes {
+			return forever
+		}
+		end = later(end, c.presentUntil)
+	}
+	return end
+}
+
+// stateAt returns the user's state at the time t.
+func (l *lease) stateAt(t time.Time) string {
+	switch {
+	case !t.Before(l.expiresAt()):
+		return "offline"
+	case t.Before(l.typingUntil):
+		return "typing"
+	}
+	return l.state
+}
+
+// nextChange returns when the state changes by itself, if it does: a time after t.
+func (l *lease) nextChange(t time.Time) time.Time {
+	next := l.expiresAt()
+	if t.Before(l.typingUntil) && l.typingUntil.Before(next) {
+		next = l.typingUntil
+	}
+	return next
+}
+
+// setState sets the state of a user who is present.
+func (l *lease) setState(state string, now time.Time) {
+	l.state, l.typingUntil = state, time.Time{}
+	if state == "typing" {
+		l.state, l.typingUntil = "online", now.Add(typingTTL)
+	}
 }
 
 // justLeft reports whether the client said offline a moment ago. A request that it made
@@ -96,44 +135,26 @@ func (c *presenceClient) justLeft(now time.Time) bool {
 // prune removes the clients that are gone. Above maxClients, those without a
 // connection are kept as one without a name.
 func (l *lease) prune(now time.Time) {
-	_, expiresAt := l.connections()
 	tooMany := len(l.clients) > maxClients
+	var end time.Time
 	l.clients = slices.DeleteFunc(l.clients, func(c presenceClient) bool {
-		return c.connections == 0 && (tooMany || !now.Before(c.expiresAt) && !c.justLeft(now))
+		if c.connections > 0 || !tooMany && (now.Before(c.presentUntil) || c.justLeft(now)) {
+			return false
+		}
+		end = later(end, c.presentUntil)
+		return true
 	})
 	if tooMany {
-		l.client("").expiresAt = expiresAt
+		c := l.client("")
+		c.presentUntil = later(end, c.presentUntil)
 	}
 }
 
-// stateAt returns the user's state at the time t.
-func (l *lease) stateAt(t time.Time) string {
-	switch n, expiresAt := l.connections(); {
-	case n == 0 && !t.Before(expiresAt), l.state == "offline":
-		return "offline"
-	case t.Before(l.typingUntil):
-		return "typing"
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
 	}
-	return l.state
-}
-
-func (l *lease) setState(state string, now time.Time) {
-	l.state, l.typingUntil = state, time.Time{}
-	if state == "typing" {
-		l.state, l.typingUntil = "online", now.Add(typingTTL)
-	}
-}
-
-// nextChange returns when the state next changes by itself, or the zero time.
-func (l *lease) nextChange(t time.Time) time.Time {
-	n, next := l.connections()
-	if n > 0 {
-		next = time.Time{}
-	}
-	if t.Before(l.typingUntil) && (next.IsZero() || l.typingUntil.Before(next)) {
-		next = l.typingUntil
-	}
-	return next
+	return b
 }
 
 // hasLease reports whether the user has a lease in the named room. The caller holds r.mu.
@@ -149,7 +170,7 @@ func (r *relay) leaseFor(rm *room, user string) *lease {
 		if rm.leases == nil {
 			rm.leases = map[string]*lease{}
 		}
-		l = &lease{state: "offline", announced: "offline"}
+		l = &lease{announced: "offline"}
 		rm.leases[strings.Clone(user)] = l
 		r.leases++
 	}
@@ -162,15 +183,15 @@ func (r *relay) acquireLease(rm *room, user, client string, longLived bool) {
 	now := time.Now()
 	l := r.leaseFor(rm, user)
 	if l.stateAt(now) == "offline" {
-		l.state = "online"
+		l.setState("online", now)
 		if rm.elsewhere[user] == "away" {
-			l.state = "away"
+			l.setState("away", now)
 		}
 	}
 	if longLived {
 		l.client(client).connections++
 	} else {
-		l.client(client).expiresAt = now.Add(r.presenceTTL)
+		l.client(client).presentUntil = now.Add(r.presenceTTL)
 	}
 	r.announceChange(rm, user, l, now)
 }
@@ -183,8 +204,8 @@ func (r *relay) releaseLease(rm *room, user, client string) {
 	c.connections--
 	if c.goodbyes > 0 {
 		c.goodbyes--
-	} else if end := now.Add(leaveGrace); c.expiresAt.Before(end) && !c.justLeft(now) {
-		c.expiresAt = end
+	} else if !c.justLeft(now) {
+		c.presentUntil = later(c.presentUntil, now.Add(leaveGrace))
 	}
 	r.announceChange(rm, user, l, now)
 }
@@ -213,12 +234,12 @@ func (r *relay) setPresence(room, user, client, state string) error {
 	} else {
 		c := l.client(client)
 		c.goodbyes = 0
-		if n, end := l.connections(); n == 0 {
+		if end := l.expiresAt(); end != forever {
 			ttl := r.presenceTTL
 			if rm.elsewhere[user] != "" && end.Before(now.Add(leaveGrace)) {
 				ttl = leaveGrace // another relay has the user's connection
 			}
-			c.expiresAt = now.Add(ttl)
+			c.presentUntil = now.Add(ttl)
 		}
 		l.setState(state, now)
 	}
@@ -230,30 +251,22 @@ func (r *relay) setPresence(room, user, client, state string) error {
 // from others: its goodbye is for a connection that has just closed; or else for
 // one of several; or else for the user.
 func (l *lease) goodbye(client string, now time.Time) {
-	n, expiresAt := l.connections()
+	justClosed := slices.ContainsFunc(l.clients, func(c presenceClient) bool { return now.Before(c.presentUntil) })
 	switch {
 	case client != "":
 		c := l.client(client)
-		c.goodbyes, c.expiresAt, c.leftAt = c.connections, now, now
-	case n > 0 && now.Before(expiresAt):
+		c.goodbyes, c.presentUntil, c.leftAt = c.connections, now, now
+	case justClosed:
 		for i := range l.clients {
-			l.clients[i].expiresAt = now
+			l.clients[i].presentUntil = now
 		}
-		return
-	case n > 1:
+	case l.connections() > 1:
 		c := l.client("")
 		c.goodbyes = min(c.goodbyes+1, c.connections)
-		return
 	default:
 		for i := range l.clients {
-			l.clients[i].goodbyes, l.clients[i].expiresAt = l.clients[i].connections, now
+			l.clients[i].goodbyes = l.clients[i].connections
 		}
-	}
-	others := slices.ContainsFunc(l.clients, func(c presenceClient) bool {
-		return c.connections > c.goodbyes || now.Before(c.expiresAt)
-	})
-	if !others {
-		l.setState("offline", now)
 	}
 }
 
@@ -274,16 +287,15 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 	case state == "offline" || joins || !now.Before(allowedAt):
 		if l.announced == "offline" {
 			l.joinedAt = now
-		}
-		if l.announced != "offline" || state == "offline" {
+		} else {
 			l.announcedAt, allowedAt = now, now.Add(announceInterval)
 		}
 		l.announced = state
 		r.announceState(rm, user, state, now)
-	case next.IsZero() || allowedAt.Before(next):
+	case !next.After(now) || allowedAt.Before(next):
 		next = allowedAt
 	}
-	if n, _ := l.connections(); state == "offline" && n == 0 {
+	if state == "offline" && l.connections() == 0 {
 		if !now.Before(allowedAt) {
 			if l.timer != nil {
 				l.timer.Stop()
@@ -298,10 +310,10 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 	r.setTimer(rm, user, l, now, next)
 }
 
-// setTimer has announceChange called again at the time next, if there is one.
+// setTimer has announceChange called again at the time next, if that will come.
 func (r *relay) setTimer(rm *room, user string, l *lease, now, next time.Time) {
 	switch {
-	case next.IsZero():
+	case !next.After(now) || next == forever:
 	case l.timer != nil:
 		l.timer.Reset(next.Sub(now))
 	default:
