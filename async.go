@@ -61,6 +61,8 @@ const (
 	// allocates nothing, so collecting garbage more often costs little.
 	gcThreshold = 100
 
+	maxScratch = 256 << 10 // bytes that a writer keeps of its buffer
+
 	// How many streams are queued, or taken from the queue, at once.
 	wakeBatchSize = 32
 
@@ -120,9 +122,12 @@ const (
 type writerPool struct {
 	server      *server
 	trustProxy  bool
+	newCounter  func() counter                          // for a writer; called for no technique, it adds up what it has counted
 	received    func(t *technique, requests, bytes int) // counts what net/http does not see
 	openReceipt func(cut func()) receipt                // for a message that arrives; cut ends its client
 	resume      func(net.Conn)                          // gives the connection of a long-poll back to net/http
+
+	scratches sync.Pool
 
 	mu        sync.Mutex // guards what follows
 	queue     []*session
@@ -136,6 +141,8 @@ type writerPool struct {
 // newWriterPool has the server's streams served by a pool.
 func newWriterPool(s *server, trustProxy bool) *writerPool {
 	p := &writerPool{server: s, trustProxy: trustProxy, openReceipt: func(func()) receipt { return unbounded{} }, received: func(*technique, int, int) {}}
+	p.newCounter = func() counter { return s.count }
+	p.scratches.New = func() any { return &scratch{count: p.newCounter()} }
 	s.takeOver = p.takeOver
 	s.relay.wakeRoom = p.wakeRoom
 	publish := s.publish
@@ -523,8 +530,8 @@ func (p *writerPool) throttle() {
 // run is a writer: it serves what is in the queue, so many batches of it, until there
 // is nothing.
 func (p *writerPool) run(batches int) {
-	sc := p.server.scratches.Get().(*scratch)
-	defer p.server.scratches.Put(sc)
+	sc := p.scratches.Get().(*scratch)
+	defer p.scratches.Put(sc)
 	var array [wakeBatchSize]*session
 	for ; ; batches-- {
 		p.mu.Lock()
@@ -550,6 +557,9 @@ func (p *writerPool) run(batches int) {
 			ses.afterWrite(ses.writeDue(sc, now))
 		}
 		sc.count(nil, nil, 0, 0)
+		if cap(sc.buf) > maxScratch { // it wrote a big page
+			sc.buf = nil
+		}
 		clear(batch)
 		if batches > 1 { // publishers get a turn: the more they publish meanwhile, the more goes out in one write
 			runtime.Gosched()

@@ -30,7 +30,7 @@ func TestALongChunk(t *testing.T) {
 	st.fd = -1
 	ours, theirs := net.Pipe()
 	body := bytes.Repeat([]byte("x"), 17<<20)
-	if err := st.sendChunk(s.scratches.New().(*scratch), append(make([]byte, chunkHeadSize), body...), nil); err != errBlocked {
+	if err := st.sendChunk(&scratch{count: s.count}, append(make([]byte, chunkHeadSize), body...), nil); err != errBlocked {
 		t.Fatal(err)
 	}
 	go func() {
@@ -309,7 +309,7 @@ func TestHowManyPings(t *testing.T) {
 			if err := st.ping(); err != nil {
 				t.Fatal(err)
 			}
-			if st.sendMessage(b.scratches.New().(*scratch), append(make([]byte, maxFrameHead), beatJSON...), nil); st.pending[0][0] == 0x89 {
+			if st.sendMessage(&scratch{count: b.count}, append(make([]byte, maxFrameHead), beatJSON...), nil); st.pending[0][0] == 0x89 {
 				pings++
 			}
 			st.ws.awaitingPong.Store(false)
@@ -400,7 +400,7 @@ func TestHelloComesBeforeAnyReply(t *testing.T) {
 		}
 		defer st.sub.unsubscribe()
 		st.ws.replies = []byte("an answer")
-		st.writeDue(b.scratches.New().(*scratch), time.Now().UnixNano()) // its first turn, with a socket that is full
+		st.writeDue(&scratch{count: b.count}, time.Now().UnixNano()) // its first turn, with a socket that is full
 		if first := string(slices.Concat(st.pending...)); !strings.Contains(first, `"hello"`) {
 			t.Errorf("the first message is %q", first)
 		}

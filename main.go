@@ -309,6 +309,7 @@ func newApp(c config) (*app, error) {
 	a.stats.shared = a.redis.status                                                       // layer: stats.go redis.go
 	a.pictures.skipped = func(n int) { a.stats.skipped.Add(int64(n)) }                    // layer: stats.go picture.go
 	a.pool.received = a.stats.received                                                    // layer: stats.go async.go
+	a.pool.newCounter = a.stats.newCounter                                                // layer: stats.go async.go
 
 	// From the inside out: what is added last sees a request first.
 	a.handler = a.stats.wrap(a.handler) // layer: stats.go

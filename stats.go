@@ -75,7 +75,7 @@ func newStats(s *server, l *limiter) *stats {
 	for _, t := range s.techniques {
 		st.traffic[t] = &traffic{}
 	}
-	s.count = st.newCounter
+	s.count = st.count
 	s.refused = func(reason string) { // that for a bad name, for example, has no reason, and is not shown
 		st.mu.Lock()
 		defer st.mu.Unlock()
@@ -120,8 +120,16 @@ func (st *stats) totals() map[string]traffic {
 	return totals
 }
 
-// newCounter returns the counter of one writer. It adds up what is written by one
-// technique: writers that took the lock for each event would wait for each other.
+// count counts what is written.
+func (st *stats) count(t *technique, events []*event, bytes int, now int64) {
+	var n traffic
+	st.gather(&n, events, bytes, now)
+	st.add(t, n)
+}
+
+// newCounter returns a counter for one that writes much. It adds up what is written by one
+// technique, until it is called for another, or for none: writers that took the lock for
+// each event would wait for each other.
 func (st *stats) newCounter() counter {
 	var of *technique
 	var n traffic
@@ -132,20 +140,25 @@ func (st *stats) newCounter() counter {
 			}
 			of, n = t, traffic{}
 		}
-		n.Out += int64(bytes)
-		for _, e := range events {
-			if e.publishedAt == 0 { // a notice
-				if e.kind == "gap" {
-					st.gaps.Add(1)
-				}
-				continue
+		st.gather(&n, events, bytes, now)
+	}
+}
+
+// gather adds what is written to n.
+func (st *stats) gather(n *traffic, events []*event, bytes int, now int64) {
+	n.Out += int64(bytes)
+	for _, e := range events {
+		if e.publishedAt == 0 { // a notice
+			if e.kind == "gap" {
+				st.gaps.Add(1)
 			}
-			n.Delivered++
-			delay := now - e.publishedAt
-			i, _ := slices.BinarySearch(delayBounds[:], delay)
-			n.delays[i]++
-			n.delaySum += delay
+			continue
 		}
+		n.Delivered++
+		delay := now - e.publishedAt
+		i, _ := slices.BinarySearch(delayBounds[:], delay)
+		n.delays[i]++
+		n.delaySum += delay
 	}
 }
 

@@ -410,17 +410,16 @@ type server struct {
 	catchUp   func(cursor int64) // waits until the log has a cursor that is beyond it, if it may come
 	eventHTML func(*event) []byte
 	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
-	count     func() counter                                                                      // returns a counter for one that writes
-	dropped   func()                                                                              // counts clients that are too slow
-	refused   func(reason string)                                                                 // counts what is refused
+	count     counter
+	dropped   func()              // counts clients that are too slow
+	refused   func(reason string) // counts what is refused
 
 	activeAtStop atomic.Int64
 	unsentBytes  atomic.Int64 // that are being written, or that full sockets did not take; at most maxUnsent
-	scratches    sync.Pool
 }
 
 func newServer(r *relay) *server {
-	s := &server{
+	return &server{
 		relay:      r,
 		techniques: newTechniques(),
 		heartbeat:  15 * time.Second,
@@ -436,15 +435,13 @@ func newServer(r *relay) *server {
 		subscribe: r.subscribe,
 		catchUp:   func(int64) {},
 		eventHTML: plainHTML,
-		count:     func() counter { return func(*technique, []*event, int, int64) {} },
+		count:     func(*technique, []*event, int, int64) {},
 		refused:   func(string) {},
 		dropped:   func() {},
 	}
-	s.scratches.New = func() any { return &scratch{count: s.count()} }
-	return s
 }
 
-// A scratch is the memory it takes to write. A stream with nothing to say needs none.
+// A scratch is what it takes to write. A stream with nothing to say needs none.
 type scratch struct {
 	events []*event
 	buf    []byte
@@ -452,21 +449,8 @@ type scratch struct {
 }
 
 // A counter counts events of a technique that were written in so many bytes at the time
-// now, in Unix milliseconds. Called without a technique, it adds up what it has counted.
+// now, in Unix milliseconds.
 type counter func(t *technique, events []*event, bytes int, now int64)
-
-// withScratch calls do with a scratch from the pool.
-func (s *server) withScratch(do func(*scratch) error) error {
-	sc := s.scratches.Get().(*scratch)
-	defer func() {
-		sc.count(nil, nil, 0, 0)
-		if cap(sc.buf) > maxScratch { // it wrote a big page
-			sc.buf = nil
-		}
-		s.scratches.Put(sc)
-	}()
-	return do(sc)
-}
 
 const (
 	// A write that makes no progress in this time ends its client.
@@ -474,8 +458,6 @@ const (
 
 	// A slow client gets a new deadline for each chunk of this size.
 	writeChunk = 16 << 10
-
-	maxScratch = 256 << 10 // bytes of a scratch in the pool
 )
 
 // serve answers a request for events, until there is no more to say or the client
@@ -576,7 +558,7 @@ func (st *stream) answer(w http.ResponseWriter, events []*event) error {
 	}
 	b := st.enc.encode([]byte(st.enc.preamble), &st.sub, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	st.server.withScratch(func(sc *scratch) error { sc.count(st.technique, events, len(b), time.Now().UnixMilli()); return nil })
+	st.server.count(st.technique, events, len(b), time.Now().UnixMilli())
 	return writer(w)(b)
 }
 
@@ -672,7 +654,7 @@ func (st *stream) loop(ctx context.Context) error {
 	clock := time.NewTimer(0)
 	defer clock.Stop()
 	for {
-		err := st.server.withScratch(func(sc *scratch) error { return st.step(sc, time.Now().UnixNano(), st.server.relay.isStopping()) })
+		err := st.step(&scratch{count: st.server.count}, time.Now().UnixNano(), st.server.relay.isStopping())
 		if err == io.EOF {
 			return nil
 		}
