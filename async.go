@@ -124,6 +124,7 @@ type writerPool struct {
 	trustProxy  bool
 	newCounter  func() counter                          // for a writer; called for no technique, it adds up what it has counted
 	received    func(t *technique, requests, bytes int) // counts what net/http does not see
+	dropped     func()                                  // counts clients that took nothing for too long
 	openReceipt func(cut func()) receipt                // for a message that arrives; cut ends its client
 	resume      func(net.Conn)                          // gives the connection of a long-poll back to net/http
 
@@ -140,7 +141,7 @@ type writerPool struct {
 
 // newWriterPool has the server's streams served by a pool.
 func newWriterPool(s *server, trustProxy bool) *writerPool {
-	p := &writerPool{server: s, trustProxy: trustProxy, openReceipt: func(func()) receipt { return unbounded{} }, received: func(*technique, int, int) {}}
+	p := &writerPool{server: s, trustProxy: trustProxy, openReceipt: func(func()) receipt { return unbounded{} }, received: func(*technique, int, int) {}, dropped: func() {}}
 	p.newCounter = func() counter { return s.count }
 	p.scratches.New = func() any { return &scratch{count: p.newCounter()} }
 	s.takeOver = p.takeOver
@@ -285,8 +286,7 @@ func (ses *session) write(b []byte, events []*event) error {
 	if n == len(b) {
 		return nil
 	}
-	if err := ses.server.reserveUnsent(len(b) - n); err != nil { // before it is copied
-		ses.server.unsentBytes.Add(-int64(len(b) - n))
+	if err := ses.quota.unsent(len(b) - n); err != nil { // before it is copied
 		ses.pending = append(ses.pending, nil) // so that nothing follows on what is cut
 		return err
 	}
@@ -635,13 +635,13 @@ func (ses *session) writePending() {
 	for len(ses.pending) > 0 {
 		ses.conn.SetWriteDeadline(time.Now().Add(writeTimeout))
 		n, err := ses.conn.Write(ses.pending[0])
-		ses.server.unsentBytes.Add(-int64(n))
+		ses.quota.unsent(-n)
 		if ses.pending[0] = bytes.Clone(ses.pending[0][n:]); len(ses.pending[0]) == 0 { // nothing of it, or all, unless the time was up
 			ses.pending = ses.pending[1:]
 		}
 		if err != nil && (n == 0 || ses.gone.Load()) {
 			if !ses.gone.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
-				ses.server.dropped()
+				ses.pool.dropped()
 			}
 			ses.release(false)
 			return
@@ -656,7 +656,7 @@ func (ses *session) writePending() {
 func (ses *session) release(byeSent bool) {
 	ses.state.Store(stateClosed)
 	for _, b := range ses.pending {
-		ses.server.unsentBytes.Add(-int64(len(b)))
+		ses.quota.unsent(-len(b))
 	}
 	ses.pool.remove(ses)
 	ses.close()

@@ -26,7 +26,7 @@ import (
 // A chunk may be as long as a page with fifty of the longest messages.
 func TestALongChunk(t *testing.T) {
 	s := newServer(newTestRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20}))
-	st := &session{stream: &stream{server: s, headroom: chunkHeadSize}}
+	st := &session{stream: &stream{server: s, quota: unlimited{}, headroom: chunkHeadSize}}
 	st.fd = -1
 	ours, theirs := net.Pipe()
 	body := bytes.Repeat([]byte("x"), 17<<20)
@@ -301,7 +301,7 @@ func TestHowManyPings(t *testing.T) {
 		kernelTimeout, proxied bool
 		pings                  int
 	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
-		st := &session{stream: &stream{server: b.server, enc: frames(b.server, &request{})}, ws: &webSocket{proxied: test.proxied}, fd: -1}
+		st := &session{stream: &stream{server: b.server, technique: b.technique("ws"), quota: unlimited{}, enc: frames(b.server, &request{})}, ws: &webSocket{proxied: test.proxied}, fd: -1}
 		st.kernelTimeout = test.kernelTimeout
 		pings := 0
 		for range 48 {
@@ -393,7 +393,7 @@ func TestWebSocketFlood(t *testing.T) {
 func TestHelloComesBeforeAnyReply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
-		st := &session{ws: &webSocket{}, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), headroom: maxFrameHead, expiresAt: math.MaxInt64}}
+		st := &session{ws: &webSocket{}, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), quota: unlimited{}, headroom: maxFrameHead, expiresAt: math.MaxInt64}}
 		st.send = st.sendMessage
 		if err := b.relay.subscribe(&st.sub, subscribeRequest{rooms: []string{"a"}, cursor: -1, maxBatchBytes: 1, driver: st}); err != nil {
 			t.Fatal(err)

@@ -42,7 +42,7 @@ const defaultMemory = 256 << 20
 type bounds struct {
 	streams  int   // streams and waiting long-polls
 	logBytes int   // see limits.maxBytes
-	unsent   int64 // see server.maxUnsent
+	unsent   int64 // see limiter.maxUnsent
 	receipts int64 // see limiter.receipts
 	served   int64 // see limiter.served
 }

@@ -46,14 +46,17 @@ const (
 // A limiter bounds what clients take together, and each address.
 type limiter struct {
 	flags     config
-	maxWeight int // of streams and waiting long-polls
+	maxWeight int    // of streams and waiting long-polls
+	maxUnsent int64  // bytes that streams have not taken yet
+	dropped   func() // counts clients for whom there was no room among these
 
-	open      atomic.Int64 // connections
-	receipts  *budget      // bytes that are being received or, of answers with an end, taken
-	served    *budget      // connections that net/http serves
-	publishes rateLimiter[netip.Addr]
-	rooms     rateLimiter[string]
-	held      addrLimiter // streams and waiting long-polls
+	unsentBytes atomic.Int64
+	open        atomic.Int64 // connections
+	receipts    *budget      // bytes that are being received or, of answers with an end, taken
+	served      *budget      // connections that net/http serves
+	publishes   rateLimiter[netip.Addr]
+	rooms       rateLimiter[string]
+	held        addrLimiter // streams and waiting long-polls
 
 	mu      sync.Mutex // guards what follows
 	streams int
@@ -65,6 +68,8 @@ func newLimiter(c config) *limiter {
 	return &limiter{
 		flags:     c,
 		maxWeight: max(c.streams, b.streams),
+		maxUnsent: b.unsent,
+		dropped:   func() {},
 		receipts:  newBudget(max(b.receipts, 4*bodyFactor*c.body)),
 		served:    newBudget(b.served),
 		publishes: rateLimiter[netip.Addr]{rate: c.rate},
@@ -225,6 +230,16 @@ func (q *clientQuota) release() {
 	l.weight -= q.weight
 	l.held.release(q.addr)
 	q.conn.hold(-1)
+}
+
+// unsent ends a client for whose bytes there is no room left.
+func (q *clientQuota) unsent(bytes int) error {
+	if q.l.unsentBytes.Add(int64(bytes)) > q.l.maxUnsent && bytes > 0 {
+		q.l.unsentBytes.Add(-int64(bytes))
+		q.l.dropped()
+		return errClientGone
+	}
+	return nil
 }
 
 // A rateLimiter lets each key do something rate times a second, and two seconds' worth at

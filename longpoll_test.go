@@ -480,7 +480,7 @@ func TestALongPollWithAFullSocket(t *testing.T) {
 			synctest.Wait()
 			b.post("a", "nobody reads this")
 			time.Sleep(writeTimeout + time.Second)
-			if n, unsent := b.active(), b.unsentBytes.Load(); n != 0 || unsent != 0 || len(b.pool.sessions) != 0 {
+			if n, unsent := b.active(), b.limiter.unsentBytes.Load(); n != 0 || unsent != 0 || len(b.pool.sessions) != 0 {
 				t.Errorf("%d are held, %d bytes unsent", n, unsent)
 			}
 		})

@@ -297,7 +297,6 @@ func newApp(c config) (*app, error) {
 	}
 	s := newServer(newRelay(c.limits))
 	s.heartbeat, s.maxAge, s.maxBody = c.beat, c.age, c.body
-	s.maxUnsent = boundsFor(c.memory).unsent
 	a := &app{server: s, handler: s, limiter: newLimiter(c)}
 	if a.redis, err = newRedis(s, c.redis, c.redisPrefix, c.redisEvents); err != nil { // layer: redis.go
 		return nil, err // layer: redis.go
@@ -310,6 +309,7 @@ func newApp(c config) (*app, error) {
 	a.pictures.skipped = func(n int) { a.stats.skipped.Add(int64(n)) }                    // layer: stats.go picture.go
 	a.pool.received = a.stats.received                                                    // layer: stats.go async.go
 	a.pool.newCounter = a.stats.newCounter                                                // layer: stats.go async.go
+	a.pool.dropped = a.limiter.dropped                                                    // layer: async.go
 
 	// From the inside out: what is added last sees a request first.
 	a.handler = a.stats.wrap(a.handler) // layer: stats.go

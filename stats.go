@@ -76,12 +76,12 @@ func newStats(s *server, l *limiter) *stats {
 		st.traffic[t] = &traffic{}
 	}
 	s.count = st.count
+	l.dropped = func() { st.dropped.Add(1) }
 	s.refused = func(reason string) { // that for a bad name, for example, has no reason, and is not shown
 		st.mu.Lock()
 		defer st.mu.Unlock()
 		st.refused[reason]++
 	}
-	s.dropped = func() { st.dropped.Add(1) }
 	publish := s.publish
 	s.publish = func(p publishRequest) (int64, bool, error) {
 		id, isNew, err := publish(p)
@@ -325,7 +325,7 @@ func (st *stats) numbers() []number {
 		{"users", "users", "Users present, counted by room.", int64(users)},
 		{"history_bytes", "history", "Bytes of events kept.", int64(bytes)},
 		{"memory_bytes", "memory", "Memory the runtime has from the system.", int64(memory[0].Value.Uint64() - memory[1].Value.Uint64())},
-		{"unsent_bytes", "", "Bytes that streams have not taken yet.", st.server.unsentBytes.Load()},
+		{"unsent_bytes", "", "Bytes that streams have not taken yet.", st.limiter.unsentBytes.Load()},
 		{"reserved_bytes", "", "Bytes reserved for bodies that arrive, and for answers that clients take.", st.limiter.receipts.inUse()},
 		{"open_connections", "", "Connections.", st.limiter.open.Load()},
 		{"served_connections", "", "Connections with a request, or between two.", st.limiter.served.inUse()},

@@ -399,7 +399,6 @@ type server struct {
 	heartbeat  time.Duration // a stream is never silent for longer
 	maxAge     time.Duration // of a stream; 0 for no limit
 	maxBody    int64         // bytes of a publish
-	maxUnsent  int64         // bytes that all clients together have not taken yet
 	instance   string        // names this process in hello
 
 	publish   func(publishRequest) (id int64, isNew bool, err error)
@@ -411,11 +410,9 @@ type server struct {
 	eventHTML func(*event) []byte
 	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
 	count     counter
-	dropped   func()              // counts clients that are too slow
 	refused   func(reason string) // counts what is refused
 
 	activeAtStop atomic.Int64
-	unsentBytes  atomic.Int64 // that are being written, or that full sockets did not take; at most maxUnsent
 }
 
 func newServer(r *relay) *server {
@@ -424,7 +421,6 @@ func newServer(r *relay) *server {
 		techniques: newTechniques(),
 		heartbeat:  15 * time.Second,
 		maxBody:    64 << 10,
-		maxUnsent:  int64(r.maxBytes),
 		instance:   rand.Text()[:8],
 		publish:    r.publish,
 		image: func(string, []byte) ([]byte, error) {
@@ -437,7 +433,6 @@ func newServer(r *relay) *server {
 		eventHTML: plainHTML,
 		count:     func(*technique, []*event, int, int64) {},
 		refused:   func(string) {},
-		dropped:   func() {},
 	}
 }
 
@@ -603,10 +598,10 @@ func (st *stream) serveHeld(w http.ResponseWriter, r *http.Request, q *request) 
 	}
 	write, rc := writer(w), http.NewResponseController(w)
 	st.send = func(_ *scratch, b []byte, _ []*event) error {
-		defer s.unsentBytes.Add(-int64(len(b)))
-		if err := s.reserveUnsent(len(b)); err != nil {
+		if err := st.quota.unsent(len(b)); err != nil {
 			return err
 		}
+		defer st.quota.unsent(-len(b))
 		if write(b) != nil || rc.Flush() != nil {
 			return errClientGone
 		}
@@ -767,16 +762,6 @@ func (s *server) bye() *event {
 func (s *server) stop() {
 	s.activeAtStop.Store(s.active())
 	s.relay.stop()
-}
-
-// reserveUnsent counts bytes that a client has not taken yet. It returns
-// errClientGone when all who are slow have no room left.
-func (s *server) reserveUnsent(n int) error {
-	if s.unsentBytes.Add(int64(n)) > s.maxUnsent {
-		s.dropped()
-		return errClientGone
-	}
-	return nil
 }
 
 // writer returns a function that writes an answer in chunks, each with writeTimeout
@@ -1004,6 +989,7 @@ type quota interface {
 	hold() error                 // a stream or long-poll
 	release()
 	reserve(bytes int) error // an answer that may be long, until the request ends
+	unsent(bytes int) error  // of a stream, that the client has still to take; when it has, fewer than 0
 }
 
 // unlimited is the rights and the quota of a client that nobody limits.
@@ -1017,6 +1003,7 @@ func (unlimited) publishTo(string) error      { return nil }
 func (unlimited) hold() error                 { return nil }
 func (unlimited) release()                    {}
 func (unlimited) reserve(int) error           { return nil }
+func (unlimited) unsent(int) error            { return nil }
 
 func newPermit() *permit {
 	return &permit{expiresAt: math.MaxInt64, ancestors: "*", rights: unlimited{}, quota: unlimited{}}

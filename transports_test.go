@@ -529,17 +529,17 @@ func connectAndLeave(b *testbed, n int) {
 func TestUnsentBytesOfPlainStreamsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe10, func(c *config) { c.maxRoomBytes, c.maxBytes = 50_000, 100_000 })
-		b.maxUnsent = 100_000
+		b.limiter.maxUnsent = 100_000
 		for range 20 {
 			b.subscribe(variantOf("stream"), "a").begin()
 		}
 		b.post("a", strings.Repeat("x", 10_000))
 		b.settle()
-		if n, dropped := b.unsentBytes.Load(), b.stats.dropped.Load(); n == 0 || n > 100_000 || dropped == 0 {
+		if n, dropped := b.limiter.unsentBytes.Load(), b.stats.dropped.Load(); n == 0 || n > 100_000 || dropped == 0 {
 			t.Errorf("%d bytes are unsent to 20 clients that do not read, and %d were dropped; want at most 100000", n, dropped)
 		}
 		time.Sleep(2 * writeTimeout)
-		if n, held := b.unsentBytes.Load(), b.active(); n != 0 || held != 0 {
+		if n, held := b.limiter.unsentBytes.Load(), b.active(); n != 0 || held != 0 {
 			t.Errorf("after the write timeout %d are held, and %d bytes are unsent", held, n)
 		}
 	})
