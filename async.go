@@ -82,8 +82,7 @@ type session struct {
 	index int         // in pool.sessions
 	*stream
 	pool          *writerPool
-	fd            int // the socket, for writes that do not wait; -1 where there are none
-	conn          net.Conn
+	conn          *limitedConn
 	head          []byte      // the head of the answer, sent before everything
 	pending       net.Buffers // what a full socket did not take
 	kernelTimeout bool        // the kernel ends the connection when the client acknowledges nothing
@@ -126,7 +125,7 @@ type writerPool struct {
 	received    func(t *technique, requests, bytes int) // counts what net/http does not see
 	dropped     func()                                  // counts clients that took nothing for too long
 	openReceipt func(cut func()) receipt                // for a message that arrives; cut ends its client
-	resume      func(net.Conn)                          // gives the connection of a long-poll back to net/http
+	resume      func(*limitedConn)                      // gives the connection of a long-poll back to net/http
 
 	scratches sync.Pool
 
@@ -183,7 +182,7 @@ func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream
 
 // hijack takes over the connection of a stream. The handler is done then.
 func (ses *session) hijack(w http.ResponseWriter) error {
-	conn, _, _, err := hijack(w)
+	conn, _, err := hijack(w)
 	if err != nil {
 		ses.close()
 		return err
@@ -199,7 +198,7 @@ func (ses *session) hijack(w http.ResponseWriter) error {
 }
 
 // begins prepares the head of the answer.
-func (ses *session) begins(conn net.Conn, status string, h http.Header) {
+func (ses *session) begins(conn *limitedConn, status string, h http.Header) {
 	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
 	var head bytes.Buffer
 	head.WriteString("HTTP/1.1 " + status + "\r\n")
@@ -277,9 +276,9 @@ func (ses *session) write(b []byte, events []*event) error {
 		ses.head = nil
 	}
 	n := 0
-	if ses.fd >= 0 && len(ses.pending) == 0 {
+	if len(ses.pending) == 0 {
 		var err error
-		if n, err = tryWrite(ses.fd, b); err != nil {
+		if n, err = ses.conn.socket().tryWrite(b); err != nil {
 			return err
 		}
 	}
@@ -329,11 +328,9 @@ func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
 
 // add begins to serve a session.
 func (p *writerPool) add(ses *session) {
-	ses.fd = -1
-	if c := within[*net.TCPConn](ses.conn); c != nil {
-		c.SetWriteBuffer(socketBuffer)
-		ses.fd = fdOf(c)
-		ses.kernelTimeout = setUserTimeout(ses.fd, 2*max(p.server.heartbeat, writeTimeout))
+	if s := ses.conn.socket(); s != nil {
+		s.SetWriteBuffer(socketBuffer)
+		ses.kernelTimeout = s.setUserTimeout(2 * max(p.server.heartbeat, writeTimeout))
 	}
 	p.mu.Lock()
 	ses.index = len(p.sessions)
@@ -677,7 +674,7 @@ func (ses *session) release(byeSent bool) {
 // upgrade begins a stream over a WebSocket: the pool writes, and a goroutine reads. The
 // relay speaks no subprotocol, but a browser that offers some fails unless one is chosen.
 func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) error {
-	conn, early, _, err := hijack(w) // a client may send before it has our answer
+	conn, _, err := hijack(w)
 	if err != nil {
 		ses.close()
 		return err
@@ -696,11 +693,7 @@ func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) 
 	ses.ws = &webSocket{proxied: ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil}
 	author := ses.author(q)
 	ses.pool.add(ses)
-	in := io.Reader(conn)
-	if len(early) > 0 {
-		in = io.MultiReader(bytes.NewReader(early), conn)
-	}
-	go ses.readMessages(bufio.NewReaderSize(in, 128), author)
+	go ses.readMessages(bufio.NewReaderSize(conn, 128), author)
 	return nil
 }
 

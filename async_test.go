@@ -26,8 +26,7 @@ import (
 // A chunk may be as long as a page with fifty of the longest messages.
 func TestALongChunk(t *testing.T) {
 	s := newServer(newTestRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20}))
-	st := &session{stream: &stream{server: s, quota: unlimited{}, headroom: chunkHeadSize}}
-	st.fd = -1
+	st := &session{stream: &stream{server: s, quota: unlimited{}, headroom: chunkHeadSize}, conn: &limitedConn{}}
 	ours, theirs := net.Pipe()
 	body := bytes.Repeat([]byte("x"), 17<<20)
 	if err := st.sendChunk(&scratch{count: s.count}, append(make([]byte, chunkHeadSize), body...), nil); err != errBlocked {
@@ -122,7 +121,7 @@ func TestALateWakeUpEndsNoStream(t *testing.T) {
 		b := newTestbed(t, pipe)
 		l := newPipeListener(&net.UnixAddr{Name: "memory"})
 		srv := b.http(false)
-		go srv.Serve(l)
+		go srv.Serve(b.listen(l))
 		defer srv.Close()
 		conn, theirs := net.Pipe()
 		defer conn.Close()
@@ -301,7 +300,7 @@ func TestHowManyPings(t *testing.T) {
 		kernelTimeout, proxied bool
 		pings                  int
 	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
-		st := &session{stream: &stream{server: b.server, technique: b.technique("ws"), quota: unlimited{}, enc: frames(b.server, &request{})}, ws: &webSocket{proxied: test.proxied}, fd: -1}
+		st := &session{stream: &stream{server: b.server, technique: b.technique("ws"), quota: unlimited{}, enc: frames(b.server, &request{})}, ws: &webSocket{proxied: test.proxied}, conn: &limitedConn{}}
 		st.kernelTimeout = test.kernelTimeout
 		pings := 0
 		for range 48 {
@@ -393,7 +392,7 @@ func TestWebSocketFlood(t *testing.T) {
 func TestHelloComesBeforeAnyReply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
-		st := &session{ws: &webSocket{}, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), quota: unlimited{}, headroom: maxFrameHead, expiresAt: math.MaxInt64}}
+		st := &session{ws: &webSocket{}, conn: &limitedConn{}, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(b.server, &request{}), quota: unlimited{}, headroom: maxFrameHead, expiresAt: math.MaxInt64}}
 		st.send = st.sendMessage
 		if err := b.relay.subscribe(&st.sub, subscribeRequest{rooms: []string{"a"}, cursor: -1, maxBatchBytes: 1, driver: st}); err != nil {
 			t.Fatal(err)

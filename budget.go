@@ -157,6 +157,13 @@ type allotment struct {
 // open returns an allotment without anything.
 func (b *budget) open(cut func()) *allotment { return &allotment{budget: b, cut: cut} }
 
+// setDue says when the client's time is up; 0: it does not stand still.
+func (s *allotment) setDue(at int64) {
+	if s != nil {
+		s.due.Store(at)
+	}
+}
+
 // inUse is how much is taken.
 func (b *budget) inUse() int64 {
 	b.mu.Lock()

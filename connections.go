@@ -33,57 +33,126 @@ const (
 	kernelBuffer = 64 << 10
 )
 
-// A limitListener accepts so many connections, and so many from one address. It answers
-// the others with 503, even when the process has no descriptor left.
+// A limitListener is what net/http accepts connections from. It takes so many, and so many
+// from one address. It answers the others with 503, even when the process has no
+// descriptor left.
 type limitListener struct {
 	net.Listener
+	limiter      *limiter
 	maxConns     int64       // connections in all
 	addrs        addrLimiter // by the address of the connection
-	limiter      *limiter
-	most         atomic.Int64 // the most that were open since memory was given back
-	rejecting    atomic.Int64 // connections that are being refused
-	spareFD      *os.File     // closed for the moment it takes to answer
 	countRefusal func(reason string)
+	spareFD      *os.File     // closed for the moment it takes to answer
+	rejecting    atomic.Int64 // connections that are being refused
+	most         atomic.Int64 // the most that were open since memory was given back
+
+	admitted chan *limitedConn // the next for net/http
+	closed   chan struct{}     // is closed when there will be no more
+	once     sync.Once
+	err      error // why there will be no more
 }
 
-func (d *limitListener) Accept() (net.Conn, error) {
+// newLimitListener returns a limitListener around another, which has begun to accept.
+func newLimitListener(inner net.Listener, l *limiter, maxConns, perAddr int, countRefusal func(reason string)) *limitListener {
+	d := &limitListener{
+		Listener: inner, limiter: l, maxConns: int64(maxConns), addrs: addrLimiter{perAddr: perAddr}, countRefusal: countRefusal,
+		admitted: make(chan *limitedConn), closed: make(chan struct{}),
+	}
+	d.spareFD, _ = os.Open(os.DevNull)
+	go d.acceptAll()
+	return d
+}
+
+// acceptAll accepts connections until the listener is closed.
+func (d *limitListener) acceptAll() {
 	for {
 		conn, err := d.Listener.Accept()
-		if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
-			if d.spareFD == nil {
-				time.Sleep(10 * time.Millisecond)
-			} else {
-				d.spareFD.Close()
-				if conn, err = d.Listener.Accept(); err == nil {
-					d.reject(conn, "descriptors")
-					conn.Close() // at once: the next connection needs the descriptor
-				}
-			}
-			d.spareFD, _ = os.Open(os.DevNull)
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		addr := addrOf(conn.RemoteAddr().String())
 		switch {
-		case d.limiter.open.Load() >= d.maxConns:
-			d.rejectGently(conn, "connections")
-		case !d.addrs.acquire(addr):
-			d.rejectGently(conn, "address")
+		case errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE):
+			d.rejectOne()
+		case err != nil:
+			d.stop(err)
+			return
 		default:
-			if c := within[*net.TCPConn](conn); c != nil { // left to itself, Linux would keep megabytes
-				c.SetReadBuffer(kernelBuffer)
-				c.SetWriteBuffer(kernelBuffer)
-			}
-			d.most.Store(max(d.most.Load(), d.limiter.open.Add(1)))
-			return &limitedConn{Conn: newSocket(conn), listener: d, addr: addr}, nil
+			d.accept(conn)
 		}
 	}
 }
 
+// accept takes a connection, or refuses it.
+func (d *limitListener) accept(conn net.Conn) {
+	addr := addrOf(conn.RemoteAddr().String())
+	switch {
+	case d.limiter.open.Load() >= d.maxConns:
+		d.rejectGently(conn, "connections")
+	case !d.addrs.acquire(addr):
+		d.rejectGently(conn, "address")
+	default:
+		if c, ok := conn.(*net.TCPConn); ok { // left to itself, Linux would keep megabytes
+			c.SetReadBuffer(kernelBuffer)
+			c.SetWriteBuffer(kernelBuffer)
+		}
+		d.most.Store(max(d.most.Load(), d.limiter.open.Add(1)))
+		go d.admit(&limitedConn{Conn: newSocket(conn), listener: d, addr: addr})
+	}
+}
+
+// admit hands a connection to net/http when the head of a request has come, and there is
+// a place for it. Until then it costs a small goroutine and the head, and not the buffers
+// of net/http. A connection that was taken over may come back here.
+func (d *limitListener) admit(v *limitedConn) {
+	if v.readHead() {
+		v.enter()
+		if v.countHead(v.early) {
+			select {
+			case d.admitted <- v:
+				return
+			case <-d.closed:
+			}
+		}
+	}
+	v.setPhase(http.StateClosed)
+	v.Close()
+}
+
+func (d *limitListener) Accept() (net.Conn, error) {
+	select {
+	case v := <-d.admitted:
+		return v, nil
+	case <-d.closed:
+		return nil, d.err
+	}
+}
+
+func (d *limitListener) Close() error {
+	d.stop(net.ErrClosed)
+	return d.Listener.Close()
+}
+
+// stop has Accept return err from now on.
+func (d *limitListener) stop(err error) {
+	d.once.Do(func() {
+		d.err = err
+		close(d.closed)
+	})
+}
+
 const tooManyConns = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nRetry-After: 10\r\nConnection: close\r\n\r\n" +
 	`{"error":"there are too many connections; try again later"}` + "\n"
+
+// rejectOne refuses the next connection when there is no descriptor for it.
+func (d *limitListener) rejectOne() {
+	if d.spareFD == nil {
+		time.Sleep(10 * time.Millisecond)
+	} else {
+		d.spareFD.Close()
+		if conn, err := d.Listener.Accept(); err == nil {
+			d.reject(conn, "descriptors")
+			conn.Close() // at once: the next connection needs the descriptor
+		}
+	}
+	d.spareFD, _ = os.Open(os.DevNull)
+}
 
 // reject answers a connection that is not accepted.
 func (d *limitListener) reject(conn net.Conn, reason string) {
@@ -126,11 +195,12 @@ type limitedConn struct {
 	closed   atomic.Bool
 	lingers  atomic.Bool // Close is to be gentle, see leave
 
-	early []byte // what was read before net/http had the connection
+	early   []byte // what was read, and is to be read again
+	request []byte // the head of the first request, while that is served; nil if it is not known
 
 	phase    atomic.Int32
 	http2    bool
-	began    atomic.Int64 // when the phase or the request did, Unix nanoseconds
+	began    atomic.Int64 // when the request did, or the phase before it, Unix nanoseconds
 	received atomic.Int64 // bytes since
 	place    *allotment   // of limiter.served
 	head     *allotment   // of limiter.receipts, for more than most heads have
@@ -142,8 +212,7 @@ type limitedConn struct {
 // The phases of a connection.
 const (
 	outside = iota // not with net/http
-	idle           // between two requests
-	inHead         // of a request
+	inHead         // of a request, or before it
 	inBody         // or while it is answered
 )
 
@@ -168,44 +237,42 @@ func (d *limitListener) left(open int64) {
 	}
 }
 
-func (v *limitedConn) Read(b []byte) (int, error) {
+func (v *limitedConn) Read(b []byte) (n int, err error) {
 	if len(v.early) > 0 {
-		n := copy(b, v.early)
-		if v.early = v.early[n:]; len(v.early) == 0 {
-			v.early = nil
-		}
+		n = copy(b, v.early)
+		v.early = v.early[n:]
 		return n, nil
 	}
 	phase := v.phase.Load()
 	if phase == outside || len(b) == 1 || phase == inBody && v.http2 { // 1: net/http waits for the client to leave
-		return v.Conn.Read(b)
+		n, err = v.Conn.Read(b)
+	} else {
+		v.setDue(dueAt(v.began.Load(), v.received.Load()))
+		n, err = v.Conn.Read(b)
+		v.setDue(0)
+		if v.received.Add(int64(n)) == int64(n) && phase == inHead { // the first bytes
+			v.began.Store(time.Now().UnixNano())
+		}
+		if phase == inHead && !v.http2 && !v.countHead(b[:n]) {
+			return 0, os.ErrDeadlineExceeded // for which net/http has no answer of its own
+		}
 	}
-	due := dueAt(v.began.Load(), v.received.Load())
-	v.place.due.Store(due)
-	if v.head != nil {
-		v.head.due.Store(due)
-	}
-	n, err := v.Conn.Read(b)
-	v.place.due.Store(0)
-	if v.head != nil {
-		v.head.due.Store(0)
-	}
-	if phase == idle && n > 0 {
-		v.phase.CompareAndSwap(idle, inHead)
-		v.began.Store(time.Now().UnixNano())
-		v.received.Store(0)
-	}
-	v.received.Add(int64(n))
-	if phase != inBody && !v.http2 && !v.countHead(b[:n]) {
-		return 0, os.ErrDeadlineExceeded // for which net/http has no answer of its own
+	if n > 0 {
+		v.request = nil
 	}
 	return n, err
 }
 
-// readHead waits for the head of the first request, and keeps what comes with it. It
-// returns false if the head does not come, or is more than may be received now.
+// setDue says when the client's time is up, while it is waited for; 0: it is not.
+func (v *limitedConn) setDue(at int64) {
+	v.place.setDue(at)
+	v.head.setDue(at)
+}
+
+// readHead waits for the head of a request, and keeps it to be read again. It returns
+// false if the head does not come, or is more than may be received now.
 func (v *limitedConn) readHead() bool {
-	b := make([]byte, 0, 512)
+	b := append(make([]byte, 0, 512), v.early...)
 	v.began.Store(time.Now().UnixNano())
 	v.Conn.SetReadDeadline(time.Now().Add(headTimeout))
 	for !handOver(b) {
@@ -215,19 +282,15 @@ func (v *limitedConn) readHead() bool {
 			}
 			b = append(make([]byte, 0, 2*len(b)), b...)
 		}
-		if v.head != nil {
-			v.head.due.Store(dueAt(v.began.Load(), int64(len(b))))
-		}
+		v.head.setDue(dueAt(v.began.Load(), int64(len(b))))
 		n, err := v.Conn.Read(b[len(b):cap(b)])
 		if b = b[:len(b)+n]; err != nil {
 			return false
 		}
 	}
-	if v.head != nil {
-		v.head.due.Store(0)
-	}
+	v.head.setDue(0)
 	v.Conn.SetReadDeadline(time.Time{})
-	v.early, v.http2 = b, bytes.HasPrefix(b, []byte("PRI * HTTP/2"))
+	v.early, v.request, v.http2 = b, b, bytes.HasPrefix(b, []byte("PRI * HTTP/2"))
 	return true
 }
 
@@ -255,7 +318,7 @@ func (v *limitedConn) reserveHead(n int64) bool {
 		v.listener.reject(v.Conn, errTooMuch.reason)
 		return false
 	}
-	v.head.due.Store(0)
+	v.head.setDue(0)
 	return true
 }
 
@@ -278,9 +341,14 @@ func (v *limitedConn) enter() {
 	v.place = l.served.open(v.giveWay)
 	v.place.wait()
 	v.place.take(v.weight() - 1)
-	v.phase.Store(inHead)
+	v.begin()
+}
+
+// begin begins to wait for a request.
+func (v *limitedConn) begin() {
 	v.began.Store(time.Now().UnixNano())
 	v.received.Store(0)
+	v.phase.Store(inHead)
 }
 
 // setPhase is what net/http says of the connection.
@@ -288,13 +356,12 @@ func (v *limitedConn) setPhase(state http.ConnState) {
 	switch state {
 	case http.StateActive:
 		v.phase.Store(inBody)
-		v.place.due.Store(0)
+		v.place.setDue(0)
 	case http.StateIdle:
 		v.freeHead()
-		v.began.Store(time.Now().UnixNano())
-		v.received.Store(0)
-		v.phase.Store(idle)
-		v.place.due.Store(v.began.Load() + allowance(0))
+		v.request = nil
+		v.begin()
+		v.place.setDue(v.began.Load() + allowance(0))
 	case http.StateHijacked, http.StateClosed:
 		v.phase.Store(outside)
 		v.freeHead()
@@ -348,8 +415,11 @@ func (v *limitedConn) weight() int64 {
 	return 1
 }
 
-// NetConn returns the connection within.
-func (v *limitedConn) NetConn() net.Conn { return v.Conn }
+// socket returns the socket, or nil if there is none, as in a test.
+func (v *limitedConn) socket() *socket {
+	s, _ := v.Conn.(*socket)
+	return s
+}
 
 // CloseWrite is called by net/http before it closes: the client reads the answer to its
 // end, even if some of its request was never read.
@@ -358,113 +428,18 @@ func (v *limitedConn) CloseWrite() error { return closeWrite(v.Conn) }
 // closeGently ends a connection so that its client reads all that was sent: to close on
 // bytes that nobody has read resets the connection, and would take that from the client.
 func closeGently(conn net.Conn) {
-	closeWrite(conn)
+	if closeWrite(conn) != nil {
+		conn.Close()
+		return
+	}
 	time.AfterFunc(lingerTimeout, func() { conn.Close() })
 }
 
 func closeWrite(conn net.Conn) error {
-	if c := within[*net.TCPConn](conn); c != nil {
+	if c, ok := conn.(interface{ CloseWrite() error }); ok {
 		return c.CloseWrite()
 	}
 	return errors.ErrUnsupported
-}
-
-// within returns the connection of type C that a connection is, or has in it; or nil.
-func within[C net.Conn](conn net.Conn) (found C) {
-	for {
-		if c, ok := conn.(C); ok {
-			return c
-		}
-		outer, ok := conn.(interface{ NetConn() net.Conn })
-		if !ok {
-			return found
-		}
-		conn = outer.NetConn()
-	}
-}
-
-// Admission to net/http.
-
-// An admission is the listener that net/http accepts from. A connection is handed over
-// when the head of its first request has come, and there is a place for it: until then
-// it costs a small goroutine and the head, and not the buffers of net/http.
-type admission struct {
-	net.Listener
-	accepted chan acceptance
-	done     chan struct{}
-	close    func()
-}
-
-type acceptance struct {
-	conn net.Conn
-	err  error
-}
-
-// newAdmission returns a listener for net/http around another.
-func newAdmission(inner net.Listener) *admission {
-	a := &admission{Listener: inner, accepted: make(chan acceptance), done: make(chan struct{})}
-	a.close = sync.OnceFunc(func() { close(a.done) })
-	go func() {
-		for {
-			conn, err := inner.Accept()
-			if err != nil {
-				a.hand(acceptance{nil, err})
-				if errors.Is(err, net.ErrClosed) {
-					return
-				}
-				continue
-			}
-			go a.admit(conn)
-		}
-	}()
-	return a
-}
-
-// admit waits until net/http may serve a connection, and hands it over. One that was taken
-// over, and comes back, has a part of a head with it.
-func (a *admission) admit(conn net.Conn) {
-	if v := within[*limitedConn](conn); v != nil {
-		if v == conn && !v.readHead() {
-			v.freeHead()
-			conn.Close()
-			return
-		}
-		v.enter()
-		if !v.countHead(v.early) {
-			v.setPhase(http.StateClosed)
-			conn.Close()
-			return
-		}
-	}
-	a.hand(acceptance{conn, nil})
-}
-
-// hand hands over a connection, or an error, unless nobody accepts any more.
-func (a *admission) hand(got acceptance) {
-	select {
-	case a.accepted <- got:
-	case <-a.done:
-		if v := within[*limitedConn](got.conn); v != nil {
-			v.setPhase(http.StateClosed)
-		}
-		if got.conn != nil {
-			got.conn.Close()
-		}
-	}
-}
-
-func (a *admission) Accept() (net.Conn, error) {
-	select {
-	case got := <-a.accepted:
-		return got.conn, got.err
-	case <-a.done:
-		return nil, net.ErrClosed
-	}
-}
-
-func (a *admission) Close() error {
-	a.close()
-	return a.Listener.Close()
 }
 
 type connKey struct{}
@@ -472,11 +447,9 @@ type connKey struct{}
 // attach has the server tell the limiter of its connections.
 func (l *limiter) attach(srv *http.Server) {
 	srv.ConnState = func(c net.Conn, state http.ConnState) {
-		if v := within[*limitedConn](c); v != nil {
-			v.setPhase(state)
-		}
+		c.(*limitedConn).setPhase(state)
 	}
 	srv.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
-		return context.WithValue(ctx, connKey{}, within[*limitedConn](c))
+		return context.WithValue(ctx, connKey{}, c)
 	}
 }

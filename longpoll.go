@@ -87,20 +87,17 @@ func (p *writerPool) takeOverPoll(w http.ResponseWriter, r *http.Request, st *st
 		defer st.close()
 		return true, st.answer(w, events)
 	}
-	conn, early, head, err := hijack(w)
+	conn, head, err := hijack(w)
 	if err != nil {
 		st.close()
 		return true, err
-	}
-	if len(early) > 0 {
-		head = nil
 	}
 	ses.conn = conn
 	ses.poll = &heldPoll{question: p.questionOf(st, r, q, w.Header(), head), last: r.Close, answered: make(chan struct{}, 1)}
 	ses.poll.end = ses.poll.endOf(time.Now())
 	w.Header().Set("Date", "") // for stats.go: what is written is counted here
 	p.add(ses)
-	go ses.readRequests(early)
+	go ses.readRequests()
 	return true, nil
 }
 
@@ -205,22 +202,19 @@ func (p *writerPool) known(before *question, head []byte) (n *question, cursor i
 }
 
 // readRequests reads what the client of a long-poll sends: the next request, or nothing
-// until it leaves. early was read already.
-func (ses *session) readRequests(early []byte) {
+// until it leaves.
+func (ses *session) readRequests() {
 	p := ses.poll
 	var buf []byte
 	for {
-		b, err := early, error(nil)
 		size := firstRead
 		if p.before != "" {
 			size = len(p.before) + maxCursorDigits + len(p.after)
 		}
-		if size != len(buf) && len(early) == 0 {
+		if size != len(buf) {
 			buf = make([]byte, size)
 		}
-		if len(early) == 0 {
-			b, err = ses.read(buf, p.end)
-		}
+		b, err := ses.read(buf, p.end)
 		if ses.awaitAnswer(err); errors.Is(err, os.ErrDeadlineExceeded) {
 			b, err = ses.read(buf, p.answeredAt.Add(idleTimeout))
 		}
@@ -240,8 +234,8 @@ func (ses *session) readRequests(early []byte) {
 		if left {
 			ses.conn.Close()
 		} else {
-			ses.conn.SetReadDeadline(time.Time{})
-			ses.pool.resume(&resumedConn{Conn: ses.conn, unread: bytes.Clone(b)})
+			ses.conn.early = slices.Concat(b, ses.conn.early)
+			ses.pool.resume(ses.conn)
 		}
 		return
 	}
@@ -383,56 +377,18 @@ func (ses *session) finishAnswer() {
 	p.answered <- struct{}{}
 }
 
-// A resumedConn is a connection that goes back to the http.Server. It keeps the head of
-// its first request, for questionOf.
-type resumedConn struct {
-	net.Conn
-	unread []byte
-	head   []byte
-	wrote  atomic.Bool // something was written, so what is read may be the second request
-}
-
-// NetConn returns the connection within.
-func (c *resumedConn) NetConn() net.Conn { return c.Conn }
-
-// CloseWrite is called by net/http before it closes.
-func (c *resumedConn) CloseWrite() error { return closeWrite(c.Conn) }
-
-func (c *resumedConn) Read(b []byte) (n int, err error) {
-	if len(c.unread) > 0 {
-		n = copy(b, c.unread)
-		c.unread = c.unread[n:]
-	} else {
-		n, err = c.Conn.Read(b)
-	}
-	if n > 0 {
-		if c.head = append(c.head, b[:n]...); len(c.head) > maxKeptHead || c.wrote.Load() {
-			c.head = nil
-			c.wrote.Store(true)
-		}
-	}
-	return n, err
-}
-
-func (c *resumedConn) Write(b []byte) (int, error) {
-	c.wrote.Store(true)
-	return c.Conn.Write(b)
-}
-
-// hijack takes over a request's connection. It returns what the client has sent beyond
-// the request, and the head of the request if that is known.
-func hijack(w http.ResponseWriter) (conn net.Conn, early, head []byte, err error) {
-	conn, rw, err := http.NewResponseController(w).Hijack()
+// hijack takes over a request's connection. What the client has sent beyond the request is
+// what is read first. It returns the head of the request, too, if that is known.
+func hijack(w http.ResponseWriter) (conn *limitedConn, head []byte, err error) {
+	c, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, err
 	}
-	early, _ = rw.Reader.Peek(rw.Reader.Buffered())
-	early = bytes.Clone(early)
-	if c, ok := conn.(*resumedConn); ok {
-		conn, early = c.Conn, append(early, c.unread...)
-		if !c.wrote.Load() {
-			head = c.head
-		}
+	conn = c.(*limitedConn)
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered())
+	if conn.early = slices.Concat(early, conn.early); len(conn.early) == 0 && len(conn.request) <= maxKeptHead {
+		head = conn.request
 	}
-	return conn, early, head, nil
+	conn.request = nil
+	return conn, head, nil
 }

@@ -121,8 +121,8 @@ func TestALongPollThatRepeatsIsHeldWithoutNetHTTP(t *testing.T) {
 					t.Fatalf("%d requests are held after the answer", n)
 				}
 			}
-			if *repeated != 3 {
-				t.Errorf("%q: %d requests were held without net/http, want 3 of 5", head, *repeated)
+			if *repeated != 4 {
+				t.Errorf("%q: %d requests were held without net/http, want all but the first of 5", head, *repeated)
 			}
 			name, _, _ := strings.Cut(strings.TrimPrefix(head[strings.LastIndex(head[:20], "/")+1:], "/"), "?")
 			if n := b.metric(fmt.Sprintf("requests_total{technique=%q}", name)); n != 5 {
@@ -432,6 +432,7 @@ func TestALongPollThatMayNotRepeat(t *testing.T) {
 			post()
 			c.expect("hi")
 		}
+		synctest.Wait() // its place is free again
 		other := newPollingClient(t, b)
 		other.send(pollHead("/rooms/a/longpoll", token))
 		synctest.Wait()

@@ -241,14 +241,12 @@ func (a *app) http(h2c bool) *http.Server {
 
 // listen returns the listener for http, around l. Beside what is held there are requests
 // that come and go; a tenth of the connections is for them, and 100 at least.
-func (a *app) listen(l net.Listener) net.Listener {
-	most := a.limiter.flags.streams
-	d := &limitListener{Listener: l, limiter: a.limiter, maxConns: int64(most + max(most/10, 100)), countRefusal: a.refused}
-	if d.addrs.perAddr = a.limiter.flags.perAddr; a.limiter.flags.trustProxy {
-		d.addrs.perAddr = math.MaxInt // all come from the proxy
+func (a *app) listen(l net.Listener) *limitListener {
+	most, perAddr := a.limiter.flags.streams, a.limiter.flags.perAddr
+	if a.limiter.flags.trustProxy {
+		perAddr = math.MaxInt // all come from the proxy
 	}
-	d.spareFD, _ = os.Open(os.DevNull)
-	return d
+	return newLimitListener(l, a.limiter, most+max(most/10, 100), perAddr, a.refused)
 }
 
 // healthcheck asks the relay at addr for its health.
@@ -321,12 +319,11 @@ func newApp(c config) (*app, error) {
 }
 
 // serve answers on the listener until ctx is done.
-func serve(ctx context.Context, a *app, srv *http.Server, listener net.Listener) error {
+func serve(ctx context.Context, a *app, srv *http.Server, listener *limitListener) error {
 	defer a.redis.close() // layer: redis.go
 	failed := make(chan error, 1)
-	admission := newAdmission(listener)
-	a.pool.resume = admission.admit // layer: async.go
-	go func() { failed <- srv.Serve(admission) }()
+	a.pool.resume = listener.admit // layer: async.go
+	go func() { failed <- srv.Serve(listener) }()
 	sweep := time.NewTicker(a.relay.roomIdle / 10)
 	defer sweep.Stop()
 	for ctx.Err() == nil {

@@ -15,6 +15,7 @@ import (
 type socket struct {
 	*net.TCPConn
 	raw     syscall.RawConn
+	fd      int                   // belongs to the connection until that is closed
 	tryRead func(fd uintptr) bool // made once
 
 	// Of the Read that goes on.
@@ -33,15 +34,13 @@ func newSocket(conn net.Conn) net.Conn {
 		return conn
 	}
 	s := &socket{TCPConn: tcp, raw: raw}
-	s.tryRead = func(fd uintptr) bool {
-		s.n, s.err = transfer(syscall.SYS_READ, int(fd), s.buf)
+	raw.Control(func(fd uintptr) { s.fd = int(fd) })
+	s.tryRead = func(uintptr) bool {
+		s.n, s.err = s.transfer(syscall.SYS_READ, s.buf)
 		return s.err != syscall.EAGAIN
 	}
 	return s
 }
-
-// NetConn returns the connection within.
-func (s *socket) NetConn() net.Conn { return s.TCPConn }
 
 // Read is called by one goroutine at a time.
 func (s *socket) Read(b []byte) (int, error) {
@@ -60,9 +59,9 @@ func (s *socket) Read(b []byte) (int, error) {
 }
 
 func (s *socket) Write(b []byte) (n int, err error) {
-	rawErr := s.raw.Write(func(fd uintptr) bool {
+	rawErr := s.raw.Write(func(uintptr) bool {
 		var m int
-		m, err = tryWrite(int(fd), b[n:])
+		m, err = s.tryWrite(b[n:])
 		n += m
 		return err != nil || n == len(b)
 	})
@@ -73,9 +72,13 @@ func (s *socket) Write(b []byte) (n int, err error) {
 }
 
 // tryWrite writes what the socket takes of b without waiting, which net.Conn cannot do. It
-// returns 0 if the socket is full.
-func tryWrite(fd int, b []byte) (int, error) {
-	n, err := transfer(syscall.SYS_WRITE, fd, b)
+// returns 0 if the socket is full, or there is none. It must not be called when the
+// connection may be closed at the same time.
+func (s *socket) tryWrite(b []byte) (int, error) {
+	if s == nil {
+		return 0, nil
+	}
+	n, err := s.transfer(syscall.SYS_WRITE, b)
 	if err == syscall.EAGAIN {
 		return 0, nil
 	}
@@ -83,9 +86,9 @@ func tryWrite(fd int, b []byte) (int, error) {
 }
 
 // transfer reads or writes b. Go sets all its sockets to non-blocking.
-func transfer(call uintptr, fd int, b []byte) (int, error) {
+func (s *socket) transfer(call uintptr, b []byte) (int, error) {
 	for {
-		n, _, err := syscall.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		n, _, err := syscall.RawSyscall(call, uintptr(s.fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
 		switch err {
 		case 0:
 			return int(n), nil
@@ -96,23 +99,11 @@ func transfer(call uintptr, fd int, b []byte) (int, error) {
 	}
 }
 
-// fdOf returns the file descriptor of a connection, or -1 if it has none. It belongs to
-// the connection until that is closed.
-func fdOf(conn *net.TCPConn) int {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return -1
-	}
-	n := -1
-	raw.Control(func(fd uintptr) { n = int(fd) })
-	return n
-}
-
 // setUserTimeout has the kernel end a connection whose client has acknowledged nothing,
 // or taken nothing, for the time d: one whose network is gone. Otherwise the kernel
 // would try again for a quarter of an hour, and the user would stay online. It reports
 // whether the kernel does so (tcp(7), TCP_USER_TIMEOUT).
-func setUserTimeout(fd int, d time.Duration) bool {
+func (s *socket) setUserTimeout(d time.Duration) bool {
 	const userTimeout = 18
-	return syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, userTimeout, int(d/time.Millisecond)) == nil
+	return syscall.SetsockoptInt(s.fd, syscall.IPPROTO_TCP, userTimeout, int(d/time.Millisecond)) == nil
 }

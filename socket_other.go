@@ -8,10 +8,15 @@ import (
 )
 
 // On other systems every write waits, in a goroutine of its own.
-func newSocket(conn net.Conn) net.Conn { return conn }
+type socket struct{ *net.TCPConn }
 
-func fdOf(*net.TCPConn) int { return -1 }
+func newSocket(conn net.Conn) net.Conn {
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		return &socket{tcp}
+	}
+	return conn
+}
 
-func setUserTimeout(int, time.Duration) bool { return false }
+func (*socket) tryWrite([]byte) (int, error) { return 0, nil }
 
-func tryWrite(int, []byte) (int, error) { return 0, nil }
+func (*socket) setUserTimeout(time.Duration) bool { return false }

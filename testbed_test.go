@@ -128,7 +128,7 @@ func newTestbed(t testing.TB, network string, tune ...func(*config)) *testbed {
 	b.client = b.newClient(b.dial, network == pipeH2)
 	var ctx context.Context
 	ctx, b.stop = context.WithCancel(context.Background())
-	go func() { b.served <- serve(ctx, s, srv, listener) }()
+	go func() { b.served <- serve(ctx, s, srv, s.listen(listener)) }()
 
 	t.Cleanup(func() {
 		b.disconnect()
