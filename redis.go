@@ -151,7 +151,7 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 	r.lookahead = awayLookahead
 	r.countLease = func(*room, *lease, bool) bool { return false } // counted when all know it
 	r.announceState = func(rm *room, user, state string, _ time.Time) { d.share(rm.name, user, "", cmp.Or(state, "count")) }
-	s.publish, s.erase, s.catchUp, s.setState, s.subscribe = d.publish, d.erase, d.catchUp, d.setPresence, d.subscribe
+	s.publish, s.erase, s.setState, s.subscribe = d.publish, d.erase, d.setPresence, d.subscribe
 	for start, pause := time.Now(), 50*time.Millisecond; ; pause *= 2 {
 		b, reader, err := d.connect()
 		if err == nil {
@@ -892,8 +892,12 @@ func (d *redis) setPresence(room, user, client, state string) error {
 	return nil
 }
 
-// subscribe is relay.subscribe; a user's coming is read before the subscriber's cursor.
+// subscribe is relay.subscribe. A cursor beyond the log is waited for, and a user's coming
+// is read before the subscriber's cursor.
 func (d *redis) subscribe(sub *subscriber, q subscribeRequest) error {
+	if q.cursor > d.relay.lastID.Load() {
+		d.catchUp(q.cursor)
+	}
 	if err := d.relay.subscribe(sub, q); err != nil || q.user == "" {
 		return err
 	}

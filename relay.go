@@ -267,7 +267,10 @@ func (r *relay) addToHistory(rm *room, e *event) {
 		}
 		rm.keys[e.key] = e.id
 	}
-	*log = appendEvent(*log, e)
+	if len(*log) == cap(*log) {
+		*log = moveLog(*log)
+	}
+	*log = append(*log, e)
 	*bytes += e.size()
 	r.bytes += e.size()
 	large := false
@@ -294,16 +297,8 @@ func (r *relay) addToHistory(rm *room, e *event) {
 	rm.history.Store(&h)
 }
 
-// appendEvent appends to a log whose array older histories share. A full array is
-// left to them: the log moves to one a quarter larger, so dropped events are
-// soon collected.
-func appendEvent(log []*event, e *event) []*event {
-	if len(log) == cap(log) {
-		log = moveLog(log)
-	}
-	return append(log, e)
-}
-
+// moveLog copies a log into an array a quarter larger. The one before is left to the older
+// histories that share it, so dropped events are soon collected.
 func moveLog(log []*event) []*event {
 	return append(make([]*event, 0, len(log)+len(log)/4+4), log...)
 }

@@ -406,7 +406,6 @@ type server struct {
 	erase     func(room string) error
 	setState  func(room, user, client, state string) error
 	subscribe func(*subscriber, subscribeRequest) error
-	catchUp   func(cursor int64) // waits until the log has a cursor that is beyond it, if it may come
 	eventHTML func(*event) []byte
 	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
 	count     counter
@@ -429,7 +428,6 @@ func newServer(r *relay) *server {
 		erase:     r.erase,
 		setState:  r.setPresence,
 		subscribe: r.subscribe,
-		catchUp:   func(int64) {},
 		eventHTML: plainHTML,
 		count:     func(*technique, []*event, int, int64) {},
 		refused:   func(string) {},
@@ -470,9 +468,6 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 	}
 	for name, value := range enc.header {
 		h.Set(name, value)
-	}
-	if q.sub.cursor > s.relay.lastID.Load() {
-		s.catchUp(q.sub.cursor)
 	}
 	st := &stream{server: s, technique: t, enc: enc, quota: q.permit.quota}
 	switch {
@@ -1256,11 +1251,7 @@ func (q *request) intParam(name string, low, high, absent int64) int64 {
 // parseSubscribe reads what a technique takes, and returns its encoder.
 func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encoder {
 	q.user = strings.Clone(q.userParam()) // a clone does not keep the whole URL in memory
-	q.sub = subscribeRequest{rooms: q.rooms, client: strings.Clone(q.clientParam()), longLived: t.mode != immediate, cursor: -1}
-	q.gatherLastEventID(r.Header)
-	for _, name := range []string{"after", "lastEventId", "Last-Event-ID"} { // the last of them counts
-		q.sub.cursor = q.intParam(name, 0, math.MaxInt64, q.sub.cursor)
-	}
+	q.sub = subscribeRequest{rooms: q.rooms, client: strings.Clone(q.clientParam()), longLived: t.mode != immediate, cursor: q.cursorParam(r.Header)}
 	q.wait = time.Duration(q.intParam("wait", 0, maxWait, 25)) * time.Second
 	q.wait = min(q.wait, time.Until(time.Unix(0, q.permit.expiresAt)))
 	switch presence := q.param("presence"); presence {
@@ -1294,19 +1285,19 @@ func (q *request) representation(t *technique) newEncoder {
 
 var joinWords = strings.NewReplacer("-", "", "_", "")
 
-// gatherLastEventID makes one parameter of what clients send that cannot set the header,
-// such as EventSource polyfills and Mercure's. Each spells it differently: lastEventId,
-// lastEventID, Last-Event-ID. The header becomes another.
-func (q *request) gatherLastEventID(header http.Header) {
-	var ids []string
+// cursorParam returns the cursor, or -1. The header Last-Event-ID counts first, then
+// lastEventId in the query, then after. Clients that cannot set the header, such as
+// EventSource polyfills and Mercure's, spell it in many ways: lastEventID, last-event-id.
+func (q *request) cursorParam(header http.Header) int64 {
 	for name, values := range q.values {
-		if strings.EqualFold(joinWords.Replace(name), "lastEventId") {
-			ids = append(ids, values...)
+		if name != "lastEventId" && strings.EqualFold(joinWords.Replace(name), "lastEventId") {
+			q.add("lastEventId", values...)
 		}
 	}
-	slices.Sort(ids)
-	q.values["lastEventId"] = slices.Compact(ids)
 	q.values["Last-Event-ID"] = header.Values("Last-Event-ID")
+	cursor := q.intParam("after", 0, math.MaxInt64, -1)
+	cursor = q.intParam("lastEventId", 0, math.MaxInt64, cursor)
+	return q.intParam("Last-Event-ID", 0, math.MaxInt64, cursor)
 }
 
 // userParam returns whom the request speaks as.
@@ -1641,25 +1632,19 @@ func (s *server) readContent(w http.ResponseWriter, r *http.Request, q *request,
 	return []byte(form.Get(field)), contentType, nil
 }
 
+var percent = regexp.MustCompile(`%[0-9A-Fa-f]{0,2}`)
+
 // parseForm reads a form as browsers do (https://url.spec.whatwg.org/#urlencoded-parsing):
-// what people write with curl -d may hold a ; or a % that encodes nothing.
+// what people write with curl -d may hold a ; or a % that encodes nothing, and means itself.
 func parseForm(body string) url.Values {
-	form := url.Values{}
-	for field := range strings.SplitSeq(body, "&") {
-		name, value, _ := strings.Cut(field, "=")
-		name, value = unescapeForm(name), unescapeForm(value)
-		form[name] = append(form[name], value)
-	}
-	return form
-}
-
-var escaped = regexp.MustCompile(`%[0-9A-Fa-f]{2}`)
-
-func unescapeForm(s string) string {
-	return escaped.ReplaceAllStringFunc(strings.ReplaceAll(s, "+", " "), func(e string) string {
-		c, _ := url.PathUnescape(e)
-		return c
+	body = percent.ReplaceAllStringFunc(strings.ReplaceAll(body, ";", "%3B"), func(s string) string {
+		if len(s) < len("%3B") {
+			return "%25" + s[1:]
+		}
+		return s
 	})
+	form, _ := url.ParseQuery(body) // nothing is left that is not well formed
+	return form
 }
 
 // JSON, as others can be given it to parse.
