@@ -9,8 +9,15 @@ import (
 	"log"
 	"net/http"
 	"os"
+	"time"
 )
 
 func main() {
-	log.Fatal(http.ListenAndServe(":"+cmp.Or(os.Getenv("PORT"), "8080"), newServer(newRelay(defaultLimits))))
+	r := newRelay(defaultLimits)
+	go func() {
+		for now := range time.Tick(time.Minute) {
+			r.sweep(now)
+		}
+	}()
+	log.Fatal(http.ListenAndServe(":"+cmp.Or(os.Getenv("PORT"), "8080"), newServer(r)))
 }

@@ -40,7 +40,7 @@ type lease struct {
 	state       string    // online or away, while the user is present
 	typingUntil time.Time // typing until then
 
-	counted     bool      // in room.online, by countLease
+	counted     bool      // in room.online
 	announced   string    // the state last announced
 	announcedAt time.Time // and when; not set by joining, so typing may follow at once
 	joinedAt    time.Time // when it was last announced that the user came
@@ -276,14 +276,10 @@ func (l *lease) goodbye(client string, now time.Time) {
 func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 	l.prune(now)
 	state, next := l.stateAt(now), l.nextChange(now)
-	onlyCounts := r.countLease(rm, l, state != "offline")
 	allowedAt := l.announcedAt.Add(announceInterval)
 	joins := l.announced == "offline" && !now.Before(l.joinedAt.Add(announceInterval))
 	switch {
 	case state == l.announced:
-	case onlyCounts:
-		l.announced = state
-		r.announceCount(rm, now)
 	case state == "offline" || joins || !now.Before(allowedAt):
 		if l.announced == "offline" {
 			l.joinedAt = now
@@ -291,7 +287,7 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 			l.announcedAt, allowedAt = now, now.Add(announceInterval)
 		}
 		l.announced = state
-		r.announceState(rm, user, state, now)
+		r.announceState(rm, user, l, state, now)
 	case !next.After(now) || allowedAt.Before(next):
 		next = allowedAt
 	}
@@ -328,17 +324,22 @@ func (r *relay) setTimer(rm *room, user string, l *lease, now, next time.Time) {
 	}
 }
 
-// count keeps the number of users who are present. It reports whether they are so many
-// that only that number is announced. It is the relay's countLease unless a layer counts.
-func (rm *room) count(l *lease, online bool) (onlyCounts bool) {
-	switch {
-	case online && !l.counted:
-		rm.online++
-	case !online && l.counted:
-		rm.online--
+// publishState counts a user who comes or leaves, and publishes the state. In a crowd it
+// publishes only how many there are, and so it does without a user. It is the relay's
+// announceState unless a layer announces.
+func (r *relay) publishState(rm *room, user string, l *lease, state string, now time.Time) {
+	if l != nil && l.counted != (state != "offline") {
+		if l.counted = !l.counted; l.counted {
+			rm.online++
+		} else {
+			rm.online--
+		}
 	}
-	l.counted = online
-	return rm.isCrowded()
+	if l == nil || rm.isCrowded() {
+		r.announceCount(rm, now)
+	} else {
+		r.announce(rm, user, strconv.AppendQuote(nil, state), now)
+	}
 }
 
 func (rm *room) isCrowded() bool { return rm.summary.active || rm.online > maxRosterUsers }
@@ -353,7 +354,7 @@ func (r *relay) announceCount(rm *room, now time.Time) {
 			s.timer = time.AfterFunc(allowedAt.Sub(now), func() {
 				r.onTimer(rm, func(now time.Time) {
 					s.timer = nil
-					r.announceState(rm, "", "", now)
+					r.announceState(rm, "", nil, "", now)
 				})
 			})
 		}
@@ -368,9 +369,6 @@ func (r *relay) announceCount(rm *room, now time.Time) {
 			s.timer.Stop()
 		}
 		*s = summary{}
-		for _, l := range rm.leases {
-			l.announced = l.stateAt(now)
-		}
 	}
 	data, _ := json.Marshal(r.newRoster(rm, now, true))
 	r.announce(rm, "", data, now)
@@ -382,16 +380,6 @@ func (r *relay) onTimer(rm *room, do func(now time.Time)) {
 	defer r.unlock()
 	if r.rooms[rm.name] == rm {
 		do(time.Now())
-	}
-}
-
-// publishState publishes the state of a user, or for "" what has changed of a crowd. It
-// is the relay's announceState unless a layer announces.
-func (r *relay) publishState(rm *room, user, state string, now time.Time) {
-	if user == "" {
-		r.announceCount(rm, now)
-	} else {
-		r.announce(rm, user, strconv.AppendQuote(nil, state), now)
 	}
 }
 
@@ -420,7 +408,7 @@ func (r *relay) newRoster(rm *room, now time.Time, onlyAnnounced bool) roster {
 	maps.Copy(users, rm.elsewhere)
 	for user, l := range rm.leases {
 		state := l.stateAt(now)
-		if state != "offline" && !(onlyAnnounced && (l.announced == "offline" || !l.counted)) {
+		if state != "offline" && (l.counted || !onlyAnnounced) {
 			users[user] = state
 		}
 	}

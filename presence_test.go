@@ -902,6 +902,8 @@ func TestACountIsNotOfAForgottenRoom(t *testing.T) {
 			r.setPresence("a", fmt.Sprint("user", i), "", "offline")
 			sub.unsubscribe()
 		}
+		time.Sleep(announceInterval) // a lease lasts so long after its last announcement, and so does the count's timer
+		synctest.Wait()
 		publishText(t, r, "b", strings.Repeat("x", 64<<10))
 		if r.rooms["a"] != nil {
 			t.Fatal("room a was not forgotten")

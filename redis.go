@@ -149,8 +149,9 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 	d.stopping, d.stop = context.WithCancel(context.Background())
 	r.lastID.Store(0)
 	r.lookahead = awayLookahead
-	r.countLease = func(*room, *lease, bool) bool { return false } // counted when all know it
-	r.announceState = func(rm *room, user, state string, _ time.Time) { d.share(rm.name, user, "", cmp.Or(state, "count")) }
+	r.announceState = func(rm *room, user string, _ *lease, state string, _ time.Time) {
+		d.share(rm.name, user, "", cmp.Or(state, "count")) // counted when all know it
+	}
 	s.publish, s.erase, s.setState, s.subscribe = d.publish, d.erase, d.setPresence, d.subscribe
 	for start, pause := time.Now(), 50*time.Millisecond; ; pause *= 2 {
 		b, reader, err := d.connect()

@@ -113,11 +113,9 @@ type relay struct {
 	// wakeRoom wakes the subscribers of a room. A layer that drives many replaces it.
 	wakeRoom func(*room)
 
-	// For a layer that shares one log among many relays. Both functions are called under mu,
-	// and may not block; see (*room).count and publishState in presence.go.
-	countLease    func(rm *room, l *lease, online bool) (onlyCounts bool)
-	announceState func(rm *room, user, state string, now time.Time)
-	lookahead     int64 // a cursor so far above lastID is good: another relay may have given it
+	// For a layer that shares one log among many relays.
+	announceState func(rm *room, user string, l *lease, state string, now time.Time) // publishState in presence.go, or what replaces it; called under mu, and may not block
+	lookahead     int64                                                              // a cursor so far above lastID is good: another relay may have given it
 
 	mu               sync.Mutex // guards what follows, and the order of ids; see unlock
 	rooms            map[string]*room
@@ -139,14 +137,13 @@ var (
 // ids fit a JavaScript integer (2^53 microseconds are the year 2255).
 func newRelay(l limits) *relay {
 	r := &relay{
-		limits:     l,
-		epoch:      time.Now().UnixMicro(),
-		stopping:   make(chan struct{}),
-		wakeRoom:   wakeEach,
-		countLease: (*room).count,
-		rooms:      map[string]*room{},
-		lru:        list.New(),
-		forgotten:  map[string]*history{},
+		limits:    l,
+		epoch:     time.Now().UnixMicro(),
+		stopping:  make(chan struct{}),
+		wakeRoom:  wakeEach,
+		rooms:     map[string]*room{},
+		lru:       list.New(),
+		forgotten: map[string]*history{},
 	}
 	r.announceState = r.publishState
 	r.lastID.Store(r.epoch)
