@@ -106,13 +106,12 @@ type webSocket struct {
 // The states of a session. What is not atomic is touched only by what serves it: the
 // writer that took it from the queue, or the goroutine that waits for its full socket.
 const (
-	stateNew = iota // not in the pool yet
-	stateIdle
-	stateQueued   // a writer will come
-	stateWriting  // a writer serves it
-	stateDirty    // the same, and there is more to do
-	stateBlocked  // its socket is full; no writer comes
-	stateAnswered // a long-poll has its answer: the session is the goroutine's that reads
+	stateOut     = iota // not for writers: it is new, or a long-poll that has its answer
+	stateIdle           // there is nothing to write
+	stateQueued         // a writer will come
+	stateWriting        // a writer serves it
+	stateDirty          // the same, and there is more to do
+	stateBlocked        // its socket is full; no writer comes
 	stateClosed
 )
 
@@ -200,11 +199,15 @@ func (ses *session) hijack(w http.ResponseWriter) error {
 // begins prepares the head of the answer.
 func (ses *session) begins(conn *limitedConn, status string, h http.Header) {
 	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
-	var head bytes.Buffer
+	ses.conn, ses.head = conn, []byte(answerHead(status, h)+"\r\n")
+}
+
+// answerHead returns the head of an answer, without the empty line that ends it.
+func answerHead(status string, h http.Header) string {
+	var head strings.Builder
 	head.WriteString("HTTP/1.1 " + status + "\r\n")
 	h.Write(&head)
-	head.WriteString("\r\n")
-	ses.conn, ses.head = conn, head.Bytes()
+	return head.String()
 }
 
 // watch waits for the client to leave or, interrupted by a deadline, for its socket to
@@ -646,6 +649,10 @@ func (ses *session) writePending() {
 	}
 	ses.pending = nil
 	ses.conn.SetWriteDeadline(time.Time{})
+	if ses.poll != nil {
+		ses.finishAnswer()
+		return
+	}
 	ses.requeue()
 }
 

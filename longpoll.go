@@ -61,11 +61,9 @@ type question struct {
 // A heldPoll is what a session keeps of a long-poll.
 type heldPoll struct {
 	*question
-	cursor     int64
 	end        time.Time     // when the wait is over
 	due        atomic.Bool   // it is, or the client left: the answer is due without an event, too
 	last       bool          // the connection ends with the answer
-	sent       bool          // the answer was given to the socket, or is pending
 	answered   chan struct{} // receives a token with each answer; then the session is the reader's
 	answeredAt time.Time
 	deadline   time.Time // to read, that the connection has; zero for none
@@ -111,23 +109,20 @@ func (p *writerPool) questionOf(st *stream, r *http.Request, q *request, header 
 	for _, room := range q.rooms {
 		n.subscribe.rooms = append(n.subscribe.rooms, strings.Clone(room))
 	}
-	var answer strings.Builder
-	answer.WriteString("HTTP/1.1 200 OK\r\n")
-	header.Write(&answer)
-	n.answerHead = answer.String()
+	n.answerHead = answerHead("200 OK", header)
 
 	// What is asked must depend on nothing that could differ the next time, so the cursor
 	// must be the parameter after. The relay's own rooms are left out: that somebody asks
 	// for them must be seen each time.
-	from, to := cursorIn(head)
-	if from == 0 || len(q.values["lastEventId"])+len(q.values["Last-Event-ID"]) > 0 ||
+	before, after, _ := cutCursor(head)
+	if before == nil || len(q.values["lastEventId"])+len(q.values["Last-Event-ID"]) > 0 ||
 		slices.ContainsFunc(q.rooms, func(room string) bool { return room[0] == '_' }) {
 		return n
 	}
-	n.before, n.after = string(head[:from]), string(head[to:])
+	n.before, n.after = string(before), string(after)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if known := p.questions[n.before+n.after]; known != nil && known.before == n.before {
+	if known := p.questions[n.before+n.after]; known != nil {
 		return known
 	}
 	if len(p.questions) >= maxQuestions || p.questions == nil {
@@ -142,63 +137,46 @@ func (n *question) endOf(now time.Time) time.Time {
 	return now.Add(min(n.wait, time.Unix(0, n.expiresAt).Sub(now)))
 }
 
-// cursorIn returns where the digits of the parameter after are in the head of a request,
-// or zeros. The request was found to be good, or will be compared with one that was.
-func cursorIn(head []byte) (from, to int) {
+// cutCursor returns the head of a request around the digits of its first parameter after,
+// and the cursor that they are. Without a cursor it returns nil. The request was found to
+// be good, or will be compared with one that was.
+func cutCursor(head []byte) (before, after []byte, cursor int64) {
 	line, _, _ := bytes.Cut(head, []byte("\n"))
-	for i := bytes.IndexByte(line, '?'); i >= 0 && i < len(line); {
-		if parameter, ok := bytes.CutPrefix(line[i+1:], []byte("after=")); ok {
-			from = len(line) - len(parameter)
-			for to = from; to < len(line) && '0' <= line[to] && line[to] <= '9'; to++ {
-			}
-			if to == from || to == len(line) || line[to] != '&' && line[to] != ' ' {
-				return 0, 0
-			}
-			return from, to
-		}
-		n := bytes.IndexByte(line[i+1:], '&')
-		if n < 0 {
-			break
-		}
-		i += 1 + n
+	_, query, found := bytes.Cut(line, []byte("?"))
+	for found && !bytes.HasPrefix(query, []byte("after=")) {
+		_, query, found = bytes.Cut(query, []byte("&"))
 	}
-	return 0, 0
+	if !found {
+		return nil, nil, 0
+	}
+	from := len(line) - len(query) + len("after=")
+	to := from
+	for ; to < len(line) && '0' <= line[to] && line[to] <= '9'; to++ {
+		cursor = 10*cursor + int64(line[to]-'0')
+	}
+	digits := to - from
+	if digits == 0 || digits > maxCursorDigits || to == len(line) || line[to] != '&' && line[to] != ' ' {
+		return nil, nil, 0
+	}
+	return head[:from], head[to:], cursor
 }
 
-// repeats returns the cursor of a request if its head is that of the question, except
-// for the cursor.
-func (n *question) repeats(head []byte) (cursor int64, ok bool) {
-	from, to := len(n.before), len(head)-len(n.after)
-	if digits := to - from; from == 0 || digits < 1 || digits > maxCursorDigits || string(head[:from]) != n.before || string(head[to:]) != n.after {
-		return 0, false
+// known returns the question that a request repeats, or nil: the last on its connection,
+// or what somebody else has asked in these words. Not so behind a proxy: the limits of a
+// client would depend on what the proxy says of it.
+func (p *writerPool) known(last *question, head []byte) (n *question, cursor int64) {
+	before, after, cursor := cutCursor(head)
+	switch {
+	case before == nil:
+		return nil, 0
+	case string(before) == last.before && string(after) == last.after:
+		return last, cursor
+	case p.trustProxy:
+		return nil, 0
 	}
-	for _, c := range head[from:to] {
-		if c < '0' || c > '9' {
-			return 0, false
-		}
-		cursor = 10*cursor + int64(c-'0')
-	}
-	return cursor, true
-}
-
-// known returns the question that a request repeats, or nil: the one before on its
-// connection, or what somebody else has asked in these words. Not so behind a proxy: the
-// limits of a client would depend on what the proxy says of it.
-func (p *writerPool) known(before *question, head []byte) (n *question, cursor int64) {
-	if cursor, ok := before.repeats(head); ok {
-		return before, cursor
-	}
-	if from, to := cursorIn(head); from > 0 && !p.trustProxy {
-		p.mu.Lock()
-		n = p.questions[string(head[:from])+string(head[to:])]
-		p.mu.Unlock()
-	}
-	if n != nil {
-		if cursor, ok := n.repeats(head); ok {
-			return n, cursor
-		}
-	}
-	return nil, 0
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.questions[string(before)+string(after)], cursor
 }
 
 // readRequests reads what the client of a long-poll sends: the next request, or nothing
@@ -218,7 +196,7 @@ func (ses *session) readRequests() {
 		if ses.awaitAnswer(err); errors.Is(err, os.ErrDeadlineExceeded) {
 			b, err = ses.read(buf, p.answeredAt.Add(idleTimeout))
 		}
-		if !ses.state.CompareAndSwap(stateAnswered, stateNew) {
+		if ses.state.Load() == stateClosed {
 			return // the answer was the last, or failed
 		}
 		left := err != nil || ses.gone.Load()
@@ -304,7 +282,7 @@ func (ses *session) ask(n *question, cursor int64) bool {
 		ses.sub.unsubscribe()
 	}
 	ses.technique, ses.enc = n.technique, n.enc
-	p.question, p.cursor, p.end, p.last, p.sent = n, cursor, n.endOf(now), n.last, false
+	p.question, p.end, p.last = n, n.endOf(now), n.last
 	p.due.Store(false)
 	if len(ses.sub.subscriptions) > 0 {
 		ses.sub.setCursor(cursor, 0)
@@ -312,6 +290,8 @@ func (ses *session) ask(n *question, cursor int64) bool {
 		if s.relay.lastID.Load() == cursor && !s.relay.isStopping() && ses.state.CompareAndSwap(stateWriting, stateIdle) {
 			return true
 		}
+	} else {
+		ses.sub.cursor = cursor
 	}
 	ses.requeue()
 	return true
@@ -320,12 +300,9 @@ func (ses *session) ask(n *question, cursor int64) bool {
 // answerPoll writes the answer if it is due, and returns errAnswered when it is sent.
 func (ses *session) answerPoll(sc *scratch, now int64) error {
 	p := ses.poll
-	if p.sent {
-		return errAnswered
-	}
 	if len(ses.sub.subscriptions) == 0 {
 		q := p.subscribe
-		q.cursor, q.driver = p.cursor, ses
+		q.cursor, q.driver = ses.sub.cursor, ses
 		if err := ses.server.subscribe(&ses.sub, q); err != nil {
 			return err // the connection closes; a client asks again on another, and is told why
 		}
@@ -339,26 +316,22 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 	if p.before == "" || p.subscribe.user != "" { // it cannot be repeated, or the user was present for the wait
 		ses.sub.unsubscribe()
 	}
-	p.sent = true
 	p.last = p.last || stopping || ses.gone.Load()
 
-	head := p.answerHead
-	room := len(head) + 128 // for the head, whose Content-Length is known last
-	b := append(sc.buf[:0], make([]byte, room)...)
-	b = ses.enc.encode(append(b, ses.enc.preamble...), &ses.sub, sc.events...)
-	sc.buf = b
-	sc.count(ses.technique, sc.events, len(b)-room, now/1e6)
-	var array [128]byte
-	line := append(strconv.AppendInt(append(array[:0], "Content-Length: "...), int64(len(b)-room), 10), "\r\nDate: "...)
-	line = time.Unix(0, now).UTC().AppendFormat(line, http.TimeFormat)
+	b := ses.enc.encode(append(sc.buf[:0], ses.enc.preamble...), &ses.sub, sc.events...)
+	size := len(b)
+	sc.count(ses.technique, sc.events, size, now/1e6)
+	b = append(b, p.answerHead...)
+	b = strconv.AppendInt(append(b, "Content-Length: "...), int64(size), 10)
+	b = time.Unix(0, now).UTC().AppendFormat(append(b, "\r\nDate: "...), http.TimeFormat)
 	if p.last {
-		line = append(line, "\r\nConnection: close"...)
+		b = append(b, "\r\nConnection: close"...)
 	}
-	line = append(line, "\r\n\r\n"...)
-	b = b[room-len(head)-len(line):]
-	copy(b[copy(b, head):], line)
-	sc.count(ses.technique, nil, len(head)+len(line), 0)
-	return cmp.Or(ses.write(b, sc.events), errAnswered)
+	b = append(b, "\r\n\r\n"...)
+	sc.count(ses.technique, nil, len(b)-size, 0)
+	b = append(b, b[:size]...) // the body again, behind the head that says how long it is
+	sc.buf = b
+	return cmp.Or(ses.write(b[size:], sc.events), errAnswered)
 }
 
 // finishAnswer gives the session to the goroutine that reads.
@@ -369,10 +342,7 @@ func (ses *session) finishAnswer() {
 		return
 	}
 	p.answeredAt = time.Now()
-	if !ses.state.CompareAndSwap(stateWriting, stateAnswered) {
-		ses.requeue()
-		return
-	}
+	ses.state.Store(stateOut)
 	ses.server.release(ses.quota, ses.technique)
 	p.answered <- struct{}{}
 }
