@@ -22,6 +22,7 @@ import (
 	"crypto/sha1"
 	"encoding/base64"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"io"
 	"log/slog"
@@ -83,7 +84,7 @@ type session struct {
 	*stream
 	pool          *writerPool
 	conn          *limitedConn
-	head          []byte      // the head of the answer, sent before everything
+	before        []byte      // what the next write begins with: the head of the answer, or a ping
 	pending       net.Buffers // what a full socket did not take
 	kernelTimeout bool        // the kernel ends the connection when the client acknowledges nothing
 	poll          *heldPoll   // of a long-poll
@@ -94,7 +95,6 @@ type session struct {
 type webSocket struct {
 	proxied      bool // there is, or may be, a proxy in between
 	heartbeats   int
-	pingDue      bool
 	awaitingPong atomic.Bool
 	handling     atomic.Bool // a message is being answered
 
@@ -118,13 +118,13 @@ const (
 // A writerPool is the writers, and the sessions they serve. Writers live while there is
 // something to write, so a pool needs neither start nor stop.
 type writerPool struct {
-	server      *server
-	trustProxy  bool
-	newCounter  func() counter                          // for a writer; called for no technique, it adds up what it has counted
-	received    func(t *technique, requests, bytes int) // counts what net/http does not see
-	dropped     func()                                  // counts clients that took nothing for too long
-	openReceipt func(cut func()) receipt                // for a message that arrives; cut ends its client
-	resume      func(*limitedConn)                      // gives the connection of a long-poll back to net/http
+	server     *server
+	trustProxy bool
+	newCounter func() counter                          // for a writer; called for no technique, it adds up what it has counted
+	received   func(t *technique, requests, bytes int) // counts what net/http does not see
+	dropped    func()                                  // counts clients that took nothing for too long
+	receipts   *budget                                 // of the messages that arrive
+	resume     func(*limitedConn)                      // gives the connection of a long-poll back to net/http
 
 	scratches sync.Pool
 
@@ -138,8 +138,8 @@ type writerPool struct {
 }
 
 // newWriterPool has the server's streams served by a pool.
-func newWriterPool(s *server, trustProxy bool) *writerPool {
-	p := &writerPool{server: s, trustProxy: trustProxy, openReceipt: func(func()) receipt { return unbounded{} }, received: func(*technique, int, int) {}, dropped: func() {}}
+func newWriterPool(s *server, trustProxy bool, receipts *budget) *writerPool {
+	p := &writerPool{server: s, trustProxy: trustProxy, receipts: receipts, received: func(*technique, int, int) {}, dropped: func() {}}
 	p.newCounter = func() counter { return s.count }
 	p.scratches.New = func() any { return &scratch{count: p.newCounter()} }
 	s.takeOver = p.takeOver
@@ -199,7 +199,7 @@ func (ses *session) hijack(w http.ResponseWriter) error {
 // begins prepares the head of the answer.
 func (ses *session) begins(conn *limitedConn, status string, h http.Header) {
 	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
-	ses.conn, ses.head = conn, []byte(answerHead(status, h)+"\r\n")
+	ses.conn, ses.before = conn, []byte(answerHead(status, h)+"\r\n")
 }
 
 // answerHead returns the head of an answer, without the empty line that ends it.
@@ -238,12 +238,6 @@ func (ses *session) watch() {
 func (ses *session) abort() {
 	ses.gone.Store(true)
 	ses.conn.SetDeadline(past)
-	ses.closeWhenSent()
-}
-
-// closeWhenSent has the session released when what is due was sent.
-func (ses *session) closeWhenSent() {
-	ses.gone.Store(true)
 	ses.wake()
 	if ses.state.Load() == stateClosed {
 		ses.conn.Close()
@@ -256,27 +250,24 @@ const chunkHeadSize = len("00000000\r\n")
 
 // sendChunk writes b, whose first chunkHeadSize bytes are free, as a chunk.
 func (ses *session) sendChunk(sc *scratch, b []byte, events []*event) error {
-	const hex = "0123456789abcdef"
-	copy(b[chunkHeadSize-2:], "\r\n")
-	for i, n := chunkHeadSize-3, len(b)-chunkHeadSize; i >= 0; i, n = i-1, n>>4 {
-		b[i] = hex[n&15]
-	}
+	var size [4]byte
+	binary.BigEndian.PutUint32(size[:], uint32(len(b)-chunkHeadSize))
+	copy(b[hex.Encode(b, size[:]):], "\r\n")
 	if b = append(b, "\r\n"...); len(b) == chunkHeadSize+len("\r\n") {
 		b = b[:0] // an empty chunk would be the end
 	}
 	if ses.closed {
 		b = append(b, "0\r\n\r\n"...)
 	}
-	sc.count(ses.technique, nil, chunkHeadSize+len("\r\n")+len(ses.head), 0)
+	sc.count(ses.technique, nil, chunkHeadSize+len("\r\n")+len(ses.before), 0)
 	return ses.write(b, events)
 }
 
-// write gives the socket what it takes, and keeps the rest. The head of the answer comes
-// first.
+// write gives the socket what it takes, and keeps the rest.
 func (ses *session) write(b []byte, events []*event) error {
-	if ses.head != nil {
-		b = append(ses.head, b...)
-		ses.head = nil
+	if ses.before != nil {
+		b = append(ses.before, b...)
+		ses.before = nil
 	}
 	n := 0
 	if len(ses.pending) == 0 {
@@ -289,7 +280,6 @@ func (ses *session) write(b []byte, events []*event) error {
 		return nil
 	}
 	if err := ses.quota.unsent(len(b) - n); err != nil { // before it is copied
-		ses.pending = append(ses.pending, nil) // so that nothing follows on what is cut
 		return err
 	}
 	ses.pending = append(ses.pending, unwritten(b, n, events)...)
@@ -344,9 +334,8 @@ func (p *writerPool) add(ses *session) {
 		p.ticking = true
 		p.tick()
 	}
-	ses.state.Store(stateQueued)
-	p.pushLocked(ses)
 	p.mu.Unlock()
+	ses.enqueue()
 }
 
 // remove ends what add began.
@@ -369,22 +358,31 @@ func setGCPercent(percent int) {
 	}
 }
 
-// tick queues the sessions that are due a heartbeat, while there are any sessions. One
-// walk now and then costs less than a timer for each.
+// tick wakes the streams that are due a heartbeat, while there are any sessions. One walk
+// now and then costs less than a timer for each.
 func (p *writerPool) tick() {
 	time.AfterFunc(p.server.heartbeat/15, func() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
+		var batch wakeBatch
 		now := time.Now().UnixNano()
-		for _, ses := range p.sessions {
-			if ses.poll == nil && ses.due(now) && ses.state.CompareAndSwap(stateIdle, stateQueued) {
-				p.pushLocked(ses)
+		for _, ses := range p.all() {
+			if ses.poll == nil && ses.due(now) {
+				batch.add(ses)
 			}
 		}
+		batch.flush()
+		p.mu.Lock()
+		defer p.mu.Unlock()
 		if p.ticking = len(p.sessions) > 0; p.ticking {
 			p.tick()
 		}
 	})
+}
+
+// all returns the sessions. To wake one takes the pool's lock.
+func (p *writerPool) all() []*session {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.sessions)
 }
 
 // wakeRoom wakes the subscribers of a room. The last handful is served here, by the
@@ -400,17 +398,7 @@ func (p *writerPool) wakeRoom(rm *room) {
 		}
 	}
 	rm.mu.Unlock()
-	if batch.n == 0 {
-		return
-	}
-	p.mu.Lock()
-	p.queueLocked(batch.sessions[:batch.n]...)
-	busy := p.writers >= runtime.GOMAXPROCS(0) // they will come to it; and who is woken here cannot wake others without end
-	if !busy {
-		p.writers++
-	}
-	p.mu.Unlock()
-	if !busy {
+	if batch.n > 0 && p.push(batch.sessions[:batch.n]...) {
 		p.run(1)
 	}
 }
@@ -418,11 +406,8 @@ func (p *writerPool) wakeRoom(rm *room) {
 // wakeAll has all sessions served, so they see that the relay stops. Connections that
 // wait for a request end.
 func (p *writerPool) wakeAll() {
-	p.mu.Lock()
-	all := slices.Clone(p.sessions) // to wake takes the lock
-	p.mu.Unlock()
 	var batch wakeBatch
-	for _, ses := range all {
+	for _, ses := range p.all() {
 		if ses.poll != nil {
 			ses.gone.Store(true)
 			ses.conn.SetReadDeadline(past)
@@ -435,7 +420,7 @@ func (p *writerPool) wakeAll() {
 // wake has the session served, now or once more.
 func (ses *session) wake() {
 	if ses.claim() {
-		ses.pool.enqueue(ses)
+		ses.enqueue()
 	}
 }
 
@@ -481,33 +466,43 @@ func (b *wakeBatch) flush() {
 	}
 }
 
-// enqueue puts sessions whose state is stateQueued into the queue.
+// enqueue has a writer serve the session.
+func (ses *session) enqueue() {
+	ses.state.Store(stateQueued)
+	ses.pool.enqueue(ses)
+}
+
+// enqueue has writers serve sessions whose state is stateQueued.
 func (p *writerPool) enqueue(sessions ...*session) {
+	if p.push(sessions...) {
+		go p.run(math.MaxInt)
+	}
+}
+
+// push puts sessions into the queue. It reports whether one more writer may serve it, which
+// is then the caller's to run.
+func (p *writerPool) push(sessions ...*session) (mayRun bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.pushLocked(sessions...)
-}
-
-func (p *writerPool) pushLocked(sessions ...*session) {
-	p.queueLocked(sessions...)
-	p.startLocked()
-}
-
-func (p *writerPool) queueLocked(sessions ...*session) {
 	if p.taken > 0 && p.taken >= len(p.queue)/2 {
 		n := copy(p.queue, p.queue[p.taken:])
 		clear(p.queue[n:])
 		p.queue, p.taken = p.queue[:n], 0
 	}
 	p.queue = append(p.queue, sessions...)
+	if mayRun = p.writers < runtime.GOMAXPROCS(0); mayRun {
+		p.writers++
+	}
+	return mayRun
 }
 
-// startLocked starts a writer, unless there are enough.
-func (p *writerPool) startLocked() {
-	if p.writers < runtime.GOMAXPROCS(0) {
-		p.writers++
-		go p.run(math.MaxInt)
-	}
+// take moves sessions from the queue to batch, as many as it has room for.
+func (p *writerPool) take(batch []*session) []*session {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := copy(batch, p.queue[p.taken:])
+	p.taken += n
+	return batch[:n]
 }
 
 // throttle holds a publisher up, for a tenth of a second at most, while the session that
@@ -527,29 +522,16 @@ func (p *writerPool) throttle() {
 	}
 }
 
-// run is a writer: it serves what is in the queue, so many batches of it, until there
-// is nothing.
+// run is a writer: it serves so many batches of the queue, or until there is nothing. Of
+// the goroutine that publishes it is one batch: who is woken here may wake others.
 func (p *writerPool) run(batches int) {
 	sc := p.scratches.Get().(*scratch)
 	defer p.scratches.Put(sc)
 	var array [wakeBatchSize]*session
-	for ; ; batches-- {
-		p.mu.Lock()
-		batch := array[:copy(array[:], p.queue[p.taken:])]
-		switch {
-		case len(batch) == 0:
-			clear(p.queue)
-			p.queue, p.taken = p.queue[:0], 0
-			p.writers--
-		case batches == 0:
-			p.writers--
-			p.startLocked()
-			batch = nil
-		}
-		p.taken += len(batch)
-		p.mu.Unlock()
+	for ; batches > 0; batches-- {
+		batch := p.take(array[:])
 		if len(batch) == 0 {
-			return
+			break
 		}
 		now := time.Now().UnixNano()
 		for _, ses := range batch {
@@ -560,11 +542,19 @@ func (p *writerPool) run(batches int) {
 		if cap(sc.buf) > maxScratch { // it wrote a big page
 			sc.buf = nil
 		}
-		clear(batch)
 		if batches > 1 { // publishers get a turn: the more they publish meanwhile, the more goes out in one write
 			runtime.Gosched()
 		}
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.taken < len(p.queue) {
+		go p.run(math.MaxInt) // in the place of this one
+		return
+	}
+	clear(p.queue)
+	p.queue, p.taken = p.queue[:0], 0
+	p.writers--
 }
 
 // writeDue writes what is due.
@@ -575,20 +565,20 @@ func (ses *session) writeDue(sc *scratch, now int64) (err error) {
 			err = errors.New("panic")
 		}
 	}()
-	replyDue := ses.ws != nil && ses.ws.handling.Load() // read before the replies are taken
+	if ses.poll != nil {
+		return ses.answerPoll(sc, now)
+	}
+	stopping := ses.server.relay.isStopping()
 	if ses.ws != nil {
+		stopping = stopping && !ses.ws.handling.Load() // asked before the replies are taken
 		if err := ses.writeReplies(sc, now); err != nil {
 			return err
 		}
 	}
-	if ses.poll != nil {
-		return ses.answerPoll(sc, now)
-	}
 	if ses.gone.Load() {
 		return net.ErrClosed
 	}
-	stopping := ses.server.relay.isStopping() && !replyDue
-	if ses.ws != nil && ses.opened && ses.due(now) && now < ses.expiresAt && !stopping {
+	if ses.ws != nil && ses.due(now) && now < ses.expiresAt && !stopping {
 		if err := ses.ping(); err != nil {
 			return err
 		}
@@ -613,13 +603,8 @@ func (ses *session) afterWrite(err error) {
 	case err != nil:
 		ses.release(err == io.EOF)
 	case !ses.state.CompareAndSwap(stateWriting, stateIdle):
-		ses.requeue()
+		ses.enqueue()
 	}
-}
-
-func (ses *session) requeue() {
-	ses.state.Store(stateQueued)
-	ses.pool.enqueue(ses)
 }
 
 // releaseBlocked releases a session whose socket is full when nobody watches it any more.
@@ -653,7 +638,7 @@ func (ses *session) writePending() {
 		ses.finishAnswer()
 		return
 	}
-	ses.requeue()
+	ses.enqueue()
 }
 
 // release gives up all that the session holds. After a bye the client is to close.
@@ -678,8 +663,7 @@ func (ses *session) release(byeSent bool) {
 // connection, and reads a message without asking whether there is room for it. Here a
 // goroutine waits for a frame with a buffer of 128 bytes.
 
-// upgrade begins a stream over a WebSocket: the pool writes, and a goroutine reads. The
-// relay speaks no subprotocol, but a browser that offers some fails unless one is chosen.
+// upgrade begins a stream over a WebSocket: the pool writes, and a goroutine reads.
 func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) error {
 	conn, _, err := hijack(w)
 	if err != nil {
@@ -691,9 +675,8 @@ func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) 
 	h.Set("Upgrade", "websocket")
 	h.Set("Connection", "Upgrade")
 	h.Set("Sec-WebSocket-Accept", base64.StdEncoding.EncodeToString(accept[:]))
-	offered, _, _ := strings.Cut(strings.Join(r.Header.Values("Sec-WebSocket-Protocol"), ","), ",")
-	if offered = strings.TrimSpace(offered); offered != "" {
-		h.Set("Sec-WebSocket-Protocol", offered)
+	if protocol := acceptOptions(r).Subprotocols[0]; protocol != "" {
+		h.Set("Sec-WebSocket-Protocol", protocol)
 	}
 	ses.begins(conn, "101 Switching Protocols", h)
 	ses.headroom, ses.send = maxFrameHead, ses.sendMessage
@@ -755,11 +738,7 @@ func (ses *session) sendMessage(sc *scratch, b []byte, events []*event) error {
 	} else {
 		b = b[:0] // a bye that this client does not see
 	}
-	sc.count(ses.technique, nil, len(b)-size+len(ses.head), 0)
-	if ses.ws.pingDue {
-		ses.ws.pingDue = false
-		b = append(pingFrame[:2:2], b...)
-	}
+	sc.count(ses.technique, nil, len(b)-size+len(ses.before), 0)
 	if ses.closed {
 		code, reason := ses.closeCode()
 		b = appendClose(b, code, reason)
@@ -781,14 +760,14 @@ func (ses *session) ping() error {
 	if ses.ws.awaitingPong.Swap(true) {
 		return os.ErrDeadlineExceeded
 	}
+	ses.before = pingFrame[:] // the heartbeat, in one write
 	if ses.enc.heartbeat == "" {
-		return ses.write(pingFrame, nil)
+		return ses.write(nil, nil)
 	}
-	ses.ws.pingDue = true // with the heartbeat, in one write
 	return nil
 }
 
-var pingFrame = []byte("\x89\x00")
+var pingFrame = [2]byte{0x80 | opPing, 0}
 
 // The opcodes of frames (5.2).
 const (
@@ -803,25 +782,12 @@ const maxFreeMessage = 1 << 10
 
 // A message is what has arrived of it.
 type message struct {
-	kind     websocket.MessageType // 0 before its first frame
-	data     []byte
-	whole    bool
-	began    time.Time
-	receipt  receipt // for the data of a message that is longer than maxFreeMessage
-	reserved int
+	kind    websocket.MessageType // 0 before its first frame
+	data    []byte
+	whole   bool
+	began   time.Time
+	receipt *allotment // for the data of a message that is longer than maxFreeMessage, or nil
 }
-
-// A receipt is memory that is reserved while a message arrives; see limits.go.
-type receipt interface {
-	grow(bytes int64) error
-	free()
-}
-
-// unbounded is a receipt where nobody limits memory.
-type unbounded struct{}
-
-func (unbounded) grow(int64) error { return nil }
-func (unbounded) free()            {}
 
 // A closeError is why a WebSocket is closed.
 type closeError struct {
@@ -847,7 +813,7 @@ func (ses *session) readMessages(in *bufio.Reader, a *author) {
 			slog.Error("a WebSocket failed", "panic", p, "stack", string(debug.Stack()))
 			ses.abort()
 		}
-		m.free()
+		m.receipt.free()
 	}()
 	for {
 		_, err := in.Peek(2) // here most of them are
@@ -872,16 +838,10 @@ func (ses *session) readMessages(in *bufio.Reader, a *author) {
 			ses.take(a, m.kind, m.data)
 		}
 		if m.whole || m.kind == 0 { // the message, or a control frame between two
-			m.free()
+			m.receipt.free()
 			m = message{}
 			ses.conn.SetReadDeadline(time.Time{})
 		}
-	}
-}
-
-func (m *message) free() {
-	if m.receipt != nil {
-		m.receipt.free()
 	}
 }
 
@@ -943,7 +903,7 @@ func (ses *session) readFrame(in *bufio.Reader, m *message) error {
 	if size > uint64(ses.server.maxBody)-uint64(len(m.data)) {
 		return errLongMessage
 	}
-	if err := ses.reserve(m, len(m.data)+int(size)); err != nil {
+	if err := ses.reserve(m, int(size)); err != nil {
 		return err
 	}
 	from := len(m.data)
@@ -962,20 +922,20 @@ func readMasked(in io.Reader, b []byte, mask [4]byte) error {
 	return err
 }
 
-// reserve reserves memory for a message of so many bytes: twice, since it grows by
+// reserve reserves memory for so many more bytes of a message: twice, since it grows by
 // copying, and is then parsed.
 func (ses *session) reserve(m *message, size int) error {
-	if size <= maxFreeMessage {
+	if len(m.data)+size <= maxFreeMessage {
 		return nil
 	}
 	if m.receipt == nil {
-		m.receipt = ses.pool.openReceipt(func() { ses.enqueueFrames(appendClose(nil, errNoReceipt.code, errNoReceipt.reason)) })
+		m.receipt = ses.pool.receipts.open(func() { ses.enqueueFrames(appendClose(nil, errNoReceipt.code, errNoReceipt.reason)) })
+		size += len(m.data)
 	}
-	if m.receipt.grow(int64(2*size-m.reserved)) != nil {
+	if m.receipt.grow(int64(2*size)) != nil {
 		ses.server.refused("memory")
 		return errNoReceipt
 	}
-	m.reserved = 2 * size
 	return nil
 }
 
@@ -1011,7 +971,7 @@ func (ses *session) writeReplies(sc *scratch, now int64) error {
 	if err := ses.begin(sc, now); err != nil {
 		return err
 	}
-	if ses.head != nil { // there is no hello for this client
+	if ses.before != nil { // there is no hello for this client
 		if err := ses.write(nil, nil); err != nil {
 			return err
 		}

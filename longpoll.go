@@ -293,7 +293,7 @@ func (ses *session) ask(n *question, cursor int64) bool {
 	} else {
 		ses.sub.cursor = cursor
 	}
-	ses.requeue()
+	ses.enqueue()
 	return true
 }
 

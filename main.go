@@ -299,15 +299,14 @@ func newApp(c config) (*app, error) {
 	if a.redis, err = newRedis(s, c.redis, c.redisPrefix, c.redisEvents); err != nil { // layer: redis.go
 		return nil, err // layer: redis.go
 	} // layer: redis.go
-	a.pool = newWriterPool(s, c.trustProxy)                                               // layer: async.go
-	a.pool.openReceipt = func(cut func()) receipt { return a.limiter.receipts.open(cut) } // layer: async.go
-	a.pictures = newPictures(s)                                                           // layer: picture.go
-	a.stats = newStats(s, a.limiter)                                                      // layer: stats.go
-	a.stats.shared = a.redis.status                                                       // layer: stats.go redis.go
-	a.pictures.skipped = func(n int) { a.stats.skipped.Add(int64(n)) }                    // layer: stats.go picture.go
-	a.pool.received = a.stats.received                                                    // layer: stats.go async.go
-	a.pool.newCounter = a.stats.newCounter                                                // layer: stats.go async.go
-	a.pool.dropped = a.limiter.dropped                                                    // layer: async.go
+	a.pool = newWriterPool(s, c.trustProxy, a.limiter.receipts)        // layer: async.go
+	a.pictures = newPictures(s)                                        // layer: picture.go
+	a.stats = newStats(s, a.limiter)                                   // layer: stats.go
+	a.stats.shared = a.redis.status                                    // layer: stats.go redis.go
+	a.pictures.skipped = func(n int) { a.stats.skipped.Add(int64(n)) } // layer: stats.go picture.go
+	a.pool.received = a.stats.received                                 // layer: stats.go async.go
+	a.pool.newCounter = a.stats.newCounter                             // layer: stats.go async.go
+	a.pool.dropped = a.limiter.dropped                                 // layer: async.go
 
 	// From the inside out: what is added last sees a request first.
 	a.handler = a.stats.wrap(a.handler) // layer: stats.go
