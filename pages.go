@@ -35,6 +35,9 @@ import (
 //go:embed static transports.go
 var embedded embed.FS
 
+//go:embed static/colours.css
+var colours string // of both styles
+
 // fileTypes replaces the system's table, which takes .ts for video.
 var fileTypes = map[string]string{
 	".html": "text/html; charset=utf-8",
@@ -43,6 +46,7 @@ var fileTypes = map[string]string{
 	".ts":   "text/plain; charset=utf-8",
 	".svg":  "image/svg+xml",
 	".go":   "text/plain; charset=utf-8",
+	".txt":  "text/plain; charset=utf-8",
 }
 
 // A file is one of static/, or transports.go, whose encoders the lab shows.
@@ -54,23 +58,47 @@ type file struct {
 
 var files = readFiles()
 
+// readFiles compresses the files once, at the start. A style begins with the colours. Scripts
+// and styles lose their comments and indentation; with them they are text in /source/.
 func readFiles() map[string]file {
 	files := map[string]file{}
+	add := func(name, extension, content string) {
+		var packed bytes.Buffer
+		zw, _ := gzip.NewWriterLevel(&packed, gzip.BestCompression)
+		io.WriteString(zw, content)
+		zw.Close()
+		sum := sha256.Sum256([]byte(content))
+		files["/"+name] = file{fileTypes[extension], hex.EncodeToString(sum[:8]), content, packed.String()}
+	}
 	fs.WalkDir(embedded, ".", func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
 		b, err := embedded.ReadFile(name)
-		var packed bytes.Buffer
-		zw, _ := gzip.NewWriterLevel(&packed, gzip.BestCompression)
-		zw.Write(b)
-		zw.Close()
-		sum := sha256.Sum256(b)
-		files["/"+strings.TrimPrefix(name, "static/")] = file{fileTypes[path.Ext(name)], hex.EncodeToString(sum[:8]), string(b), packed.String()}
+		name, content, extension := strings.TrimPrefix(name, "static/"), string(b), path.Ext(name)
+		if extension == ".css" && content != colours {
+			content = colours + content
+		}
+		if extension == ".js" || extension == ".css" {
+			add("source/"+name, ".txt", content)
+			content = withoutComments(content)
+		}
+		add(name, extension, content)
 		return err
 	})
 	files["/"] = files["/index.html"]
 	return files
+}
+
+// What no browser needs of a script or a style: at the beginning of a line white space and
+// comments, and a comment at its end, unless a quote in it may mean that it is within a string.
+var (
+	lineStart = regexp.MustCompile(`(?m)^\s*(?:(?://.*|/\*(?s:.*?)\*/)\s*)*`)
+	lineEnd   = regexp.MustCompile("(?m)[ \t]+(?:// (?:[^'\"`\n]|\\w'\\w)*|/\\* [^'\"`\n]*? \\*/)$")
+)
+
+func withoutComments(source string) string {
+	return lineEnd.ReplaceAllString(lineStart.ReplaceAllString(source, ""), "")
 }
 
 // shortcuts are addresses that people type for pages.

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -141,6 +142,15 @@ func TestFiles(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			if kind := path.Ext(file); kind == ".js" || kind == ".css" {
+				if kind == ".css" && name != "/colours.css" {
+					want = append([]byte(colours), want...)
+				}
+				if res, body := b.do("GET", "/source"+name, ""); res.Header.Get("Content-Type") != "text/plain; charset=utf-8" || body != string(want) {
+					t.Errorf("/source%s: %s %v, %d bytes, want %d of text", name, res.Status, res.Header, len(body), len(want))
+				}
+				want = []byte(withoutComments(string(want)))
+			}
 			res, body := b.do("GET", name, "")
 			h := res.Header
 			if res.StatusCode != 200 || body != string(want) {
@@ -175,7 +185,7 @@ func TestFiles(t *testing.T) {
 				t.Errorf("POST %s: %s, Allow: %s", name, res.Status, res.Header.Get("Allow"))
 			}
 		}
-		for _, name := range []string{"/..", "/../main.go", "/static/index.html", "/static/../main.go", "/%2e%2e/main.go", "/..%2fmain.go", "//index.html", "/index.html/", "/index.html%00", "/.", "/main.go", "/\\index.html", "/static", "/favicon.ico2", "/.git/config"} {
+		for _, name := range []string{"/..", "/../main.go", "/static/index.html", "/static/../main.go", "/%2e%2e/main.go", "/..%2fmain.go", "//index.html", "/index.html/", "/index.html%00", "/.", "/main.go", "/source/main.go", "/source/index.html", "/source/", "/\\index.html", "/static", "/favicon.ico2", "/.git/config"} {
 			res, body := b.doRaw("GET", name, "")
 			if res.StatusCode != 404 || !isError(body) {
 				t.Errorf("%s: %s %.60s, want 404", name, res.Status, body)
@@ -185,6 +195,127 @@ func TestFiles(t *testing.T) {
 		if res.StatusCode != 200 || !json.Valid([]byte(body)) || res.Header.Get("Cache-Control") != "no-store" {
 			t.Errorf("healthz: %s %s %v", res.Status, body, res.Header)
 		}
+	})
+}
+
+// What is served of a script or a style is the source, without comments and white space that
+// mean nothing: all else is the same, byte for byte.
+func TestServedWithoutComments(t *testing.T) {
+	for name, f := range files {
+		source, ok := strings.CutPrefix(name, "/source/")
+		if !ok {
+			continue
+		}
+		served := files["/"+source].plain
+		want, got := tokens(f.plain), tokens(served)
+		if len(want) < 10 || !slices.Equal(got, want) {
+			i := 0
+			for i < min(len(got), len(want)) && got[i] == want[i] {
+				i++
+			}
+			t.Errorf("%s: served is %.60q, and written is %.60q", source, strings.Join(got[i:], ""), strings.Join(want[i:], ""))
+		}
+		if regexp.MustCompile(`(?m)^(\s|//|/\*)`).MatchString(served) {
+			t.Errorf("%s: comments or white space are left:\n%.300s", source, served)
+		}
+	}
+	for source, want := range map[string]string{
+		"// a\n\n  b  // c\n\t/* d\n e */\n/** f */ g\n": "b\ng\n",
+		"a('b') // c's\n":                              "a('b')\n",
+		"a { b: c; } /* d: e */\n":                     "a { b: c; }\n",
+		"a = 'http://b' // c 'd'\n":                    "a = 'http://b' // c 'd'\n",
+		"a = ' // b'\nc = \" /* d */\"\ne = ` // f`\n": "a = ' // b'\nc = \" /* d */\"\ne = ` // f`\n",
+		"a/b // c\n* d\n":                              "a/b\n* d\n",
+	} {
+		if got := withoutComments(source); got != want {
+			t.Errorf("%q becomes %q, want %q", source, got, want)
+		}
+	}
+}
+
+// tokens splits a script or a style. A string, a regular expression and a template's text
+// are one token each, with all that is in them; otherwise each character is one. White space
+// and comments together are a space or, if a line ends there, a line's end.
+func tokens(source string) []string {
+	var all []string
+	var braces []int // that are open in each of the templates' expressions around
+	last := " "      // character that is not white space
+	word := regexp.MustCompile(`\b(return|of|in|typeof)$`)
+	for rest := source; rest != ""; {
+		kind := oneCharacter
+		inExpression := len(braces) > 0
+		switch {
+		case spaces.MatchString(rest):
+			kind = spaces
+		case rest[0] == '`':
+			kind = template
+		case inExpression && rest[0] == '}' && braces[len(braces)-1] == 0:
+			kind, braces = template, braces[:len(braces)-1]
+		case inExpression && rest[0] == '{':
+			braces[len(braces)-1]++
+		case inExpression && rest[0] == '}':
+			braces[len(braces)-1]--
+		case strings.ContainsAny(rest[:1], `'"`):
+			kind = quoted
+		case rest[0] == '/' && (strings.Contains(" (,=:[!&|?{};<>+-*%", last) || word.MatchString(strings.TrimSpace(source[:len(source)-len(rest)]))):
+			kind = expression
+		}
+		token := kind.FindString(rest)
+		if token == "" {
+			return append(all, "not understood: "+rest)
+		}
+		rest = rest[len(token):]
+		switch {
+		case kind != spaces:
+			last = token[len(token)-1:]
+			if kind == template && strings.HasSuffix(token, "${") {
+				braces = append(braces, 0)
+			}
+		case len(all) == 0 || rest == "":
+			continue
+		case strings.Contains(token, "\n"):
+			token = "\n"
+		default:
+			token = " "
+		}
+		all = append(all, token)
+	}
+	return all
+}
+
+var (
+	oneCharacter = regexp.MustCompile(`^(?s:.)`)
+	spaces       = regexp.MustCompile(`^(?:\s|//.*|/\*(?s:.*?)\*/)+`)
+	quoted       = regexp.MustCompile(`^(?:'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*")`)
+	expression   = regexp.MustCompile(`^/(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\n\\\[])+/`)
+	template     = regexp.MustCompile("^[`}](?s:\\\\.|\\$[^{]|[^`\\\\$])*(?:`|\\${)")
+)
+
+// A first visit costs little, over a slow network, too. These are the bytes that are sent to
+// a client that takes gzip.
+func TestPagesAreSmall(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		ofPadAndCamera := regexp.MustCompile(`^/(pad|carets|rebase|replica|camera)\.`)
+		pages, all := 0, 0
+		for name := range files {
+			kind := path.Ext(name)
+			if kind != ".html" && kind != ".css" && kind != ".js" || strings.HasPrefix(name, "/source/") {
+				continue
+			}
+			res, body := b.do("GET", name, "", "Accept-Encoding: gzip")
+			if res.Header.Get("Content-Encoding") != "gzip" {
+				t.Errorf("%s: %v", name, res.Header)
+			}
+			all += len(body)
+			if !ofPadAndCamera.MatchString(name) {
+				pages += len(body)
+			}
+		}
+		if pages >= 62_000 || all >= 79_000 {
+			t.Errorf("chat, lab, stats, inspector and what they load are %d bytes, want less than 62,000; with pad and camera %d, want less than 79,000", pages, all)
+		}
+		t.Logf("%d bytes, with pad and camera %d", pages, all)
 	})
 }
 

@@ -279,7 +279,7 @@ for (const name of browsers) describe(name, () => {
         const [go, js] = parts.map(part => part.innerText)
         return parts.every(part => part.querySelector('code').textContent || /without a script/.test(part.innerText)) && { go, js, links: parts.map(part => part.querySelector('a').href) }
       }, technique))
-      assert.deepEqual(shown.links, [net.url + '/transports.go', net.url + '/comet.js'])
+      assert.deepEqual(shown.links, [net.url + '/transports.go', net.url + '/source/comet.js'])
       for (const name of go) assert.match(shown.go, new RegExp(`^func (\\(.*\\) )?${name}\\(`, 'm'), technique)
       for (const name of js ?? []) assert.match(shown.js, new RegExp(`^(const |function )?${name}\\b`, 'm'), technique)
       if (!js) assert.match(shown.js, /No function: the browser loads/)

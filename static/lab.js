@@ -244,7 +244,7 @@ class Subscriber {
     const details = $('.code', this.card)
     if (!details.open) return
     details.scrollIntoView({ block: 'nearest' }) // an open card takes a row of its own
-    for (const [i, [file, extract]] of [['transports.go', goCode], ['comet.js', jsCode]].entries()) {
+    for (const [i, [file, extract]] of [['transports.go', goCode], ['source/comet.js', jsCode]].entries()) {
       const part = details.querySelectorAll('section')[i], pre = $('pre', part), why = $('.why', part)
       if (pre.textContent) continue
       why.textContent = 'Loading …'
