@@ -978,7 +978,7 @@ func remoteData(b *testbed, room string) {
 	for lines.Scan() && lines.Text() != "" { // the hello
 	}
 	id := b.post(room, "two\nlines")
-	for _, want := range []string{fmt.Sprint("id: ", id), "data: two", "data: lines", ""} {
+	for _, want := range []string{"data: two", "data: lines", fmt.Sprint("id: ", id), ""} {
 		if !lines.Scan() || lines.Text() != want {
 			b.t.Fatalf("sse: %q, want %q", lines.Text(), want)
 		}

@@ -170,13 +170,15 @@ func ndjson(*server, *request) encoder {
 // reconnect by themselves, and send the last id as Last-Event-ID.
 //
 //	retry: 2718
-//	id: 1795351418000041
 //	event: hello
 //	data: {"type":"hello",…}
+//	id: 1795351418000041
 //
-//	id: 1795351418000042
 //	data: {"id":1795351418000042,…}
+//	id: 1795351418000042
 //
+// The id comes last: some clients take it for their cursor as soon as they have read it,
+// and would lose an event whose connection is cut between its id and its data.
 // With as=data an event is its data alone. A page cannot see a comment, so a heartbeat
 // is an event; nor an event whose name it does not know, so names=0 leaves out names.
 // Some clients take every block for an event, and its data for JSON: so retry has
@@ -193,18 +195,19 @@ func sse(_ *server, q *request) encoder {
 		contentType: "text/event-stream; charset=utf-8",
 		preamble:    fmt.Sprintf("retry: %d\n", 2000+mathrand.IntN(2000)),
 		event: func(b []byte, e *event) []byte {
-			if e.id != 0 || e.kind == "hello" {
-				b = append(strconv.AppendInt(append(b, "id: "...), e.id, 10), '\n')
-			}
 			if e.kind != "message" && !unnamed {
 				b = append(append(append(b, "event: "...), e.kind...), '\n')
 			}
-			if !dataOnly {
-				return append(append(append(b, "data: "...), e.json...), "\n\n"...)
+			if dataOnly {
+				text := lineEnds.Replace(asText(e.decode().Data))
+				for line := range strings.SplitSeq(text, "\n") {
+					b = append(append(append(b, "data: "...), line...), '\n')
+				}
+			} else {
+				b = append(append(append(b, "data: "...), e.json...), '\n')
 			}
-			text := lineEnds.Replace(asText(e.decode().Data))
-			for line := range strings.SplitSeq(text, "\n") {
-				b = append(append(append(b, "data: "...), line...), '\n')
+			if e.id != 0 || e.kind == "hello" {
+				b = append(strconv.AppendInt(append(b, "id: "...), e.id, 10), '\n')
 			}
 			return append(b, '\n')
 		},

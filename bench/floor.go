@@ -31,8 +31,8 @@ func floor(addr string) error {
 		mu.Lock()
 		defer mu.Unlock()
 		id++
-		event := fmt.Appendf(nil, "id: %d\ndata: {\"id\":%d,\"room\":%q,\"type\":\"message\",\"time\":%d,\"data\":%q}\n\n",
-			id, id, room, time.Now().UnixMilli(), data)
+		event := fmt.Appendf(nil, "data: {\"id\":%d,\"room\":%q,\"type\":\"message\",\"time\":%d,\"data\":%q}\nid: %d\n\n",
+			id, room, time.Now().UnixMilli(), data, id)
 		for _, c := range rooms[room] {
 			c.Write(event)
 		}

@@ -244,7 +244,7 @@ for (const name of browsers) describe(name, () => {
       assert.match(bytes[name], /\nHTTP\/1.1 (200 OK|101 Switching Protocols)\n/, name)
     }
     assert.match(bytes.ws, /\[81 7e 0\d [0-9a-f]{2}\] \{"id":/)
-    assert.match(bytes.sse, /\nid: \d+\ndata: \{"id":/)
+    assert.match(bytes.sse, /\ndata: \{"id":.*\nid: \d+\n\n/)
     assert.match(bytes.jsonp, /\n\/\*\*\/lab_\w+\(\{"cursor":/)
     assert.match(bytes.multipart, /content-type: multipart\/x-mixed-replace; boundary=/)
     assert.match(await textOf(page, '#multipart .shownas'), name === 'firefox' ? /for whole pages/ : /for pictures, but not for pages/)
