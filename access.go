@@ -148,8 +148,6 @@ func (a *access) isLocal(r *http.Request) bool {
 
 // Origins.
 
-var varyOrigin = []string{"Origin, Sec-Fetch-Site"}
-
 // cors writes the headers (https://fetch.spec.whatwg.org/#http-cors-protocol) that let a
 // page of a listed origin see the answer, even if it is an error, and send what it likes: a
 // header of its own tools, for tracing or of htmx, does no harm.
@@ -158,7 +156,7 @@ func (a *access) cors(w http.ResponseWriter, r *http.Request) http.ResponseWrite
 	if origin == "" && r.Method == http.MethodPost {
 		return w // no page sees the answer, and no cache keeps it
 	}
-	h["Vary"] = varyOrigin
+	h.Set("Vary", "Origin, Sec-Fetch-Site")
 	if origin == "" || !a.anyOrigin && !slices.Contains(a.origins, origin) {
 		return w
 	}

@@ -120,14 +120,7 @@ func (st *stats) totals() map[string]traffic {
 	return totals
 }
 
-// count counts what is written.
-func (st *stats) count(t *technique, events []*event, bytes int, now int64) {
-	var n traffic
-	st.gather(&n, events, bytes, now)
-	st.add(t, n)
-}
-
-// newCounter returns a counter for one that writes much. It adds up what is written by one
+// newCounter returns a counter for one that writes. It adds up what is written by one
 // technique, until it is called for another, or for none: writers that took the lock for
 // each event would wait for each other.
 func (st *stats) newCounter() counter {
@@ -140,26 +133,28 @@ func (st *stats) newCounter() counter {
 			}
 			of, n = t, traffic{}
 		}
-		st.gather(&n, events, bytes, now)
-	}
-}
-
-// gather adds what is written to n.
-func (st *stats) gather(n *traffic, events []*event, bytes int, now int64) {
-	n.Out += int64(bytes)
-	for _, e := range events {
-		if e.publishedAt == 0 { // a notice
+		n.Out += int64(bytes)
+		for _, e := range events {
 			if e.kind == "gap" {
 				st.gaps.Add(1)
 			}
-			continue
+			if e.publishedAt == 0 { // a notice
+				continue
+			}
+			n.Delivered++
+			delay := now - e.publishedAt
+			i, _ := slices.BinarySearch(delayBounds[:], delay)
+			n.delays[i]++
+			n.delaySum += delay
 		}
-		n.Delivered++
-		delay := now - e.publishedAt
-		i, _ := slices.BinarySearch(delayBounds[:], delay)
-		n.delays[i]++
-		n.delaySum += delay
 	}
+}
+
+// count counts what is written at once.
+func (st *stats) count(t *technique, events []*event, bytes int, now int64) {
+	add := st.newCounter()
+	add(t, events, bytes, now)
+	add(nil, nil, 0, 0)
 }
 
 // received counts what net/http did not see.
@@ -171,6 +166,9 @@ func (st *stats) received(t *technique, requests, bytes int) {
 func (st *stats) wrap(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		path, isRoom := strings.CutPrefix(r.URL.EscapedPath(), "/rooms")
+		_, verb, _ := strings.Cut(strings.TrimPrefix(path, "/"), "/")
+		t := st.server.technique(verb)
+		isPost := r.Method == http.MethodPost || r.Method == http.MethodPut
 		switch {
 		case r.URL.Path == "/metrics" && !st.elsewhere:
 			st.answer(w, r, []string{statsRoom}, st.handleMetrics)
@@ -179,23 +177,19 @@ func (st *stats) wrap(next http.Handler) http.Handler {
 			st.answer(w, r, nil, st.listRooms)
 			return
 		case !isRoom || r.Method == http.MethodOptions:
-		case r.Method == http.MethodPost || r.Method == http.MethodPut:
-			if strings.Count(path, "/") == 1 {
-				st.publishedBytes.Add(requestSize(r))
-				r.Body = &countedBody{r.Body, &st.publishedBytes}
+		case isPost && verb == "":
+			st.publishedBytes.Add(requestSize(r))
+			r.Body = &countedBody{r.Body, &st.publishedBytes}
+		case !isPost && t != nil:
+			st.add(t, traffic{Requests: 1, In: requestSize(r)})
+			if strings.Contains(path, statsRoom) {
+				st.start(r)
 			}
-		default:
-			if t := st.server.technique(path[strings.LastIndexByte(path, '/')+1:]); t != nil {
-				st.add(t, traffic{Requests: 1, In: requestSize(r)})
-				if strings.Contains(path, statsRoom) {
-					st.start(r)
+			defer func() {
+				if w.Header()["Date"] == nil && t.name != "ws" { // else the connection was taken over
+					st.add(t, traffic{Out: headSize(len("HTTP/1.1 200 OK"), w.Header())})
 				}
-				defer func() {
-					if w.Header()["Date"] == nil && t.name != "ws" { // else the connection was taken over
-						st.add(t, traffic{Out: headSize(len("HTTP/1.1 200 OK"), w.Header())})
-					}
-				}()
-			}
+			}()
 		}
 		next.ServeHTTP(w, r)
 	})
