@@ -35,7 +35,6 @@ import (
 type access struct {
 	anyOrigin  bool
 	origins    []string // whose pages may read and publish, beside the relay's own
-	protection http.CrossOriginProtection
 	ancestors  string   // whose pages may frame the relay's, as in a Content-Security-Policy
 	secrets    [][]byte // that tokens are signed with; none if all may read and publish
 	trustProxy bool     // there is a proxy
@@ -53,7 +52,7 @@ func newAccess(c config) (*access, error) {
 		case origin == "":
 		case origin == "*":
 			a.anyOrigin = true
-		case a.protection.AddTrustedOrigin(origin) != nil:
+		case new(http.CrossOriginProtection).AddTrustedOrigin(origin) != nil: // it knows what an origin is
 			return nil, fmt.Errorf("-origins: %q is no origin such as https://example.com", origin)
 		default:
 			a.origins = append(a.origins, origin)
@@ -187,11 +186,12 @@ func (w preflightWriter) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-// check says whether the page behind a request may make it. A read by <script>, <img> or
-// <iframe> names no Origin, so the Referer counts; so it does where browsers send no
-// Sec-Fetch-Site (to http:// on another machine), unless a page is asked for. It
-// returns the foreign origin, "*" if that is unknown, or "" if the page is the relay's
-// own or there is none.
+// check says whether the page behind a request may make it, by the rule of
+// http.CrossOriginProtection, which is for writes alone: a browser's Sec-Fetch-Site decides,
+// and where it sends none, the origin. A read by <script>, <img> or <iframe> names no
+// Origin, so the Referer counts; so it does where browsers send no Sec-Fetch-Site (to
+// http:// on another machine), unless a page is asked for. It returns the foreign origin,
+// "*" if that is unknown, or "" if the page is the relay's own or there is none.
 //
 // A link from anywhere to a page of the relay may be followed: the site it is on sees
 // nothing of that page.
@@ -204,32 +204,24 @@ func (a *access) check(r *http.Request) (foreign string, err error) {
 			origin = from.Scheme + "://" + from.Host
 		}
 	}
-	if origin == "" && site == "" {
-		return "", nil // no page is behind it, or one that hides
-	}
 	if origin != "" && site != "same-origin" {
-		if from, err := url.Parse(origin); err != nil || !strings.EqualFold(from.Host, r.Host) {
+		if from, err := url.Parse(origin); err != nil || from.Host != r.Host {
 			foreign = origin
 		}
 	}
-	if a.anyOrigin {
-		if foreign == "" && site == "cross-site" {
-			foreign = "*"
-		}
+	isOwn := site == "same-origin" || site == "none" || site == "" && foreign == ""
+	isLink := reads && r.Header.Get("Sec-Fetch-Mode") == "navigate" && r.Header.Get("Sec-Fetch-Dest") == "document"
+	switch {
+	case a.anyOrigin && foreign == "" && site == "cross-site":
+		return "*", nil
+	case a.anyOrigin:
+		return foreign, nil
+	case isLink:
+		return "", nil
+	case isOwn || slices.Contains(a.origins, foreign) || r.Method == http.MethodOptions:
 		return foreign, nil
 	}
-	if reads && r.Header.Get("Sec-Fetch-Mode") == "navigate" && r.Header.Get("Sec-Fetch-Dest") == "document" {
-		return "", nil
-	}
-	// CrossOriginProtection is for requests that change something. Reads are checked by the same rule.
-	checked := r
-	if reads {
-		checked = &http.Request{Method: http.MethodPost, Host: r.Host, URL: r.URL, Header: http.Header{"Origin": {origin}, "Sec-Fetch-Site": {site}}}
-	}
-	if a.protection.Check(checked) != nil {
-		return "", limitError(http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0)
-	}
-	return foreign, nil
+	return "", limitError(http.StatusForbidden, "pages of this origin may not use this relay; it can be allowed with -origins", "origin", 0)
 }
 
 // Tokens.
