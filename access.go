@@ -47,9 +47,8 @@ func newAccess(c config) (*access, error) {
 	if c.secret != "" && a.secrets == nil {
 		return nil, errors.New("-secret is blank")
 	}
-	for origin := range strings.SplitSeq(c.origins, ",") {
-		switch origin = strings.TrimSpace(origin); {
-		case origin == "":
+	for _, origin := range splitList(c.origins) {
+		switch {
 		case origin == "*":
 			a.anyOrigin = true
 		case new(http.CrossOriginProtection).AddTrustedOrigin(origin) != nil: // it knows what an origin is
@@ -238,21 +237,19 @@ type claims struct {
 	Write []string `json:"write,omitempty"` // the same
 }
 
-const tokenHead = `{"alg":"HS256","typ":"JWT"}`
-
 var base64url = base64.RawURLEncoding
 
-// signToken returns a token.
+// signToken returns a token: its head, its body and its signature, with dots between them.
 func signToken(c claims, secret []byte) string {
 	body, _ := json.Marshal(c)
-	signed := base64url.EncodeToString([]byte(tokenHead)) + "." + base64url.EncodeToString(body)
-	return signed + "." + base64url.EncodeToString(hmacSHA256(signed, secret))
+	signed := base64url.EncodeToString([]byte(`{"alg":"HS256","typ":"JWT"}`)) + "." + base64url.EncodeToString(body)
+	return signed + "." + signature(signed, secret)
 }
 
-func hmacSHA256(s string, secret []byte) []byte {
+func signature(signed string, secret []byte) string {
 	h := hmac.New(sha256.New, secret)
-	h.Write([]byte(s))
-	return h.Sum(nil)
+	h.Write([]byte(signed))
+	return base64url.EncodeToString(h.Sum(nil))
 }
 
 func tokenError(status int, message string) error { return limitError(status, message, "token", 0) }
@@ -267,13 +264,14 @@ func verifyToken(token string, secrets [][]byte, now time.Time) (*claims, error)
 	}
 	var alg string
 	var crit any
-	sum, err := base64url.Strict().DecodeString(parts[2])
-	if err != nil || decodePart(parts[0], map[string]any{"alg": &alg, "crit": &crit}) != nil || alg != "HS256" || crit != nil {
+	if decodePart(parts[0], map[string]any{"alg": &alg, "crit": &crit}) != nil || alg != "HS256" || crit != nil {
 		return unauthorized("the token is no JWT of the algorithm HS256")
 	}
-	signedWith := func(secret []byte) bool { return hmac.Equal(sum, hmacSHA256(parts[0]+"."+parts[1], secret)) }
-	if !slices.ContainsFunc(secrets, signedWith) {
-		return unauthorized("the token is not signed with this relay's secret")
+	isSignedWith := func(secret []byte) bool {
+		return hmac.Equal([]byte(parts[2]), []byte(signature(parts[0]+"."+parts[1], secret)))
+	}
+	if !slices.ContainsFunc(secrets, isSignedWith) {
+		return unauthorized("the token is not signed with this relay's secret by HS256")
 	}
 	var c claims
 	if decodePart(parts[1], map[string]any{"sub": &c.Sub, "exp": &c.Exp, "nbf": &c.Nbf, "read": &c.Read, "write": &c.Write}) != nil {
@@ -428,21 +426,14 @@ func tokenCommand(args []string, getenv func(string) string) error {
 	case *ttl <= 0:
 		return errors.New("-ttl must be more than 0")
 	}
-	list := func(s string) []string {
-		return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
-	}
 	exp := float64(time.Now().Add(*ttl).Unix())
-	fmt.Println(signToken(claims{Sub: *sub, Exp: &exp, Read: list(*read), Write: list(*write)}, secrets[0]))
+	fmt.Println(signToken(claims{Sub: *sub, Exp: &exp, Read: splitList(*read), Write: splitList(*write)}, secrets[0]))
 	return nil
 }
 
 // parseSecrets reads the list of -secret.
 func parseSecrets(list string) (secrets [][]byte) {
-	for s := range strings.SplitSeq(list, ",") {
-		s = strings.TrimSpace(s)
-		if s == "" {
-			continue
-		}
+	for _, s := range splitList(list) {
 		if len(s) < sha256.Size {
 			// RFC 7518, 3.2: a key at least as long as the hash.
 			slog.Warn("a secret is short, and can be guessed; openssl rand -hex 32 makes a good one", "characters", len(s))
@@ -450,4 +441,14 @@ func parseSecrets(list string) (secrets [][]byte) {
 		secrets = append(secrets, []byte(s))
 	}
 	return secrets
+}
+
+// splitList reads a comma separated list.
+func splitList(list string) (items []string) {
+	for item := range strings.SplitSeq(list, ",") {
+		if item = strings.TrimSpace(item); item != "" {
+			items = append(items, item)
+		}
+	}
+	return items
 }
