@@ -160,7 +160,7 @@ func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream
 	if st.technique.mode == longPoll {
 		return p.takeOverPoll(w, r, st, q)
 	}
-	ses, isWebSocket := &session{stream: st, pool: p}, st.technique.name == "ws"
+	isWebSocket := st.technique.name == "ws"
 	if !isWebSocket && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
 		return false, nil
 	}
@@ -170,36 +170,32 @@ func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream
 			return true, err
 		}
 	}
+	ses := &session{stream: st, pool: p}
 	if err := st.open(q, ses); err != nil {
 		return true, err
 	}
-	if isWebSocket {
-		return true, ses.upgrade(w, r, q)
-	}
-	return true, ses.hijack(w)
-}
-
-// hijack takes over the connection of a stream. The handler is done then.
-func (ses *session) hijack(w http.ResponseWriter) error {
-	conn, _, err := hijack(w)
-	if err != nil {
+	if ses.conn, _, err = hijack(w); err != nil {
 		ses.close()
-		return err
+		return true, err
 	}
 	h := w.Header()
+	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
+	if isWebSocket {
+		ses.beginWebSocket(h, r, q)
+	} else {
+		ses.beginChunks(h)
+	}
+	return true, nil
+}
+
+// beginChunks begins a stream whose length nobody knows: each write is a chunk.
+func (ses *session) beginChunks(h http.Header) {
 	h.Set("Transfer-Encoding", "chunked")
 	h.Set("Connection", "close")
-	ses.begins(conn, "200 OK", h)
+	ses.before = []byte(answerHead("200 OK", h) + "\r\n")
 	ses.headroom, ses.send = chunkHeadSize, ses.sendChunk
 	ses.pool.add(ses)
 	go ses.watch()
-	return nil
-}
-
-// begins prepares the head of the answer.
-func (ses *session) begins(conn *limitedConn, status string, h http.Header) {
-	h.Set("Date", time.Now().UTC().Format(http.TimeFormat))
-	ses.conn, ses.before = conn, []byte(answerHead(status, h)+"\r\n")
 }
 
 // answerHead returns the head of an answer, without the empty line that ends it.
@@ -269,20 +265,14 @@ func (ses *session) write(b []byte, events []*event) error {
 		b = append(ses.before, b...)
 		ses.before = nil
 	}
-	n := 0
-	if len(ses.pending) == 0 {
-		var err error
-		if n, err = ses.conn.socket().tryWrite(b); err != nil {
-			return err
-		}
-	}
-	if n == len(b) {
-		return nil
+	n, err := ses.conn.socket().tryWrite(b)
+	if err != nil || n == len(b) {
+		return err
 	}
 	if err := ses.quota.unsent(len(b) - n); err != nil { // before it is copied
 		return err
 	}
-	ses.pending = append(ses.pending, unwritten(b, n, events)...)
+	ses.pending = unwritten(b, n, events)
 	return errBlocked
 }
 
@@ -663,28 +653,21 @@ func (ses *session) release(byeSent bool) {
 // connection, and reads a message without asking whether there is room for it. Here a
 // goroutine waits for a frame with a buffer of 128 bytes.
 
-// upgrade begins a stream over a WebSocket: the pool writes, and a goroutine reads.
-func (ses *session) upgrade(w http.ResponseWriter, r *http.Request, q *request) error {
-	conn, _, err := hijack(w)
-	if err != nil {
-		ses.close()
-		return err
-	}
+// beginWebSocket begins a stream over a WebSocket: the pool writes, and a goroutine reads.
+func (ses *session) beginWebSocket(h http.Header, r *http.Request, q *request) {
 	accept := sha1.Sum([]byte(strings.TrimSpace(r.Header.Get("Sec-WebSocket-Key")) + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
-	h := w.Header()
 	h.Set("Upgrade", "websocket")
 	h.Set("Connection", "Upgrade")
 	h.Set("Sec-WebSocket-Accept", base64.StdEncoding.EncodeToString(accept[:]))
 	if protocol := acceptOptions(r).Subprotocols[0]; protocol != "" {
 		h.Set("Sec-WebSocket-Protocol", protocol)
 	}
-	ses.begins(conn, "101 Switching Protocols", h)
+	ses.before = []byte(answerHead("101 Switching Protocols", h) + "\r\n")
 	ses.headroom, ses.send = maxFrameHead, ses.sendMessage
 	ses.ws = &webSocket{proxied: ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil}
 	author := ses.author(q)
 	ses.pool.add(ses)
-	go ses.readMessages(bufio.NewReaderSize(conn, 128), author)
-	return nil
+	go ses.readMessages(bufio.NewReaderSize(ses.conn, 128), author)
 }
 
 // checkUpgrade says what a request for a WebSocket lacks.
@@ -789,19 +772,12 @@ type message struct {
 	receipt *allotment // for the data of a message that is longer than maxFreeMessage, or nil
 }
 
-// A closeError is why a WebSocket is closed.
-type closeError struct {
-	code   websocket.StatusCode
-	reason string
-}
-
-func (e closeError) Error() string { return e.reason }
-
+// Why a WebSocket is closed.
 var (
-	errFrame        = closeError{websocket.StatusProtocolError, "no such frame may come here"}
-	errLongMessage  = closeError{websocket.StatusMessageTooBig, "the message is too big"}
-	errLateMessage  = closeError{websocket.StatusPolicyViolation, "the message did not arrive in time"}
-	errNoReceipt    = closeError{websocket.StatusTryAgainLater, "the relay receives as much at once as it may; try again"}
+	errFrame        = websocket.CloseError{Code: websocket.StatusProtocolError, Reason: "no such frame may come here"}
+	errLongMessage  = websocket.CloseError{Code: websocket.StatusMessageTooBig, Reason: "the message is too big"}
+	errLateMessage  = websocket.CloseError{Code: websocket.StatusPolicyViolation, Reason: "the message did not arrive in time"}
+	errNoReceipt    = websocket.CloseError{Code: websocket.StatusTryAgainLater, Reason: "the relay receives as much at once as it may; try again"}
 	errClientCloses = errors.New("the client closes")
 )
 
@@ -823,15 +799,14 @@ func (ses *session) readMessages(in *bufio.Reader, a *author) {
 		if errors.Is(err, os.ErrDeadlineExceeded) && !ses.gone.Load() {
 			err = errLateMessage
 		}
-		if refusal, ok := err.(closeError); ok {
-			ses.enqueueFrames(appendClose(nil, refusal.code, refusal.reason))
-			return
-		}
-		if err == errClientCloses {
+		if refusal, ok := err.(websocket.CloseError); ok {
+			ses.enqueueFrames(appendClose(nil, refusal.Code, refusal.Reason))
 			return
 		}
 		if err != nil {
-			ses.abort()
+			if err != errClientCloses {
+				ses.abort()
+			}
 			return
 		}
 		if m.whole {
@@ -929,7 +904,7 @@ func (ses *session) reserve(m *message, size int) error {
 		return nil
 	}
 	if m.receipt == nil {
-		m.receipt = ses.pool.receipts.open(func() { ses.enqueueFrames(appendClose(nil, errNoReceipt.code, errNoReceipt.reason)) })
+		m.receipt = ses.pool.receipts.open(func() { ses.enqueueFrames(appendClose(nil, errNoReceipt.Code, errNoReceipt.Reason)) })
 		size += len(m.data)
 	}
 	if m.receipt.grow(int64(2*size)) != nil {

@@ -103,7 +103,7 @@ func (d *limitListener) accept(conn net.Conn) {
 func (d *limitListener) admit(v *limitedConn) {
 	if v.readHead() {
 		v.enter()
-		if v.countHead(v.early) {
+		if v.countHead(v.ahead) {
 			select {
 			case d.admitted <- v:
 				return
@@ -195,8 +195,9 @@ type limitedConn struct {
 	closed   atomic.Bool
 	lingers  atomic.Bool // Close is to be gentle, see leave
 
-	early   []byte // what was read, and is to be read again
-	request []byte // the head of the first request, while that is served; nil if it is not known
+	ahead   []byte // what was read before net/http had the connection
+	given   int    // so much of it net/http has read
+	isWhole bool   // it is the head of the request that is being served, and no more
 
 	phase    atomic.Int32
 	http2    bool
@@ -238,9 +239,9 @@ func (d *limitListener) left(open int64) {
 }
 
 func (v *limitedConn) Read(b []byte) (n int, err error) {
-	if len(v.early) > 0 {
-		n = copy(b, v.early)
-		v.early = v.early[n:]
+	if v.given < len(v.ahead) {
+		n = copy(b, v.ahead[v.given:])
+		v.given += n
 		return n, nil
 	}
 	phase := v.phase.Load()
@@ -257,9 +258,7 @@ func (v *limitedConn) Read(b []byte) (n int, err error) {
 			return 0, os.ErrDeadlineExceeded // for which net/http has no answer of its own
 		}
 	}
-	if n > 0 {
-		v.request = nil
-	}
+	v.isWhole = v.isWhole && n == 0
 	return n, err
 }
 
@@ -272,7 +271,7 @@ func (v *limitedConn) setDue(at int64) {
 // readHead waits for the head of a request, and keeps it to be read again. It returns
 // false if the head does not come, or is more than may be received now.
 func (v *limitedConn) readHead() bool {
-	b := append(make([]byte, 0, 512), v.early...)
+	b := append(make([]byte, 0, 512), v.ahead...)
 	v.began.Store(time.Now().UnixNano())
 	v.Conn.SetReadDeadline(time.Now().Add(headTimeout))
 	for !handOver(b) {
@@ -290,7 +289,8 @@ func (v *limitedConn) readHead() bool {
 	}
 	v.head.setDue(0)
 	v.Conn.SetReadDeadline(time.Time{})
-	v.early, v.request, v.http2 = b, b, bytes.HasPrefix(b, []byte("PRI * HTTP/2"))
+	v.ahead, v.given, v.isWhole = b, 0, true
+	v.http2 = bytes.HasPrefix(b, []byte("PRI * HTTP/2"))
 	return true
 }
 
@@ -359,7 +359,7 @@ func (v *limitedConn) setPhase(state http.ConnState) {
 		v.place.setDue(0)
 	case http.StateIdle:
 		v.freeHead()
-		v.request = nil
+		v.ahead, v.given, v.isWhole = v.ahead[v.given:], 0, false
 		v.begin()
 		v.place.setDue(v.began.Load() + allowance(0))
 	case http.StateHijacked, http.StateClosed:

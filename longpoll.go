@@ -212,7 +212,7 @@ func (ses *session) readRequests() {
 		if left {
 			ses.conn.Close()
 		} else {
-			ses.conn.early = slices.Concat(b, ses.conn.early)
+			ses.conn.ahead, ses.conn.given = slices.Concat(b, ses.conn.ahead[ses.conn.given:]), 0
 			ses.pool.resume(ses.conn)
 		}
 		return
@@ -356,9 +356,10 @@ func hijack(w http.ResponseWriter) (conn *limitedConn, head []byte, err error) {
 	}
 	conn = c.(*limitedConn)
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered())
-	if conn.early = slices.Concat(early, conn.early); len(conn.early) == 0 && len(conn.request) <= maxKeptHead {
-		head = conn.request
+	early = slices.Concat(early, conn.ahead[conn.given:])
+	if conn.isWhole && len(early) == 0 && len(conn.ahead) <= maxKeptHead {
+		head = conn.ahead
 	}
-	conn.request = nil
+	conn.ahead, conn.given = early, 0
 	return conn, head, nil
 }

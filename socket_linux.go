@@ -21,7 +21,7 @@ type socket struct {
 	// Of the Read that goes on.
 	buf []byte
 	n   int
-	err error
+	err syscall.Errno
 }
 
 func newSocket(conn net.Conn) net.Conn {
@@ -50,7 +50,7 @@ func (s *socket) Read(b []byte) (int, error) {
 	switch {
 	case err != nil:
 		return 0, err
-	case s.err != nil:
+	case s.err != 0:
 		return 0, &net.OpError{Op: "read", Net: "tcp", Err: s.err}
 	case s.n == 0 && len(b) > 0:
 		return 0, io.EOF
@@ -79,19 +79,19 @@ func (s *socket) tryWrite(b []byte) (int, error) {
 		return 0, nil
 	}
 	n, err := s.transfer(syscall.SYS_WRITE, b)
-	if err == syscall.EAGAIN {
-		return 0, nil
+	if err == 0 || err == syscall.EAGAIN {
+		return n, nil
 	}
-	return n, err
+	return 0, err
 }
 
 // transfer reads or writes b. Go sets all its sockets to non-blocking.
-func (s *socket) transfer(call uintptr, b []byte) (int, error) {
+func (s *socket) transfer(call uintptr, b []byte) (int, syscall.Errno) {
 	for {
 		n, _, err := syscall.RawSyscall(call, uintptr(s.fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
 		switch err {
 		case 0:
-			return int(n), nil
+			return int(n), 0
 		case syscall.EINTR:
 		default:
 			return 0, err
