@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -262,6 +263,19 @@ func (v *limitedConn) Read(b []byte) (n int, err error) {
 	return n, err
 }
 
+// putBack has b be read next.
+func (v *limitedConn) putBack(b []byte) {
+	v.ahead, v.given, v.isWhole = slices.Concat(b, v.ahead[v.given:]), 0, false
+}
+
+// wholeHead returns the head of the request that is being served, or nil if it is not known.
+func (v *limitedConn) wholeHead() []byte {
+	if v.isWhole && v.given == len(v.ahead) {
+		return v.ahead
+	}
+	return nil
+}
+
 // setDue says when the client's time is up, while it is waited for; 0: it is not.
 func (v *limitedConn) setDue(at int64) {
 	v.place.setDue(at)
@@ -359,7 +373,7 @@ func (v *limitedConn) setPhase(state http.ConnState) {
 		v.place.setDue(0)
 	case http.StateIdle:
 		v.freeHead()
-		v.ahead, v.given, v.isWhole = v.ahead[v.given:], 0, false
+		v.putBack(nil)
 		v.begin()
 		v.place.setDue(v.began.Load() + allowance(0))
 	case http.StateHijacked, http.StateClosed:

@@ -115,7 +115,7 @@ func (p *writerPool) questionOf(st *stream, r *http.Request, q *request, header 
 	// must be the parameter after. The relay's own rooms are left out: that somebody asks
 	// for them must be seen each time.
 	before, after, _ := cutCursor(head)
-	if before == nil || len(q.values["lastEventId"])+len(q.values["Last-Event-ID"]) > 0 ||
+	if before == nil || len(head) > maxKeptHead || len(q.values["lastEventId"])+len(q.values["Last-Event-ID"]) > 0 ||
 		slices.ContainsFunc(q.rooms, func(room string) bool { return room[0] == '_' }) {
 		return n
 	}
@@ -212,7 +212,7 @@ func (ses *session) readRequests() {
 		if left {
 			ses.conn.Close()
 		} else {
-			ses.conn.ahead, ses.conn.given = slices.Concat(b, ses.conn.ahead[ses.conn.given:]), 0
+			ses.conn.putBack(b)
 			ses.pool.resume(ses.conn)
 		}
 		return
@@ -356,10 +356,9 @@ func hijack(w http.ResponseWriter) (conn *limitedConn, head []byte, err error) {
 	}
 	conn = c.(*limitedConn)
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered())
-	early = slices.Concat(early, conn.ahead[conn.given:])
-	if conn.isWhole && len(early) == 0 && len(conn.ahead) <= maxKeptHead {
-		head = conn.ahead
+	if len(early) == 0 {
+		head = conn.wholeHead()
 	}
-	conn.ahead, conn.given = early, 0
+	conn.putBack(early)
 	return conn, head, nil
 }
