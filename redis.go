@@ -19,9 +19,10 @@
 // wait until it has read as far. While Redis is away nobody knows, and such a cursor is
 // taken for good.
 //
-// Batches. One call of the script is on its way at a time. What is asked for meanwhile waits,
-// and goes with the next. So the more is published at once, the less an event costs: Redis
-// reads and writes its state once for a batch, and the XREAD behind it reads all of it.
+// Batches. One call of the script is on its way at a time, and behind it the command that
+// reads the streams. What is asked for meanwhile waits, and goes with the next. So the more
+// is published at once, the less an event costs. While nothing is asked for, a second
+// connection waits for news.
 //
 // Lost answers. A publish may have been done although its answer never came. With a key it
 // is sent again, and Redis knows the key. Without one the client is told that nobody knows.
@@ -46,6 +47,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net/http"
 	"runtime"
@@ -53,6 +55,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -65,7 +68,7 @@ const (
 	silentAfter    = 20 * time.Second        // an instance that did not is dead
 	unhealthyAfter = 10 * time.Second        // without a beat
 	settleTime     = 10 * time.Second        // after Redis has lost its data, for all to share their users again
-	readCount      = "128"                   // entries of a stream that are read at once
+	readCount      = 128                     // entries of a stream that are read at once
 	awayLookahead  = int64(3600e6)           // while Redis is away a cursor may be an hour ahead
 	maxBatch       = 64                      // calls in a batch
 	maxBatchBytes  = 256 << 10               // the last call may go beyond
@@ -95,24 +98,21 @@ type redis struct {
 	stop     context.CancelFunc
 	ended    chan struct{} // closed when the instance has said that it leaves
 
-	// Used by one goroutine at a time, which reads: see awaitTurn.
-	read     [2]string // the position in each stream
-	last     [2]int64  // the newest of our entries that was read of each; -1 before the first
+	// Used by the goroutine that reads, see redisLink.run.
+	last     [2]int64  // the newest of our entries that was read of each stream; -1 before the first
 	floor    int64     // the floor of all rooms at the start
 	users    int       // in all rooms, of all instances
 	warnedAt time.Time // of an entry that is not ours
 
 	mu          sync.Mutex // guards what follows; may be locked under relay.mu
-	batcher     *batcher   // nil while Redis is away
+	link        *redisLink // nil while Redis is away
 	back        chan bool  // closed when it is back
 	awaySince   time.Time
-	beatAt      time.Time               // the last
-	born        string                  // where Redis' data begin; another value after they were lost
-	applied     int64                   // everything up to this id is in the log
-	waiting     map[chan struct{}]int64 // for an id to be applied; closed then
-	lastShare   scriptCall              // the last state that was shared
-	reconcileAt time.Time               // when to compare the users, or the zero time
-	settledAt   time.Time               // before, Redis may not have all users
+	beatAt      time.Time   // the last
+	read        [2]string   // the position in each stream
+	lastShare   *scriptCall // the last state that was shared
+	reconcileAt time.Time   // when to compare the users, or the zero time
+	settledAt   time.Time   // before, Redis may not have all users
 	instances   []instanceStatus
 }
 
@@ -141,8 +141,7 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 	}
 	target.maxText = int(4*s.maxBody) + 64<<10
 	r := s.relay
-	d := &redis{relay: r, server: s, target: target, events: events, ended: make(chan struct{}), read: [2]string{"0-0", "0-0"}, last: [2]int64{-1, -1},
-		back: make(chan bool), waiting: map[chan struct{}]int64{}}
+	d := &redis{relay: r, server: s, target: target, events: events, ended: make(chan struct{}), read: [2]string{"0-0", "0-0"}, last: [2]int64{-1, -1}, back: make(chan bool)}
 	for _, name := range []string{"state", "messages", "signals", "keys", "order", "rooms", "users", "instances"} {
 		d.keys = append(d.keys, "{"+prefix+"}:"+name) // braces keep them together in a cluster
 	}
@@ -154,9 +153,9 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 	}
 	s.publish, s.erase, s.setState, s.subscribe = d.publish, d.erase, d.setPresence, d.subscribe
 	for start, pause := time.Now(), 50*time.Millisecond; ; pause *= 2 {
-		b, reader, err := d.connect()
+		l, err := d.connect()
 		if err == nil {
-			go d.run(b, reader)
+			go d.run(l)
 			return d, nil
 		}
 		refusal, isFinal := err.(redisError)
@@ -170,48 +169,48 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 
 // Connecting.
 
-// connect makes the two connections, one for the script and one for reading, and reads all
-// that the streams have.
-func (d *redis) connect() (b *batcher, reader *redisConn, err error) {
-	conn, err := d.target.dial()
-	if err != nil {
-		return nil, nil, err
-	}
-	b = newBatcher(d, conn)
-	if err = d.beat(b, 0); err == nil {
-		reader, err = d.target.dial()
-	}
+// connect makes the two connections, and reads all that the streams have.
+func (d *redis) connect() (*redisLink, error) {
+	l := &redisLink{redis: d}
+	l.more.L = &l.mu
+	err := l.dial()
 	if err == nil && d.floor == 0 {
-		err = d.begin(reader)
-	}
-	for n := 1; err == nil && n > 0; {
-		n, err = d.readStreams(reader, 0)
+		err = d.begin(l.conn)
 	}
 	if err == nil {
-		d.found(b)
-		err = d.reconcile(reader)
+		go l.run()
+		err = d.beat(l, 0)
+	}
+	if err == nil {
+		d.found(l)
+		_, err = l.do(startTimeout, "newest") // with it the users are compared
 	}
 	if err != nil {
-		disconnect(b, reader, err)
+		l.fail(err)
 	}
-	return b, reader, err
-}
-
-func disconnect(b *batcher, reader *redisConn, err error) {
-	b.fail(err)
-	if reader != nil {
-		reader.Close()
-	}
+	return l, err
 }
 
 // begin sets the relay's counter, and the floor of all rooms, to where Redis' messages begin.
-func (d *redis) begin(reader *redisConn) error {
-	first, err := reader.do("XRANGE", d.keys[1], "-", "+", "COUNT", "1")
+// An empty Redis begins now.
+func (d *redis) begin(conn *redisConn) error {
+	now, err := conn.do("TIME")
 	if err != nil {
 		return err
 	}
+	born, err := conn.do("HGET", d.keys[0], "born")
+	if err != nil {
+		return err
+	}
+	first, err := conn.do("XRANGE", d.keys[1], "-", "+", "COUNT", "1")
+	if err != nil {
+		return err
+	}
+	if len(now.list) != 2 {
+		return errProtocol
+	}
 	r := d.relay
-	r.epoch = asNumber(d.born)
+	r.epoch = cmp.Or(asNumber(born.text), asNumber(now.list[0].text)*1e6+asNumber(now.list[1].text))
 	d.floor = r.epoch
 	for _, entry := range first.list {
 		d.floor = max(d.floor, parseEntry(0, entry).previous)
@@ -222,41 +221,41 @@ func (d *redis) begin(reader *redisConn) error {
 }
 
 // found takes note that Redis is there.
-func (d *redis) found(b *batcher) {
+func (d *redis) found(l *redisLink) {
 	d.relay.mu.Lock()
 	defer d.relay.mu.Unlock()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.relay.lookahead = idStep - 1 // what another instance has beyond the last id is its own
-	d.batcher, d.awaySince = b, time.Time{}
+	d.link, d.awaySince, d.reconcileAt = l, time.Time{}, time.Now()
 	close(d.back)
 }
 
-// lost takes note that Redis is away, if it was there by this batcher.
-func (d *redis) lost(b *batcher) {
+// lost takes note that Redis is away, if it was there by this link.
+func (d *redis) lost(l *redisLink) {
 	d.relay.mu.Lock()
 	defer d.relay.mu.Unlock()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.batcher == b {
+	if d.link == l {
 		d.relay.lookahead = awayLookahead
-		d.batcher, d.awaySince, d.back = nil, time.Now(), make(chan bool)
+		d.link, d.awaySince, d.back = nil, time.Now(), make(chan bool)
 	}
 }
 
-// run reads what all instances publish, and reconnects when it must.
-func (d *redis) run(b *batcher, reader *redisConn) {
+// run keeps the instance connected until it stops.
+func (d *redis) run(l *redisLink) {
 	defer close(d.ended)
 	for {
 		slog.Info("connected to Redis", "addr", d.target.addr)
-		err := d.follow(b, reader)
+		err := l.watch()
 		if d.stopping.Err() != nil {
-			d.lost(b)
-			d.beat(b, silentAfter-leaveGrace) // so others end our leases after leaveGrace
-			b.fail(err)
+			d.lost(l)
+			d.beat(l, silentAfter-leaveGrace) // so others end our leases after leaveGrace
+			l.fail(err)
 			return
 		}
-		disconnect(b, reader, err)
+		l.fail(err)
 		slog.Warn("Redis is away", "addr", d.target.addr, "error", err)
 		for pause := 50 * time.Millisecond; err != nil; pause = min(2*pause, 3*time.Second) {
 			select {
@@ -264,64 +263,26 @@ func (d *redis) run(b *batcher, reader *redisConn) {
 			case <-d.stopping.Done():
 				return
 			}
-			b, reader, err = d.connect()
-		}
-	}
-}
-
-// follow reads until a connection fails.
-func (d *redis) follow(b *batcher, reader *redisConn) error {
-	defer context.AfterFunc(d.stopping, func() { reader.Close() })()
-	go func() {
-		<-b.failed
-		reader.Close()
-	}()
-	go d.keepBeating(b)
-	for {
-		d.awaitTurn(b)
-		if _, err := d.readStreams(reader, beatEvery); err != nil {
-			return err
-		}
-		if d.isReconcileDue() {
-			if err := d.reconcile(reader); err != nil {
-				return err
-			}
-		}
-	}
-}
-
-func (d *redis) keepBeating(b *batcher) {
-	ticker := time.NewTicker(beatEvery)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-b.failed:
-			return
-		case <-d.stopping.Done():
-			return
-		case <-ticker.C:
-		}
-		if err := d.beat(b, 0); err != nil {
-			b.fail(err)
+			l, err = d.connect()
 		}
 	}
 }
 
 // beat says that this instance lives, or did so long ago, and ends others that do not.
-func (d *redis) beat(b *batcher, age time.Duration) error {
+func (d *redis) beat(l *redisLink, age time.Duration) error {
 	d.relay.mu.Lock()
 	status, _ := json.Marshal(instanceStatus{Connections: d.server.active(), Rooms: d.relay.lru.Len(), Users: d.relay.leases})
 	d.relay.mu.Unlock()
-	answer, err := b.do(replyTimeout, "beat", d.server.instance, strconv.Itoa(int(age.Seconds())), string(status))
+	answer, err := l.do(startTimeout, "beat", d.server.instance, strconv.Itoa(int(age.Seconds())), string(status))
 	if err != nil {
 		return err
 	}
-	if len(answer.list) != 4 {
+	if len(answer.list) != 3 {
 		return errProtocol
 	}
-	born, isKnown, now := answer.list[0].text, answer.list[1].text == "1", asNumber(answer.list[2].text)
+	isKnown, now := answer.list[0].text == "1", asNumber(answer.list[1].text)
 	var all []instanceStatus
-	for instance, beat := range answer.list[3].hash() {
+	for instance, beat := range answer.list[2].hash() {
 		at, status, _ := strings.Cut(beat, " ")
 		var s instanceStatus
 		json.Unmarshal([]byte(status), &s)
@@ -330,18 +291,14 @@ func (d *redis) beat(b *batcher, age time.Duration) error {
 	}
 	slices.SortFunc(all, func(a, b instanceStatus) int { return cmp.Compare(a.Instance, b.Instance) })
 	d.mu.Lock()
-	d.beatAt = time.Now()
-	if d.born != "" && (d.born != born || !isKnown) { // Redis has lost its data, or others took us for dead
+	d.beatAt, d.instances = time.Now(), all
+	if !isKnown { // Redis has lost its data, or others took us for dead
 		d.reconcileAt = d.beatAt
 	}
-	if d.born != "" && d.born != born {
-		d.settledAt = d.beatAt.Add(settleTime)
-	}
-	d.born, d.instances = born, all
 	d.mu.Unlock()
 	for _, s := range all {
 		for cursor, silent := "0", int64(silentAfter/time.Second); s.Silent > silent; {
-			reply, err := b.do(replyTimeout, "end_silent", s.Instance, strconv.FormatInt(silent, 10), cursor)
+			reply, err := l.do(replyTimeout, "end_silent", s.Instance, strconv.FormatInt(silent, 10), cursor)
 			if cursor = reply.text; err != nil || cursor == "0" {
 				break
 			}
@@ -352,169 +309,204 @@ func (d *redis) beat(b *batcher, age time.Duration) error {
 
 // Calling the script.
 
-// A batcher calls the script, for one batch after the other.
-type batcher struct {
-	redis  *redis
-	conn   *redisConn
-	failed chan struct{} // closed when the connection has ended
+// A redisLink is the two connections to Redis, from when they are made until one fails.
+type redisLink struct {
+	redis *redis
+	conn  *redisConn   // calls the script and reads the streams
+	news  *redisConn   // waits until there is something to read
+	sent  atomic.Int64 // how many batches
 
-	mu        sync.Mutex // guards what follows
-	more      sync.Cond  // signalled when a batch is queued, and at the end
-	queue     []*batch   // still to be sent; calls are added to the last
-	sent      int        // how many batches were sent
-	reads     bool       // the next batches read the streams, see awaitTurn
-	isReading bool       // the batch on its way does
-	err       error      // why the connection has ended
-}
-
-// A batch is what the script does at once, for many who wait for it.
-type batch struct {
-	encoded   []byte // of each call its name, the number of its arguments, and these
-	arguments int    // how many all of these are
-	calls     int
-	replies   []reply // guarded by batcher.mu until done is closed, and so is err
-	err       error
-	done      chan struct{} // closed when there are replies or an error
+	mu    sync.Mutex // guards what follows
+	more  sync.Cond  // signalled when a call is queued, and at the end
+	queue []*scriptCall
+	err   error // why the link has ended
 }
 
 // A scriptCall is one thing that the script is to do.
 type scriptCall struct {
-	batcher *batcher
-	batch   *batch
-	index   int // of its reply
+	args  []string
+	reply reply
+	err   error
+	done  chan struct{} // closed when there is a reply or an error
 }
 
-func newBatcher(d *redis, conn *redisConn) *batcher {
-	b := &batcher{redis: d, conn: conn, failed: make(chan struct{})}
-	b.more.L = &b.mu
-	go b.run()
-	return b
+func (l *redisLink) dial() (err error) {
+	if l.conn, err = l.redis.target.dial(); err == nil {
+		l.news, err = l.redis.target.dial()
+	}
+	return err
 }
 
 // do has the script do something, and returns its reply when this instance has read all that
 // Redis had by then. With the error errNotSent it was not done, with another it may have been.
-func (b *batcher) do(timeout time.Duration, what string, args ...string) (reply, error) {
-	return b.start(what, args...).wait(timeout)
+func (l *redisLink) do(timeout time.Duration, args ...string) (reply, error) {
+	return l.start(args...).wait(timeout)
 }
 
-func (b *batcher) start(what string, args ...string) scriptCall {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.err != nil {
-		late := &batch{err: errNotSent, done: make(chan struct{})}
-		close(late.done)
-		return scriptCall{b, late, 0}
+func (l *redisLink) start(args ...string) *scriptCall {
+	c := &scriptCall{args: args, done: make(chan struct{})}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.err != nil {
+		c.finish(reply{}, errNotSent)
+		return c
 	}
-	if n := len(b.queue); n == 0 || b.queue[n-1].calls >= maxBatch || len(b.queue[n-1].encoded) >= maxBatchBytes {
-		b.queue = append(b.queue, &batch{encoded: make([]byte, 0, 1<<10), done: make(chan struct{})})
-		b.more.Signal()
-	}
-	last := b.queue[len(b.queue)-1]
-	last.encoded = appendArgs(last.encoded, what, strconv.Itoa(len(args)))
-	last.encoded = appendArgs(last.encoded, args...)
-	last.arguments += 2 + len(args)
-	last.calls++
-	return scriptCall{b, last, last.calls - 1}
+	l.queue = append(l.queue, c)
+	l.more.Signal()
+	return c
 }
 
-func (c scriptCall) wait(timeout time.Duration) (reply, error) {
+func (c *scriptCall) finish(r reply, err error) {
+	c.reply, c.err = r, cmp.Or(err, r.refusal)
+	close(c.done)
+}
+
+func (c *scriptCall) wait(timeout time.Duration) (reply, error) {
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()
 	select {
-	case <-c.batch.done:
+	case <-c.done:
+		return c.reply, c.err
 	case <-timer.C:
-		c.batcher.mu.Lock()
-		defer c.batcher.mu.Unlock()
-	}
-	switch {
-	case c.batch.err != nil:
-		return reply{}, c.batch.err
-	case c.batch.replies == nil:
 		return reply{}, errNoReply
 	}
-	r := c.batch.replies[c.index]
-	return r, r.refusal
 }
 
-func (b *batcher) run() {
+// run sends one batch after the other.
+func (l *redisLink) run() {
 	for {
-		b.mu.Lock()
-		for len(b.queue) == 0 && b.err == nil {
-			b.more.Wait()
-		}
-		if b.err != nil {
-			b.mu.Unlock()
+		batch := l.nextBatch()
+		if batch == nil {
 			return
 		}
-		batch, reads := b.queue[0], b.reads
-		b.queue, b.isReading = b.queue[1:], reads
-		b.sent++
-		b.mu.Unlock()
-
-		r, err := b.call("EVALSHA", redisScriptSum, batch, reads)
-		refusal, isRefused := err.(redisError)
-		if strings.HasPrefix(string(refusal), "NOSCRIPT") {
-			r, err = b.call("EVAL", redisScript, batch, reads)
-			_, isRefused = err.(redisError)
-		}
-		if err == nil && len(r.list) != 1+batch.calls {
-			err = errProtocol
-		}
-		if err != nil && !isRefused {
-			b.fail(err)
+		replies, err := l.call(batch)
+		if _, isRefusal := err.(redisError); err != nil && !isRefusal {
+			l.fail(err)
 			err = fmt.Errorf("no answer: %w", err)
 		}
-		newest := int64(0)
-		b.mu.Lock()
-		if batch.err = err; err == nil {
-			newest, batch.replies = asNumber(r.list[0].text), r.list[1:]
+		for i, c := range batch {
+			if err != nil {
+				c.finish(reply{}, err)
+			} else {
+				c.finish(replies[i], nil)
+			}
 		}
-		b.isReading = false
-		b.mu.Unlock()
-		b.redis.whenRead(b, newest, batch.done)
 		runtime.Gosched() // who is about to call the script joins the next batch
 	}
 }
 
-// call calls the script for a batch, and may read the streams after it. The error is a
-// redisError if the script was refused.
-func (b *batcher) call(command, script string, batch *batch, reads bool) (reply, error) {
-	d := b.redis
-	text := appendCount(b.conn.out[:0], 5+len(d.keys)+batch.arguments)
+// nextBatch waits for calls, and returns nil when the link has ended.
+func (l *redisLink) nextBatch() []*scriptCall {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for len(l.queue) == 0 && l.err == nil {
+		l.more.Wait()
+	}
+	n := 0
+	for size := 0; n < min(len(l.queue), maxBatch) && size < maxBatchBytes; n++ {
+		for _, arg := range l.queue[n].args {
+			size += len(arg)
+		}
+	}
+	batch := l.queue[:n:n]
+	l.queue = l.queue[n:]
+	l.sent.Add(1)
+	return batch
+}
+
+// call calls the script for a batch, and reads the streams.
+func (l *redisLink) call(batch []*scriptCall) ([]reply, error) {
+	d := l.redis
+	r, more, err := l.send(batch, "EVALSHA", redisScriptSum)
+	if refusal, _ := err.(redisError); strings.HasPrefix(string(refusal), "NOSCRIPT") {
+		r, more, err = l.send(batch, "EVAL", redisScript)
+	}
+	if err == nil && len(r.list) != len(batch) {
+		err = errProtocol
+	}
+	for more && err == nil {
+		more, err = d.readMore(l.conn)
+	}
+	if err == nil && d.isReconcileDue() {
+		err = d.reconcile(l.conn)
+	}
+	return r.list, err
+}
+
+// send sends the script's command, and the one that reads the streams, and receives both
+// replies. The error is a redisError if the script was refused.
+func (l *redisLink) send(batch []*scriptCall, command, script string) (r reply, more bool, err error) {
+	d := l.redis
+	arguments := 5 + len(d.keys)
+	for _, c := range batch {
+		arguments += 1 + len(c.args)
+	}
+	text := appendCount(l.conn.out[:0], arguments)
 	text = appendArgs(text, command, script, strconv.Itoa(len(d.keys)))
 	text = appendArgs(text, d.keys...)
 	text = appendArgs(text, strconv.FormatInt(d.relay.lastID.Load(), 10), strconv.Itoa(d.events))
-	text = append(text, batch.encoded...)
-	if reads {
-		text = d.appendRead(text, "COUNT", readCount)
+	for _, c := range batch {
+		text = appendArgs(text, c.args[0], strconv.Itoa(len(c.args)-1))
+		text = appendArgs(text, c.args[1:]...)
 	}
-	b.conn.SetDeadline(time.Now().Add(replyTimeout))
-	r, err := b.conn.send(text)
-	if _, isRefused := err.(redisError); reads && (err == nil || isRefused) {
-		if _, err := d.readEntries(b.conn); err != nil {
-			return reply{}, fmt.Errorf("reading: %w", err)
+	text = d.appendRead(text, "COUNT", strconv.Itoa(readCount))
+	l.conn.SetDeadline(time.Now().Add(replyTimeout))
+	r, err = l.conn.send(text)
+	if _, isRefusal := err.(redisError); err == nil || isRefusal {
+		var readErr error
+		if more, readErr = d.readEntries(l.conn); readErr != nil {
+			err = fmt.Errorf("reading: %w", readErr)
 		}
 	}
-	return r, err
+	return r, more, err
 }
 
-// fail ends the connection, and all that waits for it.
-func (b *batcher) fail(err error) {
-	b.redis.lost(b) // first, so that nobody tries this connection again
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.err != nil {
+// watch says that this instance lives, and has what others publish read, until a connection
+// fails. While batches come one after the other, each reads. When for a millisecond there was
+// none, watch waits for news.
+func (l *redisLink) watch() error {
+	d := l.redis
+	defer context.AfterFunc(d.stopping, func() { l.news.Close() })()
+	for beatAt := time.Now(); ; {
+		for sent := int64(-1); sent != l.sent.Load(); time.Sleep(time.Millisecond) {
+			sent = l.sent.Load()
+			if time.Since(beatAt) > beatEvery {
+				beatAt = time.Now()
+				if err := d.beat(l, 0); err != nil {
+					return err
+				}
+			}
+		}
+		wait := max(time.Millisecond, time.Until(beatAt.Add(beatEvery)))
+		l.news.SetDeadline(time.Now().Add(wait + replyTimeout))
+		if _, err := l.news.send(d.appendRead(l.news.out[:0], "COUNT", "1", "BLOCK", strconv.FormatInt(wait.Milliseconds(), 10))); err != nil {
+			return err
+		}
+		if _, err := l.do(startTimeout, "newest"); err != nil {
+			return err
+		}
+	}
+}
+
+// fail ends the connections, and all that waits for them.
+func (l *redisLink) fail(err error) {
+	l.redis.lost(l) // first, so that nobody tries this link again
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.err != nil {
 		return
 	}
-	b.err = err
-	go b.conn.Close() // with TLS it may block
-	for _, batch := range b.queue {
-		batch.err = errNotSent
-		close(batch.done)
+	l.err = err
+	for _, conn := range []*redisConn{l.conn, l.news} {
+		if conn != nil {
+			go conn.Close() // with TLS it may block
+		}
 	}
-	b.queue = nil
-	b.more.Signal()
-	close(b.failed)
+	for _, c := range l.queue {
+		c.finish(reply{}, errNotSent)
+	}
+	l.queue = nil
+	l.more.Signal()
 }
 
 // Reading.
@@ -569,94 +561,72 @@ func parseEntry(stream int, r reply) (e redisEntry) {
 
 func (e *redisEntry) state() string { return strings.Trim(string(e.data), `"`) }
 
-// awaitTurn lets the batches read the streams as long as they come one after the other, and
-// returns when for a millisecond there was none, or when the users are to be compared. Then
-// the caller is to read. So a busy instance reads what it publishes without another command.
-func (d *redis) awaitTurn(b *batcher) {
-	for sent := -1; ; time.Sleep(time.Millisecond) {
-		isDue := d.isReconcileDue()
-		b.mu.Lock()
-		b.reads = b.sent != sent && !isDue
-		isOurs := !b.reads && !b.isReading
-		sent = b.sent
-		b.mu.Unlock()
-		if isOurs {
-			return
-		}
-	}
-}
-
-// readStreams reads what is new in both streams, and waits if there is nothing. It returns
-// how many entries it read. A command that has waited may answer with one stream alone,
-// although the other has older entries of the same batch. So a second command reads, both
-// streams at one moment.
-func (d *redis) readStreams(reader *redisConn, wait time.Duration) (int, error) {
-	reader.SetDeadline(time.Now().Add(wait + 5*time.Second))
-	commands := reader.out[:0]
-	if wait > 0 {
-		commands = d.appendRead(commands, "COUNT", "1", "BLOCK", strconv.FormatInt(wait.Milliseconds(), 10))
-	}
-	reader.out = d.appendRead(commands, "COUNT", readCount)
-	if _, err := reader.Write(reader.out); err != nil {
-		return 0, err
-	}
-	if wait > 0 {
-		if _, err := reader.receive(); err != nil {
-			return 0, err
-		}
-	}
-	return d.readEntries(reader)
-}
-
 // appendRead appends the command that reads the streams.
 func (d *redis) appendRead(b []byte, options ...string) []byte {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	b = appendArgs(appendCount(b, 6+len(options)), "XREAD")
 	b = appendArgs(b, options...)
 	return appendArgs(b, "STREAMS", d.keys[1], d.keys[2], d.read[0], d.read[1])
 }
 
-// readEntries receives the reply to it, and does what the entries say.
-func (d *redis) readEntries(conn *redisConn) (int, error) {
+// readEntries receives the reply to it, and does what the entries say. It reports whether
+// there may be more.
+func (d *redis) readEntries(conn *redisConn) (more bool, err error) {
 	news, err := conn.receive()
 	if err != nil {
-		return 0, err
+		return false, err
 	}
 	var entries []redisEntry
-	var upTo *redisEntry // what comes after it in one stream may come after what was not read of the other
+	upTo := int64(math.MaxInt64) // what is above in one stream may come after what was not read of the other
 	for _, pair := range news.list {
 		if len(pair.list) != 2 {
-			return 0, errProtocol
+			return false, errProtocol
 		}
 		stream, some := slices.Index(d.keys[1:3], pair.list[0].text), pair.list[1].list
+		if stream < 0 {
+			return false, errProtocol
+		}
 		entries = slices.Grow(entries, len(some))
 		for _, r := range some {
-			entries = append(entries, parseEntry(max(stream, 0), r))
-			if entries[len(entries)-1].at == "" || stream < 0 {
-				return 0, errProtocol
+			e := parseEntry(stream, r)
+			if e.at == "" {
+				return false, errProtocol
 			}
+			entries = append(entries, e)
 		}
-		if strconv.Itoa(len(some)) == readCount {
-			if last := entries[len(entries)-1]; upTo == nil || last.id < upTo.id {
-				upTo = &last
-			}
+		if len(some) == readCount {
+			upTo, more = min(upTo, entries[len(entries)-1].id), true
 		}
 	}
 	slices.SortStableFunc(entries, func(a, b redisEntry) int { return cmp.Compare(a.id, b.id) })
-	if upTo != nil {
-		entries = entries[:1+slices.IndexFunc(entries, func(e redisEntry) bool { return e.at == upTo.at && e.stream == upTo.stream })]
+	for len(entries) > 0 && entries[len(entries)-1].id > upTo {
+		entries = entries[:len(entries)-1]
 	}
+	d.mu.Lock()
+	for i := range entries {
+		d.read[entries[i].stream] = entries[i].at
+	}
+	d.mu.Unlock()
 	d.apply(entries)
-	return len(entries), nil
+	return more, nil
+}
+
+func (d *redis) readMore(conn *redisConn) (more bool, err error) {
+	conn.SetDeadline(time.Now().Add(replyTimeout))
+	if _, err := conn.Write(d.appendRead(nil, "COUNT", strconv.Itoa(readCount))); err != nil {
+		return false, err
+	}
+	return d.readEntries(conn)
 }
 
 // apply does what the entries say.
 func (d *redis) apply(entries []redisEntry) {
 	r := d.relay
-	applied, isMissing := int64(0), false
+	isMissing := false
 	r.mu.Lock()
 	for i := range entries {
 		e := &entries[i]
-		d.read[e.stream] = e.at
 		if !e.isOurs {
 			if time.Since(d.warnedAt) > time.Minute {
 				d.warnedAt = time.Now()
@@ -665,7 +635,7 @@ func (d *redis) apply(entries []redisEntry) {
 			continue
 		}
 		last := d.last[e.stream]
-		d.last[e.stream], applied = e.id, e.id
+		d.last[e.stream] = e.id
 		missing := last >= 0 && e.previous != last
 		switch head := r.lastID.Load(); {
 		case e.id <= d.floor: // an old signal
@@ -682,18 +652,11 @@ func (d *redis) apply(entries []redisEntry) {
 		r.lastID.Store(e.id)
 	}
 	r.unlock()
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	if isMissing {
 		slog.Warn("events are missing in Redis; subscribers are sent a gap")
+		d.mu.Lock()
 		d.reconcileAt, d.settledAt = time.Now(), time.Now().Add(settleTime)
-	}
-	d.applied = max(d.applied, applied)
-	for ch, id := range d.waiting {
-		if id <= d.applied {
-			close(ch)
-			delete(d.waiting, ch)
-		}
+		d.mu.Unlock()
 	}
 }
 
@@ -752,25 +715,13 @@ func (r *relay) dropSignals(rm *room, id int64) {
 	r.changed = append(r.changed, rm)
 }
 
-// whenRead closes a channel when everything up to an id is in the log, or at once if the
-// batcher's connection is not in use yet, or no more.
-func (d *redis) whenRead(b *batcher, id int64, done chan struct{}) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.batcher == b && d.applied < id {
-		d.waiting[done] = id
-	} else {
-		close(done)
-	}
-}
-
 // catchUp waits for a cursor beyond the log, if Redis says that it will come.
 func (d *redis) catchUp(cursor int64) {
-	b := d.connected(0)
-	if b == nil {
+	l := d.connected(0)
+	if l == nil {
 		return
 	}
-	newest, err := b.do(readTimeout, "newest")
+	newest, err := l.do(readTimeout, "newest")
 	if err != nil || min(cursor, asNumber(newest.text)) > d.relay.lastID.Load() { // away, or far behind
 		d.relay.mu.Lock()
 		d.relay.lookahead = awayLookahead
@@ -832,15 +783,15 @@ func (d *redis) erase(room string) error {
 
 // ask has the script do something that it answers with a string, and again if the answer was
 // lost and that may be.
-func (d *redis) ask(again bool, what string, args ...string) (string, error) {
+func (d *redis) ask(again bool, args ...string) (string, error) {
 	failure := errRedisAway
 	for deadline := time.Now().Add(publishTimeout); ; {
 		left := time.Until(deadline)
-		b := d.connected(left)
-		if b == nil || left <= 0 {
+		l := d.connected(left)
+		if l == nil || left <= 0 {
 			return "", failure
 		}
-		reply, err := b.do(left, what, args...)
+		reply, err := l.do(left, args...)
 		if refusal, ok := err.(redisError); ok {
 			slog.Error("Redis refused a publish", "error", refusal)
 			return "", errRedisRefused
@@ -857,13 +808,13 @@ func (d *redis) ask(again bool, what string, args ...string) (string, error) {
 	}
 }
 
-// connected returns the batcher, or nil. If Redis went away just now it waits.
-func (d *redis) connected(atMost time.Duration) *batcher {
+// connected returns the link, or nil. If Redis went away just now it waits.
+func (d *redis) connected(atMost time.Duration) *redisLink {
 	d.mu.Lock()
-	b, back, since := d.batcher, d.back, d.awaySince
+	l, back, since := d.link, d.back, d.awaySince
 	d.mu.Unlock()
-	if b != nil || atMost <= 0 || time.Since(since) > publishTimeout {
-		return b
+	if l != nil || atMost <= 0 || time.Since(since) > publishTimeout {
+		return l
 	}
 	select {
 	case <-back:
@@ -915,8 +866,8 @@ func (d *redis) subscribe(sub *subscriber, q subscribeRequest) error {
 func (d *redis) share(room, user, client, state string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.batcher != nil {
-		d.lastShare = d.batcher.start("share", d.server.instance, room, user, client, state)
+	if d.link != nil {
+		d.lastShare = d.link.start("share", d.server.instance, room, user, client, state)
 	}
 }
 
@@ -925,7 +876,7 @@ func (d *redis) awaitShared() {
 	d.mu.Lock()
 	last := d.lastShare
 	d.mu.Unlock()
-	if last.batch != nil {
+	if last != nil {
 		last.wait(readTimeout)
 	}
 }
@@ -976,11 +927,10 @@ func (d *redis) isReconcileDue() bool {
 	return !d.reconcileAt.IsZero() && time.Now().After(d.reconcileAt)
 }
 
-// reconcile compares the users that Redis has with those here. It is called by who reads
-// the streams: what changes after Redis has answered is still to be read.
-func (d *redis) reconcile(reader *redisConn) error {
-	reader.SetDeadline(time.Now().Add(5 * time.Second))
-	reply, err := reader.do("HGETALL", d.keys[6])
+// reconcile compares the users that Redis has with those here, after the streams were read: what changes after Redis has answered is still to be read.
+func (d *redis) reconcile(conn *redisConn) error {
+	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	reply, err := conn.do("HGETALL", d.keys[6])
 	if err != nil {
 		return err
 	}
@@ -1082,7 +1032,7 @@ func (d *redis) status() any {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	away := int64(0)
-	if d.batcher == nil {
+	if d.link == nil {
 		away = 1 + int64(time.Since(d.awaySince).Seconds())
 	}
 	return map[string]any{"away": away, "instances": d.instances}

@@ -1,7 +1,7 @@
 -- What is done in Redis, where one thing happens at a time. Called with the keys below, and
 -- as arguments: the newest id that the caller has, how many entries a stream keeps, and then
--- for each thing to do its name, how many arguments it takes, and these. It answers with the
--- newest id, and a reply to each. Of keys and of the rooms' newest messages Redis remembers
+-- for each thing to do its name, how many arguments it takes, and these. It answers with
+-- a reply to each. Of keys and of the rooms' newest messages Redis remembers
 -- ten for each entry that a stream keeps.
 
 local call = redis.call
@@ -111,7 +111,7 @@ function to_do.beat(instance, age, status)
 	local known = call('HEXISTS', INSTANCES, instance)
 	call('HSET', INSTANCES, instance, string.format('%.0f', time[1] - age) .. ' ' .. status)
 	add(SIGNALS, '1', instance, 'beat', '-', '', '')
-	return {born, known, time[1], call('HGETALL', INSTANCES)}
+	return {known, time[1], call('HGETALL', INSTANCES)}
 end
 
 -- end_silent lets go of the users of an instance if it is silent, a part at a time. It answers
@@ -128,7 +128,7 @@ function to_do.end_silent(instance, silent, cursor)
 	return found[1]
 end
 
-local replies, i = {''}, 3
+local replies, i = {}, 3
 while ARGV[i] do
 	local from, to = i + 2, i + 1 + ARGV[i + 1]
 	local ok, reply = pcall(to_do[ARGV[i]], unpack(ARGV, from, to)) -- an error is of this one alone
@@ -138,5 +138,4 @@ end
 if newest ~= state[1] then
 	call('HSET', STATE, 'id', newest, 'born', born, MESSAGES, newest_of[1], SIGNALS, newest_of[2])
 end
-replies[1] = newest or '0'
 return replies
