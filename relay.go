@@ -44,12 +44,10 @@ var defaultLimits = limits{
 	presenceTTL:  time.Minute,
 }
 
-// eventOverhead is what an event occupies beside its JSON, in bytes: the struct,
-// its slot in the log, an entry in the map of keys.
-const eventOverhead = 256
-
-// An event above this size, in bytes, does not wait until its log moves to another array.
-const largeEvent = 1 << 10
+const (
+	eventOverhead = 256     // bytes of an event beside its JSON: the struct, its slot in the log, an entry in the map of keys
+	largeEvent    = 1 << 10 // bytes; above, a dropped event is freed at once
+)
 
 // An event does not change after it was published. Its JSON is encoded once and
 // framed many times. json.Marshal escapes <, >, & and U+2028, so the same line is
@@ -68,10 +66,10 @@ func (e *event) size() int { return eventOverhead + len(e.json) + len(e.key) }
 // A history is an immutable view of a room's log. It is replaced as a whole.
 type history struct {
 	trimmed       int64    // the newest message that was dropped: the floor of the log
-	erased        int64    // equals trimmed while an erasure is the newest loss
+	erased        int64    // the last erasure; if it is also the floor, the gap says so
 	messages      []*event // oldest first
 	signals       []*event // oldest first; kept apart, so that they never push out a message
-	trimmedSignal int64    // the newest signal that was dropped too early, or presence event that was dropped
+	trimmedSignal int64    // the newest signal that was dropped before it expired, or presence event that was dropped at all
 }
 
 // newest is the id of the newest message, or 0.
@@ -97,8 +95,8 @@ type room struct {
 	online                    int               // users who are not offline
 	summary                   summary
 
-	// Changed under both relay.mu and mu, so either is enough for reading. Nearly in the
-	// order of memory: waking a large room in that order is a tenth faster.
+	// Changed under both relay.mu and mu, so either is enough for reading. A slice and not a
+	// map: it is nearly in the order of memory, and a large room is woken a tenth faster.
 	mu            sync.Mutex
 	subscriptions []*subscription
 }
@@ -113,18 +111,20 @@ type relay struct {
 	// wakeRoom wakes the subscribers of a room. A layer that drives many replaces it.
 	wakeRoom func(*room)
 
-	// For a layer that shares one log among many relays.
-	announceState func(rm *room, user string, l *lease, state string, now time.Time) // publishState in presence.go, or what replaces it; called under mu, and may not block
-	lookahead     int64                                                              // a cursor so far above lastID is good: another relay may have given it
+	// For a layer that shares one log among many relays. announceState is called under mu, and
+	// may not block; without such a layer it is publishState of presence.go. A cursor up to
+	// lookahead above lastID is accepted, since another relay may have issued it.
+	announceState func(rm *room, user string, l *lease, state string, now time.Time)
+	lookahead     int64
 
 	mu               sync.Mutex // guards what follows, and the order of ids; see unlock
 	rooms            map[string]*room
-	changed          []*room             // have an event since mu was locked
-	lru              *list.List          // rooms that keep something, the last published to in front
+	changed          []*room             // those with a new event since mu was locked
+	lru              *list.List          // the rooms that keep something; the one published to last is in front
 	bytes            int                 // of all events kept
 	leases           int                 // in all rooms
-	forgotten        map[string]*history // the floors of rooms that are no more
-	trimmedElsewhere int64               // the floor of all other rooms
+	forgotten        map[string]*history // of forgotten rooms, for their floors
+	trimmedElsewhere int64               // the floor of every room that is in neither map
 }
 
 var (
@@ -159,7 +159,7 @@ type publishRequest struct {
 	ttl                   time.Duration // 0 for a message
 	onlyIf                *int64        // publish only if this is the id of the room's newest message; 0: it has none
 	data                  []byte
-	allow                 func() error // asked last, if not nil; called with relay.mu held
+	allow                 func() error // asked last, if not nil; called with relay.mu held, and may not block
 }
 
 // publish appends an event to its room and wakes the room's subscribers. It returns
@@ -204,7 +204,9 @@ func (r *relay) isFull(rm *room) bool {
 
 // add makes an event with the next id, and appends it.
 func (r *relay) add(p publishRequest, now time.Time) int64 {
-	e := &event{kind: "message", publishedAt: now.UnixMilli(), key: strings.Clone(p.key)} // a clone does not keep the request in memory
+	// What is kept is cloned here and below: a part of a string keeps all of it in memory, and
+	// this would be the whole request.
+	e := &event{kind: "message", publishedAt: now.UnixMilli(), key: strings.Clone(p.key)}
 	if p.kind != "message" {
 		e.kind = strings.Clone(p.kind)
 	}
@@ -250,8 +252,8 @@ func marshalEvent(e *event, room, from string, data []byte) []byte {
 	return append(b, '}')
 }
 
-// addToHistory adds an event to its room's history and drops what is beyond the bounds,
-// of signals also what has expired.
+// addToHistory adds an event to its room's history. It drops what is beyond the bounds, and
+// signals that have expired.
 func (r *relay) addToHistory(rm *room, e *event) {
 	h := *rm.history.Load()
 	log, bytes, trimmed := &h.messages, &rm.messageBytes, &h.trimmed
@@ -288,7 +290,7 @@ func (r *relay) addToHistory(rm *room, e *event) {
 		*log = (*log)[1:]
 		large = large || old.size() > largeEvent
 	}
-	if large { // the array would keep it in memory, and it counts no more
+	if large { // the old array would keep it in memory, uncounted
 		*log = moveLog(*log)
 	}
 	rm.history.Store(&h)
@@ -324,7 +326,7 @@ func wakeEach(rm *room) {
 // Rooms.
 
 // openRoom returns the room of that name, created if necessary. A room that keeps
-// nothing lives as long as it has subscribers or users, and does not count.
+// nothing lives as long as it has subscribers or users, and maxRooms does not count it.
 func (r *relay) openRoom(name string) *room {
 	rm := r.rooms[name]
 	if rm == nil {
@@ -386,8 +388,8 @@ func (r *relay) clearHistory(rm *room, trimmed, erased int64) {
 
 // closeIfUnused removes a room without history, subscribers and users, and remembers
 // its floor. As many floors are remembered as there may be rooms. Beyond that the
-// newest of them stands for all: a subscriber may be sent a gap where nothing was
-// lost, but never misses one.
+// newest of them becomes the floor of all: a subscriber may be sent a gap where nothing
+// was lost, but never misses one.
 func (r *relay) closeIfUnused(rm *room) {
 	if len(rm.subscriptions) > 0 || rm.lruElem != nil || len(rm.leases)+len(rm.elsewhere) > 0 {
 		return
@@ -419,8 +421,7 @@ func (r *relay) sweep(now time.Time) {
 	}
 }
 
-// stop ends publishing. What was published before is still read, so the order is
-// the same for all.
+// stop ends publishing. What was published before is still read.
 func (r *relay) stop() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -445,7 +446,7 @@ func (r *relay) isStopping() bool {
 type subscriber struct {
 	relay         *relay
 	cursor        int64           // everything up to here was read
-	lost          string          // why the cursor given is not from this log, if it is not: each room is to send a gap
+	lost          string          // why the client's cursor is not from this log, if so; then each room is due a gap
 	subscriptions []subscription  // one a room
 	inline        [1]subscription // most have one
 	more          bool            // the last batch was cut short
@@ -465,7 +466,7 @@ type subscription struct {
 	subscriber *subscriber
 	room       *room
 	index      int   // in room.subscriptions
-	baseline   int64 // a floor up to here is no loss, since no cursor was given
+	baseline   int64 // without a cursor: the floor at the start, which is no loss
 }
 
 // A subscribeRequest says what to read. Its fields were checked where they entered.
@@ -686,12 +687,12 @@ func (sub *subscriber) next(batch []*event) []*event {
 	return batch
 }
 
-// gap returns the event that says what the subscriber may have lost in a room, or
-// nil. Its id is the cursor to go on from, so it has its place among the events. Of
-// several with the same id only the last has it: a client that is cut off between
-// them, and comes back with an id before, is sent the gap again.
+// gap returns the event that says that the subscriber may have lost events of a room, or
+// nil. Its id is the cursor to go on from, and puts it in its place among the events. If
+// several rooms have a gap with the same id, only the last one sent has it, and the others
+// the id before: a client that is cut off between them is sent the rest when it returns.
 func (sub *subscriber) gap(s *subscription, h *history, lastID int64, others [][]*event) *event {
-	trimmed := min(h.trimmed, lastID) // the log may have moved on while we read; the rest is sent the next time
+	trimmed := min(h.trimmed, lastID) // what was dropped meanwhile, beyond lastID, is for the next time
 	reason := "history"
 	switch {
 	case sub.lost != "":
