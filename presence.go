@@ -1,11 +1,11 @@
 // Presence: who is online, typing or away in a room. Each user has a lease with a
 // time to live. A stream or long-poll that names a user holds the lease while it is
-// open; a poll renews it. Whether a lease is good is decided by the clock at the
-// moment of reading. Timers only announce it: a platform may stop them (Cloud Run
+// open; a poll renews it. Whether a lease is still good is decided by the clock at the
+// moment of reading. Timers only announce the end: a platform may stop them (Cloud Run
 // does between requests).
 //
 // A lease is what this relay knows of a user. A layer that shares one log among many
-// relays replaces what is counted and announced: see relay.announceState.
+// relays announces what all of them know: see relay.announceState.
 
 package main
 
@@ -23,10 +23,10 @@ const (
 	leaveGrace       = 10 * time.Second // from a closed connection to offline: a reload, or the pause between two long-polls
 	typingTTL        = 5 * time.Second  // then typing becomes online again
 	announceInterval = time.Second      // at most one event in this time for a user, and one count for a room
-	maxRosterUsers   = 100              // above, single events would grow with the square; only counts are announced
+	maxRosterUsers   = 100              // above, a room is crowded: only the number of users is announced, since events for each would grow with its square
 	presenceEventTTL = time.Minute      // for clients that poll; a stream that missed an event is sent the roster
 	rosterCost       = 400              // bytes for each user while a roster is made
-	maxClients       = 16               // clients of a user that are told apart while they have no connection
+	maxClients       = 16               // of a user; above, those without a connection are no longer told apart
 )
 
 var (
@@ -42,24 +42,23 @@ type lease struct {
 
 	counted     bool      // in room.online
 	announced   string    // the state last announced
-	announcedAt time.Time // and when; not set by joining, so typing may follow at once
-	joinedAt    time.Time // when it was last announced that the user came
+	announcedAt time.Time // when that was, unless the user joined: typing may follow at once
+	joinedAt    time.Time // when it was last announced that the user joined
 	timer       *time.Timer
 }
 
 // A presenceClient is one page or program of a user.
 type presenceClient struct {
-	name         string    // as it calls itself; "" stands for all that give no name
+	name         string    // the parameter client; "" stands for all that give none
 	connections  int       // streams and long-polls
 	goodbyes     int       // how many of them have said offline, and get no grace when they close
 	presentUntil time.Time // without a connection
 	leftAt       time.Time // when it said offline
 }
 
-// A summary is the state of a room with more than maxRosterUsers users.
+// A summary is what was announced of a crowded room.
 type summary struct {
-	active      bool // only counts are announced
-	announced   int  // the count last announced
+	announced   int // the number of users; 0 if the room is not crowded
 	announcedAt time.Time
 	timer       *time.Timer
 }
@@ -150,6 +149,7 @@ func (l *lease) prune(now time.Time) {
 	}
 }
 
+// later returns the later of two times.
 func later(a, b time.Time) time.Time {
 	if a.After(b) {
 		return a
@@ -270,7 +270,7 @@ func (l *lease) goodbye(client string, now time.Time) {
 	}
 }
 
-// announceChange publishes what has changed of a lease, sets the timer for what will
+// announceChange announces what has changed of a lease, sets the timer for the next
 // change, and removes a lease that is over. Leaving is announced at once, joining and
 // any other change at most once a second. The caller holds r.mu.
 func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
@@ -301,12 +301,12 @@ func (r *relay) announceChange(rm *room, user string, l *lease, now time.Time) {
 			r.closeIfUnused(rm)
 			return
 		}
-		next = allowedAt // kept until then, or leaving and returning would avoid the limit
+		next = allowedAt // if it was removed now, leaving and returning would avoid the limit
 	}
 	r.setTimer(rm, user, l, now, next)
 }
 
-// setTimer has announceChange called again at the time next, if that will come.
+// setTimer has announceChange called again at the time next, unless that is past or never comes.
 func (r *relay) setTimer(rm *room, user string, l *lease, now, next time.Time) {
 	switch {
 	case !next.After(now) || next == forever:
@@ -324,9 +324,9 @@ func (r *relay) setTimer(rm *room, user string, l *lease, now, next time.Time) {
 	}
 }
 
-// publishState counts a user who comes or leaves, and publishes the state. In a crowd it
-// publishes only how many there are, and so it does without a user. It is the relay's
-// announceState unless a layer announces.
+// publishState counts a user who comes or leaves, and publishes the new state. In a crowded
+// room, or without a lease, it publishes how many users there are. It is the relay's
+// announceState unless a layer replaces that.
 func (r *relay) publishState(rm *room, user string, l *lease, state string, now time.Time) {
 	if l != nil && l.counted != (state != "offline") {
 		if l.counted = !l.counted; l.counted {
@@ -342,13 +342,12 @@ func (r *relay) publishState(rm *room, user string, l *lease, state string, now 
 	}
 }
 
-func (rm *room) isCrowded() bool { return rm.summary.active || rm.online > maxRosterUsers }
+func (rm *room) isCrowded() bool { return rm.summary.announced > 0 || rm.online > maxRosterUsers }
 
-// announceCount publishes how many users a crowded room has, at most once a second;
-// and when they are few again, who they are.
+// announceCount publishes how many users a crowded room has, at most once a second.
+// When they are few again, it publishes who they are.
 func (r *relay) announceCount(rm *room, now time.Time) {
 	s := &rm.summary
-	s.active = true
 	if allowedAt := s.announcedAt.Add(announceInterval); now.Before(allowedAt) {
 		if s.timer == nil {
 			s.timer = time.AfterFunc(allowedAt.Sub(now), func() {
@@ -383,25 +382,25 @@ func (r *relay) onTimer(rm *room, do func(now time.Time)) {
 	}
 }
 
-// announce publishes a presence event. It fails while the relay stops, or when there
-// are too many rooms; presence is then only visible to those who ask for it.
+// announce publishes a presence event. While the relay stops, or when there are too many
+// rooms, it does not; then only those who ask see who is present.
 func (r *relay) announce(rm *room, user string, data []byte, now time.Time) {
 	if !r.isStopping() && !r.isFull(rm) {
 		r.add(publishRequest{room: rm.name, kind: "presence", from: user, ttl: presenceEventTTL, data: data}, now)
 	}
 }
 
-// A roster is who is present in a room, and how many. In a crowd it has no names.
+// A roster is who is present in a room, and how many. That of a crowded room has no names.
 type roster struct {
 	Room  string            `json:"room,omitempty"` // only in an answer to a GET
 	Count int               `json:"count"`
 	Users map[string]string `json:"users,omitzero"`
 }
 
-// newRoster returns who is present: all, by the clock, or only what was announced. A join
-// that is held back for its rate will be announced. The caller holds r.mu.
+// newRoster returns who is present now; or only those whose joining was announced, for a
+// subscriber that will be sent the other announcements. The caller holds r.mu.
 func (r *relay) newRoster(rm *room, now time.Time, onlyAnnounced bool) roster {
-	if onlyAnnounced && rm.summary.active {
+	if onlyAnnounced && rm.summary.announced > 0 {
 		return roster{Count: rm.online}
 	}
 	users := map[string]string{}
@@ -426,7 +425,7 @@ func (r *relay) roster(name string) roster {
 	return r.newRoster(rm, time.Now(), false)
 }
 
-// users returns how many users the named room has, at least.
+// users returns how many users of the named room this relay has leases of.
 func (r *relay) users(name string) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -436,9 +435,9 @@ func (r *relay) users(name string) int {
 	return 0
 }
 
-// wantsSignal reports whether a signal is still to be delivered. Presence events are
-// for those who asked for them, unless a roster has them already; one that expired
-// unread makes a new roster necessary.
+// wantsSignal reports whether a signal is to be delivered: unless it has expired. Presence
+// events are for subscribers that asked for them, and if they are not in a roster already.
+// When one has expired unread, the roster is due again.
 func (sub *subscriber) wantsSignal(e *event, now int64) bool {
 	presence := e.kind == "presence"
 	if presence && (!sub.seesPresence || e.id <= sub.rosterAsOf) {
@@ -449,8 +448,8 @@ func (sub *subscriber) wantsSignal(e *event, now int64) bool {
 	return !expired
 }
 
-// wantRoster has the first complete batch of a stream end with the roster. Presence
-// events before it would only repeat it.
+// wantRoster makes the roster the end of a stream's first complete batch. Presence events
+// before it are skipped, since it has them.
 func (sub *subscriber) wantRoster() {
 	if sub.seesPresence {
 		sub.needsRoster, sub.rosterAsOf = true, math.MaxInt64
