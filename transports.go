@@ -1,8 +1,11 @@
-// The techniques. Each is a way to write the same events: what goes out before the
-// first, how one event is framed, what a heartbeat looks like. The table lists them
-// in the order of their age; one function each shows the framing. Below it is the
-// loop that drives all that stream, then WebSocket, then what requests mean and
-// which are refused.
+// The techniques, and the HTTP around them. Each technique is a way to write the same
+// events: what goes out before the first, how one event is framed, what a heartbeat looks
+// like. This file reads from the techniques to the requests:
+//
+//   - the table of techniques, in the order of their age, and a function for each
+//   - the loop that drives every technique that streams
+//   - WebSocket
+//   - requests: what they may ask for, and what is refused
 //
 // To learn comet, read each technique beside what curl -N shows of it.
 
@@ -44,7 +47,7 @@ type technique struct {
 	name    string
 	mode    mode
 	encoder newEncoder
-	as      map[string]newEncoder // what as= may ask for
+	as      map[string]newEncoder // encoders that the parameter as can ask for instead
 	open    atomic.Int64          // requests that are held now
 }
 
@@ -57,7 +60,8 @@ const (
 	streaming             // the answer never ends
 )
 
-// A newEncoder returns the encoder for a request.
+// A newEncoder reads the parameters that are the technique's own, and returns the encoder
+// for a request.
 type newEncoder func(*server, *request) encoder
 
 func newTechniques() []*technique {
@@ -75,8 +79,8 @@ func newTechniques() []*technique {
 	}
 }
 
-// An encoder is how a technique writes: with event, one after the other, or with
-// batch, all that are due at once. Both append to b.
+// An encoder is how a technique writes. It has either event, which is called for one event
+// after the other, or batch, which is given all that are due at once. Both append to b.
 type encoder struct {
 	event       func(b []byte, e *event) []byte
 	batch       func(b []byte, sub *subscriber, events []*event) []byte
@@ -84,12 +88,12 @@ type encoder struct {
 	header      map[string]string // more headers
 	preamble    string            // before everything
 	heartbeat   string
-	last        int                      // messages to begin with, unless the request says how many
-	choose      func([]*event) []*event  // returns those of a batch that are written, if not nil
-	beat        func(*subscriber) string // makes the heartbeat, if not nil
+	last        int // messages to begin with, unless the request says how many
 
-	// Subscribes in place of the relay, if not nil; for a representation with a log of its own.
-	subscribe func(*subscriber, subscribeRequest) (unsubscribed func(), err error)
+	// The rest may be nil.
+	choose    func([]*event) []*event                                              // returns the events of a batch that are to be written
+	beat      func(*subscriber) string                                             // makes each heartbeat
+	subscribe func(*subscriber, subscribeRequest) (unsubscribed func(), err error) // subscribes to another log than the relay's
 }
 
 func (enc *encoder) encode(b []byte, sub *subscriber, events ...*event) []byte {
@@ -102,12 +106,13 @@ func (enc *encoder) encode(b []byte, sub *subscriber, events ...*event) []byte {
 	return b
 }
 
-// poll and longpoll: the page asks again and again. The answer is one JSON object:
+// poll and longpoll: the page asks again and again. The answer is one JSON object, with the
+// cursor to ask with next:
 //
 //	{"cursor":1795351418000042,"events":[{"id":1795351418000042,…}]}
 //
-// A poll is answered at once, usually without an event. A long-poll (about 2000) is held
-// until there is one, and the next is asked at once.
+// A poll is answered at once, usually without an event. A long-poll (about 2000) is answered
+// when there is an event, and then the page asks again at once.
 func poll(*server, *request) encoder {
 	return encoder{
 		contentType: "application/json; charset=utf-8",
@@ -130,17 +135,18 @@ func pollBody(b []byte, cursor int64, events []*event) []byte {
 	return append(b, `]}`...)
 }
 
-// jsonp, 2005: a long-poll by a <script> tag, once the only request that a page could
-// make to another origin. The answer is a program that calls the page's function.
+// jsonp, 2005: a long-poll by a <script> tag, once the only way for a page to read from
+// another origin. The answer is a program that calls a function of the page.
 //
 //	/**/callback({"cursor":1795351418000042,"events":[…]});
 //
-// The comment keeps a callback's name from being read as another kind of file: a Flash
-// movie can be spelled in letters and digits.
+// The comment in front makes sure that the answer is a script and nothing else. Without it
+// the name of the callback would come first, and a Flash movie can be spelled in letters
+// and digits.
 func jsonp(_ *server, q *request) encoder {
 	callback := strings.Clone(q.param("callback")) // a clone does not keep the whole URL in memory
 	if !validCallback(callback) {
-		q.fail(badRequest("callback is the name of a function: a JavaScript name, or several with dots between them, of at most %d characters", maxName))
+		q.fail(badRequest("callback must be a JavaScript name, or several with dots between them, of at most %d characters", maxName))
 	}
 	return encoder{
 		contentType: "application/javascript; charset=utf-8",
@@ -151,8 +157,8 @@ func jsonp(_ *server, q *request) encoder {
 	}
 }
 
-// stream: an answer that never ends, one line an event. A page reads it with fetch, or
-// at readyState 3 of an XMLHttpRequest (about 2004). A heartbeat is an empty line.
+// stream: an answer that never ends, with one line for each event. A page reads it with
+// fetch; about 2004 it was an XMLHttpRequest at readyState 3. A heartbeat is an empty line.
 //
 //	{"id":1795351418000042,…}
 func ndjson(*server, *request) encoder {
@@ -165,9 +171,9 @@ func ndjson(*server, *request) encoder {
 	}
 }
 
-// sse, 2006: the same in a format that browsers read by themselves
+// sse, 2006: the same in a format that browsers parse themselves
 // (https://html.spec.whatwg.org/multipage/server-sent-events.html). They also
-// reconnect by themselves, and send the last id as Last-Event-ID.
+// reconnect by themselves, and then send the last id as Last-Event-ID.
 //
 //	retry: 2718
 //	event: hello
@@ -179,11 +185,11 @@ func ndjson(*server, *request) encoder {
 //
 // The id comes last: some clients take it for their cursor as soon as they have read it,
 // and would lose an event whose connection is cut between its id and its data.
-// With as=data an event is its data alone. A page cannot see a comment, so a heartbeat
-// is an event; nor an event whose name it does not know, so names=0 leaves out names.
-// Some clients take every block for an event, and its data for JSON: so retry has
-// no block of its own, and a heartbeat has data. The retry differs from client to
-// client, so that they do not all return at once.
+// A heartbeat is an event, since a page cannot see a comment. Nor does it see an event whose
+// name it has no listener for; names=0 leaves out the names. Some clients make an event of
+// every block, and parse its data as JSON. So retry has no block of its own, and a heartbeat
+// has data. The retry differs from client to client, so that they do not all return at once.
+// With as=data an event is its data alone.
 func sse(_ *server, q *request) encoder {
 	unnamed := q.intParam("names", 0, 1, 1) == 0
 	dataOnly := q.as == "data"
@@ -215,14 +221,14 @@ func sse(_ *server, q *request) encoder {
 	}
 }
 
-// lineEnds are those of the format: a carriage return would end a field.
+// In this format a carriage return ends a line, too.
 var lineEnds = strings.NewReplacer("\r\n", "\n", "\r", "\n")
 
 // multipart, Netscape's server push of 1995: each part replaces the one before. A
-// browser shows a part when it sees the boundary that ends it, so the boundary is sent
-// right behind the part, and the next part's headers with it: without them
-// Chromium shows every picture one late. In a part that has begun, an empty line
-// is a heartbeat.
+// browser shows a part when it sees the boundary that ends it. So the boundary is sent
+// right behind the part, together with the next part's headers: without those, Chromium
+// shows each picture only when the next one comes. A heartbeat is an empty line in the
+// part that has begun.
 //
 //	--8b1f…
 //	Content-Type: application/json
@@ -250,12 +256,12 @@ func multipartOf(contentType string) (enc encoder, next string) {
 }
 
 // iframe, the forever frame (about 2000): a page in a hidden frame that never ends. The
-// browser runs each <script> as it arrives, and that hands the event to the page
+// browser runs each <script> as it arrives, and the script hands its event to the page
 // around the frame.
 //
 //	<script nonce="8b1f…">tell({"id":1795351418000042,…})</script>
 //
-// Only scripts with the nonce run here: an event cannot bring one of its own.
+// Only scripts with the nonce run, so an event cannot bring a script of its own.
 func iframe(_ *server, q *request) encoder {
 	nonce := rand.Text()
 	target := "location.origin"
@@ -278,8 +284,8 @@ func iframe(_ *server, q *request) encoder {
 	}
 }
 
-// ws: what a message on a WebSocket holds (RFC 6455, 2011). It is an event, or several
-// that are due at once with newlines between them. With as=data it is the data of one
+// ws: the messages on a WebSocket (RFC 6455, 2011). A message is an event, or several that
+// are due at once, with newlines between them. With as=data a message is the data of one
 // event that somebody published, and nothing else is sent.
 func frames(_ *server, q *request) encoder {
 	if q.as == "data" {
@@ -313,7 +319,7 @@ const beatJSON = `{"type":"beat"}`
 const pageMessages = 50
 
 // html, the page that never ends (about 1995): a browser shows what it has of a page
-// while the rest is still to come, so the server just goes on.
+// while the rest is loading, so the server goes on sending.
 //
 //	<p><time>14:03</time> <b>ada</b> hi</p>
 func endlessPage(s *server, q *request) encoder {
@@ -328,8 +334,8 @@ func endlessPage(s *server, q *request) encoder {
 }
 
 // refresh is client pull (Netscape, 1995): a whole page, and a header that has the
-// browser load it again. The form is on this page: to post one from a page that is still
-// loading would end that page.
+// browser load it again. This page has the form to publish with. A page that never ends
+// has none: to post a form ends the page it is on.
 //
 //	Refresh: 10
 func refresh(s *server, q *request) encoder {
@@ -363,7 +369,7 @@ func (q *request) pagePolicy() string {
 	return "default-src 'none'; style-src 'self'; img-src 'self' data:; frame-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors " + q.permit.ancestors
 }
 
-// decode returns the fields of the event's JSON.
+// decode returns fields of the event's JSON.
 func (e *event) decode() (fields struct {
 	Room, Type, From string
 	Time             int64
@@ -382,7 +388,7 @@ func asText(data json.RawMessage) string {
 	return text
 }
 
-// plainHTML is the simplest way to show an event.
+// plainHTML returns an event as a line of a page, in the simplest form.
 func plainHTML(e *event) []byte {
 	f := e.decode()
 	class, kind := e.kind, ""
@@ -394,8 +400,7 @@ func plainHTML(e *event) []byte {
 
 // The loop.
 
-// A server is the relay as HTTP clients see it. Its function values are where other
-// files attach.
+// A server is the relay as HTTP clients see it. Layers replace its function values.
 type server struct {
 	relay      *relay
 	techniques []*technique
@@ -437,27 +442,24 @@ func newServer(r *relay) *server {
 	}
 }
 
-// A scratch is what it takes to write. A stream with nothing to say needs none.
+// A scratch has the buffers to write with. A silent stream has none.
 type scratch struct {
 	events []*event
 	buf    []byte
 	count  counter
 }
 
-// A counter counts events of a technique that were written in so many bytes at the time
-// now, in Unix milliseconds.
+// A counter is called for what a technique writes: the events, how many bytes they take,
+// and the time now in Unix milliseconds.
 type counter func(t *technique, events []*event, bytes int, now int64)
 
 const (
-	// A write that makes no progress in this time ends its client.
-	writeTimeout = 10 * time.Second
-
-	// A slow client gets a new deadline for each chunk of this size.
-	writeChunk = 16 << 10
+	writeTimeout = 10 * time.Second // a client that takes nothing for so long is gone
+	writeChunk   = 16 << 10         // bytes that are written with one deadline
+	maxAnswer    = 256 << 10        // bytes at which the answer to a poll ends
 )
 
-// serve answers a request for events, until there is no more to say or the client
-// is gone.
+// serve answers a request for events.
 func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *technique) error {
 	enc := q.parseSubscribe(s, r, t)
 	if q.err != nil {
@@ -486,14 +488,14 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 		err = st.serveHeld(w, r, q)
 	}
 	if limit, ok := err.(httpError); ok && limit.retryAfter > 0 && t.name == "sse" {
-		// Any status but 200 would end an EventSource for good.
+		// An EventSource gives up for good on any status but 200.
 		s.refused(limit.reason)
 		return writer(w)(enc.encode([]byte(enc.preamble), &st.sub, s.bye()))
 	}
 	return err
 }
 
-// hold takes a place for a request that is held; release gives it back.
+// hold counts a request that is held, if it may be; release ends that.
 func (s *server) hold(quota quota, t *technique) error {
 	if s.relay.isStopping() {
 		return errStopping
@@ -510,7 +512,7 @@ func (s *server) release(quota quota, t *technique) {
 	quota.release()
 }
 
-// active is how many requests are held.
+// active returns how many requests are held.
 func (s *server) active() (n int64) {
 	for _, t := range s.techniques {
 		n += t.open.Load()
@@ -518,7 +520,7 @@ func (s *server) active() (n int64) {
 	return n
 }
 
-// serveOnce reads once, after waiting for an event if the technique does, and answers.
+// serveOnce answers a poll, or a long-poll when there is an event or its wait is over.
 func (st *stream) serveOnce(w http.ResponseWriter, r *http.Request, q *request) error {
 	q.sub.maxBatchBytes = maxAnswer
 	if err := st.server.subscribe(&st.sub, q.sub); err != nil {
@@ -531,14 +533,11 @@ func (st *stream) serveOnce(w http.ResponseWriter, r *http.Request, q *request) 
 		defer clock.Stop()
 		for more := true; more && len(events) == 0; {
 			more = st.sub.wait(r.Context(), clock.C)
-			events = st.sub.next(events) // at the end, too: the relay may have stopped right after an event
+			events = st.sub.next(events) // also at the end: there may be an event from just before the relay stopped
 		}
 	}
 	return st.answer(w, events)
 }
-
-// maxAnswer is the size, in bytes, at which the answer to a poll ends.
-const maxAnswer = 256 << 10
 
 // answer writes events as a whole answer.
 func (st *stream) answer(w http.ResponseWriter, events []*event) error {
@@ -555,15 +554,15 @@ func (st *stream) answer(w http.ResponseWriter, events []*event) error {
 	return writer(w)(b)
 }
 
-// A stream is one client that is sent events until it leaves; a poll is one that ends
-// with its first answer.
+// A stream is what is known of one client while it is answered. For a poll, most of it is
+// not used.
 type stream struct {
 	server         *server
 	technique      *technique
 	enc            encoder
 	sub            subscriber
 	quota          quota
-	opened, closed bool         // hello, and bye, were sent
+	opened, closed bool         // hello was sent; bye was sent
 	tokenExpiresAt int64        // Unix nanoseconds
 	expiresAt      int64        // when its token or its age ends it, Unix nanoseconds
 	heartbeatAt    atomic.Int64 // when a heartbeat is due, Unix nanoseconds
@@ -574,8 +573,7 @@ type stream struct {
 	unsubscribed func()                                             // see encoder.subscribe
 }
 
-// serveHeld answers a request that is held: a long-poll with the first events, any
-// other with events for ever.
+// serveHeld answers a request that is held: a long-poll, or one that streams.
 func (st *stream) serveHeld(w http.ResponseWriter, r *http.Request, q *request) error {
 	s, t := st.server, st.technique
 	if s.takeOver != nil {
@@ -608,12 +606,12 @@ func (st *stream) serveHeld(w http.ResponseWriter, r *http.Request, q *request) 
 	return st.loop(r.Context())
 }
 
-// open subscribes the stream. After an error it holds nothing any more; otherwise the
-// caller calls close.
+// open subscribes the stream. The caller calls close, unless there was an error: then open
+// has released everything.
 func (st *stream) open(q *request, driver any) error {
 	s := st.server
 	q.sub.driver = driver
-	q.sub.maxBatchBytes = cmp.Or(q.sub.maxBatchBytes, writeChunk) // a client with a full socket keeps so many, at most
+	q.sub.maxBatchBytes = cmp.Or(q.sub.maxBatchBytes, writeChunk) // so many wait, at most, for a client whose socket is full
 	var err error
 	if st.enc.subscribe != nil {
 		st.unsubscribed, err = st.enc.subscribe(&st.sub, q.sub)
@@ -624,7 +622,7 @@ func (st *stream) open(q *request, driver any) error {
 		s.release(st.quota, st.technique)
 		return err
 	}
-	st.heartbeatEvery = int64(s.heartbeat*14/15 - mathrand.N(s.heartbeat/6)) // not the same for all
+	st.heartbeatEvery = int64(s.heartbeat*14/15 - mathrand.N(s.heartbeat/6)) // not all at once
 	st.tokenExpiresAt = q.permit.expiresAt
 	st.expiresAt = st.tokenExpiresAt
 	if age := s.maxAge; age > 0 {
@@ -661,10 +659,10 @@ func (st *stream) loop(ctx context.Context) error {
 	}
 }
 
-// step writes all that is due at the time now, in Unix nanoseconds: hello, what the
-// cursor asks for, the roster, what happened since, or a heartbeat if nothing did. It
-// returns io.EOF when the stream is to end and all was written. Whether the relay is
-// stopping is asked before: what was published until then comes before the bye.
+// step writes all that is due at the time now, in Unix nanoseconds: hello at first, then
+// the events after the cursor, the roster, and a heartbeat if there was nothing else. At the
+// end of the stream it writes bye and returns io.EOF. The caller finds out beforehand whether
+// the relay is stopping: so what was published before the stop comes before the bye.
 func (st *stream) step(sc *scratch, now int64, stopping bool) error {
 	if st.closed {
 		return io.EOF
@@ -710,8 +708,8 @@ func (st *stream) begin(sc *scratch, now int64) error {
 	return st.emit(sc, now, preamble, st.hello())
 }
 
-// due reports whether the stream was silent, or has lasted, as long as it may. If the
-// heartbeat is further off than it should be, the clock was set back.
+// due reports whether a heartbeat is due, or the end of the stream. If the heartbeat is
+// further off than it can be, the clock was set back; then it is due, too.
 func (st *stream) due(now int64) bool {
 	at := st.heartbeatAt.Load()
 	return now >= min(at, st.expiresAt) || at-now > st.heartbeatEvery
@@ -749,8 +747,8 @@ func (st *stream) hello() *event {
 	return notice{Type: "hello", ID: &st.sub.cursor, Time: time.Now().UnixMilli(), Data: data}.event()
 }
 
-// bye sends a client away for so many milliseconds: a second at least, and in all a
-// hundred clients a second, but within half a minute.
+// bye tells a client to come back after some milliseconds: a second at least, and then at
+// random, so that about a hundred clients a second return, but all within half a minute.
 func (s *server) bye() *event {
 	spread := min(max(s.active()*10, s.activeAtStop.Load()*10, 2000), 30_000)
 	return notice{Type: "bye", Data: map[string]int64{"retry": 1000 + mathrand.Int64N(spread)}}.event()
@@ -762,9 +760,10 @@ func (s *server) stop() {
 	s.relay.stop()
 }
 
-// writer returns a function that writes an answer in chunks, each with writeTimeout
-// to go out. The last chunk goes out when the handler returns, or is flushed: to
-// flush from deep within a handler would grow the stack of each that waits.
+// writer returns a function that writes an answer in chunks, and gives each of them
+// writeTimeout. The last chunk goes out when the caller flushes, or the handler returns. It is
+// not flushed here, deep within the handler, where that would make the stack of each
+// goroutine larger.
 func writer(w http.ResponseWriter) func([]byte) error {
 	rc := http.NewResponseController(w)
 	return func(b []byte) error {
@@ -784,25 +783,25 @@ func writer(w http.ResponseWriter) func([]byte) error {
 
 // WebSocket.
 
-// upgradeRequired answers a request for a WebSocket that is none.
+// upgradeRequired answers a plain request for a WebSocket.
 func upgradeRequired(w http.ResponseWriter, r *http.Request) error {
 	if r.ProtoMajor == 1 { // HTTP/2 has no such headers
 		w.Header().Set("Connection", "Upgrade")
 		w.Header().Set("Upgrade", "websocket")
 	}
-	return newError(http.StatusUpgradeRequired, "this is a WebSocket; ask for it over HTTP/1.1 with Connection: Upgrade and Upgrade: websocket")
+	return newError(http.StatusUpgradeRequired, "this path is for a WebSocket; ask over HTTP/1.1, with Connection: Upgrade and Upgrade: websocket")
 }
 
-// acceptOptions are those of every WebSocket. The origin was checked before, like that
-// of every request. The relay speaks no subprotocol, but a browser that offers some
-// fails unless one is chosen.
+// acceptOptions are those of every WebSocket. The origin is not checked here, since a layer
+// checks that of every request. The relay speaks no subprotocol, but accepts the first that is
+// offered: browsers fail otherwise.
 func acceptOptions(r *http.Request) *websocket.AcceptOptions {
 	offered, _, _ := strings.Cut(strings.Join(r.Header.Values("Sec-WebSocket-Protocol"), ","), ",")
 	return &websocket.AcceptOptions{InsecureSkipVerify: true, Subprotocols: []string{strings.TrimSpace(offered)}}
 }
 
-// webSocket drives a stream over a WebSocket: a goroutine reads what the client sends,
-// and the loop writes.
+// webSocket drives a stream over a WebSocket. The loop writes; another goroutine reads what
+// the client sends.
 func (st *stream) webSocket(w http.ResponseWriter, r *http.Request, q *request) error {
 	conn, err := websocket.Accept(w, r, acceptOptions(r))
 	if err != nil {
@@ -824,7 +823,7 @@ func (st *stream) webSocket(w http.ResponseWriter, r *http.Request, q *request) 
 	st.send = func(_ *scratch, b []byte, _ []*event) error {
 		mu.Lock()
 		defer mu.Unlock()
-		if st.closed && len(b) == 0 { // a bye that this client does not see
+		if st.closed && len(b) == 0 { // with as=data there is no bye
 			return nil
 		}
 		return write(b)
@@ -863,21 +862,22 @@ func (st *stream) closeCode() (websocket.StatusCode, string) {
 
 // An author is who publishes through a WebSocket. It is all that is kept of the request.
 type author struct {
-	user, client, room string // room is the only one that the WebSocket reads, or ""
-	permit             *permit
-	onlyKeyed          bool // gets a reply only to a message that has a key
+	user, client string
+	room         string // where messages go that name no room; "" if the WebSocket reads several
+	permit       *permit
+	onlyKeyed    bool // only messages with a key are replied to
 }
 
 func (st *stream) author(q *request) *author {
 	a := &author{user: q.user, client: q.sub.client, permit: q.permit, onlyKeyed: q.as == "data"}
 	if len(st.sub.subscriptions) == 1 {
-		a.room = st.sub.subscriptions[0].room.name // not the request's, which would keep the request
+		a.room = st.sub.subscriptions[0].room.name // not the request's string, which would keep the request in memory
 	}
 	return a
 }
 
-// handleMessage takes what a client sends through its WebSocket, and returns the reply
-// that is due, if any. What cannot be taken gets an error, and the WebSocket stays open.
+// handleMessage publishes what a client sends through its WebSocket, and returns the reply, or
+// nil. A message that is refused is replied to with an error, and the WebSocket stays open.
 func (s *server) handleMessage(a *author, kind websocket.MessageType, message []byte) *notice {
 	p, err := parseMessage(a, kind, message)
 	id := int64(0)
@@ -905,10 +905,11 @@ func (s *server) handleMessage(a *author, kind websocket.MessageType, message []
 	return reply
 }
 
-// parseMessage reads a publish from a message. Of one that is not good it finds the key, if it can.
+// parseMessage reads a publish from a message. If the message is malformed, it still tries to
+// find its key, for the reply.
 func parseMessage(a *author, kind websocket.MessageType, message []byte) (p publishRequest, err error) {
 	if kind != websocket.MessageText || !utf8.Valid(message) {
-		return p, badRequest("frames are text, in UTF-8")
+		return p, badRequest("a message must be text in UTF-8")
 	}
 	p = publishRequest{room: a.room, from: a.user, kind: "message"}
 	if !bytes.HasPrefix(message, []byte("{")) {
@@ -924,11 +925,10 @@ func parseMessage(a *author, kind websocket.MessageType, message []byte) (p publ
 		return publishRequest{key: only.Key}, err
 	}
 	p.data, p.kind = marshal(data), cmp.Or(p.kind, "message")
-	switch {
-	case ttl == nil:
-	case *ttl < 1 || *ttl > maxTTL:
-		p.ttl = -1 // is refused
-	default:
+	if ttl != nil {
+		if *ttl < 1 || *ttl > maxTTL {
+			return p, badRequest("ttl must be 1 to %d seconds", maxTTL)
+		}
 		p.ttl = time.Duration(*ttl) * time.Second
 	}
 	return p, nil
@@ -939,12 +939,12 @@ func (s *server) publishMessage(a *author, p publishRequest) (id int64, err erro
 	if err := a.permit.quota.publish(); err != nil {
 		return 0, err
 	}
-	if time.Now().UnixNano() >= a.permit.expiresAt { // a slow WebSocket may still be open
+	if time.Now().UnixNano() >= a.permit.expiresAt { // the WebSocket is about to be closed
 		return 0, limitError(http.StatusUnauthorized, "the token has expired", "token", 0)
 	}
 	if p.kind == "presence" {
 		var state string
-		json.Unmarshal(p.data, &state) // anything else is no state
+		json.Unmarshal(p.data, &state) // what is not a string leaves it empty, and is refused
 		return 0, s.setPresence(a.permit, p.room, a.user, a.client, state)
 	}
 	id, _, err = s.checkAndPublish(a.permit, p)
@@ -1399,8 +1399,6 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 		err = badRequest("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
 	case slices.Contains(reservedTypes, p.kind):
 		err = badRequest("the type %s is the relay's own; publish another", p.kind)
-	case p.ttl < 0:
-		err = badRequest("ttl is 1 to %d seconds", maxTTL)
 	case p.onlyIf != nil && *p.onlyIf < 0:
 		err = errIf
 	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
