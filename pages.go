@@ -2,8 +2,8 @@
 // JavaScript see around the events. Without this file the relay serves rooms alone,
 // and its pages without JavaScript are bare.
 //
-// No user's text gets into a page but through html.EscapeString, and no page may run a
-// script that is not one of our files.
+// No user's text gets into a page but through html.EscapeString (see fill and fullHTML), and
+// no page may run a script that is not one of our files.
 
 package main
 
@@ -215,11 +215,10 @@ func acceptsGzip(h http.Header) bool {
 	quality := map[string]float64{}
 	for item := range strings.SplitSeq(strings.Join(h["Accept-Encoding"], ","), ",") {
 		coding, weight, weighted := strings.Cut(strings.ReplaceAll(strings.ToLower(item), " ", ""), ";q=")
-		q := 1.0
+		quality[coding] = 1
 		if weighted {
-			q, _ = strconv.ParseFloat(weight, 64)
+			quality[coding], _ = strconv.ParseFloat(weight, 64)
 		}
-		quality[coding] = q
 	}
 	q, named := quality["gzip"]
 	if !named {
@@ -354,7 +353,7 @@ func fullHTML(e *event) []byte {
 		line = fmt.Sprintf(`The relay is going away for a moment; this page comes back by itself.<meta http-equiv="refresh" content="%d">`, 1+bye.Retry/1000)
 	case "gap":
 		class, line = "gap", "Some messages may be missing here."
-		if e.isErasure() {
+		if bytes.Contains(f.Data, []byte(`"erased"`)) { // the reason
 			line = "The messages before this were erased."
 		}
 	case "presence":
@@ -498,9 +497,4 @@ func cached(slots, maxBytes int, render func(*event) []byte) func(*event) []byte
 		}
 		return data
 	}
-}
-
-// isErasure reports whether e says that everything before it was erased.
-func (e *event) isErasure() bool {
-	return e.kind == "gap" && strings.HasSuffix(string(e.json), `{"reason":"erased"}}`)
 }
