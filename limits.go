@@ -4,7 +4,8 @@
 // keeps is bounded.
 //
 // A budget bounds the bytes that are being received and, of answers with an end, taken
-// (budget.go); another the connections that net/http serves (connections.go).
+// (budget.go); another the connections that net/http serves (connections.go). What streams
+// have not taken yet has a plain bound: who exceeds it is dropped.
 //
 // Addresses of the machine itself are not limited, since a proxy asks from there, or a
 // test. Budgets are for all.
@@ -47,10 +48,10 @@ const (
 type limiter struct {
 	flags     config
 	maxWeight int    // of streams and waiting long-polls
-	maxUnsent int64  // bytes that streams have not taken yet
-	dropped   func() // counts clients for whom there was no room among these
+	maxUnsent int64  // bytes
+	dropped   func() // counts clients that are dropped
 
-	unsentBytes atomic.Int64
+	unsentBytes atomic.Int64 // that streams have not taken yet
 	open        atomic.Int64 // connections
 	receipts    *budget      // bytes that are being received or, of answers with an end, taken
 	served      *budget      // connections that net/http serves
@@ -232,7 +233,8 @@ func (q *clientQuota) release() {
 	q.conn.hold(-1)
 }
 
-// unsent ends a client for whose bytes there is no room left.
+// unsent counts bytes that a stream has not taken yet, and drops one for whose bytes there is
+// no room left; with a negative number, bytes that it has taken.
 func (q *clientQuota) unsent(bytes int) error {
 	if q.l.unsentBytes.Add(int64(bytes)) > q.l.maxUnsent && bytes > 0 {
 		q.l.unsentBytes.Add(-int64(bytes))

@@ -287,7 +287,8 @@ type app struct {
 
 func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.handler.ServeHTTP(w, r) }
 
-// newApp puts the layers together. To remove one, delete its file and the lines that name it.
+// newApp puts the layers together. To remove one of those that lines here name in a comment,
+// delete its file and these lines.
 func newApp(c config) (*app, error) {
 	access, err := newAccess(c)
 	if err != nil {

@@ -1,6 +1,6 @@
 // Pages: the files of static/, which are part of the binary, and what people without
-// JavaScript see around the events. Without this file the relay serves rooms alone,
-// and its pages without JavaScript are bare.
+// JavaScript see around the events. Without this file the relay serves rooms alone, its
+// pages without JavaScript are bare, and multipart has neither as=text nor as=html.
 //
 // No user's text gets into a page but through html.EscapeString (see fill and fullHTML), and
 // no page may run a script that is not one of our files.
