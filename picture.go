@@ -110,58 +110,46 @@ func decodeImage(e *event) []byte {
 // would crash a tab of Chromium, and anything before an image would spoil it. So the
 // heartbeat is the image once more; and before there is one, a line of its head.
 func (p *pictures) pushImages(_ *server, q *request) encoder {
-	v := &imageViewer{p: p, boundary: rand.Text()}
+	boundary := rand.Text()
+	opened := ""      // type of the part that has begun
+	shown := int64(0) // the event that was sent last
+	write := func(b []byte, e *event) []byte {
+		image := p.decoded(e)
+		contentType := http.DetectContentType(image)
+		head := "Content-Type: " + contentType + "\r\n\r\n"
+		next := "\r\n--" + boundary + "\r\n" + head
+		if opened == "" {
+			b = append(b, head...)
+		} else if opened != contentType {
+			b = append(append(b, image...), next...)
+		}
+		opened, shown = contentType, e.id
+		return append(append(b, image...), next...)
+	}
 	q.sub.maxBatchBytes = math.MaxInt // one image is written of a batch
 	return encoder{
-		contentType: "multipart/x-mixed-replace; boundary=" + v.boundary,
-		preamble:    "--" + v.boundary + "\r\nX-Padding: " + strings.Repeat("x", minImageBytes) + "\r\n",
+		contentType: "multipart/x-mixed-replace; boundary=" + boundary,
+		preamble:    "--" + boundary + "\r\nX-Padding: " + strings.Repeat("x", minImageBytes) + "\r\n",
 		last:        math.MaxInt32, // the newest image, whatever was published since
-		choose:      v.choose,
-		event:       v.write,
-		beat:        v.beat,
+		choose: func(events []*event) []*event {
+			for i, e := range slices.Backward(events) {
+				if e.kind == "image" && p.decoded(e) != nil {
+					return events[i : i+1]
+				}
+			}
+			return nil
+		},
+		event: write,
+		beat: func(sub *subscriber) string {
+			if shown == 0 {
+				return "X-Beat: 1\r\n"
+			}
+			if found := sub.kept(shown-1, shown); len(found) > 0 {
+				return string(write(nil, found[0]))
+			}
+			return "" // the log has dropped it
+		},
 	}
-}
-
-// An imageViewer is who is sent published images.
-type imageViewer struct {
-	p        *pictures
-	boundary string
-	opened   string // type of the part that has begun
-	shown    int64  // the event that was sent last
-}
-
-// choose returns the last event that is an image.
-func (v *imageViewer) choose(events []*event) []*event {
-	for i, e := range slices.Backward(events) {
-		if e.kind == "image" && v.p.decoded(e) != nil {
-			return events[i : i+1]
-		}
-	}
-	return nil
-}
-
-func (v *imageViewer) write(b []byte, e *event) []byte {
-	img := v.p.decoded(e)
-	contentType := http.DetectContentType(img)
-	head := "Content-Type: " + contentType + "\r\n\r\n"
-	next := "\r\n--" + v.boundary + "\r\n" + head
-	if v.opened == "" {
-		b = append(b, head...)
-	} else if v.opened != contentType {
-		b = append(append(b, img...), next...)
-	}
-	v.opened, v.shown = contentType, e.id
-	return append(append(b, img...), next...)
-}
-
-func (v *imageViewer) beat(sub *subscriber) string {
-	if v.shown == 0 {
-		return "X-Beat: 1\r\n"
-	}
-	if found := sub.kept(v.shown-1, v.shown); len(found) > 0 {
-		return string(v.write(nil, found[0]))
-	}
-	return "" // the log has dropped it
 }
 
 // Rooms as pictures.
