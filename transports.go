@@ -951,10 +951,10 @@ func (s *server) publishMessage(a *author, p publishRequest) (id int64, err erro
 	return id, err
 }
 
-// Requests. What enters is checked here, once; everything behind relies on it.
+// Requests. What comes in is checked here, once; everything behind relies on that.
 
 const (
-	maxName  = 64        // bytes of the name of a room, type or client, of a callback; characters of a user
+	maxName  = 64        // characters of a name: of a room, type, client, callback or user
 	maxKey   = 128       // bytes of a publish key
 	maxRooms = 32        // in one request
 	maxDepth = 64        // of nested JSON: parsers of other languages give up soon after
@@ -965,10 +965,10 @@ const (
 // A permit says what the client behind a request may do. A layer puts one into the
 // request's context; without one a client may do anything, for ever.
 type permit struct {
-	user      string // if not empty, the only user that the client speaks as
+	user      string // if not empty, the only user that the client may be
 	expiresAt int64  // Unix nanoseconds
-	origin    string // the foreign origin whose page asks; "*" if it does not say which
-	ancestors string // whose pages may frame the relay's, as in a Content-Security-Policy
+	origin    string // of the page that asks, if it is not the relay's own; "*" if that is unknown
+	ancestors string // which pages may frame the relay's, as in a Content-Security-Policy
 	rights    rights
 	quota     quota
 }
@@ -980,17 +980,17 @@ type rights interface {
 	operate(*http.Request) error // to list rooms, and to erase them
 }
 
-// A quota bounds what a client takes.
+// A quota bounds what a client takes. Each function returns an error if it would be too much.
 type quota interface {
-	publish() error              // before a publish, or a change of presence, is read
-	publishTo(room string) error // before it is appended; may not block
-	hold() error                 // a stream or long-poll
+	publish() error              // called before a publish, or a change of presence, is read
+	publishTo(room string) error // called before an event is appended; may not block
+	hold() error                 // called before a stream or long-poll; release is called after it
 	release()
-	reserve(bytes int) error // an answer that may be long, until the request ends
-	unsent(bytes int) error  // of a stream, that the client has still to take; when it has, fewer than 0
+	reserve(bytes int) error // called before an answer is made that may be long
+	unsent(bytes int) error  // called before a stream writes; and after, with as many below 0
 }
 
-// unlimited is the rights and the quota of a client that nobody limits.
+// unlimited has all rights, and no quota.
 type unlimited struct{}
 
 func (unlimited) read(string) error           { return nil }
@@ -1019,13 +1019,13 @@ func withPermit(r *http.Request) (*http.Request, *permit) {
 	return r, p
 }
 
-// An httpError is an error that the client can do something about.
+// An httpError is an error that the client is told.
 type httpError struct {
 	status     int
 	message    string
-	reason     string // counted under, if it is a limit or about access
+	reason     string // for counting, if it is a limit or about access
 	retryAfter int    // seconds
-	newest     int64  // of 412: the id of the room's newest message
+	newest     int64  // with status 412: the id of the room's newest message
 }
 
 func (e httpError) Error() string { return e.message }
@@ -1042,7 +1042,7 @@ func limitError(status int, message, reason string, retryAfter int) httpError {
 	return httpError{status: status, message: message, reason: reason, retryAfter: retryAfter}
 }
 
-// conflict answers a publish whose if was not the newest message.
+// conflict is the error of a publish whose if is not the newest message.
 func conflict(newest int64) error {
 	message := "another message was published to this room since; its id is the one to go on from"
 	if newest == 0 {
@@ -1054,26 +1054,26 @@ func conflict(newest int64) error {
 var (
 	errClientGone = errors.New("the client left, or takes nothing")
 	errReserved   = newError(http.StatusForbidden, "rooms whose names begin with _ belong to the relay; publish to another")
-	errTooBig     = limitError(http.StatusRequestEntityTooLarge, "the body is too big; -body of the relay is its limit", "body", 0)
-	errUser       = badRequest("user is 1 to %d characters of UTF-8: none of them a control character, a line separator or a bidirectional control; not blank, and no space at either end", maxName)
-	errOneRoom    = badRequest("presence is in one room; name it")
-	errIf         = badRequest("if is the id of a message, or 0")
+	errTooBig     = limitError(http.StatusRequestEntityTooLarge, "the body is too big; the flag -body of the relay sets the limit", "body", 0)
+	errUser       = badRequest("user must be 1 to %d characters of UTF-8, at least one of them visible; no control character, line separator or bidirectional control, and no space at either end", maxName)
+	errOneRoom    = badRequest("presence is set in one room; name it")
+	errIf         = badRequest("if must be the id of a message, or 0")
 )
 
-// Values of headers that every answer to a publish has, made once.
+// Headers that every answer to a publish has. They are made once, which saves time.
 var (
 	nosniff  = []string{"nosniff"}
 	jsonUTF8 = []string{"application/json; charset=utf-8"}
 )
 
-// ServeHTTP answers a request, and says what is wrong when it cannot.
+// ServeHTTP answers a request.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.answer(w, r, s.route) }
 
-// answer calls do, and answers with its error if it returns one.
+// answer calls do. If that returns an error, the client is told.
 func (s *server) answer(w http.ResponseWriter, r *http.Request, do func(http.ResponseWriter, *http.Request) error) {
 	h := w.Header()
 	h["X-Content-Type-Options"] = nosniff
-	if r.Method != http.MethodPost { // no cache keeps the answer to a POST, and it has no links
+	if r.Method != http.MethodPost { // whose answer no cache keeps, and has no links
 		h.Set("Cache-Control", "no-store")
 		h.Set("Referrer-Policy", "same-origin") // a URL may hold a token
 	}
@@ -1087,7 +1087,7 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, do func(http.Res
 			return
 		}
 		id := rand.Text()[:8]
-		e = newError(http.StatusInternalServerError, "the relay failed; its log says more under "+id)
+		e = newError(http.StatusInternalServerError, "the relay failed; its log says why, under "+id)
 		slog.Error("request failed", "id", id, "method", r.Method, "path", r.URL.Path, "error", err)
 	}
 	s.refused(e.reason)
@@ -1117,8 +1117,8 @@ var (
 	readMethods     = []string{"GET", "HEAD", "OPTIONS"}
 )
 
-// route finds what a path and method ask for. It uses the escaped path, so a slash
-// within a name is seen for what it is, and nothing is redirected.
+// route finds out what a path asks for. It is not http.ServeMux, which would redirect some
+// paths. It uses the escaped path, where a slash within a name is not taken for a separator.
 func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 	path, ok := strings.CutPrefix(r.URL.EscapedPath(), "/rooms/")
 	if !ok {
@@ -1142,7 +1142,7 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 			return s.serve(w, r, q, t)
 		})
 	}
-	return newError(http.StatusNotFound, "there is no such technique; there are "+s.techniqueNames())
+	return newError(http.StatusNotFound, "there is no such technique; the techniques are "+s.techniqueNames())
 }
 
 // technique returns the technique of that name, or nil.
@@ -1166,8 +1166,8 @@ func (s *server) techniqueNames() string {
 // A handler answers a request, or returns an error for the client.
 type handler func(http.ResponseWriter, *http.Request, *request) error
 
-// handle calls do if the method is one of methods and the client may use each room. It
-// answers OPTIONS itself.
+// handle calls do if the method is one of methods, and may allows each room. It answers
+// OPTIONS itself.
 func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, methods []string, may func(room string) error, do handler) (err error) {
 	isAllowed := slices.Contains(methods, r.Method)
 	if !isAllowed || r.Method == http.MethodOptions {
@@ -1177,14 +1177,14 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, meth
 			w.WriteHeader(http.StatusNoContent)
 			return nil
 		}
-		message := r.Method + " is not for this path; " + allowed + " are"
+		message := r.Method + " is not allowed here; " + allowed + " are"
 		if slices.Contains(methods, http.MethodPut) {
 			message += ". Events are read from /rooms/{room}/{technique}: " + s.techniqueNames()
 		}
 		return newError(http.StatusMethodNotAllowed, message)
 	}
 	if q.values, err = url.ParseQuery(r.URL.RawQuery); err != nil {
-		return badRequest("the query is not well formed: %v", err)
+		return badRequest("the query is malformed: %v", err)
 	}
 	for _, room := range q.rooms {
 		if err := may(room); err != nil {
@@ -1199,24 +1199,24 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, meth
 	return do(w, r, q)
 }
 
-// A request is what an HTTP request asks for, as far as it was checked.
+// A request is what an HTTP request asks for.
 type request struct {
 	rooms  []string
 	values url.Values // the parameters
 	isForm bool       // the body is a form; its fields are parameters, too
 	permit *permit
-	err    error // the first thing that is wrong
+	err    error // the first error of a parameter
 
-	user string           // whom it speaks as
+	user string           // who asks
 	as   string           // the representation
 	wait time.Duration    // of a long-poll
 	sub  subscribeRequest // what it reads
 }
 
-// fail keeps the first error: a request is parsed to its end before the error is checked.
+// fail keeps the first error. All parameters are read before q.err is checked.
 func (q *request) fail(err error) { q.err = cmp.Or(q.err, err) }
 
-// param returns a parameter, or "". Given twice it is an error.
+// param returns a parameter, or "". To give one twice is an error.
 func (q *request) param(name string) string {
 	values := q.values[name]
 	if len(values) == 0 {
@@ -1228,8 +1228,8 @@ func (q *request) param(name string) string {
 	return values[0]
 }
 
-// add adds values of a parameter that came by another way than the query. Both ways may
-// say the same.
+// add adds values of a parameter that came with the body or a header. It is no error if they
+// are the same as in the query.
 func (q *request) add(name string, values ...string) {
 	given := q.values[name]
 	if len(given) == 1 && len(values) == 1 && (given[0] == "" || given[0] == values[0]) {
@@ -1246,7 +1246,7 @@ func (q *request) intParam(name string, low, high, absent int64) int64 {
 	}
 	n, err := strconv.ParseInt(v, 10, 64)
 	if err != nil || n < low || n > high || v[0] == '+' {
-		q.fail(badRequest("%s is an integer from %d to %d", name, low, high))
+		q.fail(badRequest("%s must be an integer from %d to %d", name, low, high))
 	}
 	return n
 }
@@ -1265,15 +1265,15 @@ func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encod
 	case "0", "1":
 		q.sub.seesPresence = presence == "1"
 	default:
-		q.fail(badRequest("presence is 1, to see it, or 0"))
+		q.fail(badRequest("presence must be 1, to receive it, or 0"))
 	}
 	enc := q.representation(t)(s, q)
 	q.sub.last = int(q.intParam("last", 0, math.MaxInt32, int64(enc.last)))
 	return enc
 }
 
-// representation returns the encoder that as= asks for. A representation of another
-// technique is ignored like any other parameter, but for data: its lack would be missed.
+// representation returns the encoder that the parameter as asks for. Another technique's as is
+// ignored, like any other parameter of it; but not data, without which a client would fail.
 func (q *request) representation(t *technique) newEncoder {
 	as := q.param("as")
 	if enc, ok := t.as[as]; ok {
@@ -1281,7 +1281,7 @@ func (q *request) representation(t *technique) newEncoder {
 		return enc
 	}
 	if as == "data" || as != "" && t.name == "multipart" {
-		q.fail(badRequest("there is no as=%.80s of %s, but %s", as, t.name, slices.Sorted(maps.Keys(t.as))))
+		q.fail(badRequest("%s has no as=%.80s; it has %q", t.name, as, slices.Sorted(maps.Keys(t.as))))
 	}
 	return t.encoder
 }
@@ -1303,7 +1303,7 @@ func (q *request) cursorParam(header http.Header) int64 {
 	return q.intParam("Last-Event-ID", 0, math.MaxInt64, cursor)
 }
 
-// userParam returns whom the request speaks as.
+// userParam returns the user who asks, or "".
 func (q *request) userParam() string {
 	user := q.param("user")
 	if !validUser(user) {
@@ -1313,7 +1313,7 @@ func (q *request) userParam() string {
 		return user
 	}
 	if user != "" && user != q.permit.user {
-		q.fail(limitError(http.StatusForbidden, fmt.Sprintf("the token is for %q; it cannot speak as anybody else", q.permit.user), "token", 0))
+		q.fail(limitError(http.StatusForbidden, fmt.Sprintf("the token is for the user %q, and nobody else", q.permit.user), "token", 0))
 	}
 	return q.permit.user
 }
@@ -1321,23 +1321,23 @@ func (q *request) userParam() string {
 func (q *request) clientParam() string {
 	client := q.param("client")
 	if client != "" && !validName(client) {
-		q.fail(badRequest("client is 1 to %d of A-Z a-z 0-9 _ . : -", maxName))
+		q.fail(badRequest("client must be 1 to %d of A-Z a-z 0-9 _ . : -", maxName))
 	}
 	return client
 }
 
 func badRoom(name string) error {
-	return badRequest("%.80q is no name for a room: that is 1 to %d of A-Z a-z 0-9 _ . : -", name, maxName)
+	return badRequest("%.80q cannot be the name of a room, which is 1 to %d of A-Z a-z 0-9 _ . : -", name, maxName)
 }
 
 func parseRooms(escaped string) ([]string, error) {
 	list, err := url.PathUnescape(escaped)
 	if err != nil {
-		return nil, badRequest("the path is not well formed: %v", err)
+		return nil, badRequest("the path is malformed: %v", err)
 	}
 	rooms := strings.Split(list, ",")
 	if len(rooms) > maxRooms {
-		return nil, badRequest("these are %d rooms; one request names at most %d", len(rooms), maxRooms)
+		return nil, badRequest("these are %d rooms; one request can name %d", len(rooms), maxRooms)
 	}
 	for i, room := range rooms {
 		if !validName(room) {
@@ -1369,8 +1369,8 @@ var callbackPattern = regexp.MustCompile(`^[A-Za-z_$][A-Za-z0-9_$]*(\.[A-Za-z_$]
 // them, in ASCII.
 func validCallback(s string) bool { return len(s) <= maxName && callbackPattern.MatchString(s) }
 
-// validUser reports whether s can name a user; "" names none. A name is shown beside
-// others, so it must be visible, and must not reverse what is next to it.
+// validUser reports whether s can name a user, or is "", which names nobody. A name is shown
+// beside others, so it must be visible, and must not reverse the text next to it.
 func validUser(s string) bool {
 	return utf8.ValidString(s) && utf8.RuneCountInString(s) <= maxName && strings.TrimSpace(s) == s &&
 		(s == "" || strings.ContainsFunc(s, visible)) &&
@@ -1379,30 +1379,30 @@ func validUser(s string) bool {
 		})
 }
 
-// visible reports whether r alone would be seen.
+// visible reports whether one sees r.
 func visible(r rune) bool {
 	const brailleBlank = 0x2800
 	return unicode.IsGraphic(r) && !unicode.IsSpace(r) && !unicode.Is(unicode.Other_Default_Ignorable_Code_Point, r) && r != brailleBlank
 }
 
-// reservedTypes are published by the relay alone.
+// reservedTypes are those of events that only the relay makes.
 var reservedTypes = []string{"hello", "presence", "gap", "beat", "ack", "error", "bye"}
 
-// checkAndPublish publishes what was not checked yet, but for its data.
+// checkAndPublish checks everything but data and ttl, and publishes.
 func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew bool, err error) {
 	switch {
 	case p.room == "":
-		err = badRequest("this reads several rooms; name the one that is meant")
+		err = badRequest("this WebSocket reads several rooms; name the one to publish to")
 	case !validName(p.room):
 		err = badRoom(p.room)
 	case !validName(p.kind):
-		err = badRequest("%.80q is no type: that is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
+		err = badRequest("%.80q cannot be a type, which is 1 to %d of A-Z a-z 0-9 _ . : -", p.kind, maxName)
 	case slices.Contains(reservedTypes, p.kind):
 		err = badRequest("the type %s is the relay's own; publish another", p.kind)
 	case p.onlyIf != nil && *p.onlyIf < 0:
 		err = errIf
 	case len(p.key) > maxKey || !utf8.ValidString(p.key) || strings.ContainsFunc(p.key, unicode.IsControl):
-		err = badRequest("a key is at most %d bytes of UTF-8, none of them a control character", maxKey)
+		err = badRequest("key must be at most %d bytes of UTF-8, without control characters", maxKey)
 	case p.room[0] == '_':
 		err = errReserved
 	default:
@@ -1416,7 +1416,7 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 	return s.publish(p)
 }
 
-// setPresence sets the state of a user in a room, none of it checked yet.
+// setPresence checks everything, and sets the state of a user in a room.
 func (s *server) setPresence(by *permit, room, user, client, state string) error {
 	if !validName(room) {
 		return errOneRoom
@@ -1428,11 +1428,11 @@ func (s *server) setPresence(by *permit, room, user, client, state string) error
 	case room[0] == '_':
 		return errReserved
 	case user == "":
-		return badRequest("presence is a user's; name one")
+		return badRequest("presence needs a user; name one")
 	case !validUser(user):
 		return errUser
 	case !slices.Contains(presenceStates, state):
-		return badRequest("the state is one of online, typing, away, offline")
+		return badRequest("the state must be online, typing, away or offline")
 	}
 	return s.setState(room, user, client, state)
 }
@@ -1440,7 +1440,7 @@ func (s *server) setPresence(by *permit, room, user, client, state string) error
 // handleRoom is POST, PUT and DELETE /rooms/{room}.
 func (s *server) handleRoom(w http.ResponseWriter, r *http.Request, q *request) error {
 	if len(q.rooms) > 1 {
-		return badRequest("publish to one room at a time, and erase one")
+		return badRequest("name one room; events are published to one at a time, and rooms are erased one at a time")
 	}
 	if r.Method != http.MethodDelete {
 		return s.handlePublish(w, r, q)
@@ -1468,10 +1468,10 @@ func (s *server) handlePublish(w http.ResponseWriter, r *http.Request, q *reques
 		return err
 	}
 	if then := q.param("then"); q.isForm && (then == "form" || then == "refresh") {
-		// A person's form: back to its page, by a relative address since a proxy may add a prefix.
+		// Back to the page with the form. The address is relative, since a proxy may add a prefix.
 		to := "./" + p.room + "/" + then + "?" + url.Values{"user": {p.from}}.Encode()
 		if then == "form" {
-			to += "#data" // the field has the focus again; a page with a fragment would not refresh itself in Chromium
+			to += "#data" // gives the field the focus; not for refresh, since Chromium would not refresh a page with a fragment
 		}
 		w.Header().Set("Location", to)
 		w.WriteHeader(http.StatusSeeOther)
@@ -1501,7 +1501,7 @@ func (s *server) parsePublish(w http.ResponseWriter, r *http.Request, q *request
 	p.kind = cmp.Or(q.param("type"), "message")
 	p.ttl = time.Duration(q.intParam("ttl", 1, maxTTL, 0)) * time.Second
 	if q.values.Has("if") {
-		p.onlyIf = new(q.intParam("if", 0, math.MaxInt64, -1)) // an empty one is refused
+		p.onlyIf = new(q.intParam("if", 0, math.MaxInt64, -1)) // -1, of an empty one, is refused
 	}
 	switch {
 	case q.err != nil:
@@ -1561,16 +1561,16 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 	return nil
 }
 
-// mediaType returns the type of the body, which must be in UTF-8 and not compressed.
+// mediaType returns the type of the body, and an error if that is compressed or not UTF-8.
 func mediaType(h http.Header) (string, error) {
 	given := h.Get("Content-Type")
 	contentType, params, err := mime.ParseMediaType(given)
-	if err != nil { // the type alone may be well formed: application/json; utf-8
+	if err != nil { // of application/json; utf-8 for example, the type is good
 		contentType, params = strings.ToLower(strings.TrimSpace(given[:strings.IndexAny(given+";", ";,")])), nil
 	}
 	encoding, charset := h.Get("Content-Encoding"), strings.ToLower(params["charset"])
 	if encoding != "" && encoding != "identity" || !slices.Contains([]string{"", "utf-8", "utf8", "us-ascii"}, charset) {
-		return "", newError(http.StatusUnsupportedMediaType, fmt.Sprintf("a body is UTF-8, and not compressed; this is %q %q", encoding, charset))
+		return "", newError(http.StatusUnsupportedMediaType, fmt.Sprintf("the body must be in UTF-8, and not compressed; this has the encoding %q and the charset %q", encoding, charset))
 	}
 	return contentType, nil
 }
@@ -1578,7 +1578,7 @@ func mediaType(h http.Header) (string, error) {
 // readBody reads a body of at most maxBody bytes.
 func (s *server) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 	if r.ContentLength > s.maxBody {
-		return nil, errTooBig // before a client that expects 100 is told to continue
+		return nil, errTooBig // at once, so that a client that expects 100-continue sends nothing
 	}
 	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, s.maxBody))
 	_, tooBig := errors.AsType[*http.MaxBytesError](err)
@@ -1586,20 +1586,20 @@ func (s *server) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error
 	case tooBig:
 		return nil, errTooBig
 	case ok:
-		w.Header().Set("Connection", "close") // or net/http would wait for the rest first
+		w.Header().Set("Connection", "close") // otherwise net/http would wait for the rest first
 		return nil, limit
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		w.Header().Set("Connection", "close")
 		return nil, limitError(http.StatusRequestTimeout, "the body did not arrive in time", "body", 0)
 	case err != nil:
-		return nil, badRequest("the body did not arrive whole")
+		return nil, badRequest("the body is incomplete")
 	}
-	return bytes.TrimPrefix(b, []byte("\ufeff")), nil // a byte order mark, which files of Windows begin with
+	return bytes.TrimPrefix(b, []byte("\ufeff")), nil // a byte order mark, as in files of Windows
 }
 
-// readContent reads the body and its media type. Of a form that has the field it returns
-// that field; the others become parameters. curl -d sends any text as a form; such text is
-// taken for what it is.
+// readContent reads the body and its media type. Of a form it returns the field of that name,
+// and the other fields become parameters. curl -d declares any text as a form; so a form
+// without the field is taken as text.
 func (s *server) readContent(w http.ResponseWriter, r *http.Request, q *request, field string) (b []byte, contentType string, err error) {
 	if contentType, err = mediaType(r.Header); err == nil {
 		b, err = s.readBody(w, r)
@@ -1617,7 +1617,7 @@ func (s *server) readContent(w http.ResponseWriter, r *http.Request, q *request,
 	case "multipart/form-data":
 		r.Body = io.NopCloser(bytes.NewReader(b))
 		if err := r.ParseMultipartForm(s.maxBody); err != nil || !url.Values(r.MultipartForm.Value).Has(field) {
-			return nil, "", badRequest("this is no form with a field %s", field)
+			return nil, "", badRequest("the form has no field %s", field)
 		}
 		form = r.MultipartForm.Value
 	default:
@@ -1644,18 +1644,18 @@ func parseForm(body string) url.Values {
 		}
 		return s
 	})
-	form, _ := url.ParseQuery(body) // nothing is left that is not well formed
+	form, _ := url.ParseQuery(body)
 	return form
 }
 
-// JSON, as others can be given it to parse.
+// JSON that every parser takes.
 
 func isJSON(contentType string) bool {
 	return contentType == "application/json" || contentType == "text/json" || strings.HasSuffix(contentType, "+json") // RFC 6839
 }
 
-// marshal returns v as one line of JSON. It escapes U+0085 as json.Marshal does U+2028:
-// some clients read lines with Python's str.splitlines, which ends a line there.
+// marshal returns v as one line of JSON. Like json.Marshal does with U+2028, it escapes
+// U+0085, where Python's str.splitlines would end the line.
 func marshal(v any) []byte {
 	b, _ := json.Marshal(v)
 	if bytes.Contains(b, []byte("\u0085")) {
@@ -1664,7 +1664,8 @@ func marshal(v any) []byte {
 	return b
 }
 
-// appendQuoted appends text as a JSON string. Most text needs nothing but the quotes.
+// appendQuoted appends text as a JSON string. Most text needs only quotes around it, which is
+// faster.
 func appendQuoted(b, text []byte) []byte {
 	for _, c := range text {
 		if c < ' ' || c > '~' || strings.IndexByte(`"\<>&`, c) >= 0 {
@@ -1680,24 +1681,25 @@ var (
 	loneSurrogate = regexp.MustCompile(`\\u[dD][89a-fA-F]`)
 )
 
-// checkJSON refuses JSON that a parser stricter than Go's would refuse (I-JSON, RFC 7493):
-// half of a surrogate pair, a number beyond a double, a name twice in one object,
-// objects and arrays nested deeper than maxDepth.
-func checkJSON(b []byte, maxDepth int) error {
+// checkJSON refuses what a parser stricter than Go's would refuse (I-JSON, RFC 7493): half of a
+// surrogate pair, a number beyond a double, a name twice in one object, and nesting deeper
+// than depth.
+func checkJSON(b []byte, depth int) error {
 	switch {
 	case !utf8.Valid(b):
 		return badRequest("this is not UTF-8")
 	case !json.Valid(b):
-		return badRequest("this is not JSON; text goes as text/plain")
+		return badRequest("this is not JSON; send text as text/plain")
 	case loneSurrogate.Match(b) && loneSurrogate.Match(goodEscapes.ReplaceAll(b, nil)):
 		return badRequest("this JSON has half of a surrogate pair")
 	}
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.UseNumber()
-	return checkValue(d, maxDepth)
+	return checkValue(d, depth)
 }
 
-func checkValue(d *json.Decoder, maxDepth int) error {
+// checkValue checks the next value, which may be nested to this depth.
+func checkValue(d *json.Decoder, depth int) error {
 	token, _ := d.Token()
 	if n, ok := token.(json.Number); ok {
 		if _, err := n.Float64(); err != nil {
@@ -1708,8 +1710,8 @@ func checkValue(d *json.Decoder, maxDepth int) error {
 	if !ok {
 		return nil
 	}
-	if maxDepth == 0 {
-		return badRequest("this JSON is nested deeper than it may be")
+	if depth == 0 {
+		return badRequest("this JSON is nested deeper than %d", maxDepth)
 	}
 	names := map[json.Token]bool{}
 	for d.More() {
@@ -1720,18 +1722,18 @@ func checkValue(d *json.Decoder, maxDepth int) error {
 			}
 			names[name] = true
 		}
-		if err := checkValue(d, maxDepth-1); err != nil {
+		if err := checkValue(d, depth-1); err != nil {
 			return err
 		}
 	}
-	d.Token() // the end of it
+	d.Token() // the closing bracket
 	return nil
 }
 
-// parseObject reads fields of a JSON object by their exact names; encoding/json alone
-// would ignore case.
-func parseObject(b []byte, maxDepth int, fields map[string]any) error {
-	if err := checkJSON(b, maxDepth); err != nil {
+// parseObject reads fields of a JSON object, by their exact names: json.Unmarshal would
+// ignore case.
+func parseObject(b []byte, depth int, fields map[string]any) error {
+	if err := checkJSON(b, depth); err != nil {
 		return err
 	}
 	var raw map[string]json.RawMessage
@@ -1742,7 +1744,7 @@ func parseObject(b []byte, maxDepth int, fields map[string]any) error {
 		}
 	}
 	if err != nil {
-		return badRequest("a field of this JSON is of the wrong type")
+		return badRequest("a field of this JSON has the wrong type")
 	}
 	return nil
 }
