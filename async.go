@@ -100,7 +100,7 @@ type webSocket struct {
 
 	mu      sync.Mutex // guards what follows
 	replies []byte     // frames that are to be sent
-	closing bool       // the last of them closes the WebSocket; nothing may follow (RFC 6455, 5.5.1)
+	ending  error      // if the last of them closes the WebSocket: io.EOF, or net.ErrClosed if the client has closed it; nothing may follow (RFC 6455, 5.5.1)
 }
 
 // The states of a session. What is not atomic is touched only by what serves it: the
@@ -800,7 +800,11 @@ func (ses *session) readMessages(in *bufio.Reader, a *author) {
 			err = errLateMessage
 		}
 		if refusal, ok := err.(websocket.CloseError); ok {
-			ses.enqueueFrames(appendClose(nil, refusal.Code, refusal.Reason))
+			ses.enqueueFrames(appendClose(nil, refusal.Code, refusal.Reason), io.EOF)
+			m.receipt.free()
+			m = message{}
+			ses.conn.SetReadDeadline(time.Time{})
+			io.Copy(io.Discard, in) // until release closes: the client may still send, and is to read why it was refused
 			return
 		}
 		if err != nil {
@@ -825,7 +829,7 @@ func (ses *session) take(a *author, kind websocket.MessageType, data []byte) {
 	ses.pool.received(ses.technique, 0, len(data)+6) // with the shortest head and a mask
 	ses.ws.handling.Store(true)                      // what is published is answered, even if the relay stops meanwhile
 	if reply := ses.server.handleMessage(a, kind, data); reply != nil {
-		ses.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), reply.event().json...)))
+		ses.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), reply.event().json...)), nil)
 	}
 	if ses.ws.handling.Store(false); ses.server.relay.isStopping() {
 		ses.wake()
@@ -904,7 +908,7 @@ func (ses *session) reserve(m *message, size int) error {
 		return nil
 	}
 	if m.receipt == nil {
-		m.receipt = ses.pool.receipts.open(func() { ses.enqueueFrames(appendClose(nil, errNoReceipt.Code, errNoReceipt.Reason)) })
+		m.receipt = ses.pool.receipts.open(func() { ses.enqueueFrames(appendClose(nil, errNoReceipt.Code, errNoReceipt.Reason), io.EOF) })
 		size += len(m.data)
 	}
 	if m.receipt.grow(int64(2*size)) != nil {
@@ -918,14 +922,14 @@ func (ses *session) reserve(m *message, size int) error {
 func (ses *session) control(opcode byte, payload []byte) error {
 	switch opcode {
 	case opPing:
-		ses.enqueueFrames(append([]byte{0x80 | opPong, byte(len(payload))}, payload...))
+		ses.enqueueFrames(append([]byte{0x80 | opPong, byte(len(payload))}, payload...), nil)
 	case opPong:
 		ses.ws.awaitingPong.Store(false)
 	case opClose:
 		if !validClose(payload) {
 			return errFrame
 		}
-		ses.enqueueFrames(append([]byte{0x80 | opClose, byte(len(payload))}, payload...))
+		ses.enqueueFrames(append([]byte{0x80 | opClose, byte(len(payload))}, payload...), net.ErrClosed)
 		return errClientCloses
 	}
 	return nil
@@ -953,7 +957,7 @@ func (ses *session) writeReplies(sc *scratch, now int64) error {
 	}
 	ws := ses.ws
 	ws.mu.Lock()
-	replies, closing := ws.replies, ws.closing
+	replies, ending := ws.replies, ws.ending
 	ws.replies = nil
 	ws.mu.Unlock()
 	if len(replies) > 0 && !ses.closed { // after a second close frame Chromium reports that the connection failed
@@ -961,21 +965,18 @@ func (ses *session) writeReplies(sc *scratch, now int64) error {
 			return err
 		}
 	}
-	if closing {
-		return net.ErrClosed
-	}
-	return nil
+	return ending
 }
 
-// enqueueFrames has whole frames written by the pool. A client that leaves too many
-// unread is dropped.
-func (ses *session) enqueueFrames(frames []byte) {
+// enqueueFrames has whole frames written by the pool, and then perhaps the session ended. A
+// client that leaves too many unread is dropped.
+func (ses *session) enqueueFrames(frames []byte, ending error) {
 	ws := ses.ws
 	ws.mu.Lock()
 	full := len(ws.replies)+len(frames) > maxQueuedReplies
-	if !full && !ws.closing {
+	if !full && ws.ending == nil {
 		ws.replies = append(ws.replies, frames...)
-		ws.closing = frames[0] == 0x88
+		ws.ending = ending
 	}
 	ws.mu.Unlock()
 	if full {

@@ -6,6 +6,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"math"
@@ -198,7 +199,7 @@ func TestAnAckIsSentBeforeTheBye(t *testing.T) {
 		b.stop()
 		synctest.Wait()
 		ack := notice{Type: "ack", Key: "k", ID: new(int64(1))}.event().json
-		st.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), ack...)))
+		st.enqueueFrames(textFrame(append(make([]byte, maxFrameHead), ack...)), nil)
 		st.ws.handling.Store(false)
 		st.wake()
 		if h := e.next(); h.kind != "ack" {
@@ -290,6 +291,20 @@ func TestUnwritten(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// A client whose message is refused reads why, although it is still sending.
+func TestARefusedMessageDoesNotTakeTheCloseFrame(t *testing.T) {
+	b := newTestbed(t, tcp)
+	conn, r := b.rawWebSocket("/rooms/a/ws?as=data")
+	defer conn.Close()
+	const size = 5_000_000
+	frame := binary.BigEndian.AppendUint64([]byte{0x81, 0x80 | 127}, size)
+	go conn.Write(append(frame, make([]byte, 4+size)...))
+	answer, err := io.ReadAll(r)
+	if want := appendClose(nil, errLongMessage.Code, errLongMessage.Reason); !bytes.Equal(answer, want) || err != nil {
+		t.Errorf("the answer is %q, and reading ends with %v; want %q", answer, err, want)
 	}
 }
 
@@ -533,7 +548,7 @@ func TestNothingFollowsACloseFrame(t *testing.T) {
 		b.pool.mu.Unlock()
 		go io.CopyN(io.Discard, c, 16) // read some, so that the session can write
 		synctest.Wait()
-		st.enqueueFrames(appendClose(nil, websocket.StatusNormalClosure, ""))
+		st.enqueueFrames(appendClose(nil, websocket.StatusNormalClosure, ""), net.ErrClosed)
 		b.status("192.0.2.2", "POST /rooms/a")
 		c.SetReadDeadline(time.Now().Add(time.Minute))
 		data, err := io.ReadAll(c)
