@@ -4,7 +4,7 @@
 -- a reply to each. Of keys and of the rooms' newest messages Redis remembers
 -- ten for each entry that a stream keeps.
 
-local call = redis.call
+local ARGV, call, format = ARGV, redis.call, string.format
 local STATE, STREAMS, KNOWN, ORDER, ROOMS, USERS, INSTANCES = KEYS[1], {KEYS[2], KEYS[3]}, KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local MESSAGES, SIGNALS = 1, 2
 local HEAD, EVENTS = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -18,19 +18,20 @@ local function last_of(stream)
 end
 
 -- The state is read and written once, for all that is to do: the newest id, the first one
--- since Redis was empty, and the newest of each stream.
+-- since Redis was empty, the newest of each stream, and the newest messages of rooms.
 local state = call('HMGET', STATE, 'id', 'born', MESSAGES, SIGNALS)
 local newest, born, newest_of = state[1], state[2], {state[3] or '0', state[4] or '0'}
 local last = tonumber(newest) or math.max(last_of(STREAMS[1]), last_of(STREAMS[2]))
+local newest_in = {} -- of the rooms that get a message now; of others ROOMS has it
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
-local milliseconds = string.format('%.0f', now / 1000)
+local milliseconds = format('%.0f', now / 1000)
 
 -- add appends an entry, and returns its id.
 local function add(stream, ttl, instance, kind, room, user, data)
 	last = math.max(now, last + 16, HEAD + 1) -- 16 is idStep
-	local id = string.format('%.0f', last)
-	local head = table.concat({newest_of[stream], milliseconds, ttl, instance, kind, room}, ' ')
+	local id = format('%.0f', last)
+	local head = newest_of[stream] .. ' ' .. milliseconds .. ' ' .. ttl .. ' ' .. instance .. ' ' .. kind .. ' ' .. room
 	call('XADD', STREAMS[stream], 'MAXLEN', '~', EVENTS, id .. '-0', 'event', head .. '\n' .. user .. '\n' .. data)
 	newest, born, newest_of[stream] = id, born or id, id
 	return id
@@ -47,13 +48,11 @@ function to_do.publish(room, kind, user, ttl, key, only, data)
 		if id then return 'k' .. id end
 	end
 	if only ~= '' then
-		local id = string.format('%.0f', call('ZSCORE', ROOMS, room) or 0)
+		local id = newest_in[room] or format('%.0f', call('ZSCORE', ROOMS, room) or 0)
 		if id ~= only then return 'i' .. id end
 	end
 	local id = add(ttl == '0' and MESSAGES or SIGNALS, ttl, '-', kind, room, user, data)
-	if ttl == '0' and call('ZADD', ROOMS, id, room) == 1 and call('ZCARD', ROOMS) > 10 * EVENTS then
-		call('ZPOPMIN', ROOMS)
-	end
+	if ttl == '0' then newest_in[room] = id end
 	if key ~= '' then
 		call('HSET', KNOWN, field, id)
 		if call('RPUSH', ORDER, field) > 10 * EVENTS then call('HDEL', KNOWN, call('LPOP', ORDER)) end
@@ -66,6 +65,7 @@ function to_do.newest()
 end
 
 function to_do.erase(room)
+	newest_in[room] = nil
 	call('ZREM', ROOMS, room)
 	return add(MESSAGES, '0', '-', 'gap', room, '', '')
 end
@@ -109,7 +109,7 @@ end
 
 function to_do.beat(instance, age, status)
 	local known = call('HEXISTS', INSTANCES, instance)
-	call('HSET', INSTANCES, instance, string.format('%.0f', time[1] - age) .. ' ' .. status)
+	call('HSET', INSTANCES, instance, format('%.0f', time[1] - age) .. ' ' .. status)
 	add(SIGNALS, '1', instance, 'beat', '-', '', '')
 	return {known, time[1], call('HGETALL', INSTANCES)}
 end
@@ -137,5 +137,12 @@ while ARGV[i] do
 end
 if newest ~= state[1] then
 	call('HSET', STATE, 'id', newest, 'born', born, MESSAGES, newest_of[1], SIGNALS, newest_of[2])
+end
+local scores = {}
+for room, id in pairs(newest_in) do
+	scores[#scores + 1], scores[#scores + 2] = id, room
+end
+if scores[1] and redis.pcall('ZADD', ROOMS, unpack(scores)) ~= 0 then
+	redis.pcall('ZREMRANGEBYRANK', ROOMS, 0, -10 * EVENTS - 1)
 end
 return replies
