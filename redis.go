@@ -15,9 +15,8 @@
 // rooms rises to there, and subscribers are sent a gap.
 //
 // Read your writes. A publish is answered when this instance has read the event. Another
-// may be behind; there, a cursor beyond the log makes it ask Redis how far the log is, and
-// wait until it has read as far. While Redis is away nobody knows, and such a cursor is
-// taken for good.
+// may be behind; a cursor beyond its log makes it read all that Redis has first. While Redis
+// is away nobody knows what it has, and such a cursor is taken for good.
 //
 // Batches. One call of the script is on its way at a time, and behind it the command that
 // reads the streams. What is asked for meanwhile waits, and goes with the next. So the more
@@ -183,7 +182,7 @@ func (d *redis) connect() (*redisLink, error) {
 	}
 	if err == nil {
 		d.found(l)
-		_, err = l.do(startTimeout, "newest") // with it the users are compared
+		_, err = l.do(startTimeout, "nothing") // with it the users are compared
 	}
 	if err != nil {
 		l.fail(err)
@@ -194,25 +193,22 @@ func (d *redis) connect() (*redisLink, error) {
 // begin sets the relay's counter, and the floor of all rooms, to where Redis' messages begin.
 // An empty Redis begins now.
 func (d *redis) begin(conn *redisConn) error {
-	now, err := conn.do("TIME")
-	if err != nil {
-		return err
+	commands := [][]string{{"TIME"}, {"HGET", d.keys[0], "born"}, {"XRANGE", d.keys[1], "-", "+", "COUNT", "1"}}
+	var replies [3]reply
+	for i, command := range commands {
+		var err error
+		if replies[i], err = conn.do(command...); err != nil {
+			return err
+		}
 	}
-	born, err := conn.do("HGET", d.keys[0], "born")
-	if err != nil {
-		return err
-	}
-	first, err := conn.do("XRANGE", d.keys[1], "-", "+", "COUNT", "1")
-	if err != nil {
-		return err
-	}
-	if len(now.list) != 2 {
+	now, born, first := replies[0].list, replies[1].text, replies[2].list
+	if len(now) != 2 {
 		return errProtocol
 	}
 	r := d.relay
-	r.epoch = cmp.Or(asNumber(born.text), asNumber(now.list[0].text)*1e6+asNumber(now.list[1].text))
+	r.epoch = cmp.Or(asNumber(born), asNumber(now[0].text)*1e6+asNumber(now[1].text))
 	d.floor = r.epoch
-	for _, entry := range first.list {
+	for _, entry := range first {
 		d.floor = max(d.floor, parseEntry(0, entry).previous)
 	}
 	r.trimmedElsewhere = d.floor
@@ -222,23 +218,17 @@ func (d *redis) begin(conn *redisConn) error {
 
 // found takes note that Redis is there.
 func (d *redis) found(l *redisLink) {
-	d.relay.mu.Lock()
-	defer d.relay.mu.Unlock()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.relay.lookahead = idStep - 1 // what another instance has beyond the last id is its own
-	d.link, d.awaySince, d.reconcileAt = l, time.Time{}, time.Now()
+	d.link, d.reconcileAt = l, time.Now()
 	close(d.back)
 }
 
 // lost takes note that Redis is away, if it was there by this link.
 func (d *redis) lost(l *redisLink) {
-	d.relay.mu.Lock()
-	defer d.relay.mu.Unlock()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.link == l {
-		d.relay.lookahead = awayLookahead
 		d.link, d.awaySince, d.back = nil, time.Now(), make(chan bool)
 	}
 }
@@ -315,6 +305,7 @@ type redisLink struct {
 	conn  *redisConn   // calls the script and reads the streams
 	news  *redisConn   // waits until there is something to read
 	sent  atomic.Int64 // how many batches
+	args  []string     // of the last, for their memory
 
 	mu    sync.Mutex // guards what follows
 	more  sync.Cond  // signalled when a call is queued, and at the end
@@ -382,7 +373,6 @@ func (l *redisLink) run() {
 		replies, err := l.call(batch)
 		if _, isRefusal := err.(redisError); err != nil && !isRefusal {
 			l.fail(err)
-			err = fmt.Errorf("no answer: %w", err)
 		}
 		for i, c := range batch {
 			if err != nil {
@@ -416,49 +406,55 @@ func (l *redisLink) nextBatch() []*scriptCall {
 
 // call calls the script for a batch, and reads the streams.
 func (l *redisLink) call(batch []*scriptCall) ([]reply, error) {
-	d := l.redis
-	r, more, err := l.send(batch, "EVALSHA", redisScriptSum)
+	answer, err := l.send("EVALSHA", redisScriptSum, batch)
 	if refusal, _ := err.(redisError); strings.HasPrefix(string(refusal), "NOSCRIPT") {
-		r, more, err = l.send(batch, "EVAL", redisScript)
+		answer, err = l.send("EVAL", redisScript, batch)
 	}
-	if err == nil && len(r.list) != len(batch) {
+	if err == nil && len(answer.list) != len(batch) {
 		err = errProtocol
 	}
-	for more && err == nil {
-		more, err = d.readMore(l.conn)
+	if err == nil {
+		err = l.redis.reconcile(l.conn)
 	}
-	if err == nil && d.isReconcileDue() {
-		err = d.reconcile(l.conn)
-	}
-	return r.list, err
+	return answer.list, err
 }
 
-// send sends the script's command, and the one that reads the streams, and receives both
+// send sends the script's command, and the one that reads the streams, and receives the
 // replies. The error is a redisError if the script was refused.
-func (l *redisLink) send(batch []*scriptCall, command, script string) (r reply, more bool, err error) {
+func (l *redisLink) send(command, script string, batch []*scriptCall) (reply, error) {
 	d := l.redis
-	arguments := 5 + len(d.keys)
+	args := append(l.args[:0], command, script, strconv.Itoa(len(d.keys)))
+	args = append(args, d.keys...)
+	args = append(args, strconv.FormatInt(d.relay.lastID.Load(), 10), strconv.Itoa(d.events))
 	for _, c := range batch {
-		arguments += 1 + len(c.args)
+		args = append(args, c.args[0], strconv.Itoa(len(c.args)-1))
+		args = append(args, c.args[1:]...)
 	}
-	text := appendCount(l.conn.out[:0], arguments)
-	text = appendArgs(text, command, script, strconv.Itoa(len(d.keys)))
-	text = appendArgs(text, d.keys...)
-	text = appendArgs(text, strconv.FormatInt(d.relay.lastID.Load(), 10), strconv.Itoa(d.events))
-	for _, c := range batch {
-		text = appendArgs(text, c.args[0], strconv.Itoa(len(c.args)-1))
-		text = appendArgs(text, c.args[1:]...)
-	}
-	text = d.appendRead(text, "COUNT", strconv.Itoa(readCount))
+	l.args = args
 	l.conn.SetDeadline(time.Now().Add(replyTimeout))
-	r, err = l.conn.send(text)
+	text := appendCommand(l.conn.out[:0], args...)
+	answer, err := l.conn.send(appendCommand(text, d.readCommand("COUNT", strconv.Itoa(readCount))...))
 	if _, isRefusal := err.(redisError); err == nil || isRefusal {
-		var readErr error
-		if more, readErr = d.readEntries(l.conn); readErr != nil {
+		if readErr := l.readStreams(); readErr != nil {
 			err = fmt.Errorf("reading: %w", readErr)
 		}
 	}
-	return r, more, err
+	return answer, err
+}
+
+// readStreams receives the reply to the command that reads the streams, and sends it again as
+// long as there is more.
+func (l *redisLink) readStreams() error {
+	news, err := l.conn.receive()
+	for err == nil {
+		var more bool
+		if more, err = l.redis.readEntries(news); !more {
+			break
+		}
+		l.conn.SetDeadline(time.Now().Add(replyTimeout))
+		news, err = l.conn.do(l.redis.readCommand("COUNT", strconv.Itoa(readCount))...)
+	}
+	return err
 }
 
 // watch says that this instance lives, and has what others publish read, until a connection
@@ -479,10 +475,10 @@ func (l *redisLink) watch() error {
 		}
 		wait := max(time.Millisecond, time.Until(beatAt.Add(beatEvery)))
 		l.news.SetDeadline(time.Now().Add(wait + replyTimeout))
-		if _, err := l.news.send(d.appendRead(l.news.out[:0], "COUNT", "1", "BLOCK", strconv.FormatInt(wait.Milliseconds(), 10))); err != nil {
+		if _, err := l.news.do(d.readCommand("COUNT", "1", "BLOCK", strconv.FormatInt(wait.Milliseconds(), 10))...); err != nil {
 			return err
 		}
-		if _, err := l.do(startTimeout, "newest"); err != nil {
+		if _, err := l.do(startTimeout, "nothing"); err != nil {
 			return err
 		}
 	}
@@ -513,16 +509,14 @@ func (l *redisLink) fail(err error) {
 
 // A redisEntry is an entry of a stream.
 type redisEntry struct {
-	stream               int
-	at                   string // its id as Redis writes it
-	id                   int64
-	isOurs               bool  // else there is only the above
-	previous             int64 // the one before it
-	time                 time.Time
-	ttl                  time.Duration
-	instance, kind, room string
-	user                 string
-	data                 []byte
+	stream         int
+	at             string // its id as Redis writes it
+	id             int64
+	isOurs         bool  // else there is only the above
+	previous       int64 // the one before it
+	time           time.Time
+	instance       string
+	publishRequest // room, kind, from, ttl and data
 }
 
 // parseEntry reads an entry. Others may write to Redis, so all is checked as if it came from
@@ -544,15 +538,15 @@ func parseEntry(stream int, r reply) (e redisEntry) {
 		return e
 	}
 	e.previous, e.time, e.ttl = asNumber(head[0]), time.UnixMilli(asNumber(head[1])), time.Duration(asNumber(head[2]))*time.Millisecond
-	e.instance, e.kind, e.room, e.user, e.data = head[3], head[4], head[5], lines[1], []byte(lines[2])
-	if e.previous < 0 || e.previous >= e.id || e.ttl < 0 || e.ttl > maxTTL*time.Second || !validName(e.room) || e.room[0] == '_' || !validUser(e.user) {
+	e.instance, e.kind, e.room, e.from, e.data = head[3], head[4], head[5], lines[1], []byte(lines[2])
+	if e.previous < 0 || e.previous >= e.id || e.ttl < 0 || e.ttl > maxTTL*time.Second || !validName(e.room) || e.room[0] == '_' || !validUser(e.from) {
 		return e
 	}
 	switch e.kind {
 	case "beat", "gap", "goodbye":
 		e.isOurs = true
 	case "presence":
-		e.isOurs = e.user == "" || slices.Contains(presenceStates, e.state())
+		e.isOurs = e.from == "" || slices.Contains(presenceStates, e.state())
 	default:
 		e.isOurs = validName(e.kind) && !slices.Contains(reservedTypes, e.kind) && json.Valid(e.data) && !bytes.ContainsAny(e.data, "\r\n")
 	}
@@ -561,22 +555,17 @@ func parseEntry(stream int, r reply) (e redisEntry) {
 
 func (e *redisEntry) state() string { return strings.Trim(string(e.data), `"`) }
 
-// appendRead appends the command that reads the streams.
-func (d *redis) appendRead(b []byte, options ...string) []byte {
+// readCommand returns the command that reads the streams.
+func (d *redis) readCommand(options ...string) []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	b = appendArgs(appendCount(b, 6+len(options)), "XREAD")
-	b = appendArgs(b, options...)
-	return appendArgs(b, "STREAMS", d.keys[1], d.keys[2], d.read[0], d.read[1])
+	command := append([]string{"XREAD"}, options...)
+	return append(command, "STREAMS", d.keys[1], d.keys[2], d.read[0], d.read[1])
 }
 
-// readEntries receives the reply to it, and does what the entries say. It reports whether
-// there may be more.
-func (d *redis) readEntries(conn *redisConn) (more bool, err error) {
-	news, err := conn.receive()
-	if err != nil {
-		return false, err
-	}
+// readEntries does what the entries say that Redis replied. It reports whether there may be
+// more.
+func (d *redis) readEntries(news reply) (more bool, err error) {
 	var entries []redisEntry
 	upTo := int64(math.MaxInt64) // what is above in one stream may come after what was not read of the other
 	for _, pair := range news.list {
@@ -610,14 +599,6 @@ func (d *redis) readEntries(conn *redisConn) (more bool, err error) {
 	d.mu.Unlock()
 	d.apply(entries)
 	return more, nil
-}
-
-func (d *redis) readMore(conn *redisConn) (more bool, err error) {
-	conn.SetDeadline(time.Now().Add(replyTimeout))
-	if _, err := conn.Write(d.appendRead(nil, "COUNT", strconv.Itoa(readCount))); err != nil {
-		return false, err
-	}
-	return d.readEntries(conn)
 }
 
 // apply does what the entries say.
@@ -671,9 +652,9 @@ func (d *redis) applyEntry(e *redisEntry) {
 	case "presence":
 		d.applyPresence(e)
 	case "goodbye":
-		if rm != nil && rm.leases[e.user] != nil && e.instance != d.server.instance {
-			rm.leases[e.user].goodbye(string(e.data), now)
-			r.announceChange(rm, e.user, rm.leases[e.user], now)
+		if rm != nil && rm.leases[e.from] != nil && e.instance != d.server.instance {
+			rm.leases[e.from].goodbye(string(e.data), now)
+			r.announceChange(rm, e.from, rm.leases[e.from], now)
 		}
 	default:
 		if e.ttl > 0 && now.After(e.time.Add(e.ttl)) {
@@ -682,7 +663,7 @@ func (d *redis) applyEntry(e *redisEntry) {
 		if r.isFull(rm) {
 			r.dropHistory(r.lru.Back().Value.(*room))
 		}
-		r.add(publishRequest{room: e.room, kind: e.kind, from: e.user, ttl: e.ttl, data: e.data}, e.time)
+		r.add(e.publishRequest, e.time)
 	}
 }
 
@@ -715,18 +696,15 @@ func (r *relay) dropSignals(rm *room, id int64) {
 	r.changed = append(r.changed, rm)
 }
 
-// catchUp waits for a cursor beyond the log, if Redis says that it will come.
-func (d *redis) catchUp(cursor int64) {
+// mayCome reports whether the log has a cursor that is beyond it, or will have. It waits until
+// all that Redis has is read. While Redis is away nobody knows.
+func (d *redis) mayCome(cursor int64) bool {
 	l := d.connected(0)
 	if l == nil {
-		return
+		return true
 	}
-	newest, err := l.do(readTimeout, "newest")
-	if err != nil || min(cursor, asNumber(newest.text)) > d.relay.lastID.Load() { // away, or far behind
-		d.relay.mu.Lock()
-		d.relay.lookahead = awayLookahead
-		d.relay.mu.Unlock()
-	}
+	_, err := l.do(readTimeout, "nothing")
+	return err != nil || cursor < d.relay.lastID.Load()+idStep // what another instance has beyond the last id is its own
 }
 
 // Publishing.
@@ -847,16 +825,20 @@ func (d *redis) setPresence(room, user, client, state string) error {
 // subscribe is relay.subscribe. A cursor beyond the log is waited for, and a user's coming
 // is read before the subscriber's cursor.
 func (d *redis) subscribe(sub *subscriber, q subscribeRequest) error {
-	if q.cursor > d.relay.lastID.Load() {
-		d.catchUp(q.cursor)
-	}
-	if err := d.relay.subscribe(sub, q); err != nil || q.user == "" {
+	r := d.relay
+	isFuture := q.cursor > r.lastID.Load() && !d.mayCome(q.cursor)
+	if err := r.subscribe(sub, q); err != nil || q.user == "" && !isFuture {
 		return err
 	}
-	d.awaitShared()
-	d.relay.mu.Lock()
-	defer d.relay.mu.Unlock()
+	if q.user != "" {
+		d.awaitShared()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	sub.setCursor(q.cursor, q.last)
+	if isFuture {
+		sub.lost = "future"
+	}
 	return nil
 }
 
@@ -887,7 +869,7 @@ func (d *redis) applyPresence(e *redisEntry) {
 	r := d.relay
 	rm := r.openRoom(e.room)
 	defer r.closeIfUnused(rm)
-	if e.user == "" {
+	if e.from == "" {
 		if rm.isCrowded() {
 			r.announceCount(rm, e.time)
 		}
@@ -896,12 +878,12 @@ func (d *redis) applyPresence(e *redisEntry) {
 	if rm.elsewhere == nil {
 		rm.elsewhere = map[string]string{}
 	}
-	state, before := e.state(), cmp.Or(rm.elsewhere[e.user], "offline")
+	state, before := e.state(), cmp.Or(rm.elsewhere[e.from], "offline")
 	d.users -= len(rm.elsewhere)
 	if state == "offline" {
-		delete(rm.elsewhere, e.user)
+		delete(rm.elsewhere, e.from)
 	} else if before != "offline" || d.users < 4*r.maxUsers {
-		rm.elsewhere[e.user] = state
+		rm.elsewhere[e.from] = state
 	}
 	rm.online = len(rm.elsewhere)
 	d.users += rm.online
@@ -909,27 +891,35 @@ func (d *redis) applyPresence(e *redisEntry) {
 		if rm.isCrowded() {
 			r.announceCount(rm, e.time)
 		} else {
-			r.announce(rm, e.user, e.data, e.time)
+			r.announce(rm, e.from, e.data, e.time)
 		}
 	}
-	if l := rm.leases[e.user]; l != nil && l.announced != "offline" {
+	if l := rm.leases[e.from]; l != nil && l.announced != "offline" {
 		now := time.Now()
 		if l.announced = state; e.instance != d.server.instance && state != "offline" {
 			l.setState(state, now)
 		}
-		r.announceChange(rm, e.user, l, now)
+		r.announceChange(rm, e.from, l, now)
 	}
 }
 
-func (d *redis) isReconcileDue() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return !d.reconcileAt.IsZero() && time.Now().After(d.reconcileAt)
-}
-
-// reconcile compares the users that Redis has with those here, after the streams were read: what changes after Redis has answered is still to be read.
+// reconcile compares the users that Redis has with those here, if it is time to. All that the
+// streams had was read before: what changes after Redis has answered is still to be read.
 func (d *redis) reconcile(conn *redisConn) error {
-	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	now := time.Now()
+	d.mu.Lock()
+	isDue, isSettled := !d.reconcileAt.IsZero() && now.After(d.reconcileAt), now.After(d.settledAt)
+	switch {
+	case isDue && isSettled:
+		d.reconcileAt = time.Time{}
+	case isDue:
+		d.reconcileAt = d.settledAt
+	}
+	d.mu.Unlock()
+	if !isDue {
+		return nil
+	}
+	conn.SetDeadline(now.Add(5 * time.Second))
 	reply, err := conn.do("HGETALL", d.keys[6])
 	if err != nil {
 		return err
@@ -951,15 +941,7 @@ func (d *redis) reconcile(conn *redisConn) error {
 			held[member{room, user}] = state
 		}
 	}
-	d.mu.Lock()
-	d.reconcileAt = time.Time{}
-	isSettled := time.Now().After(d.settledAt)
-	if !isSettled {
-		d.reconcileAt = d.settledAt
-	}
-	d.mu.Unlock()
-
-	r, now := d.relay, time.Now()
+	r := d.relay
 	r.mu.Lock()
 	defer r.unlock()
 	if isSettled {
@@ -967,17 +949,18 @@ func (d *redis) reconcile(conn *redisConn) error {
 	}
 	for name, rm := range r.rooms {
 		for user, l := range rm.leases {
-			s := member{name, user}
-			if state := l.stateAt(now); state != "offline" && held[s] != state {
-				d.share(name, user, "", state)
-			} else if state == "offline" {
+			m, state := member{name, user}, l.stateAt(now)
+			if state == "offline" {
 				continue
 			}
-			delete(held, s)
+			if held[m] != state {
+				d.share(name, user, "", state)
+			}
+			delete(held, m)
 		}
 	}
-	for s := range held {
-		d.share(s.room, s.user, "", "offline")
+	for m := range held {
+		d.share(m.room, m.user, "", "offline")
 	}
 	return nil
 }

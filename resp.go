@@ -129,7 +129,7 @@ func (t *redisTarget) dial() (*redisConn, error) {
 
 // do sends a command, and returns its reply.
 func (c *redisConn) do(args ...string) (reply, error) {
-	return c.send(appendArgs(appendCount(c.out[:0], len(args)), args...))
+	return c.send(appendCommand(c.out[:0], args...))
 }
 
 // send sends commands that are encoded, and returns the first reply.
@@ -147,12 +147,8 @@ func (c *redisConn) receive() (reply, error) {
 	return r, cmp.Or(err, r.refusal)
 }
 
-// appendCount begins a command: first comes the number of its arguments.
-func appendCount(b []byte, n int) []byte {
-	return append(strconv.AppendInt(append(b, '*'), int64(n), 10), "\r\n"...)
-}
-
-func appendArgs(b []byte, args ...string) []byte {
+func appendCommand(b []byte, args ...string) []byte {
+	b = append(strconv.AppendInt(append(b, '*'), int64(len(args)), 10), "\r\n"...)
 	for _, arg := range args {
 		b = append(strconv.AppendInt(append(b, '$'), int64(len(arg)), 10), "\r\n"...)
 		b = append(append(b, arg...), "\r\n"...)
@@ -195,15 +191,8 @@ func (c *redisConn) readReply(depth int) (r reply, err error) {
 		_, err := io.CopyN(io.Discard, c.r, int64(n+2))
 		return r, err
 	case kind == '$' && n >= 0 && n <= c.maxText:
-		b := make([]byte, n+2)
-		if _, err := io.ReadFull(c.r, b); err != nil {
-			return r, err
-		}
-		if b, ok := bytes.CutSuffix(b, []byte("\r\n")); ok {
-			r.text = string(b)
-			return r, nil
-		}
-		return r, errProtocol
+		r.text, err = c.readText(n)
+		return r, err
 	case kind == '*' && n >= 0 && n <= maxItems && depth < maxDepth:
 		r.list = make([]reply, 0, min(n, 64)) // grows as they come, not as the number says
 		for range n {
@@ -216,6 +205,24 @@ func (c *redisConn) readReply(depth int) (r reply, err error) {
 		return r, nil
 	}
 	return r, fmt.Errorf("%w: it says %.60q", errProtocol, line)
+}
+
+// readText reads a text of n bytes, and the end of its line.
+func (c *redisConn) readText(n int) (string, error) {
+	var text strings.Builder
+	for text.Grow(n); text.Len() < n; {
+		part, err := c.r.Peek(min(n-text.Len(), c.r.Size()))
+		if err != nil {
+			return "", err
+		}
+		text.Write(part)
+		c.r.Discard(len(part))
+	}
+	end, err := c.r.ReadSlice('\n')
+	if err == nil && string(end) != "\r\n" {
+		err = errProtocol
+	}
+	return text.String(), err
 }
 
 // asNumber returns the number in a string, or 0.
