@@ -373,7 +373,9 @@ func (v *limitedConn) setPhase(state http.ConnState) {
 		v.place.setDue(0)
 	case http.StateIdle:
 		v.freeHead()
-		v.putBack(nil)
+		if !v.http2 { // of which a request may be read already
+			v.putBack(nil)
+		}
 		v.begin()
 		v.place.setDue(v.began.Load() + allowance(0))
 	case http.StateHijacked, http.StateClosed:
