@@ -2,17 +2,19 @@
 // of 4 KB and a goroutine with a stack of 8 KB, or two while a request is served: some
 // 26 KB, which is right for requests, and too much for ten thousand clients that are
 // sent something now and then. This file takes a stream's connection over with
-// http.Hijacker and keeps what a silent stream needs: the socket, a subscriber, and a
-// goroutine that waits to read, which is how one notices that a client left.
+// http.Hijacker, and keeps a session: the connection, a subscriber, and a goroutine that
+// waits to read, which is how one notices that a client left.
 //
-// A few writers serve all these streams, since waking a goroutine for each reader of
-// each message costs more than the write. Writers never wait: a full socket is left
-// to the goroutine that reads (for a WebSocket, to one of its own) until it has room
-// again, or its time is up.
+// A few writers serve all sessions, since waking a goroutine for each reader of each
+// message costs more than the write. Who wakes a session puts it into a queue; a writer
+// takes it from there, and sends what is due. Writers never wait: a full socket is left
+// to the goroutine that reads, or to one of its own, until it has room again, or its time
+// is up.
 //
-// Without this file every stream is driven by its own request, in (*stream).loop. That
-// is also how HTTP/2 and HTTP/1.0 are served, which have no connection of their own or
-// no chunks.
+// websocket.go has what is special about WebSockets, and longpoll.go about long-polls.
+// Without the three files every request is driven by net/http's own goroutine, in
+// (*stream).loop. That is also how HTTP/2 and HTTP/1.0 are served, which have no
+// connection of their own or no chunks.
 
 package main
 
@@ -179,39 +181,7 @@ func answerHead(status string, h http.Header) string {
 	return head.String()
 }
 
-// watch waits for the client to leave or, interrupted by a deadline, for its socket to
-// take what is pending. A client has no reason to send anything; what it sends is
-// discarded.
-func (ses *session) watch() {
-	var b [64]byte
-	for received := 0; ; {
-		n, err := ses.conn.Read(b[:])
-		received += n
-		interrupted := errors.Is(err, os.ErrDeadlineExceeded)
-		if interrupted { // before state is read, or the next interruption would be undone
-			ses.conn.SetReadDeadline(time.Time{})
-		}
-		if ses.state.Load() == stateBlocked {
-			ses.writePending()
-		} else if err != nil && !interrupted || received > maxDiscarded {
-			ses.abort()
-			ses.releaseBlocked()
-			return
-		}
-	}
-}
-
-// abort has the session released, and ends all waiting for its socket. The socket is
-// closed in the session's turn, or after its end, never beside it: its number would
-// be the next connection's, and a write could go there.
-func (ses *session) abort() {
-	ses.gone.Store(true)
-	ses.conn.SetDeadline(past)
-	ses.wake()
-	if ses.state.Load() == stateClosed {
-		ses.conn.Close()
-	}
-}
+// Writing.
 
 // chunkHeadSize is the size of a chunk in hexadecimal and a line end (RFC 9112, 7.1).
 // Leading zeros are allowed, so the size can be filled in last.
@@ -347,6 +317,8 @@ func (p *writerPool) all() []*session {
 	defer p.mu.Unlock()
 	return slices.Clone(p.sessions)
 }
+
+// Waking.
 
 // wakeRoom wakes the subscribers of a room. The last handful is served here, by the
 // goroutine that publishes: in a small room that costs less than to wake a writer.
@@ -485,6 +457,8 @@ func (p *writerPool) throttle() {
 	}
 }
 
+// Writers.
+
 // run is a writer: it serves so many batches of the queue, or until there is nothing. Of
 // the goroutine that publishes it is one batch: who is woken here may wake others.
 func (p *writerPool) run(batches int) {
@@ -570,11 +544,28 @@ func (ses *session) afterWrite(err error) {
 	}
 }
 
-// releaseBlocked releases a session whose socket is full when nobody watches it any more.
-func (ses *session) releaseBlocked() {
-	if ses.state.CompareAndSwap(stateBlocked, stateWriting) {
-		ses.release(false)
+// Full sockets, and the end.
+
+// watch waits for the client to leave or, interrupted by a deadline, for its socket to
+// take what is pending. A client has no reason to send anything; what it sends is
+// discarded.
+func (ses *session) watch() {
+	var b [64]byte
+	for received := 0; received <= maxDiscarded; {
+		n, err := ses.conn.Read(b[:])
+		received += n
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			ses.conn.SetReadDeadline(time.Time{}) // before state is read, or the next interruption would be undone
+			err = nil
+		}
+		if ses.state.Load() == stateBlocked {
+			ses.writePending()
+		} else if err != nil {
+			break
+		}
 	}
+	ses.abort()
+	ses.releaseBlocked()
 }
 
 // writePending waits for a full socket to take the rest. Each time it takes something it
@@ -602,6 +593,25 @@ func (ses *session) writePending() {
 		return
 	}
 	ses.enqueue()
+}
+
+// abort has the session released, and ends all waiting for its socket. The socket is
+// closed in the session's turn, or after its end, never beside it: its number would
+// be the next connection's, and a write could go there.
+func (ses *session) abort() {
+	ses.gone.Store(true)
+	ses.conn.SetDeadline(past)
+	ses.wake()
+	if ses.state.Load() == stateClosed {
+		ses.conn.Close()
+	}
+}
+
+// releaseBlocked releases a session whose socket is full when nobody watches it any more.
+func (ses *session) releaseBlocked() {
+	if ses.state.CompareAndSwap(stateBlocked, stateWriting) {
+		ses.release(false)
+	}
 }
 
 // release gives up all that the session holds. After a bye the client is to close.
