@@ -56,8 +56,8 @@ const (
 
 	maxScratch = 256 << 10 // bytes that a writer keeps of its buffer
 
-	// How many streams are queued, or taken from the queue, at once.
-	wakeBatchSize = 32
+	// How many sessions a writer takes from the queue at once.
+	batchSize = 32
 )
 
 // errBlocked says that a socket took only a part, and the rest is kept.
@@ -295,14 +295,14 @@ func setGCPercent(percent int) {
 // now and then costs less than a timer for each.
 func (p *writerPool) tick() {
 	time.AfterFunc(p.server.heartbeat/15, func() {
-		var batch wakeBatch
+		var due []*session
 		now := time.Now().UnixNano()
 		for _, ses := range p.all() {
-			if ses.poll == nil && ses.due(now) {
-				batch.add(ses)
+			if ses.poll == nil && ses.due(now) && ses.claim() {
+				due = append(due, ses)
 			}
 		}
-		batch.flush()
+		p.enqueue(false, due...)
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if p.ticking = len(p.sessions) > 0; p.ticking {
@@ -311,7 +311,7 @@ func (p *writerPool) tick() {
 	})
 }
 
-// all returns the sessions. To wake one takes the pool's lock.
+// all returns the sessions.
 func (p *writerPool) all() []*session {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -320,36 +320,35 @@ func (p *writerPool) all() []*session {
 
 // Waking.
 
-// wakeRoom wakes the subscribers of a room. The last handful is served here, by the
-// goroutine that publishes: in a small room that costs less than to wake a writer.
+// wakeRoom wakes the subscribers of a room. A handful is served here, by the goroutine that
+// publishes: in a small room that costs less than to wake a writer.
 func (p *writerPool) wakeRoom(rm *room) {
-	var batch wakeBatch
+	var array [batchSize]*session
+	woken := array[:0]
 	rm.mu.Lock()
 	for _, s := range rm.subscriptions {
-		if ses, ok := s.subscriber.driver.(*session); ok {
-			batch.add(ses)
-		} else {
+		if ses, ok := s.subscriber.driver.(*session); !ok {
 			s.subscriber.wake()
+		} else if ses.claim() {
+			woken = append(woken, ses)
 		}
 	}
 	rm.mu.Unlock()
-	if batch.n > 0 && p.push(batch.sessions[:batch.n]...) {
-		p.run(1)
+	if len(woken) > 0 {
+		p.enqueue(true, woken...)
 	}
 }
 
 // wakeAll has all sessions served, so they see that the relay stops. Connections that
 // wait for a request end.
 func (p *writerPool) wakeAll() {
-	var batch wakeBatch
 	for _, ses := range p.all() {
 		if ses.poll != nil {
 			ses.gone.Store(true)
 			ses.conn.SetReadDeadline(past)
 		}
-		batch.add(ses)
+		ses.wake()
 	}
-	batch.flush()
 }
 
 // wake has the session served, now or once more.
@@ -377,58 +376,34 @@ func (ses *session) claim() bool {
 	}
 }
 
-// A wakeBatch carries a few sessions to the queue at once, so that a publisher that wakes ten
-// thousand and the writers do not wait for each other at each.
-type wakeBatch struct {
-	sessions [wakeBatchSize]*session
-	n        int
-}
-
-func (b *wakeBatch) add(ses *session) {
-	if !ses.claim() {
-		return
-	}
-	b.sessions[b.n] = ses
-	if b.n++; b.n == len(b.sessions) {
-		b.flush()
-	}
-}
-
-func (b *wakeBatch) flush() {
-	if b.n > 0 {
-		b.sessions[0].pool.enqueue(b.sessions[:b.n]...)
-		b.n = 0
-	}
-}
-
 // enqueue has a writer serve the session.
 func (ses *session) enqueue() {
 	ses.state.Store(stateQueued)
-	ses.pool.enqueue(ses)
+	ses.pool.enqueue(false, ses)
 }
 
-// enqueue has writers serve sessions whose state is stateQueued.
-func (p *writerPool) enqueue(sessions ...*session) {
-	if p.push(sessions...) {
-		go p.run(math.MaxInt)
-	}
-}
-
-// push puts sessions into the queue. It reports whether one more writer may serve it, which
-// is then the caller's to run.
-func (p *writerPool) push(sessions ...*session) (mayRun bool) {
+// enqueue puts sessions whose state is stateQueued into the queue, and starts writers: one
+// for each batch, but no more than there are processors. If here, this goroutine may be one
+// of them, for one batch.
+func (p *writerPool) enqueue(here bool, sessions ...*session) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	if p.taken > 0 && p.taken >= len(p.queue)/2 {
 		n := copy(p.queue, p.queue[p.taken:])
 		clear(p.queue[n:])
 		p.queue, p.taken = p.queue[:n], 0
 	}
 	p.queue = append(p.queue, sessions...)
-	if mayRun = p.writers < runtime.GOMAXPROCS(0); mayRun {
+	most := min(runtime.GOMAXPROCS(0), (len(p.queue)-p.taken+batchSize-1)/batchSize)
+	if here = here && p.writers < most; here {
 		p.writers++
 	}
-	return mayRun
+	for ; p.writers < most; p.writers++ {
+		go p.run(math.MaxInt)
+	}
+	p.mu.Unlock()
+	if here {
+		p.run(1)
+	}
 }
 
 // take moves sessions from the queue to batch, as many as it has room for.
@@ -464,7 +439,7 @@ func (p *writerPool) throttle() {
 func (p *writerPool) run(batches int) {
 	sc := p.scratches.Get().(*scratch)
 	defer p.scratches.Put(sc)
-	var array [wakeBatchSize]*session
+	var array [batchSize]*session
 	for ; batches > 0; batches-- {
 		batch := p.take(array[:])
 		if len(batch) == 0 {

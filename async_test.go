@@ -316,9 +316,9 @@ func TestAPublisherServesAHandful(t *testing.T) {
 			t.Errorf("the publisher served %d, and writers %d; want 30 and none", n, others)
 		}
 		here.Store(0)
-		publish("large", subscribe("large", 3*wakeBatchSize))
-		if n := here.Load(); n > 10*wakeBatchSize {
-			t.Errorf("of %d the publisher served %d", 10*3*wakeBatchSize, n)
+		publish("large", subscribe("large", 3*batchSize))
+		if n := here.Load(); n > 10*batchSize {
+			t.Errorf("of %d the publisher served %d", 10*3*batchSize, n)
 		}
 	})
 }
