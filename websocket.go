@@ -108,10 +108,14 @@ func textFrame(b []byte) []byte {
 	return b
 }
 
-// appendClose appends a close frame (5.5.1).
-func appendClose(b []byte, code websocket.StatusCode, reason string) []byte {
-	b = append(b, 0x88, byte(2+len(reason)))
-	return append(binary.BigEndian.AppendUint16(b, uint16(code)), reason...)
+// controlFrame returns a control frame (5.5).
+func controlFrame(opcode byte, payload []byte) []byte {
+	return append([]byte{0x80 | opcode, byte(len(payload))}, payload...)
+}
+
+// closeFrame returns a close frame (5.5.1).
+func closeFrame(code websocket.StatusCode, reason string) []byte {
+	return controlFrame(opClose, append(binary.BigEndian.AppendUint16(nil, uint16(code)), reason...))
 }
 
 // sendMessage writes b, whose first maxFrameHead bytes are free, as a message.
@@ -124,8 +128,7 @@ func (ses *session) sendMessage(sc *scratch, b []byte, events []*event) error {
 	}
 	sc.count(ses.technique, nil, len(b)-size+len(ses.before), 0)
 	if ses.closed {
-		code, reason := ses.closeCode()
-		b = appendClose(b, code, reason)
+		b = append(b, closeFrame(ses.closeCode())...)
 	}
 	return ses.write(b, events)
 }
@@ -144,14 +147,12 @@ func (ses *session) ping() error {
 	if ses.ws.awaitingPong.Swap(true) {
 		return os.ErrDeadlineExceeded
 	}
-	ses.before = pingFrame[:] // the heartbeat, in one write
+	ses.before = controlFrame(opPing, nil) // the heartbeat, in one write
 	if ses.enc.heartbeat == "" {
 		return ses.write(nil, nil)
 	}
 	return nil
 }
-
-var pingFrame = [2]byte{0x80 | opPing, 0}
 
 // The opcodes of frames (5.2).
 const (
@@ -198,7 +199,7 @@ func (ses *session) readMessages(in *bufio.Reader, a *author) {
 			err = errLateMessage
 		}
 		if refusal, ok := err.(websocket.CloseError); ok {
-			ses.enqueueFrames(appendClose(nil, refusal.Code, refusal.Reason), io.EOF)
+			ses.enqueueFrames(closeFrame(refusal.Code, refusal.Reason), io.EOF)
 			m.receipt.free()
 			m = message{}
 			ses.conn.SetReadDeadline(time.Time{})
@@ -306,7 +307,7 @@ func (ses *session) reserve(m *message, size int) error {
 		return nil
 	}
 	if m.receipt == nil {
-		m.receipt = ses.pool.receipts.open(func() { ses.enqueueFrames(appendClose(nil, errNoReceipt.Code, errNoReceipt.Reason), io.EOF) })
+		m.receipt = ses.pool.receipts.open(func() { ses.enqueueFrames(closeFrame(errNoReceipt.Code, errNoReceipt.Reason), io.EOF) })
 		size += len(m.data)
 	}
 	if m.receipt.grow(int64(2*size)) != nil {
@@ -320,14 +321,14 @@ func (ses *session) reserve(m *message, size int) error {
 func (ses *session) control(opcode byte, payload []byte) error {
 	switch opcode {
 	case opPing:
-		ses.enqueueFrames(append([]byte{0x80 | opPong, byte(len(payload))}, payload...), nil)
+		ses.enqueueFrames(controlFrame(opPong, payload), nil)
 	case opPong:
 		ses.ws.awaitingPong.Store(false)
 	case opClose:
 		if !validClose(payload) {
 			return errFrame
 		}
-		ses.enqueueFrames(append([]byte{0x80 | opClose, byte(len(payload))}, payload...), net.ErrClosed)
+		ses.enqueueFrames(controlFrame(opClose, payload), net.ErrClosed)
 		return errClientCloses
 	}
 	return nil

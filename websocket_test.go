@@ -147,7 +147,7 @@ func TestARefusedMessageDoesNotTakeTheCloseFrame(t *testing.T) {
 	frame := binary.BigEndian.AppendUint64([]byte{0x81, 0x80 | 127}, size)
 	go conn.Write(append(frame, make([]byte, 4+size)...))
 	answer, err := io.ReadAll(r)
-	if want := appendClose(nil, errLongMessage.Code, errLongMessage.Reason); !bytes.Equal(answer, want) || err != nil {
+	if want := closeFrame(errLongMessage.Code, errLongMessage.Reason); !bytes.Equal(answer, want) || err != nil {
 		t.Errorf("the answer is %q, and reading ends with %v; want %q", answer, err, want)
 	}
 }
@@ -301,11 +301,11 @@ func TestNothingFollowsACloseFrame(t *testing.T) {
 		b.pool.mu.Unlock()
 		go io.CopyN(io.Discard, c, 16) // read some, so that the session can write
 		synctest.Wait()
-		st.enqueueFrames(appendClose(nil, websocket.StatusNormalClosure, ""), net.ErrClosed)
+		st.enqueueFrames(closeFrame(websocket.StatusNormalClosure, ""), net.ErrClosed)
 		b.status("192.0.2.2", "POST /rooms/a")
 		c.SetReadDeadline(time.Now().Add(time.Minute))
 		data, err := io.ReadAll(c)
-		if err != nil || !bytes.HasSuffix(data, appendClose(nil, websocket.StatusNormalClosure, "")) {
+		if err != nil || !bytes.HasSuffix(data, closeFrame(websocket.StatusNormalClosure, "")) {
 			t.Errorf("the socket ended with %v after %q", err, data)
 		}
 	})
