@@ -1,7 +1,8 @@
-// Connections. The relay accepts so many, and so many from one address. Of those only some
-// are with net/http at a time, since it needs 30 KB for each: a connection waits outside
-// until the head of its first request has come and there is a place, and gives its place
-// back when it is taken over. While somebody waits, those that stand still are closed.
+// Connections. The relay accepts so many, and so many from one address. Only some of them are
+// with net/http at a time, since it needs 30 KB for each: a connection waits outside until
+// the head of a request has come and there is a place. It gives the place back when it is
+// taken over, and when all its requests are held, which are paid for as streams. While
+// somebody waits for a place, connections that stand still are closed.
 
 package main
 
@@ -199,22 +200,22 @@ type limitedConn struct {
 	ahead   []byte // what was read before net/http had the connection
 	given   int    // so much of it net/http has read
 	isWhole bool   // it is the head of the request that is being served, and no more
+	http2   bool
 
 	phase    atomic.Int32
-	http2    bool
 	began    atomic.Int64 // when the request did, or the phase before it, Unix nanoseconds
 	received atomic.Int64 // bytes since
-	place    *allotment   // of limiter.served
-	head     *allotment   // of limiter.receipts, for more than most heads have
-	headCost int64
 	writes   atomic.Int32 // that are going on
 	held     atomic.Int32 // requests that are paid for as streams
+	place    *allotment   // of limiter.served
+	head     *allotment   // of limiter.receipts, for more than most heads have
+	headCost int64        // bytes of memory that the head takes
 }
 
 // The phases of a connection.
 const (
 	outside = iota // not with net/http
-	inHead         // of a request, or before it
+	inHead         // in the head of a request, or before it
 	inBody         // or while it is answered
 )
 
