@@ -163,6 +163,22 @@ func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream
 	return true, nil
 }
 
+// hijack takes over a request's connection. What the client has sent beyond the request is
+// what is read first. It returns the head of the request, too, if that is known.
+func hijack(w http.ResponseWriter) (conn *limitedConn, head []byte, err error) {
+	c, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	conn = c.(*limitedConn)
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered())
+	if len(early) == 0 {
+		head = conn.wholeHead()
+	}
+	conn.putBack(early)
+	return conn, head, nil
+}
+
 // beginChunks begins a stream whose length nobody knows: each write is a chunk.
 func (ses *session) beginChunks(h http.Header) {
 	h.Set("Transfer-Encoding", "chunked")
@@ -321,7 +337,7 @@ func (p *writerPool) all() []*session {
 // Waking.
 
 // wakeRoom wakes the subscribers of a room. A handful is served here, by the goroutine that
-// publishes: in a small room that costs less than to wake a writer.
+// publishes, since that costs less than to wake a writer.
 func (p *writerPool) wakeRoom(rm *room) {
 	var array [batchSize]*session
 	woken := array[:0]
@@ -335,7 +351,7 @@ func (p *writerPool) wakeRoom(rm *room) {
 	}
 	rm.mu.Unlock()
 	if len(woken) > 0 {
-		p.enqueue(true, woken...)
+		p.enqueue(len(woken) <= batchSize, woken...)
 	}
 }
 

@@ -91,7 +91,7 @@ func (p *writerPool) takeOverPoll(w http.ResponseWriter, r *http.Request, st *st
 		return true, err
 	}
 	ses.conn = conn
-	ses.poll = &heldPoll{question: p.questionOf(st, r, q, w.Header(), head), last: r.Close, answered: make(chan struct{}, 1)}
+	ses.poll = &heldPoll{question: p.questionOf(st, r, q, w.Header(), head), answered: make(chan struct{}, 1)}
 	ses.poll.end = ses.poll.endOf(time.Now())
 	w.Header().Set("Date", "") // for stats.go: what is written is counted here
 	p.add(ses)
@@ -104,11 +104,7 @@ func (p *writerPool) takeOverPoll(w http.ResponseWriter, r *http.Request, st *st
 func (p *writerPool) questionOf(st *stream, r *http.Request, q *request, header http.Header, head []byte) *question {
 	n := &question{technique: st.technique, enc: st.enc, subscribe: q.sub, wait: q.wait, expiresAt: q.permit.expiresAt, last: r.Close}
 	n.subscribe.driver = nil
-	n.subscribe.user, n.subscribe.client = strings.Clone(q.sub.user), strings.Clone(q.sub.client)
-	n.subscribe.rooms = nil
-	for _, room := range q.rooms {
-		n.subscribe.rooms = append(n.subscribe.rooms, strings.Clone(room))
-	}
+	n.subscribe.rooms = strings.Split(strings.Clone(strings.Join(q.rooms, ",")), ",")
 	n.answerHead = answerHead("200 OK", header)
 
 	// What is asked must depend on nothing that could differ the next time, so the cursor
@@ -232,17 +228,14 @@ func (ses *session) read(buf []byte, end time.Time) ([]byte, error) {
 			return nil, net.ErrClosed
 		}
 		n, err := ses.conn.Read(buf)
-		if n > 0 {
-			err = nil
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return buf[:n], err
 		}
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			early := !p.deadline.Equal(end)
-			p.deadline = time.Time{}
-			if early {
-				continue
-			}
+		early := p.deadline.Before(end)
+		p.deadline = time.Time{}
+		if !early {
+			return nil, err
 		}
-		return buf[:n], err
 	}
 }
 
@@ -282,7 +275,7 @@ func (ses *session) ask(n *question, cursor int64) bool {
 		ses.sub.unsubscribe()
 	}
 	ses.technique, ses.enc = n.technique, n.enc
-	p.question, p.end, p.last = n, n.endOf(now), n.last
+	p.question, p.end = n, n.endOf(now)
 	p.due.Store(false)
 	if len(ses.sub.subscriptions) > 0 {
 		ses.sub.setCursor(cursor, 0)
@@ -316,7 +309,7 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 	if p.before == "" || p.subscribe.user != "" { // it cannot be repeated, or the user was present for the wait
 		ses.sub.unsubscribe()
 	}
-	p.last = p.last || stopping || ses.gone.Load()
+	p.last = p.question.last || stopping || ses.gone.Load()
 
 	b := ses.enc.encode(append(sc.buf[:0], ses.enc.preamble...), &ses.sub, sc.events...)
 	size := len(b)
@@ -345,20 +338,4 @@ func (ses *session) finishAnswer() {
 	ses.state.Store(stateOut)
 	ses.server.release(ses.quota, ses.technique)
 	p.answered <- struct{}{}
-}
-
-// hijack takes over a request's connection. What the client has sent beyond the request is
-// what is read first. It returns the head of the request, too, if that is known.
-func hijack(w http.ResponseWriter) (conn *limitedConn, head []byte, err error) {
-	c, rw, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		return nil, nil, err
-	}
-	conn = c.(*limitedConn)
-	early, _ := rw.Reader.Peek(rw.Reader.Buffered())
-	if len(early) == 0 {
-		head = conn.wholeHead()
-	}
-	conn.putBack(early)
-	return conn, head, nil
 }
