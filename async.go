@@ -78,16 +78,18 @@ type session struct {
 	ws            *webSocket  // of a WebSocket
 }
 
-// The states of a session. What is not atomic is touched only by what serves it: the
-// writer that took it from the queue, or the goroutine that waits for its full socket.
+// The states of a session. To wake it is to queue it if it is idle, and to have its writer
+// look once more if there is one. What is not atomic in a session is touched only by who
+// has it: the writer that took it from the queue, or the goroutine that waits for its full
+// socket.
 const (
-	stateOut     = iota // not for writers: it is new, or a long-poll that has its answer
+	stateOut     = iota // no writer will come: it is new, or a long-poll that has its answer
 	stateIdle           // there is nothing to write
 	stateQueued         // a writer will come
-	stateWriting        // a writer serves it
-	stateDirty          // the same, and there is more to do
-	stateBlocked        // its socket is full; no writer comes
-	stateClosed
+	stateWriting        // a writer has it
+	stateDirty          // the same, and it was woken meanwhile
+	stateBlocked        // its socket is full, and somebody waits for that
+	stateClosed         // it holds nothing any more
 )
 
 // A writerPool is the writers, and the sessions they serve. Writers live while there is
@@ -422,15 +424,6 @@ func (p *writerPool) enqueue(here bool, sessions ...*session) {
 	}
 }
 
-// take moves sessions from the queue to batch, as many as it has room for.
-func (p *writerPool) take(batch []*session) []*session {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	n := copy(batch, p.queue[p.taken:])
-	p.taken += n
-	return batch[:n]
-}
-
 // throttle holds a publisher up, for a tenth of a second at most, while the session that
 // waits longest is a quarter of a history behind. Without it a few that publish as
 // fast as they can would run away from a thousand that read.
@@ -457,12 +450,15 @@ func (p *writerPool) run(batches int) {
 	defer p.scratches.Put(sc)
 	var array [batchSize]*session
 	for ; batches > 0; batches-- {
-		batch := p.take(array[:])
-		if len(batch) == 0 {
+		p.mu.Lock()
+		n := copy(array[:], p.queue[p.taken:])
+		p.taken += n
+		p.mu.Unlock()
+		if n == 0 {
 			break
 		}
 		now := time.Now().UnixNano()
-		for _, ses := range batch {
+		for _, ses := range array[:n] {
 			ses.state.Store(stateWriting)
 			ses.afterWrite(ses.writeDue(sc, now))
 		}
