@@ -255,7 +255,8 @@ func (c *renderer) draw() {
 	var numbers []float64
 	others := 0 // that are no numbers, and in no picture yet
 	for _, e := range messages {
-		if n, err := strconv.ParseFloat(strings.TrimSpace(asText(e.decode().Data)), 64); err == nil && math.Abs(n) < 1e15 { // beyond, a difference of two may overflow
+		n, err := strconv.ParseFloat(strings.TrimSpace(asText(e.decode().Data)), 64)
+		if err == nil && math.Abs(n) < 1e15 { // beyond, a difference of two may overflow
 			numbers = append(numbers, n)
 		} else if e.id > c.drawn {
 			others++
@@ -309,8 +310,8 @@ func (c *renderer) graph(numbers []float64) (b []byte) {
 	left, right, top, bottom := float64(margin), float64(c.w-margin-60), float64(margin+6), float64(c.h-margin)
 	y := func(n float64) float64 { return bottom - (n-low)/span*(bottom-top) }
 	for _, n := range []float64{low, high} {
-		b = fmt.Appendf(b, `<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f"/><text class="faint" x="%.1f" y="%.1f">%s</text>`,
-			left, y(n), right, y(n), right+8, y(n)+4, formatNumber(n))
+		b = fmt.Appendf(b, `<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f"/><text class="faint" x="%.1f" y="%.1f">%.5g</text>`,
+			left, y(n), right, y(n), right+8, y(n)+4, n)
 	}
 	b = append(b, `<path d="`...)
 	step := (right - left) / float64(max(1, len(numbers)-1))
@@ -319,12 +320,9 @@ func (c *renderer) graph(numbers []float64) (b []byte) {
 		b = fmt.Appendf(b, "%c%.1f %.1f", "ML"[min(i, 1)], x, y(n))
 	}
 	last := numbers[len(numbers)-1]
-	return fmt.Appendf(b, `"/><circle cx="%.1f" cy="%.1f" r="3.5"/><text x="%.1f" y="%.1f" font-weight="600">%s</text>`,
-		right, y(last), right+8, min(max(y(last)+4, top+18), bottom-12), formatNumber(last))
+	return fmt.Appendf(b, `"/><circle cx="%.1f" cy="%.1f" r="3.5"/><text x="%.1f" y="%.1f" font-weight="600">%.5g</text>`,
+		right, y(last), right+8, min(max(y(last)+4, top+18), bottom-12), last)
 }
-
-// formatNumber returns a number in few digits.
-func formatNumber(n float64) string { return strconv.FormatFloat(n, 'g', 5, 64) }
 
 // text writes the last lines that fit, the newest at the bottom.
 func (c *renderer) text(messages []*event) (b []byte) {
