@@ -112,20 +112,7 @@ func isPage(p string) bool {
 
 // wrapPages returns a handler that answers for pages, and adds to the server what pages need.
 func wrapPages(s *server, next http.Handler) http.Handler {
-	s.eventHTML = cached(64, 16<<10, fullHTML)
-	s.technique("html").encoder = func(s *server, q *request) encoder {
-		enc := endlessPage(s, q)
-		enc.preamble = s.pageHead(q, "") + "<main class=\"log endless\">\n"
-		return enc
-	}
-	s.technique("refresh").encoder = func(s *server, q *request) encoder {
-		enc := refresh(s, q)
-		enc.preamble = ""
-		enc.batch = func(b []byte, _ *subscriber, events []*event) []byte { // only now is q's user among those who are here
-			return s.appendPage(append(b, s.pageHead(q, enc.header["Refresh"])...), events)
-		}
-		return enc
-	}
+	s.pageHead, s.eventHTML = s.fullHead, cached(64, 16<<10, fullHTML)
 	push := s.technique("multipart")
 	push.as["text"], push.as["html"] = multipartText, multipartHTML
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -286,9 +273,9 @@ func (q *request) fill(page string, more ...string) string {
 
 func (q *request) title() string { return strings.Join(q.rooms, ", ") }
 
-// pageHead begins a page, with a form: in a page that refreshes itself as part of it,
+// fullHead begins a page, with a form: in a page that refreshes itself as part of it,
 // else in a frame of its own.
-func (s *server) pageHead(q *request, refresh string) string {
+func (s *server) fullHead(q *request, refresh string) string {
 	head, write, here := pageHeader+endlessNote, formFrame, ""
 	if refresh != "" {
 		head, write = pageHeader+refreshNote, form

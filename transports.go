@@ -326,7 +326,7 @@ func endlessPage(s *server, q *request) encoder {
 	return encoder{
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Content-Security-Policy": q.pagePolicy()},
-		preamble:    plainHead + "<main class=\"log endless\">\n",
+		preamble:    s.pageHead(q, "") + "<main class=\"log endless\">\n",
 		event:       func(b []byte, e *event) []byte { return append(b, s.eventHTML(e)...) },
 		heartbeat:   "<!-- beat -->\n",
 		last:        pageMessages,
@@ -340,18 +340,25 @@ func endlessPage(s *server, q *request) encoder {
 //	Refresh: 10
 func refresh(s *server, q *request) encoder {
 	wait := strconv.FormatInt(q.intParam("wait", 1, maxWait, 10), 10) // with 0 a browser asks thirty times a second
-	form := `<form method="post" action="../` + q.rooms[0] + `"><input type="hidden" name="then" value="refresh">` +
-		`Name <input name="user" value="` + html.EscapeString(q.user) + `"> Message <input name="data" required> <button>Send</button></form>`
 	return encoder{
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Refresh": wait, "Content-Security-Policy": q.pagePolicy()},
-		preamble:    plainHead + form + "\n",
-		batch:       func(b []byte, _ *subscriber, events []*event) []byte { return s.appendPage(b, events) },
-		last:        pageMessages,
+		batch: func(b []byte, _ *subscriber, events []*event) []byte {
+			return s.appendPage(append(b, s.pageHead(q, wait)...), events) // not before: now q's user is present
+		},
+		last: pageMessages,
 	}
 }
 
-const plainHead = "<!DOCTYPE html>\n<html lang=\"en\">\n<title>Cometes</title>\n"
+// plainHead is the simplest way to begin a page. One that refreshes itself has the form.
+func plainHead(q *request, refresh string) string {
+	head := "<!DOCTYPE html>\n<html lang=\"en\">\n<title>Cometes</title>\n"
+	if refresh == "" {
+		return head
+	}
+	return head + `<form method="post" action="../` + q.rooms[0] + `"><input type="hidden" name="then" value="refresh">` +
+		`Name <input name="user" value="` + html.EscapeString(q.user) + `"> Message <input name="data" required> <button>Send</button></form>` + "\n"
+}
 
 // appendPage appends the body of a page, the newest message first.
 func (s *server) appendPage(b []byte, events []*event) []byte {
@@ -414,6 +421,7 @@ type server struct {
 	erase     func(room string) error
 	setState  func(room, user, client, state string) error
 	subscribe func(*subscriber, subscribeRequest) error
+	pageHead  func(q *request, refresh string) string // begins a page, which may refresh itself after so many seconds
 	eventHTML func(*event) []byte
 	takeOver  func(http.ResponseWriter, *http.Request, *stream, *request) (taken bool, err error) // drives a stream in place of the loop
 	count     counter
@@ -436,6 +444,7 @@ func newServer(r *relay) *server {
 		erase:     r.erase,
 		setState:  r.setPresence,
 		subscribe: r.subscribe,
+		pageHead:  plainHead,
 		eventHTML: plainHTML,
 		count:     func(*technique, []*event, int, int64) {},
 		refused:   func(string) {},
