@@ -172,7 +172,10 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 func (d *redis) connect() (*redisLink, error) {
 	l := &redisLink{redis: d}
 	l.more.L = &l.mu
-	err := l.dial()
+	var err error
+	if l.conn, err = d.target.dial(); err == nil {
+		l.news, err = d.target.dial()
+	}
 	if err == nil && d.floor == 0 {
 		err = d.begin(l.conn)
 	}
@@ -305,7 +308,6 @@ type redisLink struct {
 	conn  *redisConn   // calls the script and reads the streams
 	news  *redisConn   // waits until there is something to read
 	sent  atomic.Int64 // how many batches
-	args  []string     // of the last, for their memory
 
 	mu    sync.Mutex // guards what follows
 	more  sync.Cond  // signalled when a call is queued, and at the end
@@ -319,13 +321,6 @@ type scriptCall struct {
 	reply reply
 	err   error
 	done  chan struct{} // closed when there is a reply or an error
-}
-
-func (l *redisLink) dial() (err error) {
-	if l.conn, err = l.redis.target.dial(); err == nil {
-		l.news, err = l.redis.target.dial()
-	}
-	return err
 }
 
 // do has the script do something, and returns its reply when this instance has read all that
@@ -423,14 +418,12 @@ func (l *redisLink) call(batch []*scriptCall) ([]reply, error) {
 // replies. The error is a redisError if the script was refused.
 func (l *redisLink) send(command, script string, batch []*scriptCall) (reply, error) {
 	d := l.redis
-	args := append(l.args[:0], command, script, strconv.Itoa(len(d.keys)))
-	args = append(args, d.keys...)
+	args := append([]string{command, script, strconv.Itoa(len(d.keys))}, d.keys...)
 	args = append(args, strconv.FormatInt(d.relay.lastID.Load(), 10), strconv.Itoa(d.events))
 	for _, c := range batch {
 		args = append(args, c.args[0], strconv.Itoa(len(c.args)-1))
 		args = append(args, c.args[1:]...)
 	}
-	l.args = args
 	l.conn.SetDeadline(time.Now().Add(replyTimeout))
 	text := appendCommand(l.conn.out[:0], args...)
 	answer, err := l.conn.send(appendCommand(text, d.readCommand("COUNT", strconv.Itoa(readCount))...))
@@ -463,19 +456,22 @@ func (l *redisLink) readStreams() error {
 func (l *redisLink) watch() error {
 	d := l.redis
 	defer context.AfterFunc(d.stopping, func() { l.news.Close() })()
-	for beatAt := time.Now(); ; {
-		for sent := int64(-1); sent != l.sent.Load(); time.Sleep(time.Millisecond) {
-			sent = l.sent.Load()
-			if time.Since(beatAt) > beatEvery {
-				beatAt = time.Now()
-				if err := d.beat(l, 0); err != nil {
-					return err
-				}
+	for beatAt, sent := time.Now(), int64(0); ; {
+		left := time.Until(beatAt.Add(beatEvery))
+		if left < time.Millisecond {
+			beatAt = time.Now()
+			if err := d.beat(l, 0); err != nil {
+				return err
 			}
+			continue
 		}
-		wait := max(time.Millisecond, time.Until(beatAt.Add(beatEvery)))
-		l.news.SetDeadline(time.Now().Add(wait + replyTimeout))
-		if _, err := l.news.do(d.readCommand("COUNT", "1", "BLOCK", strconv.FormatInt(wait.Milliseconds(), 10))...); err != nil {
+		if n := l.sent.Load(); n != sent {
+			sent = n
+			time.Sleep(time.Millisecond)
+			continue
+		}
+		l.news.SetDeadline(time.Now().Add(left + replyTimeout))
+		if _, err := l.news.do(d.readCommand("COUNT", "1", "BLOCK", strconv.FormatInt(left.Milliseconds(), 10))...); err != nil {
 			return err
 		}
 		if _, err := l.do(startTimeout, "nothing"); err != nil {

@@ -1,8 +1,8 @@
 -- What is done in Redis, where one thing happens at a time. Called with the keys below, and
 -- as arguments: the newest id that the caller has, how many entries a stream keeps, and then
--- for each thing to do its name, how many arguments it takes, and these. It answers with
--- a reply to each. Of keys and of the rooms' newest messages Redis remembers
--- ten for each entry that a stream keeps.
+-- for each thing to do its name, how many arguments it takes, and these. It answers with a
+-- reply to each. Of keys and of the rooms' newest messages Redis remembers ten for each entry
+-- that a stream keeps.
 
 local ARGV, call, format = ARGV, redis.call, string.format
 local STATE, STREAMS, KNOWN, ORDER, ROOMS, USERS, INSTANCES = KEYS[1], {KEYS[2], KEYS[3]}, KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
@@ -18,11 +18,11 @@ local function last_of(stream)
 end
 
 -- The state is read and written once, for all that is to do: the newest id, the first one
--- since Redis was empty, the newest of each stream, and the newest messages of rooms.
+-- since Redis was empty, the newest of each stream; and the newest message of a room.
 local state = call('HMGET', STATE, 'id', 'born', MESSAGES, SIGNALS)
 local newest, born, newest_of = state[1], state[2], {state[3] or '0', state[4] or '0'}
 local last = tonumber(newest) or math.max(last_of(STREAMS[1]), last_of(STREAMS[2]))
-local newest_in = {} -- of the rooms that get a message now; of others ROOMS has it
+local newest_in = {} -- by room, of those that get a message now; of others ROOMS has it
 local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
 local milliseconds = format('%.0f', now / 1000)
