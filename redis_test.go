@@ -716,6 +716,10 @@ func TestRedisReadYourWrites(t *testing.T) {
 		beds[(i+2)%3].subscribe(variantOf("sse"), "a", fmt.Sprint("Last-Event-ID: ", id-1)).begin().expect("message " + text)
 		beds[i%3].subscribe(variantOf("poll"), "a", "last=1").expect("message " + text) // without a cursor at the same one
 	}
+	gap := beds[1].subscribe(variantOf("sse"), "a", fmt.Sprint("Last-Event-ID: ", beds[0].cursor()+60e6)).begin().expect("gap")[0]
+	if !strings.Contains(gap.json, `"future"`) {
+		t.Errorf("a cursor that nobody gave: %s", gap.json)
+	}
 }
 
 // A key, and if, hold over all instances.
@@ -784,6 +788,37 @@ func TestRedisBatches(t *testing.T) {
 		if got[fmt.Sprint(i)] != (i%4 < 2) {
 			t.Errorf("event %d is there: %v", i, got[fmt.Sprint(i)])
 		}
+	}
+}
+
+// What a batch does sees what it has done: a newer message, a key, an erased room.
+func TestRedisScript(t *testing.T) {
+	command := []any{"EVAL", redisScript, 8}
+	for _, key := range []string{"state", "messages", "signals", "keys", "order", "rooms", "users", "instances"} {
+		command = append(command, key)
+	}
+	command = append(command, 0, 100)
+	publish := func(key, onlyIf string) {
+		command = append(command, "publish", 7, "a", "message", "ada", 0, key, onlyIf, `"hi"`)
+	}
+	publish("", "0")
+	publish("k", "")
+	publish("k", "0")
+	publish("", "0")
+	command = append(command, "erase", 1, "a")
+	publish("", "0")
+	replies := startRedis(t).do(command...).list
+	if len(replies) != 6 {
+		t.Fatal(replies)
+	}
+	first, second, erased, last := replies[0].text, replies[1].text, replies[4].text, replies[5].text
+	for i, want := range []string{first, second, "k" + second[1:], "i" + second[1:], erased, last} {
+		if replies[i].text != want {
+			t.Errorf("reply %d is %q, want %q", i, replies[i].text, want)
+		}
+	}
+	if !slices.IsSorted([]string{first, second, "n" + erased, last}) || first[0] != 'n' || last[0] != 'n' {
+		t.Errorf("the events are %q, %q, %q and %q", first, second, erased, last)
 	}
 }
 
