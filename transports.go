@@ -1111,6 +1111,24 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, do func(http.Res
 		body["id"] = e.newest
 	}
 	writeJSON(w, e.status, body)
+	if e.status < 500 && e.status != http.StatusRequestTimeout {
+		discardBody(w, r)
+	}
+}
+
+// discardBody reads what is left of a refused body, for up to a second, if the connection
+// is closed behind the answer. Many clients read no answer before they have sent the whole
+// body, and closing on unread bytes resets the connection and takes the answer from them.
+// net/http itself reads what is left only if the connection stays open, and up to 256 KB.
+func discardBody(w http.ResponseWriter, r *http.Request) {
+	closes := r.Close || r.ContentLength > 256<<10 || w.Header().Get("Connection") == "close"
+	if r.ProtoMajor != 1 || !closes || r.Body == http.NoBody || r.Header.Get("Expect") != "" {
+		return
+	}
+	rc := http.NewResponseController(w)
+	rc.Flush()
+	rc.SetReadDeadline(time.Now().Add(time.Second))
+	io.Copy(io.Discard, r.Body)
 }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {

@@ -763,6 +763,31 @@ func TestLeavingIsNoError(t *testing.T) {
 	}
 }
 
+// Python's urllib reads no answer before it has sent the whole body, and asks for the
+// connection to be closed. It reads why it is refused all the same.
+func TestAClientThatSendsFirstReadsTheRefusal(t *testing.T) {
+	b := newTestbed(t, tcp)
+	for status, head := range map[string]string{
+		" 413 ": "POST /rooms/a HTTP/1.1\r\nContent-Length: 5000000\r\n",
+		" 415 ": "POST /rooms/a HTTP/1.1\r\nContent-Length: 5000000\r\nContent-Encoding: gzip\r\n",
+		" 405 ": "POST /rooms/a/poll HTTP/1.0\r\nContent-Length: 5000000\r\n",
+	} {
+		conn, err := b.dial(context.Background())
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(conn, head+"Host: x\r\nConnection: close\r\n\r\n")
+		if _, err := conn.Write(make([]byte, 5_000_000)); err != nil {
+			t.Errorf("%s: sending ends with %v", status, err)
+		}
+		answer, err := io.ReadAll(conn)
+		if !strings.Contains(string(answer), status) || err != nil {
+			t.Errorf("the answer is %q, and reading ends with %v; want %s", answer, err, status)
+		}
+		conn.Close()
+	}
+}
+
 // Some clients of sse take an id for their cursor as soon as they have read its line. They
 // lose nothing either when the connection is cut: by then they have read the event.
 func TestTheIDComesLast(t *testing.T) {
