@@ -141,12 +141,6 @@ func (p *writerPool) takeOver(w http.ResponseWriter, r *http.Request, st *stream
 	if !isWebSocket && (r.ProtoMajor != 1 || r.ProtoMinor != 1) {
 		return false, nil
 	}
-	if isWebSocket {
-		if err := checkUpgrade(w, r); err != nil {
-			p.server.release(st.quota, st.technique)
-			return true, err
-		}
-	}
 	ses := &session{stream: st, pool: p}
 	if err := st.open(q, ses); err != nil {
 		return true, err

@@ -737,6 +737,7 @@ var remoteContract = []struct {
 	{"if publishes only after the newest message", remoteIf},
 	{"a room is erased", remoteErase},
 	{"users come, type and leave", remotePresence},
+	{"a bad handshake is refused with a reason", remoteHandshake},
 	{"a WebSocket publishes, and is answered", remoteWebSocket},
 	{"a long-poll waits", remoteLongPoll},
 	{"as=data is the data alone", remoteData},
@@ -948,6 +949,27 @@ func remoteWebSocket(b *testbed, room string) {
 func (b *testbed) cursorOf(room string) int64 {
 	b.t.Helper()
 	return b.subscribe(variantOf("poll"), room, "last=1").next().id
+}
+
+func remoteHandshake(b *testbed, room string) {
+	const version, key = "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+	for _, tc := range []struct {
+		status  int
+		headers []string
+	}{
+		{426, []string{}},
+		{426, []string{"Upgrade: websocket", version, key}},
+		{426, []string{"Connection: Upgrade", "Upgrade: h2c", version, key}},
+		{400, []string{"Connection: Upgrade", "Upgrade: websocket", version}},
+		{400, []string{"Connection: Upgrade", "Upgrade: websocket", key}},
+		{400, []string{"Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 8", key}},
+		{400, []string{"Connection: Upgrade", "Upgrade: websocket", version, "Sec-WebSocket-Key: short"}},
+	} {
+		res, body := b.do("GET", "/rooms/"+room+"/ws", "", tc.headers...)
+		if res.StatusCode != tc.status || !isError(body) {
+			b.t.Errorf("%q: %s %q, want %d", tc.headers, res.Status, body, tc.status)
+		}
+	}
 }
 
 func remoteLongPoll(b *testbed, room string) {

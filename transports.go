@@ -16,6 +16,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -485,9 +486,11 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 	}
 	st := &stream{server: s, technique: t, enc: enc, quota: q.permit.quota}
 	switch {
-	case t.name == "ws" && !strings.EqualFold(r.Header.Get("Upgrade"), "websocket"):
-		return upgradeRequired(w, r)
-	case t.name != "ws" && r.Method == http.MethodHead:
+	case t.name == "ws":
+		if err := checkUpgrade(w, r); err != nil {
+			return err
+		}
+	case r.Method == http.MethodHead:
 		return nil
 	case t.mode == immediate:
 		return st.serveOnce(w, r, q)
@@ -792,13 +795,22 @@ func writer(w http.ResponseWriter) func([]byte) error {
 
 // WebSocket.
 
-// upgradeRequired answers a plain request for a WebSocket.
-func upgradeRequired(w http.ResponseWriter, r *http.Request) error {
-	if r.ProtoMajor == 1 { // HTTP/2 has no such headers
-		w.Header().Set("Connection", "Upgrade")
-		w.Header().Set("Upgrade", "websocket")
+// checkUpgrade says what a request for a WebSocket lacks.
+func checkUpgrade(w http.ResponseWriter, r *http.Request) error {
+	h, connection := r.Header, strings.ToLower(strings.Join(r.Header.Values("Connection"), ","))
+	if r.Method != http.MethodGet || !r.ProtoAtLeast(1, 1) || !strings.EqualFold(h.Get("Upgrade"), "websocket") || !strings.Contains(connection, "upgrade") {
+		if r.ProtoMajor == 1 { // HTTP/2 has no such headers
+			w.Header().Set("Connection", "Upgrade")
+			w.Header().Set("Upgrade", "websocket")
+		}
+		return newError(http.StatusUpgradeRequired, "this path is for a WebSocket; ask over HTTP/1.1, with Connection: Upgrade and Upgrade: websocket")
 	}
-	return newError(http.StatusUpgradeRequired, "this path is for a WebSocket; ask over HTTP/1.1, with Connection: Upgrade and Upgrade: websocket")
+	keys := h.Values("Sec-WebSocket-Key")
+	if key, err := base64.StdEncoding.DecodeString(strings.Join(keys, "")); err != nil || len(key) != 16 || len(keys) != 1 || h.Get("Sec-WebSocket-Version") != "13" {
+		w.Header().Set("Sec-WebSocket-Version", "13")
+		return badRequest("a WebSocket is asked for with Sec-WebSocket-Version: 13, and 16 bytes in base64 as Sec-WebSocket-Key")
+	}
+	return nil
 }
 
 // acceptOptions are those of every WebSocket. The origin is not checked here, since a layer

@@ -71,20 +71,6 @@ func (ses *session) beginWebSocket(h http.Header, r *http.Request, q *request) {
 	go ses.readMessages(bufio.NewReaderSize(ses.conn, 128), author)
 }
 
-// checkUpgrade says what a request for a WebSocket lacks.
-func checkUpgrade(w http.ResponseWriter, r *http.Request) error {
-	connection := strings.ToLower(strings.Join(r.Header.Values("Connection"), ","))
-	if r.Method != http.MethodGet || !r.ProtoAtLeast(1, 1) || !strings.Contains(connection, "upgrade") {
-		return upgradeRequired(w, r)
-	}
-	keys := r.Header.Values("Sec-WebSocket-Key")
-	if key, err := base64.StdEncoding.DecodeString(strings.Join(keys, "")); err != nil || len(key) != 16 || len(keys) != 1 || r.Header.Get("Sec-WebSocket-Version") != "13" {
-		w.Header().Set("Sec-WebSocket-Version", "13")
-		return badRequest("a WebSocket is asked for with Sec-WebSocket-Version: 13, and 16 bytes in base64 as Sec-WebSocket-Key")
-	}
-	return nil
-}
-
 // maxFrameHead is the size of the head of a frame of eight bytes of length.
 const maxFrameHead = 10
 
