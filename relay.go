@@ -445,11 +445,10 @@ func (r *relay) isStopping() bool {
 // a time; wake may be called by any.
 type subscriber struct {
 	relay         *relay
-	cursor        int64           // everything up to here was read
-	lost          string          // why the client's cursor is not from this log, if so; then each room is due a gap
-	subscriptions []subscription  // one a room
-	inline        [1]subscription // most have one
-	more          bool            // the last batch was cut short
+	cursor        int64          // everything up to here was read
+	lost          string         // why the client's cursor is not from this log, if so; then each room is due a gap
+	subscriptions []subscription // one for each room
+	more          bool           // the last batch was cut short
 	maxBatchBytes int
 	wakeup        chan struct{} // holds a token while there may be something to read; nil with a driver
 	driver        any           // what reads for the subscriber in place of a goroutine, if anything; for wakeRoom
@@ -488,10 +487,6 @@ const maxUnpublishedRooms = 10_000
 // copy sub in between: its rooms point to it.
 func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 	*sub = subscriber{relay: r, seesPresence: q.seesPresence, maxBatchBytes: q.maxBatchBytes, driver: q.driver}
-	sub.subscriptions = sub.inline[:0]
-	if n := len(q.rooms); n > 1 {
-		sub.subscriptions = make([]subscription, 0, n)
-	}
 	if q.driver == nil {
 		sub.wakeup = make(chan struct{}, 1)
 	}
@@ -500,9 +495,10 @@ func (r *relay) subscribe(sub *subscriber, q subscribeRequest) error {
 	if err := r.checkLimits(q); err != nil {
 		return err
 	}
+	sub.subscriptions = make([]subscription, len(q.rooms))
 	for i, name := range q.rooms {
 		rm := r.openRoom(name)
-		sub.subscriptions = append(sub.subscriptions, subscription{subscriber: sub, room: rm})
+		sub.subscriptions[i] = subscription{subscriber: sub, room: rm}
 		sub.subscriptions[i].attach()
 		if q.user != "" {
 			r.acquireLease(rm, q.user, q.client, q.longLived)
