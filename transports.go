@@ -502,7 +502,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 	if limit, ok := err.(httpError); ok && limit.retryAfter > 0 && t.name == "sse" {
 		// An EventSource gives up for good on any status but 200.
 		s.refused(limit.reason)
-		return writer(w)(enc.encode([]byte(enc.preamble), &st.sub, s.bye()))
+		return write(w, enc.encode([]byte(enc.preamble), &st.sub, s.bye()))
 	}
 	return err
 }
@@ -563,7 +563,7 @@ func (st *stream) answer(w http.ResponseWriter, events []*event) error {
 	b := st.enc.encode([]byte(st.enc.preamble), &st.sub, events...)
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	st.server.count(st.technique, events, len(b), time.Now().UnixMilli())
-	return writer(w)(b)
+	return write(w, b)
 }
 
 // A stream is what is known of one client while it is answered. For a poll, most of it is
@@ -604,13 +604,13 @@ func (st *stream) serveHeld(w http.ResponseWriter, r *http.Request, q *request) 
 	if t.name == "ws" {
 		return st.webSocket(w, r, q)
 	}
-	write, rc := writer(w), http.NewResponseController(w)
+	rc := http.NewResponseController(w)
 	st.send = func(_ *scratch, b []byte, _ []*event) error {
 		if err := st.quota.unsent(len(b)); err != nil {
 			return err
 		}
 		defer st.quota.unsent(-len(b))
-		if write(b) != nil || rc.Flush() != nil {
+		if write(w, b) != nil || rc.Flush() != nil {
 			return errClientGone
 		}
 		return rc.SetWriteDeadline(time.Time{}) // over HTTP/2 a deadline would end a silent stream, too
@@ -772,25 +772,23 @@ func (s *server) stop() {
 	s.relay.stop()
 }
 
-// writer returns a function that writes an answer in chunks, and gives each of them
+// write writes a part of an answer, or all of it, in chunks, and gives each of them
 // writeTimeout. The last chunk goes out when the caller flushes, or the handler returns. It is
 // not flushed here, deep within the handler, where that would make the stack of each
 // goroutine larger.
-func writer(w http.ResponseWriter) func([]byte) error {
+func write(w http.ResponseWriter, b []byte) error {
 	rc := http.NewResponseController(w)
-	return func(b []byte) error {
-		for len(b) > 0 {
-			chunk := b[:min(len(b), writeChunk)]
-			rc.SetWriteDeadline(time.Now().Add(writeTimeout))
-			if _, err := w.Write(chunk); err != nil {
-				return errClientGone
-			}
-			if b = b[len(chunk):]; len(b) > 0 && rc.Flush() != nil {
-				return errClientGone
-			}
+	for len(b) > 0 {
+		chunk := b[:min(len(b), writeChunk)]
+		rc.SetWriteDeadline(time.Now().Add(writeTimeout))
+		if _, err := w.Write(chunk); err != nil {
+			return errClientGone
 		}
-		return nil
+		if b = b[len(chunk):]; len(b) > 0 && rc.Flush() != nil {
+			return errClientGone
+		}
 	}
+	return nil
 }
 
 // WebSocket.
@@ -1468,8 +1466,6 @@ func (s *server) setPresence(by *permit, room, user, client, state string) error
 		return errReserved
 	case user == "":
 		return badRequest("presence needs a user; name one")
-	case !validUser(user):
-		return errUser
 	case !slices.Contains(presenceStates, state):
 		return badRequest("the state must be online, typing, away or offline")
 	}
@@ -1605,7 +1601,8 @@ func mediaType(h http.Header) (string, error) {
 	given := h.Get("Content-Type")
 	contentType, params, err := mime.ParseMediaType(given)
 	if err != nil { // of application/json; utf-8 for example, the type is good
-		contentType, params = strings.ToLower(strings.TrimSpace(given[:strings.IndexAny(given+";", ";,")])), nil
+		contentType, _, _ = strings.Cut(strings.ReplaceAll(given, ",", ";"), ";")
+		contentType = strings.ToLower(strings.TrimSpace(contentType))
 	}
 	encoding, charset := h.Get("Content-Encoding"), strings.ToLower(params["charset"])
 	if encoding != "" && encoding != "identity" || !slices.Contains([]string{"", "utf-8", "utf8", "us-ascii"}, charset) {
