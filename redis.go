@@ -157,8 +157,8 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 			go d.run(l)
 			return d, nil
 		}
-		refusal, isFinal := err.(redisError)
-		isFinal = isFinal && !strings.HasPrefix(string(refusal), "LOADING") || errors.Is(err, errProtocol)
+		refusal, isRefusal := errors.AsType[redisError](err)
+		isFinal := isRefusal && !strings.HasPrefix(string(refusal), "LOADING") || errors.Is(err, errProtocol)
 		if _, isUnsafe := errors.AsType[*tls.CertificateVerificationError](err); isUnsafe || isFinal || time.Since(start) > startTimeout {
 			return nil, fmt.Errorf("-redis %s: %w", target.addr, err)
 		}
@@ -918,7 +918,7 @@ func (d *redis) reconcile(conn *redisConn) error {
 	conn.SetDeadline(now.Add(5 * time.Second))
 	reply, err := conn.do("HGETALL", d.keys[6])
 	if err != nil {
-		return err
+		return fmt.Errorf("comparing users: %w", err)
 	}
 	users := map[string]map[string]string{} // by room
 	type member struct{ room, user string }

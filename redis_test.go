@@ -1109,7 +1109,9 @@ func TestRedisThatCannotBeUsed(t *testing.T) {
 	r := startRedis(t, "--requirepass", "pass wörd")
 	replica := startRedis(t, "--replicaof", "127.0.0.1 1")
 	typed := startRedis(t)
-	typed.do("SET", "{cometes}:messages", "something else")
+	for _, key := range []string{"messages", "signals", "users"} {
+		typed.do("SET", "{"+key+"}:"+key, "something else")
+	}
 	page, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -1136,7 +1138,9 @@ func TestRedisThatCannotBeUsed(t *testing.T) {
 		{"redis://ada:hunter2@" + r.addr, "user or the password in the URL is wrong"},
 		{"redis://:pass%20w%C3%B6rd@" + r.addr + "/99", "out of range"},
 		{replica.url(), "is a replica"},
-		{typed.url(), "a key holds something else"},
+		{typed.url() + " -redis-prefix messages", "a key holds something else"},
+		{typed.url() + " -redis-prefix signals", "a key holds something else"},
+		{typed.url() + " -redis-prefix users", "a key holds something else"},
 		{"redis://:hunter2@" + page.Addr().String(), "not Redis: it says \"HTTP/1.1"},
 		{"rediss://:hunter2@" + tlsServer.Listener.Addr().String(), "certificate"},
 		{old, "too old"},
@@ -1144,7 +1148,8 @@ func TestRedisThatCannotBeUsed(t *testing.T) {
 	} {
 		t.Run(tc.url, func(t *testing.T) {
 			t.Parallel()
-			_, err := tryInstance(t, "127.0.0.1:0", tc.url)
+			url, flags, _ := strings.Cut(tc.url, " ")
+			_, err := tryInstance(t, "127.0.0.1:0", url, strings.Fields(flags)...)
 			if err == nil || !strings.Contains(err.Error(), tc.want) || strings.Contains(err.Error(), "hunter2") {
 				t.Errorf("%q, want %q", err, tc.want)
 			}
