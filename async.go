@@ -60,14 +60,11 @@ const (
 	batchSize = 32
 )
 
-// errBlocked says that a socket took only a part, and the rest is kept.
-var errBlocked = errors.New("the socket is full")
-
 // A session is a stream whose connection was taken over.
 type session struct {
 	state atomic.Int32
 	gone  atomic.Bool // the client left
-	index int         // in pool.sessions
+	index int         // in pool.sessions, guarded like that
 	*stream
 	pool          *writerPool
 	conn          *limitedConn
@@ -213,6 +210,9 @@ func (ses *session) sendChunk(sc *scratch, b []byte, events []*event) error {
 	sc.count(ses.technique, nil, chunkHeadSize+len("\r\n")+len(ses.before), 0)
 	return ses.write(b, events)
 }
+
+// errBlocked says that a socket took only a part, and the rest is kept.
+var errBlocked = errors.New("the socket is full")
 
 // write gives the socket what it takes, and keeps the rest.
 func (ses *session) write(b []byte, events []*event) error {
@@ -437,8 +437,8 @@ func (p *writerPool) throttle() {
 
 // Writers.
 
-// run is a writer: it serves so many batches of the queue, or until there is nothing. Of
-// the goroutine that publishes it is one batch: who is woken here may wake others.
+// run is a writer: it serves the queue until that is empty, or so many batches of it. The
+// goroutine that publishes serves one: sessions that are served may wake others without end.
 func (p *writerPool) run(batches int) {
 	sc := p.scratches.Get().(*scratch)
 	defer p.scratches.Put(sc)
@@ -504,7 +504,8 @@ func (ses *session) writeDue(sc *scratch, now int64) (err error) {
 	return ses.step(sc, now, stopping)
 }
 
-// afterWrite ends a turn.
+// afterWrite ends a writer's turn: the session is idle again, in the queue, left to who waits
+// for its socket, or released.
 func (ses *session) afterWrite(err error) {
 	switch {
 	case err == errAnswered:
@@ -595,7 +596,7 @@ func (ses *session) releaseBlocked() {
 	}
 }
 
-// release gives up all that the session holds. After a bye the client is to close.
+// release gives up all that the session holds. After a bye the client is to close first.
 func (ses *session) release(byeSent bool) {
 	ses.state.Store(stateClosed)
 	for _, b := range ses.pending {
@@ -606,9 +607,9 @@ func (ses *session) release(byeSent bool) {
 	if ses.poll != nil {
 		ses.poll.answered <- struct{}{}
 	}
-	if !byeSent {
+	if byeSent {
+		closeGently(ses.conn)
+	} else {
 		ses.conn.Close()
-		return
 	}
-	closeGently(ses.conn)
 }

@@ -327,6 +327,31 @@ func TestTheHeadOfALongPollInPieces(t *testing.T) {
 	})
 }
 
+// A head that comes after a long-poll, in pieces, takes no place in net/http before it is whole.
+func TestAHeadAfterALongPollWaitsForItsRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newLimitedTestbed(t)
+		conn, err := b.dialFrom("192.0.2.1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &pollingClient{conn, t, bufio.NewReader(conn)}
+		c.send(pollHead("/rooms/a/longpoll?wait=1"))
+		c.expect(`"events":[]`)
+		c.send("GET /rooms/a/poll HTTP/1.1\r\nX: " + strings.Repeat("x", 10_000))
+		if held := b.held(); strings.HasPrefix(held, "0 bytes") || !strings.Contains(held, " 0 connections served, 0 streams") {
+			t.Errorf("there are %s", held)
+		}
+		c.send("\r\nHost: x\r\n\r\n")
+		c.expect(`"events":[]`)
+		c.Close()
+		time.Sleep(time.Second)
+		if after := b.held(); after != nothingHeld {
+			t.Errorf("at the end there are %s", after)
+		}
+	})
+}
+
 // A client that leaves while it waits, or between two requests, leaves nothing behind.
 func TestALongPollWhoseClientLeaves(t *testing.T) {
 	for _, network := range []string{pipe, tcp} {
