@@ -41,8 +41,7 @@ func init() {
 // deadline comes first.
 func TestTheKernelEndsAConnectionThatAcknowledgesNothing(t *testing.T) {
 	for beat, want := range map[time.Duration]time.Duration{15 * time.Second: 30 * time.Second, time.Second: 20 * time.Second} {
-		b := newTestbed(t, tcp)
-		b.heartbeat = beat
+		b := newTestbed(t, tcp, func(c *config) { c.beat = beat })
 		b.subscribe(variantOf("sse"), "a").begin()
 		b.subscribe(variantOf("ws"), "a").begin()
 		_, r := b.rawWebSocket("/rooms/a/ws", "X-Forwarded-For: 192.0.2.1")

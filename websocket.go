@@ -51,7 +51,7 @@ type webSocket struct {
 
 	mu      sync.Mutex // guards what follows
 	replies []byte     // frames that are to be sent
-	ending  error      // if the last of them closes the WebSocket: io.EOF, or net.ErrClosed if the client has closed it; nothing may follow (RFC 6455, 5.5.1)
+	ending  error      // how the session ends behind them, if it does: net.ErrClosed at once, io.EOF as after a bye
 }
 
 // beginWebSocket begins a stream over a WebSocket: the pool writes, and a goroutine reads.
@@ -68,7 +68,7 @@ func (ses *session) beginWebSocket(h http.Header, r *http.Request, q *request) {
 	ses.ws = &webSocket{proxied: ses.pool.trustProxy || r.Header["X-Forwarded-For"] != nil || r.Header["Via"] != nil || r.Header["Forwarded"] != nil}
 	author := ses.author(q)
 	ses.pool.add(ses)
-	go ses.readMessages(bufio.NewReaderSize(ses.conn, 128), author)
+	go ses.readAll(bufio.NewReaderSize(ses.conn, 128), author)
 }
 
 // maxFrameHead is the size of the head of a frame of eight bytes of length.
@@ -166,13 +166,25 @@ var (
 	errClientCloses = errors.New("the client closes")
 )
 
-// readMessages takes what the client sends, until it closes.
-func (ses *session) readMessages(in *bufio.Reader, a *author) {
+// readAll takes what the client sends, until it closes, leaves or is refused.
+func (ses *session) readAll(in *bufio.Reader, a *author) {
+	err := ses.readMessages(in, a)
+	if refusal, ok := err.(websocket.CloseError); ok {
+		ses.enqueueFrames(closeFrame(refusal.Code, refusal.Reason), io.EOF)
+		ses.conn.SetReadDeadline(time.Time{})
+		io.Copy(io.Discard, in) // until release closes: the client may still send, and is to read why it was refused
+	} else if err != errClientCloses {
+		ses.abort()
+	}
+}
+
+// readMessages handles messages, and returns why there will be no more.
+func (ses *session) readMessages(in *bufio.Reader, a *author) (err error) {
 	var m message
 	defer func() {
 		if p := recover(); p != nil { // as net/http does for a request
 			slog.Error("a WebSocket failed", "panic", p, "stack", string(debug.Stack()))
-			ses.abort()
+			err = errors.New("panic")
 		}
 		m.receipt.free()
 	}()
@@ -182,21 +194,10 @@ func (ses *session) readMessages(in *bufio.Reader, a *author) {
 			err = ses.readFrame(in, &m)
 		}
 		if errors.Is(err, os.ErrDeadlineExceeded) && !ses.gone.Load() {
-			err = errLateMessage
-		}
-		if refusal, ok := err.(websocket.CloseError); ok {
-			ses.enqueueFrames(closeFrame(refusal.Code, refusal.Reason), io.EOF)
-			m.receipt.free()
-			m = message{}
-			ses.conn.SetReadDeadline(time.Time{})
-			io.Copy(io.Discard, in) // until release closes: the client may still send, and is to read why it was refused
-			return
+			return errLateMessage
 		}
 		if err != nil {
-			if err != errClientCloses {
-				ses.abort()
-			}
-			return
+			return err
 		}
 		if m.whole {
 			ses.take(a, m.kind, m.data)
