@@ -68,7 +68,7 @@ func newAccess(c config) (*access, error) {
 func (a *access) wrap(s *server, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		r, p := withPermit(r)
-		rights := &accessRights{a: a, claims: &claims{}}
+		rights := &accessRights{a: a, claims: noClaims}
 		if a.secrets != nil {
 			rights.claims, rights.tokenErr = a.verify(r)
 		}
@@ -237,6 +237,9 @@ type claims struct {
 	Write []string `json:"write,omitempty"` // the same
 }
 
+// noClaims are those of a client without a good token. A WebSocket keeps its own, so all share one.
+var noClaims = new(claims)
+
 var base64url = base64.RawURLEncoding
 
 // signToken returns a token: its head, its body and its signature, with dots between them.
@@ -327,7 +330,7 @@ func (a *access) verify(r *http.Request) (*claims, error) {
 	case strings.EqualFold(scheme, "Bearer"):
 		tokens = []string{strings.TrimSpace(bearer)}
 	case len(tokens) > 1:
-		return &claims{}, badRequest("token is given twice")
+		return noClaims, badRequest("token is given twice")
 	case len(tokens) == 0 || tokens[0] == "":
 		tokens = nil
 		for _, cookie := range r.CookiesNamed("token") {
@@ -342,7 +345,7 @@ func (a *access) verify(r *http.Request) (*claims, error) {
 		}
 		err = wrong
 	}
-	return &claims{}, err
+	return noClaims, err
 }
 
 // inURL reports whether a good token is in the URL of a page.
