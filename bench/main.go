@@ -63,7 +63,7 @@ func main() {
 	flag.IntVar(&b.rounds, "rounds", 0, "rounds of each row (1; burst: 5)")
 	flag.Int64Var(&b.cgroupMax, "cgroup", 0, "run the relay in a memory cgroup of so many bytes")
 	flag.StringVar(&b.techniques, "technique", "", "only these techniques, comma separated")
-	flag.StringVar(&b.server, "server", "", "only these servers of relay, floor, nchan, handler; comma separated")
+	flag.StringVar(&b.server, "server", "", "only these servers of relay, relay1 (on one processor), floor, nchan, handler; comma separated")
 	flag.BoolVar(&b.cheap, "cheap", false, "of hostile, only three rows, for CI")
 	flag.DurationVar(&b.after, "after", time.Minute, "of hostile, how long after an attack memory is measured")
 	flag.StringVar(&b.only, "only", "", "of hostile, only rows whose names contain one of these, comma separated")
@@ -162,7 +162,10 @@ func or(n, own int) int {
 func (b *bench) compare(ctx context.Context, sp spec, techniques ...string) (rows []result, err error) {
 	var all []spec
 	for _, sp.server = range pick(b.server, "floor", "nchan", "relay") {
-		list := map[string][]string{"floor": {"sse"}, "nchan": {"sse", "ws"}, "relay": pick(b.techniques, techniques...)}[sp.server]
+		list := map[string][]string{"floor": {"sse"}, "nchan": {"sse", "ws"}}[sp.server]
+		if list == nil {
+			list = pick(b.techniques, techniques...)
+		}
 		for _, sp.technique = range list {
 			all = append(all, sp)
 		}

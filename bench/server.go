@@ -23,7 +23,8 @@ import (
 var nchanConf string
 
 // A server is one process, fresh for every row of a table: the relay, the floor, nchan, or the
-// bare net/http handler. All are asked at the same paths.
+// bare net/http handler. All are asked at the same paths. relay1 is the relay on one processor,
+// as in a small container; nchan has one worker, too.
 type server struct {
 	name, addr string
 	cmd        *exec.Cmd // nil for a relay that somebody else has started
@@ -56,7 +57,7 @@ func (b *bench) start(ctx context.Context, name string, keep int) (*server, erro
 	s := &server{name: name, addr: freeAddr(), ended: make(chan error, 1)}
 	var args []string
 	switch name {
-	case "relay", "redis":
+	case "relay", "relay1", "redis":
 		bin, err := b.build(ctx)
 		if err != nil {
 			return nil, err
@@ -105,6 +106,9 @@ func (b *bench) start(ctx context.Context, name string, keep int) (*server, erro
 	defer log.Close()
 	s.cmd = exec.CommandContext(ctx, args[0], args[1:]...)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
+	if name == "relay1" {
+		s.cmd.Env = append(os.Environ(), "GOMAXPROCS=1")
+	}
 	s.cmd.Cancel = s.kill
 	killWithParent(s.cmd)
 	if err := s.cmd.Start(); err != nil {
