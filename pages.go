@@ -71,12 +71,12 @@ func readFiles() map[string]file {
 		files["/"+name] = file{fileTypes[extension], hex.EncodeToString(sum[:8]), content, packed.String()}
 	}
 	fs.WalkDir(embedded, ".", func(name string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
+		if err != nil || d.IsDir() || name == "static/colours.css" {
 			return err
 		}
 		b, err := embedded.ReadFile(name)
 		name, content, extension := strings.TrimPrefix(name, "static/"), string(b), path.Ext(name)
-		if extension == ".css" && content != colours {
+		if extension == ".css" {
 			content = colours + content
 		}
 		if extension == ".js" || extension == ".css" {
@@ -94,7 +94,7 @@ func readFiles() map[string]file {
 // comments, and a comment at its end, unless a quote in it may mean that it is within a string.
 var (
 	lineStart = regexp.MustCompile(`(?m)^\s*(?:(?://.*|/\*(?s:.*?)\*/)\s*)*`)
-	lineEnd   = regexp.MustCompile("(?m)[ \t]+(?:// (?:[^'\"`\n]|\\w'\\w)*|/\\* [^'\"`\n]*? \\*/)$")
+	lineEnd   = regexp.MustCompile("(?m)[ \t]+(?:// (?:[^'\"`\n]|\\w'\\w)*|/\\* (?:[^'\"`\n]|\\w'\\w)*? \\*/)$")
 )
 
 func withoutComments(source string) string {

@@ -600,7 +600,11 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
           paper.fillRect(0, 0, 1, 1)
           return [...paper.getImageData(0, 0, 1, 1).data].slice(0, 3)
         }
-        const style = getComputedStyle(document.body), all = []
+        const body = document.body, ground = colour => { // a variable as a colour
+          body.style.background = colour
+          return rgb(getComputedStyle(body).backgroundColor)
+        }
+        const all = []
         const el = document.querySelector('#log .group').cloneNode(true)
         document.querySelector('#log').append(el)
         for (const second of [false, true]) for (let hue = 15; hue < 360; hue += 30) {
@@ -609,7 +613,7 @@ describe('the chat', { concurrency: 2 }, () => Object.keys(files).forEach(name =
           all.push({ name: rgb(getComputedStyle(el.querySelector('.head')).color), tail: rgb(getComputedStyle(el, '::before').backgroundColor) })
         }
         el.remove()
-        return { sky: rgb(style.backgroundColor), card: rgb(style.getPropertyValue('--card')), all, used: [...document.querySelectorAll('#log .group')].map(el => [el.querySelector('bdi').textContent, el.style.getPropertyValue('--hue') + el.className]) }
+        return { sky: ground('var(--sky)'), card: ground('var(--card)'), all, used: [...document.querySelectorAll('#log .group')].map(el => [el.querySelector('bdi').textContent, el.style.getPropertyValue('--hue') + el.className]) }
       })
       const light = rgb => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0)
       const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((a, b) => b - a); return (x + 0.05) / (y + 0.05) }

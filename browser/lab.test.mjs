@@ -124,7 +124,7 @@ async function seriesContrast(page) {
       return [...paper.getImageData(0, 0, 1, 1).data].slice(0, 3)
     }
     const ground = rgb(getComputedStyle(document.querySelector('.graph')).backgroundColor)
-    return { ground, series: [...document.querySelectorAll('#relay .graph:first-child .legend li')].map(li => rgb(getComputedStyle(li).getPropertyValue('--series'))) }
+    return { ground, series: [...document.querySelectorAll('#relay .graph:first-child .legend li')].map(li => rgb(getComputedStyle(li, '::before').backgroundColor)) }
   })
   const light = rgb => rgb.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0)
   assert.equal(colours.series.length, 10)

@@ -1,8 +1,7 @@
 // The camera: frames of a camera, or of a drawn clock, published to a room one by one; and what comes back, in an <img>.
 
-import { $, access, askForToken, copyButton, here, insertMarkup, make, quoteForShell, setText } from './page.js'
+import { $, access, addCopyButton, askForToken, here, insertMarkup, make, quoteForShell, setText, sleep } from './page.js'
 
-const sleep = ms => new Promise(done => setTimeout(done, ms))
 insertMarkup()
 
 // The room is in the address. Without one it gets a name that nobody guesses: everybody who knows it can watch.
@@ -45,24 +44,11 @@ function drawFrame() {
 }
 
 function drawClock(width, height) {
-  const now = new Date, x = width / 2, y = height * 0.44, r = height * 0.34
-  const seconds = now.getSeconds() + now.getMilliseconds() / 1e3, minutes = now.getMinutes() + seconds / 60
-  const line = (turn, from, to, thick, strokeStyle) => {
-    const dx = Math.sin(turn * 2 * Math.PI) * r, dy = -Math.cos(turn * 2 * Math.PI) * r
-    Object.assign(pen, { lineWidth: thick * r, lineCap: 'round', strokeStyle })
-    pen.beginPath()
-    pen.moveTo(x + from * dx, y + from * dy)
-    pen.lineTo(x + to * dx, y + to * dy)
-    pen.stroke()
-  }
-  pen.fillStyle = `hsl(${seconds * 6} 45% 22%)`
+  const now = new Date, tenths = Math.floor(now.getMilliseconds() / 100)
+  pen.fillStyle = `hsl(${now.getSeconds() * 6} 45% 22%)`
   pen.fillRect(0, 0, width, height)
-  for (let i = 0; i < 12; i++) line(i / 12, 0.95, 1, 0.025, '#fff8')
-  line((now.getHours() + minutes / 60) / 12, 0, 0.5, 0.05, '#fff')
-  line(minutes / 60, 0, 0.75, 0.035, '#fff')
-  line(seconds / 60, 0, 0.85, 0.02, '#7fd8c6')
-  Object.assign(pen, { fillStyle: '#fff', font: `600 ${height * 0.09}px ui-monospace, monospace`, textAlign: 'center' })
-  pen.fillText(`${now.toTimeString().slice(0, 8)}.${Math.floor(now.getMilliseconds() / 100)}`, x, height * 0.92)
+  Object.assign(pen, { fillStyle: '#fff', font: `600 ${width / 8}px ui-monospace, monospace`, textAlign: 'center' })
+  pen.fillText(`${now.toTimeString().slice(0, 8)}.${tenths}`, width / 2, height / 2)
 }
 
 /** Encodes the canvas. If that does not fit, or is small, the next frame has another size. */
@@ -209,7 +195,11 @@ for (const [where, text] of [
   ['This page', location.href],
   ['In your own page', `<img src="${here(path + '/multipart?as=image')}" alt="a camera, live">`],
   ['From a shell', `curl -H 'Content-Type: image/jpeg' -T frame.jpg ${quoteForShell(here(path).href)}`],
-]) $('.share').append(make('li', '', where + ': ', make('code', '', text), ' ', copyButton(() => text)))
+]) {
+  const code = make('code', '', text)
+  $('.share').append(make('li', '', where + ': ', code))
+  addCopyButton(code)
+}
 $('#controls').onsubmit = event => {
   event.preventDefault()
   live ? stop() : start()

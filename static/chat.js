@@ -5,7 +5,7 @@
  * log, in the outbox, until its own event arrives. So it is visible at once, all users see the same order, and nothing
  * is shown twice. Text of a user is never inserted as HTML.
  */
-import { $, copyButton, curl, make, names, quoteForShell, setText } from './page.js'
+import { $, addCopyButton, curl, here, make, names, plural, quoteForShell, setText } from './page.js'
 import { applyColour, browserStorage, cleanName, comet, connect, enterRoom, me, open, people } from './people.js'
 import { rename, rights, Room, room, showPresence, summarize, tabStorage } from './people.js'
 
@@ -16,14 +16,13 @@ const HISTORY_TIME = 1e3 // ms after connecting; a message that arrives later is
 
 const GAPS = {
   history: 'the relay keeps only the newest',
-  restart: 'the relay was restarted, and its history is gone',
-  future: 'the relay was restarted, and has fewer messages than this page',
+  restart: 'the relay was restarted',
+  future: 'the relay was restarted',
 }
 
 const log = $('#log'), scroller = $('#scroller'), input = $('#text')
 const clock = new Intl.DateTimeFormat([], { timeStyle: 'short' })
 const calendar = new Intl.DateTimeFormat([], { weekday: 'long', day: 'numeric', month: 'long' })
-const plural = (n, one) => `${n} ${one}${n === 1 ? '' : 's'}`
 const asText = data => typeof data === 'string' ? data : String(JSON.stringify(data))
 
 const button = (label, onclick) => make('button', { type: 'button', onclick }, label)
@@ -49,10 +48,10 @@ function enter(name) {
 }
 
 function onRights() {
-  const { required, refused, read, write } = rights, url = String(new URL('rooms/' + room, location)), query = me && '?' + new URLSearchParams({ user: me })
+  const { required, refused, read, write } = rights, { href } = here('rooms/' + room), query = me && '?' + new URLSearchParams({ user: me })
   input.disabled = $('#send').disabled = !write
   input.placeholder = write ? 'Write to #' + room : 'Your token does not allow you to write here'
-  $('#curl').textContent = curl(required, `-d hi ${quoteForShell(url.replace('http://', ''))}`)
+  $('#curl').textContent = curl(required, `-d hi ${quoteForShell(href.replace('http://', ''))}`)
   $('#endless').href = `rooms/${room}/html${query}`
   $('#refresh-page').href = `rooms/${room}/refresh${query}`
   updateTitle()
@@ -79,7 +78,7 @@ function onStatus({ status, via }) {
 let pending, renderTimer // [function, event] to render
 let lastVia // the technique of the last message
 let lastMoves // who joined and left, in the line at the log's end
-let target = log // where messages are added, with `day`, the last date there: the log, or what will be above it
+let target = log // where messages are added, with a property day, the last date there: the log, or what will be above it
 let hasAll // the log begins where the relay's history begins
 let following // the log is scrolled to its end, and stays there
 
@@ -469,7 +468,7 @@ $('#bell').onclick = async () => {
   if (bellIsOn()) navigator.serviceWorker?.register('bell.js').catch(() => { })
 }
 
-$('#curl').after(copyButton(() => $('#curl').textContent))
+addCopyButton($('#curl'))
 input.value = tabStorage.get('draft')
 updateBell()
 fitHeight()

@@ -1,8 +1,8 @@
 // The inspector: opens one connection to any rooms, shows what comes as it is, and publishes. The techniques are those of
 // the lab; see techniques.js for what a link is.
 
-import { $, access, capitalized, copyButton, curl, here, insertMarkup, make, names, offerToken, quoteForShell, setText } from './page.js'
-import { address, cookies, pageQuery, request, sleep, techniques, unique } from './techniques.js'
+import { $, access, addCopyButton, capitalized, curl, here, insertMarkup, make, names, offerToken, quoteForShell, setText, sleep } from './page.js'
+import { address, cookies, pageQuery, request, techniques, unique } from './techniques.js'
 
 insertMarkup()
 const MAX_SHOWN = 500 // older events are removed
@@ -151,14 +151,14 @@ function showCommands() {
 }
 
 for (const { name } of techniques.toReversed()) reads.via.add(new Option(capitalized(names[name]), name))
-for (const id of ['#readcurl', '#publishcurl']) $(id).after(copyButton(() => $(id).textContent, 'Copy as curl'))
+for (const id of ['#readcurl', '#publishcurl']) addCopyButton($(id), 'Copy as curl')
 $('#read').onsubmit = e => { e.preventDefault(); open() }
 $('#publish').onsubmit = e => { e.preventDefault(); publish(toPublish()) }
 $('#all').oninput = showCommands
 reads.close.onclick = close
 $('#clear').onclick = () => $('#events').replaceChildren()
 reads.three.onclick = async () => {
-  Object.assign(reads.rooms, { value: 'a,b,c' })
+  reads.rooms.value = 'a,b,c'
   reads.via.value = 'sse'
   reads.from.value = 'now'
   showCommands()

@@ -3,8 +3,8 @@
 
 import { goCode, jsCode, load } from './code.js'
 import { Comet } from './comet.js'
-import { $, access, capitalized, copyButton, curl, here, insertMarkup, make, names, offerToken, onVisibility, quoteForShell, setText, years } from './page.js'
-import { address, cookies, headOf, http, interval, pageQuery, pattern, request, room, runId, size, sleep, techniques, unique } from './techniques.js'
+import { $, access, addCopyButton, capitalized, curl, descriptions, here, insertMarkup, make, names, offerToken, onVisibility, quoteForShell, setText, sleep, years } from './page.js'
+import { address, cookies, headOf, http, interval, pageQuery, pattern, request, room, runId, size, techniques, unique } from './techniques.js'
 
 insertMarkup()
 const now = () => performance.timeOrigin + performance.now()
@@ -42,6 +42,12 @@ class Subscriber {
 
   get lost() { return [...this.missing].filter(canArrive).length }
   get pending() { return [...ids.keys()].filter(n => n > this.highest && canArrive(n)).length }
+  get isRead() { return !this.cookies && !this.socket } // by a script, byte by byte
+  get rawNote() {
+    const body = this.isRead ? 'As the script reads it.' : this.page ? 'As the browser parsed it.' : 'Reconstructed from the event.'
+    return body + (this.cookies ? ' The head is from a HEAD request.' : '')
+  }
+
   get needsSlot() { return !this.short && !this.socket && (this.cookies || this.api === 'xhr' || cookies.mode !== 'omit') }
 
   // Connecting.
@@ -212,7 +218,8 @@ class Subscriber {
   build() {
     const card = this.card = $('#card').content.cloneNode(true).firstElementChild
     card.id = this.name
-    for (const [selector, text] of [['h3', this.title], ['.year', years[this.name]], ['.description', this.description], ['.rawnote', this.rawNote + (this.cookies ? ' No script can read its bytes, so the head is from a HEAD request.' : '')]]) $(selector, card).textContent = text
+    const texts = { h3: this.title, '.year': years[this.name], '.description': capitalized(descriptions[this.name]) + '.', '.rawnote': this.rawNote }
+    for (const selector in texts) $(selector, card).textContent = texts[selector]
     $('.code', card).ontoggle = () => this.showCode()
     $('.cut', card).onclick = () => this.cut()
     $('.halt', card).onclick = () => { this.wanted ? this.pause() : this.start(); show() }
@@ -254,7 +261,7 @@ class Subscriber {
         pre.hidden = !code
         pre.ariaLabel = `${this.title} in ${file}`
         pre.firstChild.textContent = code
-      }).catch(error => why.textContent = `It could not be shown: ${error.message}. Close and open this to try again.`)
+      }).catch(error => why.textContent = `It could not be shown: ${error.message}.`)
     }
   }
 
@@ -279,7 +286,7 @@ class Subscriber {
     const down = counted('sent_bytes_total'), up = counted('received_bytes_total')
     const costs = {
       requests: [perEvent(this.requests, 2), perEvent(counted('requests_total'), 2)],
-      down: [(/^As /.test(this.rawNote) ? '' : '≈ ') + perEvent(this.down), perEvent(down)],
+      down: [(this.isRead ? '' : '≈ ') + perEvent(this.down), perEvent(down)],
       up: ['≥ ' + perEvent(this.up), perEvent(up)],
       held: [this.requestSpans.length && !this.requestSpans.at(-1).to ? 1 : 0, relay?.connections ?? '–'],
     }
@@ -338,13 +345,13 @@ class Picture {
     const caption = $('.shownas', this.card)
     if (Picture.pages !== false) {
       setText(caption, 'Testing whether this browser shows it …')
-      const frame = await this.show('iframe', { title: 'The room as a page that the relay pushes' }, { as: 'html', last: 6, form: 0 }, 2000)
+      const frame = await this.show('iframe', { title: 'The room, pushed as a page' }, { as: 'html', last: 6, form: 0 }, 2000)
       if (!frame) return
       Picture.pages = !!frame.contentDocument?.querySelector('main')
-      if (Picture.pages) return caption.textContent = 'This browser shows server push for whole pages.'
+      if (Picture.pages) return caption.textContent = 'This browser shows it for whole pages.'
     }
-    const image = await this.show('img', { alt: 'The room as a picture that the relay pushes', width: 480, height: 150 }, { as: 'svg', w: 480, h: 150 }, 1500)
-    if (image) caption.textContent = image.naturalWidth ? 'This browser shows server push for pictures, but not for pages.' : 'This browser shows it neither for pages nor for pictures; or they wait for a connection.'
+    const image = await this.show('img', { alt: 'The room, pushed as a picture', width: 480, height: 150 }, { as: 'svg', w: 480, h: 150 }, 1500)
+    if (image) caption.textContent = image.naturalWidth ? 'This browser shows it for pictures, but not for pages.' : 'This browser shows it neither for pages nor for pictures, or they wait for a connection.'
   }
 }
 
@@ -393,9 +400,9 @@ async function findConnectionLimit() {
   cookies.mode = separate ? 'omit' : 'same-origin'
   slots.limit = waited ? Math.max(1, answered - (separate ? 1 : 2)) : Infinity
   for (const subscriber of subscribers) if (subscriber.apis) subscriber.api = subscriber.select.value = waited && separate ? 'fetch' : 'xhr'
-  $('#limit').textContent = `${http}: ${tries} requests were sent at once, and ` + (!waited ? 'none had to wait for another.' : `${waited} had to wait for the others.` +
-    (separate ? ' Requests without cookies have connections of their own here, so fetch omits cookies, and streaming uses fetch.' : '') +
-    ` The lab holds at most ${slots.limit} others, so that short requests find one free; where that is too few, techniques take turns.`)
+  $('#limit').textContent = `${http}: of ${tries} requests at once ` + (!waited ? 'none had to wait.' : `${waited} had to wait.` +
+    (separate ? ' Requests without cookies have connections of their own, so fetch omits cookies, and streaming uses fetch.' : '') +
+    ` The lab holds at most ${slots.limit}, so that short requests find one free; if that is too few, techniques take turns.`)
 }
 
 // Publishing, one event after the other, so that the numbers are in the relay's order.
@@ -447,7 +454,7 @@ async function measure() {
   if (response?.ok) for (const [, name, technique, value] of (await response.text()).matchAll(/^cometes_(\w+)\{technique="(\w+)"\} (\d+)$/gm)) (counters[technique] ??= {})[name] = +value
   else if (response) { // the next request would be refused too
     countersRefused = true
-    $('#uncounted').textContent = `The relay does not show its own counts to this page (${response.status}); ≥ is what the page saw itself.`
+    $('#uncounted').textContent = `The relay does not show its own counts to this page (${response.status}).`
   }
 }
 
@@ -480,12 +487,12 @@ async function testBuffering() {
   const even = open.filter(s => !buffered.includes(s))
   const names = list => list.map(s => s.title).join(', ')
   const result = []
-  if (buffered.length) result.push(`Yes: of ${count} events sent ${apart} ms apart, some arrived late or several at once with ${names(buffered)}.`)
+  if (buffered.length) result.push(`Yes: of ${count} events sent ${apart} ms apart, some arrived late or together with ${names(buffered)}.`)
   if (even.length) result.push(buffered.length ? `Not with ${names(even)}:` : even.length === streams.length ? 'No. With all techniques that stream,' : `No. With ${names(even)},`,
     `${count} events sent ${apart} ms apart arrived one by one, at most ${duration(Math.max(...even.flatMap(gaps)))} apart.`)
   if (silent.length) result.push(`No response at all with ${names(silent)}: buffered, or waiting for a connection.`)
   $('#held').dataset.held = !!buffered.length
-  $('#held').textContent = result.join(' ') || 'No technique that streams is connected. Start some, and test again.'
+  $('#held').textContent = result.join(' ') || 'No technique that streams is connected.'
   $('#first').textContent = subscribers.filter(s => s.firstByte >= 0).map(s => `${s.title} ${duration(s.firstByte)}`).join(' · ') || 'no response yet'
 }
 
@@ -493,7 +500,7 @@ async function testComet() {
   const comet = new Comet(here(address('')).href, { shared: false })
   const via = await Promise.race([new Promise(open => comet.addEventListener('status', ({ detail }) => detail.status === 'open' && open(detail.via))), sleep(8000)])
   comet.close()
-  $('#choice').textContent = via ? `${capitalized(names[via])}, on this network: the first in its order of preference that connects.` : 'none: no technique connected in time.'
+  $('#choice').textContent = via ? `${capitalized(names[via])}, the first in its order that connects.` : 'none: nothing connected in time.'
 }
 
 // Six more connections, to show the browser's limit.
@@ -507,7 +514,7 @@ function openExtra() {
     one.source.onopen = () => one.delay ??= now() - extraBegun
     return one
   })
-  $('#extra').replaceChildren('Six more EventSources. Over HTTP/1.1, those that find no free connection wait, and so do short requests. Over HTTP/2 none waits. ', ...extra.map(one => one.lamp))
+  $('#extra').replaceChildren('Six more EventSources. Over HTTP/1.1 some wait for a connection, and so do short requests; over HTTP/2 none. ', ...extra.map(one => one.lamp))
 }
 
 function showExtra() {
@@ -532,25 +539,25 @@ function set(values) {
 }
 
 const experiments = [
-  ['Cut all in the middle of a burst', 'Every connection breaks while 40 events are published, and each technique comes back with its cursor. *Check*: nothing is lost, doubled or out of order.', async () => {
+  ['Cut all in the middle of a burst', 'All connections break while 40 events are published; each technique comes back with its cursor. *Check*: nothing is lost, doubled or out of order.', async () => {
     publish(40)
     for (const begun = published; published < begun + 20 && !suspended;) await sleep(50)
     for (const s of subscribers) s.cut()
   }],
-  ['Open six more: who waits?', 'Over HTTP/1.1 a browser opens six connections to a host, for all its tabs; WebSockets do not count. Below the buttons see which of the six wait; in *Arrivals*, that polling, client pull and JSONP wait, too. Press “Open six more” again to close them.', async () => {
+  ['Open six more: who waits?', 'Over HTTP/1.1 a browser opens six connections to a host; WebSockets do not count. Below the buttons see which of the six wait; in *Arrivals*, that polling, client pull and JSONP wait, too. “Open six more” closes them.', async () => {
     if (!extra.length) $('#more').click()
     await publish(20)
   }],
-  ['Publish one a minute', 'What does it cost to wait? *Requests* after a minute: polling asked 30 times for one event, long polling two or three times, a stream not once. “Publish steadily” stops it.', async () => {
+  ['Publish one a minute', 'What does waiting cost? *Requests* after a minute: for one event polling asked 30 times, long polling two or three times, a stream not once. “Publish steadily” stops it.', async () => {
     set({ every: 2, rate: 0.0167 })
     await publish(1)
     steadily(true)
   }],
-  ['Ask only every ten seconds', 'Events come every second, but polling and client pull ask every ten. *Median delay*: theirs is half of that, five seconds; long polling is as fast as a stream.', () => {
+  ['Ask only every ten seconds', 'Events come every second; polling and client pull ask every ten. *Median delay*: theirs is five seconds, long polling is as fast as a stream.', () => {
     set({ every: 10, rate: 1 })
     steadily(true)
   }],
-  ['Stay away longer than the history', 'WebSocket and server-sent events pause while 400 events are published; the relay keeps the newest 256 of a room. On their cards: the rest is lost, and a gap says so. Client pull loses some, too: its page shows the newest 50.', async () => {
+  ['Stay away longer than the history', 'WebSocket and server-sent events pause while 400 events are published; the relay keeps 256. On their cards: the rest is lost, and a gap says so. Client pull loses some, too: its page shows 50.', async () => {
     const away = subscribers.filter(s => s.name === 'ws' || s.name === 'sse')
     for (const s of away) s.pause()
     await publish(400)
@@ -591,7 +598,7 @@ const ways = [
     document.head.append(script)
   })],
   ['<img>', 'a picture that the other site pushes', (url, li) => new Promise((done, fail) => {
-    const img = make('img', { alt: 'The room as a picture, from the other site', width: 320, height: 100, onload: () => done('the picture is here'), onerror: () => { img.remove(); fail() } })
+    const img = make('img', { alt: 'The room, pushed as a picture', width: 320, height: 100, onload: () => done('the picture is here'), onerror: () => { img.remove(); fail() } })
     img.src = url('multipart', { as: 'svg', w: 320, h: 100 })
     li.append(img)
   })],
@@ -613,11 +620,11 @@ async function askAsOtherSite() {
   const items = ways.map(([name, what]) => make('li', '', make('b', '', name), ': ' + what, make('p')))
   $('#crossed').replaceChildren(...items)
   const works = await Promise.all(ways.map(([, , ask], i) => ask(url, items[i]).then(text => 'Works: ' + text, () => '').then(works => {
-    $('p', items[i]).textContent = works || 'Refused: the browser shows this page nothing of the answer.'
+    $('p', items[i]).textContent = works || 'Refused: this page is shown nothing of the answer.'
     return works
   })))
   $('#asked').textContent = works.every(Boolean) ? `${other} lets pages of ${location.origin} read.` :
-    rights.required ? `${other} asks for a token, and a cookie of this site is not sent to another.` : `${other} does not let pages of ${location.origin} read. Start the relay with -origins ${location.origin}, and it will.`
+    rights.required ? `${other} asks for a token; the cookie with it is not sent to another site.` : `${other} does not let pages of ${location.origin} read. Start the relay with -origins ${location.origin}, and it will.`
 }
 
 $('#ask').onclick = askAsOtherSite
@@ -640,7 +647,7 @@ onVisibility(visible => {
   for (const s of wanted) s.stop(suspendedState)
   closePictures()
   window.stop() // the request of a script goes on when its element is removed
-  closeExtra('The six were closed when this page was hidden, so that other tabs of this site can load.')
+  closeExtra('The six were closed when this page was hidden, so that other tabs can load.')
 })
 
 /** Runs a test while the page is visible, again if it was hidden meanwhile. */
@@ -738,12 +745,12 @@ async function begin() {
   rights = await access(room)
   offerToken(rights, rights.read && rights.write, flags)
   if (rights.refused) return refuse('')
-  if (!rights.read) return refuse(`Your token does not let this page read the room ${room}. Open the lab with ?room=NAME for a room that it names, or use another.`)
+  if (!rights.read) return refuse(`Your token does not let this page read the room ${room}. Open the lab with ?room=NAME for another room.`)
   if (rights.required) cookies.mode = 'same-origin' // the token is in a cookie
   const { cursor, error } = await (await request(address('poll'), { credentials: 'same-origin' })).json()
   if (error) return refuse(`The relay does not let this page read the room ${room}: ${error}.`)
   if (!rights.write) {
-    $('#trouble').textContent = `Your token lets this page read the room ${room}, but not publish to it: only events of other publishers are shown.`
+    $('#trouble').textContent = `Your token lets this page read the room ${room}, but not publish to it.`
     for (const input of document.querySelectorAll('#controls :is(button, input), #again')) input.disabled = true
   }
   subscribers = techniques.map(technique => new Subscriber(technique, cursor))
@@ -752,7 +759,7 @@ async function begin() {
     for (const element of $('#board').querySelectorAll(selector)) element.role = role
   }
   $('#room').textContent = curl(rights.required, '-d hi ' + quoteForShell(here('rooms/' + encodeURIComponent(room)).href))
-  $('#room').after(' ', copyButton(() => $('#room').textContent))
+  addCopyButton($('#room'))
   showExperiments()
   setInterval(show, 250)
   setInterval(() => { assignSlots(); subscribers.forEach(s => s.checkHeartbeat()) }, 1000)
@@ -767,8 +774,8 @@ async function begin() {
   setInterval(() => suspended || measure(), 1000)
   for (const s of subscribers) s.start()
   if (rights.write) await whileVisible(testBuffering)
-  else for (const id of ['#held', '#first']) $(id).textContent = 'not known: the test needs the right to publish here'
+  else for (const id of ['#held', '#first']) $(id).textContent = 'not known: your token does not let this page publish'
   document.body.dataset.ready = ''
 }
 
-whileVisible(() => { }).then(begin).catch(error => refuse(`The lab could not start: ${error.message}. Reload this page to try again.`))
+whileVisible(() => { }).then(begin).catch(error => refuse(`The lab could not start: ${error.message}.`))

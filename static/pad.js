@@ -8,7 +8,7 @@
  */
 import { CARET_TTL, draw, forget, moveCarets, ownTop, showCaret } from './carets.js'
 import { backoff } from './comet.js'
-import { $, copy, setText } from './page.js'
+import { $, copy, setText, sleep } from './page.js'
 import { comet, connect, enterRoom, me, onStatus, open, rights, Room, room, showPresence } from './people.js'
 import { apply, compose, diff, isEmpty, isText, move, transform } from './rebase.js'
 import { endOf, History, MAX, Replica } from './replica.js'
@@ -20,7 +20,6 @@ const SNAPSHOT_DELAY = 3e3 // ms in which somebody else may publish a snapshot, 
 
 const input = $('#text')
 const client = Math.random().toString(36).slice(2, 10) // the name of this page among all that write
-const sleep = ms => new Promise(done => setTimeout(done, ms))
 let ourRoom
 let replica = new Replica(client), history = new History
 let newest = 0 // the newest message of the room

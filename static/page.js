@@ -1,6 +1,6 @@
 // What all pages share: the techniques' names, small helpers for the document, copying, and tokens.
 
-/** The techniques, oldest first, with the name and the year that all pages and the README give them. */
+/** The techniques, oldest first: the name and the year that all pages and the README give them, and how each works. */
 export const names = {
   refresh: 'client pull',
   multipart: 'server push',
@@ -17,7 +17,22 @@ export const years = {
   refresh: '1995', multipart: '1995', html: 'about 1995', poll: '', iframe: 'about 2000',
   longpoll: 'about 2000', stream: 'about 2004', jsonp: '2005', sse: '2006', ws: '2011',
 }
+export const descriptions = {
+  refresh: 'a header makes the browser load the page again every few seconds',
+  multipart: 'one response of many parts, each in place of the one before',
+  html: 'a page that is shown while it loads, and never finished',
+  poll: 'a request every few seconds; most responses are empty',
+  iframe: 'a hidden page that never ends, with a script for each event',
+  longpoll: 'the response waits for an event',
+  stream: 'a response that never ends, with a line for each event',
+  jsonp: 'long polling with script elements, from any origin',
+  sse: 'a stream that the browser itself reads, and opens again',
+  ws: 'one connection, both directions',
+}
 export const capitalized = text => text[0].toUpperCase() + text.slice(1)
+
+export const plural = (n, one) => `${n} ${one}${n === 1 ? '' : 's'}`
+export const sleep = ms => new Promise(done => setTimeout(done, ms))
 
 export const $ = (selector, within = document) => within.querySelector(selector)
 
@@ -43,13 +58,10 @@ export function onVisibility(change) {
   })
 }
 
-/** Inserts the part of a page that needs scripts. Until then it is text, so that nobody sees it where no script runs. */
+/** Inserts the part of a page that needs scripts. Until then it is text: where no script runs or one fails, nobody sees it. */
 export function insertMarkup() {
   const markup = $('#markup')
   markup.outerHTML = markup.textContent
-  for (const [scheme, content] of [['light', '#f6f5f1'], ['dark', '#10141d']]) {
-    document.head.append(make('meta', { name: 'theme-color', content, media: `(prefers-color-scheme: ${scheme})` }))
-  }
 }
 
 /** Every address is relative to the page's own, since a proxy may serve the relay under a prefix. */
@@ -82,7 +94,9 @@ export function copies(button, text, done = 'Copied') {
   }
   return button
 }
-export const copyButton = (text, label = 'Copy') => copies(make('button', { type: 'button', className: 'copy' }, label), text)
+
+/** Puts a button after an element that copies its text. */
+export const addCopyButton = (el, label = 'Copy') => el.after(' ', copies(make('button', { type: 'button', className: 'copy' }, label), () => el.textContent))
 
 /**
  * Returns what this browser may do in a room: { required, user, exp, read, write }. Without a valid token `refused` is true,
@@ -102,14 +116,14 @@ export async function access(room = '') {
 export function askForToken(element, error, rights = '-read lobby -write lobby') {
   element.innerHTML = `<form class="token">
 <h2>This relay asks for a token</h2>
-<p>It contains who you are, and which rooms you may read and write.</p>
+<p>It says who you are, and which rooms you may read and write.</p>
 <label>Token <input name="token" required autocomplete="off" autocapitalize="none" spellcheck="false" maxlength="4096"></label>
 <button>Continue</button>
-<p>The operator of the relay makes one with the relay’s secret:</p>
+<p>The operator makes one with the relay’s secret:</p>
 <pre></pre>
-<p>On Fly.io, where the secret is already set:</p>
+<p>On Fly.io, where the secret is set:</p>
 <pre></pre>
-<p>For Cloud Run, run the first command on your own machine.</p>
+<p>For Cloud Run: the first, on your own machine.</p>
 </form>`
   const form = element.firstChild, [own, fly] = form.querySelectorAll('pre'), command = `token -sub NAME ${rights}`
   own.textContent = `COMETES_SECRET=… cometes ${command}`

@@ -2,22 +2,11 @@
  * people.js: what the chat and the pad share: the frame of the page, the room and the user's name, who is here, and the
  * connection, with what is said about it.
  */
-import { Comet, get } from './comet.js'
-import { $, access, askForToken, capitalized, copies, insertMarkup, make, names, setText, years } from './page.js'
+import { Comet, get, techniques } from './comet.js'
+import { $, access, askForToken, capitalized, copies, descriptions, here, insertMarkup, make, names, setText, years } from './page.js'
 
 const FADE_TIME = 8e3 // ms for which a user who left is still listed; also in style.css
 const STATES = { online: '', typing: 'typing…', away: 'away', offline: 'left' }
-const WAYS = {
-  ws: 'one connection, both directions',
-  sse: 'EventSource reads a response that never ends',
-  stream: 'fetch reads such a response, line by line',
-  longpoll: 'the response waits for an event',
-  poll: 'a request every few seconds',
-  jsonp: 'long polling with script elements',
-  iframe: 'a hidden page that never ends',
-  multipart: 'a multipart response, one part per event',
-}
-
 const way = (value, name, text, year = '') =>
   `<label><input type="radio" name="way" value="${value}"> <b>${name}</b> <small>${text}</small> <small>${year}</small></label>`
 
@@ -35,8 +24,8 @@ insert('#about', 'afterend', `<p id="state"><span id="words" role="status">conne
 insert('main', 'beforebegin', `<form id="menu" popover autocomplete="off" aria-label="How this page receives events">
 <fieldset id="ways">
 <legend>How this page receives events</legend>
-<p>You can change it at any time: nothing is lost, and nothing comes twice.</p>
-${way('auto', 'Automatic', 'the best that works')}${Object.keys(WAYS).map(via => way(via, capitalized(names[via]), WAYS[via], years[via])).join('')}
+<p>Change it at any time: nothing is lost or comes twice.</p>
+${way('auto', 'Automatic', 'the best that works')}${Object.keys(techniques).map(via => way(via, capitalized(names[via]), descriptions[via], years[via])).join('')}
 </fieldset>
 <p id="trouble" role="status"></p>
 <p id="totals"></p>
@@ -89,7 +78,7 @@ function roomInURL() {
 /** Says why a name is none, below it. */
 function showNoRoom(name) {
   const bdi = make('bdi', '', name.length > 64 ? name.slice(0, 64) + '…' : name)
-  setText($('#noroom'), ...name ? ['A room cannot be called ', bdi, ': 1 to 64 letters without accents, digits, or _ . : - and no spaces.'] : [])
+  setText($('#noroom'), ...name ? ['A room cannot be called ', bdi, ': 1 to 64 letters without accents, digits, or _ . : -'] : [])
 }
 
 export async function enterRoom(name) {
@@ -136,7 +125,7 @@ $('#another').onclick = () => {
   if ($('#token').hidden) showTokenForm()
   else $('#token').hidden = true
 }
-copies($('#invite'), () => new URL('?room=' + room, location).href, 'Copied: send it to somebody')
+copies($('#invite'), () => here('?room=' + room).href, 'Copied: send it to somebody')
 
 // The user's name.
 
@@ -206,7 +195,7 @@ export function applyColour(el, name) {
 
 // The connection.
 
-let listeners // an AbortController for those of `comet`
+let listeners // an AbortController for those of comet
 
 function disconnect() {
   listeners?.abort()

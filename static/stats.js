@@ -1,8 +1,8 @@
 // Graphs of the relay's own numbers, and of those that anybody publishes: two rooms, read with comet.js. A Graph is an SVG,
 // and its values as text. Below, operators see a list of the rooms.
 
-import { Comet } from './comet.js'
-import { $, access, copyButton, curl, here, insertMarkup, make, names, offerToken, onVisibility, quoteForShell, setText } from './page.js'
+import { Comet, get } from './comet.js'
+import { $, access, addCopyButton, curl, here, insertMarkup, make, names, offerToken, onVisibility, plural, quoteForShell, setText } from './page.js'
 
 insertMarkup()
 const query = new URLSearchParams(location.search)
@@ -219,7 +219,7 @@ function showInstances({ redis, instance }) {
   $('#instances').hidden = !redis
   if (!redis) return
   const { away, instances } = redis
-  setText($('#redis'), away ? 'Redis is away. Until it is back nothing can be published; what is in memory is still read.' :
+  setText($('#redis'), away ? 'Redis is away. Until it is back nothing can be published.' :
     instances.length === 1 ? 'This relay is alone on its Redis.' : `${instances.length} relays share one log by their Redis.`)
   $('#instances tbody').replaceChildren(...instances.map(one => tableRow(one.instance + (one.instance === instance ? ' (this one)' : ''),
     formatNumber(one.connections), formatNumber(one.rooms), formatNumber(one.users), one.silent > 10 ? `silent for ${one.silent} s` : 'now')))
@@ -271,7 +271,7 @@ function followNumbers() {
       const value = asNumber(data)
       if (Number.isFinite(value)) addRow(numberRows, { time, value })
       else skipped++
-      showSkipped(skipped ? `${skipped} ${skipped === 1 ? 'message was no number and is' : 'messages were no numbers and are'} left out` : '')
+      showSkipped(skipped ? `${skipped} ${skipped === 1 ? 'message was no number' : 'messages were no numbers'}` : '')
     })
     comet.addEventListener('gap', onErased(numberRows, () => {
       skipped = 0
@@ -331,10 +331,8 @@ function agoText(time) {
 async function send(path, options) {
   const url = here(path)
   if (token) url.searchParams.set('token', token)
-  const answer = await fetch(url, { cache: 'no-store', signal: AbortSignal.timeout(15e3), ...options })
-  const body = await answer.json().catch(() => ({}))
-  if (!answer.ok) throw Object.assign(new Error(body.error || `the relay answered ${answer.status}`), { status: answer.status })
-  return body
+  const answer = await get(url, { cache: 'no-store', signal: AbortSignal.timeout(15e3), ...options })
+  return answer.status === 204 || answer.json()
 }
 
 /** Lists the rooms, every 4 s. */
@@ -353,16 +351,17 @@ async function listRooms() {
   showRooms(list, prefix)
 }
 
+const flags = "-read '_stats,*' -write '*'"
 const noStats = 'Your token does not name the room _stats in its read right'
 
-const showNoOperator = () => setText($('#count'), allowed.required ? `${noStats}. One that does: cometes token -sub NAME -read '_stats,*' -write '*'` :
-  'The relay lists its rooms to operators only. Without a secret (-secret), that is who opens this page on the relay’s own machine, not through a proxy; with one, whose token names the room _stats in its read right.')
+const showNoOperator = () => setText($('#count'), allowed.required ? `${noStats}. One that does: cometes token -sub NAME ${flags}` :
+  'The relay lists its rooms to operators only. Without a secret that is who opens this page on the relay’s own machine, not through a proxy.')
 
 function showRooms({ rooms, more }, prefix) {
   rooms.sort((a, b) => sortBy === 'room' ? (a.room < b.room ? -1 : 1) : b[sortBy] - a[sortBy])
   const body = $('#list tbody'), shown = rooms.slice(0, maxRooms), hidden = more || rooms.length > maxRooms
   setText($('#count'), !rooms.length ? prefix ? `No room starts with ${prefix}.` : 'There are no rooms yet.' :
-    hidden ? `${shown.length} of ${more ? 'more than ' : ''}${formatNumber(rooms.length)} rooms. Type the start of a name to find the others.` :
+    hidden ? `${shown.length} of ${more ? 'more than ' : ''}${formatNumber(rooms.length)} rooms. Type the start of a name to find others.` :
       rooms.length === 1 ? 'One room.' : `${rooms.length} rooms.`)
   $('#list').hidden = !shown.length
   const rows = shown.map(updateRow)
@@ -389,7 +388,7 @@ function makeRow(room) {
 function askToErase(room, messages) {
   const dialog = $('#erase')
   $('#what').replaceChildren('Erase the room ', make('bdi', '', room), '?')
-  $('#warning').textContent = `${messages === 1 ? 'Its one message is' : `Its ${formatNumber(messages)} messages are`} deleted for everybody. This cannot be undone.`
+  $('#warning').textContent = `Its ${plural(messages, 'message')} will be deleted for everybody. This cannot be undone.`
   dialog.returnValue = ''
   dialog.onclose = () => dialog.returnValue === 'erase' && eraseRoom(room)
   dialog.showModal()
@@ -440,10 +439,10 @@ const [ours, theirs] = await Promise.all([access('_stats'), access(room)])
 const { required, refused } = ours
 allowed = { required, read: theirs.read, operates: ours.read }
 if (!ours.read) document.body.dataset.status = 'closed'
-offerToken(ours, ours.read && theirs.read, "-read '_stats,*' -write '*'")
+offerToken(ours, ours.read && theirs.read, flags)
 if (!refused) {
   $('#feed').textContent = `while sleep 1; do ${curl(required, `-s -d $((RANDOM % 100)) ${quoteForShell(roomURL)}`)}; done`
-  $('#feed').after(copyButton(() => $('#feed').textContent))
+  addCopyButton($('#feed'))
   if (ours.read) followStats()
   else {
     $('#relay').hidden = $('#pause').hidden = $('#keys').hidden = true

@@ -1,7 +1,7 @@
 // How lab and inspector open a connection for each technique, with nothing but what the browser offers: open(link) tells the
 // link what it sees, and returns a function that closes the connection.
 
-import { here, make } from './page.js'
+import { here, make, sleep } from './page.js'
 
 export const pageQuery = new URLSearchParams(location.search)
 const token = pageQuery.get('token')
@@ -9,7 +9,6 @@ export const runId = Math.random().toString(36).slice(2, 6).padEnd(4, '0') // in
 export const room = pageQuery.get('room') || 'lab-' + runId
 export const pattern = /^(\w{4}) #(\d+) (\d+\.\d) / // of an event's text: run, number, time of sending
 
-export const sleep = ms => new Promise(done => setTimeout(done, ms))
 export const unique = () => Math.random().toString(36).slice(2)
 export const size = text => new TextEncoder().encode(text).length
 export const interval = () => Math.min(55, Math.max(1, Math.round(document.querySelector('#every')?.valueAsNumber) || 2))
@@ -43,8 +42,6 @@ export const headOf = ({ status, statusText, headers }) => `${http} ${status} ${
 export const techniques = [
   {
     name: 'refresh', cookies: true, page: true, short: true,
-    description: 'A header makes the browser load the page again every few seconds.',
-    rawNote: 'The page as the browser parsed it.',
     open(link) {
       const url = link.url({ wait: interval(), form: 0 }), frame = link.frame(url)
       let timeout
@@ -65,14 +62,10 @@ export const techniques = [
   },
   {
     name: 'multipart', picture: true,
-    description: 'One response of many parts, each of which replaces the one before: a live picture, or a page.',
-    rawNote: 'As read with fetch, which shows the boundaries between the parts.',
     open: link => readStream(link, link.url({ as: 'json' })),
   },
   {
     name: 'html', cookies: true, page: true,
-    description: 'The browser shows a page while it is loading, and the server never finishes it.',
-    rawNote: 'The newest message as the browser parsed it.',
     open(link) {
       const frame = openFrame(link, { last: 0, form: 0 })
       const observer = new MutationObserver(() => {
@@ -97,14 +90,10 @@ export const techniques = [
   },
   {
     name: 'poll', short: true,
-    description: 'A script sends a request every few seconds. Most responses are empty.',
-    rawNote: 'As fetch reports it.',
     open: link => repeat(link, {}, () => sleep(interval() * 1e3)),
   },
   {
     name: 'iframe', cookies: true,
-    description: 'A hidden page that never ends. Each event is a script in it, which passes it on to the outer page.',
-    rawNote: 'Reconstructed from the event that the frame passed on.',
     open(link) {
       const frame = openFrame(link, {}, true)
       const unwatch = watchFrame(link, frame)
@@ -121,14 +110,10 @@ export const techniques = [
   },
   {
     name: 'longpoll', wait: 25e3,
-    description: 'Like polling, but the server holds the request until there is an event.',
-    rawNote: 'As fetch reports it.',
     open: link => repeat(link, { wait: 25 }),
   },
   {
     name: 'stream', apis: { xhr: 'XMLHttpRequest, as in 2004', fetch: 'fetch, since 2015' },
-    description: 'A response that never ends, with one line per event. A script reads it while it arrives.',
-    rawNote: 'As the script read it.',
     open(link) {
       if (link.api === 'fetch') return readStream(link, link.url())
       const xhr = new XMLHttpRequest(), url = link.url(), onText = lines(link)
@@ -140,7 +125,7 @@ export const techniques = [
         read += text.length
         if (text) onText(text)
         if (xhr.readyState === 4) link.onError(new Error('the response ended'))
-        else if (read > 1e6) link.onError(new Error('a megabyte was read: XMLHttpRequest keeps it all in memory, so the lab reconnects'))
+        else if (read > 1e6) link.onError(new Error('XMLHttpRequest keeps all in memory, so it ends after a megabyte'))
       }
       link.onRequest(url)
       xhr.open('GET', url)
@@ -150,8 +135,6 @@ export const techniques = [
   },
   {
     name: 'jsonp', cookies: true, wait: 25e3,
-    description: 'Long polling with script tags, once the only way to read from another origin.',
-    rawNote: 'Reconstructed from what the script passed on.',
     open(link) {
       const callback = 'lab_' + unique()
       let script, called
@@ -179,8 +162,6 @@ export const techniques = [
   },
   {
     name: 'sse', cookies: true,
-    description: 'Streaming as a standard: the browser parses the events, reconnects, and sends the last id.',
-    rawNote: 'Reconstructed from the event that the EventSource passed on.',
     open(link) {
       const url = link.url(), source = new EventSource(url)
       const head = () => `Accept: text/event-stream\nCache-Control: no-cache\n${link.state === 'reconnecting' ? `Last-Event-ID: ${link.cursor}\n` : ''}`
@@ -188,7 +169,7 @@ export const techniques = [
       source.onopen = () => link.onOpen()
       for (const type of ['message', 'hello', 'gap', 'bye', 'beat']) source.addEventListener(type, e => {
         const id = type === 'beat' ? '' : `id: ${e.lastEventId}\n`
-        link.onBody(`${id}${type === 'message' ? '' : `event: ${type}\n`}data: ${e.data}\n\n`)
+        link.onBody(`${type === 'message' ? '' : `event: ${type}\n`}data: ${e.data}\n${id}\n`)
         link.onEvent(JSON.parse(e.data), e.data)
       })
       source.onerror = () => {
@@ -201,8 +182,6 @@ export const techniques = [
   },
   {
     name: 'ws', socket: true,
-    description: 'Begins as an HTTP request, then carries frames in both directions.',
-    rawNote: 'The frame, reconstructed from its text by RFC 6455. The browser does not show the handshake.',
     open(link) {
       const url = link.url(), socket = new WebSocket(new URL(url, location.href.replace(/^http/, 'ws')))
       link.onRequest(url, 'Connection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: (16 bytes, Base64)\n')
