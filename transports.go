@@ -383,7 +383,7 @@ func (e *event) decode() (fields struct {
 	Time             int64
 	Data             json.RawMessage
 }) {
-	json.Unmarshal(e.json, &fields) // it is our own
+	json.Unmarshal(e.json, &fields) // which the relay made, so it cannot fail
 	return fields
 }
 
@@ -477,7 +477,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *te
 	}
 	h := w.Header()
 	h.Set("Cache-Control", "no-store, no-transform")
-	h.Set("X-Accel-Buffering", "no") // nginx
+	h.Set("X-Accel-Buffering", "no") // nginx buffers otherwise
 	if enc.contentType != "" {
 		h.Set("Content-Type", enc.contentType)
 	}
@@ -689,7 +689,7 @@ func (st *stream) step(sc *scratch, now int64, stopping bool) error {
 			sc.events = st.sub.appendRosters(sc.events)
 		}
 		err := st.emit(sc, now, "", sc.events...)
-		clear(sc.events) // they must not be kept when the log drops them
+		clear(sc.events) // so that they are freed when the log drops them
 		if err != nil {
 			return err
 		}
@@ -1092,7 +1092,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.answer(w,
 func (s *server) answer(w http.ResponseWriter, r *http.Request, do func(http.ResponseWriter, *http.Request) error) {
 	h := w.Header()
 	h["X-Content-Type-Options"] = nosniff
-	if r.Method != http.MethodPost { // whose answer no cache keeps, and has no links
+	if r.Method != http.MethodPost { // no cache keeps the answer to a POST, and there are no links in it
 		h.Set("Cache-Control", "no-store")
 		h.Set("Referrer-Policy", "same-origin") // a URL may hold a token
 	}
@@ -1126,9 +1126,9 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, do func(http.Res
 	}
 }
 
-// discardBody reads what is left of a refused body, for up to a second, if the connection
-// is closed behind the answer. Many clients read no answer before they have sent the whole
-// body, and closing on unread bytes resets the connection and takes the answer from them.
+// discardBody reads what is left of a refused body, for up to a second, if the connection is
+// going to be closed. Many clients read the answer only when they have sent the whole body. To
+// close a connection with unread bytes resets it, and such a client would not see the answer.
 // net/http itself reads what is left only if the connection stays open, and up to 256 KB.
 func discardBody(w http.ResponseWriter, r *http.Request) {
 	closes := r.Close || r.ContentLength > 256<<10 || w.Header().Get("Connection") == "close"
