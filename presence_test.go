@@ -246,6 +246,18 @@ func TestPresence(t *testing.T) {
 			p.at("1m")
 			ada.unsubscribe()
 		}, []string{"0s ada:online", "0s ada:offline", "2s ada:online", "1m10s ada:offline"}},
+		{"a client that says goodbye and then sets a state is present while it is connected", func(p *presenceTest) {
+			ada := p.client("ada", "tab1")
+			p.at("1m")
+			p.goodbye("ada", "tab1")
+			p.at("1m2s")
+			if err := p.setPresence("a", "ada", "tab1", "away"); err != nil {
+				p.Error(err)
+			}
+			p.at("1h")
+			p.wantRoster("ada:away")
+			ada.unsubscribe()
+		}, []string{"0s ada:online", "1m0s ada:offline", "1m2s ada:away", "1h0m10s ada:offline"}},
 		{"a goodbye without a client is for the whole user", func(p *presenceTest) {
 			ada := p.client("ada", "tab1")
 			p.at("1m")

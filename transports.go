@@ -916,10 +916,7 @@ func (s *server) handleMessage(a *author, kind websocket.MessageType, message []
 	if err != nil {
 		e, _ := err.(httpError)
 		s.refused(e.reason)
-		reply.Type, reply.Data = "error", err.Error()
-		if e.status == http.StatusPreconditionFailed {
-			reply.ID = &e.newest
-		}
+		reply.Type, reply.ID, reply.Data = "error", e.id, err.Error()
 	}
 	return reply
 }
@@ -964,7 +961,7 @@ func (s *server) publishMessage(a *author, p publishRequest) (id int64, err erro
 	if p.kind == "presence" {
 		var state string
 		json.Unmarshal(p.data, &state) // what is not a string leaves it empty, and is refused
-		return 0, s.setPresence(a.permit, p.room, a.user, a.client, state)
+		return 0, s.checkAndSetState(a.permit, p.room, a.user, a.client, state)
 	}
 	id, _, err = s.checkAndPublish(a.permit, p)
 	return id, err
@@ -1044,7 +1041,7 @@ type httpError struct {
 	message    string
 	reason     string // for counting, if it is a limit or about access
 	retryAfter int    // seconds
-	newest     int64  // with status 412: the id of the room's newest message
+	id         *int64 // with status 412: that of the room's newest message
 }
 
 func (e httpError) Error() string { return e.message }
@@ -1067,7 +1064,7 @@ func conflict(newest int64) error {
 	if newest == 0 {
 		message = "this room has no message; if=0 publishes the first"
 	}
-	return httpError{status: http.StatusPreconditionFailed, message: message, newest: newest}
+	return httpError{status: http.StatusPreconditionFailed, message: message, id: &newest}
 }
 
 var (
@@ -1117,8 +1114,8 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, do func(http.Res
 		h.Set("WWW-Authenticate", "Bearer")
 	}
 	body := map[string]any{"error": e.message}
-	if e.status == http.StatusPreconditionFailed {
-		body["id"] = e.newest
+	if e.id != nil {
+		body["id"] = *e.id
 	}
 	writeJSON(w, e.status, body)
 	if e.status < 500 && e.status != http.StatusRequestTimeout {
@@ -1453,8 +1450,8 @@ func (s *server) checkAndPublish(by *permit, p publishRequest) (id int64, isNew 
 	return s.publish(p)
 }
 
-// setPresence checks everything, and sets the state of a user in a room.
-func (s *server) setPresence(by *permit, room, user, client, state string) error {
+// checkAndSetState checks everything, and sets the state of a user in a room.
+func (s *server) checkAndSetState(by *permit, room, user, client, state string) error {
 	if !validName(room) {
 		return errOneRoom
 	}
@@ -1589,7 +1586,7 @@ func (s *server) handlePresence(w http.ResponseWriter, r *http.Request, q *reque
 	if q.err != nil {
 		return q.err
 	}
-	if err := s.setPresence(q.permit, room, user, client, state); err != nil {
+	if err := s.checkAndSetState(q.permit, room, user, client, state); err != nil {
 		return err
 	}
 	writeJSON(w, http.StatusOK, map[string]string{"room": room, "user": user, "state": state})
