@@ -418,7 +418,8 @@ func (l *redisLink) call(batch []*scriptCall) ([]reply, error) {
 // replies. The error is a redisError if the script was refused.
 func (l *redisLink) send(command, script string, batch []*scriptCall) (reply, error) {
 	d := l.redis
-	args := append([]string{command, script, strconv.Itoa(len(d.keys))}, d.keys...)
+	args := make([]string, 0, 16+9*len(batch)) // a publish takes nine
+	args = append(append(args, command, script, strconv.Itoa(len(d.keys))), d.keys...)
 	args = append(args, strconv.FormatInt(d.relay.lastID.Load(), 10), strconv.Itoa(d.events))
 	for _, c := range batch {
 		args = append(args, c.args[0], strconv.Itoa(len(c.args)-1))
