@@ -100,6 +100,7 @@ type redis struct {
 	// Used by the goroutine that reads, see redisLink.run.
 	last     [2]int64  // the newest of our entries that was read of each stream; -1 before the first
 	floor    int64     // the floor of all rooms at the start
+	started  bool      // the history was read; what is missing in it was erased
 	users    int       // in all rooms, of all instances
 	warnedAt time.Time // of an entry that is not ours
 
@@ -184,6 +185,7 @@ func (d *redis) connect() (*redisLink, error) {
 		err = d.beat(l, 0)
 	}
 	if err == nil {
+		d.started = true
 		d.found(l)
 		_, err = l.do(startTimeout, "nothing") // with it the users are compared
 	}
@@ -614,7 +616,7 @@ func (d *redis) apply(entries []redisEntry) {
 		}
 		last := d.last[e.stream]
 		d.last[e.stream] = e.id
-		missing := last >= 0 && e.previous != last
+		missing := d.started && last >= 0 && e.previous != last
 		switch head := r.lastID.Load(); {
 		case e.id <= d.floor: // an old signal
 			continue

@@ -826,6 +826,7 @@ func TestRedisScript(t *testing.T) {
 func TestRedisErase(t *testing.T) {
 	r := startRedis(t)
 	beds := r.relays(2)
+	start := beds[0].post("b", "first")
 	for i := range 300 {
 		beds[0].post([]string{"a", "b"}[i%2], "secret")
 		beds[0].post("a?ttl=60", "secret")
@@ -839,10 +840,13 @@ func TestRedisErase(t *testing.T) {
 	}
 	for _, b := range append(beds, r.relays(1)...) {
 		b.subscribe(variantOf("poll"), "a", "last=10").expect("beat")
+		if _, body := b.do("GET", fmt.Sprint("/rooms/b/poll?after=", start), ""); !strings.Contains(body, "secret") || strings.Contains(body, `"gap"`) {
+			t.Errorf("of the other room is read %.500s", body)
+		}
 	}
 	beds[1].post("a?if=0", "later")
 	reader.expect("message later")
-	for key, want := range map[string]int{"messages": 152, "signals": 0} {
+	for key, want := range map[string]int{"messages": 153, "signals": 0} {
 		n := 0
 		for _, v := range r.do("XRANGE", "{cometes}:"+key, "-", "+").list {
 			if e := parseEntry(0, v); e.room != "-" {
