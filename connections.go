@@ -16,7 +16,6 @@ import (
 	"os"
 	"runtime/debug"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -49,17 +48,17 @@ type limitListener struct {
 	most         atomic.Int64 // the most that were open since memory was given back
 
 	admitted chan *limitedConn // the next for net/http
-	closed   chan struct{}     // is closed when there will be no more
-	once     sync.Once
-	err      error // why there will be no more
+	closed   context.Context   // is done when there will be no more; its cause is why
+	close    context.CancelCauseFunc
 }
 
 // newLimitListener returns a limitListener around another, which has begun to accept.
 func newLimitListener(inner net.Listener, l *limiter, maxConns, perAddr int, countRefusal func(reason string)) *limitListener {
 	d := &limitListener{
 		Listener: inner, limiter: l, maxConns: int64(maxConns), addrs: addrLimiter{perAddr: perAddr}, countRefusal: countRefusal,
-		admitted: make(chan *limitedConn), closed: make(chan struct{}),
+		admitted: make(chan *limitedConn),
 	}
+	d.closed, d.close = context.WithCancelCause(context.Background())
 	d.spareFD, _ = os.Open(os.DevNull)
 	go d.acceptAll()
 	return d
@@ -73,7 +72,7 @@ func (d *limitListener) acceptAll() {
 		case errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE):
 			d.rejectOne()
 		case err != nil:
-			d.stop(err)
+			d.close(err)
 			return
 		default:
 			d.accept(conn)
@@ -109,7 +108,7 @@ func (d *limitListener) admit(v *limitedConn) {
 			select {
 			case d.admitted <- v:
 				return
-			case <-d.closed:
+			case <-d.closed.Done():
 			}
 		}
 	}
@@ -121,22 +120,14 @@ func (d *limitListener) Accept() (net.Conn, error) {
 	select {
 	case v := <-d.admitted:
 		return v, nil
-	case <-d.closed:
-		return nil, d.err
+	case <-d.closed.Done():
+		return nil, context.Cause(d.closed)
 	}
 }
 
 func (d *limitListener) Close() error {
-	d.stop(net.ErrClosed)
+	d.close(net.ErrClosed)
 	return d.Listener.Close()
-}
-
-// stop has Accept return err from now on.
-func (d *limitListener) stop(err error) {
-	d.once.Do(func() {
-		d.err = err
-		close(d.closed)
-	})
 }
 
 const tooManyConns = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\nRetry-After: 10\r\nConnection: close\r\n\r\n" +
@@ -240,27 +231,29 @@ func (d *limitListener) left(open int64) {
 	}
 }
 
-func (v *limitedConn) Read(b []byte) (n int, err error) {
+func (v *limitedConn) Read(b []byte) (int, error) {
 	if v.given < len(v.ahead) {
-		n = copy(b, v.ahead[v.given:])
+		n := copy(b, v.ahead[v.given:])
 		v.given += n
 		return n, nil
 	}
 	phase := v.phase.Load()
 	if phase == outside || len(b) == 1 || phase == inBody && v.http2 { // 1: net/http waits for the client to leave
-		n, err = v.Conn.Read(b)
-	} else {
-		v.setDue(dueAt(v.began.Load(), v.received.Load()))
-		n, err = v.Conn.Read(b)
-		v.setDue(0)
-		if v.received.Add(int64(n)) == int64(n) && phase == inHead { // the first bytes
-			v.began.Store(time.Now().UnixNano())
-		}
-		if phase == inHead && !v.http2 && !v.countHead(b[:n]) {
-			return 0, os.ErrDeadlineExceeded // for which net/http has no answer of its own
-		}
+		return v.Conn.Read(b)
 	}
-	v.isWhole = v.isWhole && n == 0
+	v.setDue(dueAt(v.began.Load(), v.received.Load()))
+	n, err := v.Conn.Read(b)
+	v.setDue(0)
+	first := v.received.Add(int64(n)) == int64(n)
+	if phase == inBody {
+		return n, err
+	}
+	if first {
+		v.began.Store(time.Now().UnixNano())
+	}
+	if !v.http2 && !v.countHead(b[:n]) {
+		return 0, os.ErrDeadlineExceeded // for which net/http has no answer of its own
+	}
 	return n, err
 }
 
@@ -373,8 +366,8 @@ func (v *limitedConn) setPhase(state http.ConnState) {
 		v.phase.Store(inBody)
 		v.place.setDue(0)
 	case http.StateIdle:
-		v.freeHead()
 		if !v.http2 { // of which a request may be read already
+			v.freeHead()
 			v.putBack(nil)
 		}
 		v.begin()
