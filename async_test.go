@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http/httputil"
 	"runtime"
@@ -318,6 +319,49 @@ func TestAPublisherServesAHandful(t *testing.T) {
 		publish("large", subscribe("large", 3*batchSize))
 		if n := here.Load(); n > 10*batchSize {
 			t.Errorf("of %d the publisher served %d", 10*3*batchSize, n)
+		}
+	})
+}
+
+// A session that is woken while a writer has it is served once more.
+func TestASessionThatIsWokenInItsTurnGetsAnother(t *testing.T) {
+	p := &writerPool{writers: runtime.GOMAXPROCS(0)} // no more are started
+	ses := &session{pool: p}
+	ses.state.Store(stateWriting)
+	ses.wake()
+	if len(p.queue) > 0 {
+		t.Error("it is in the queue while a writer has it")
+	}
+	ses.afterWrite(nil)
+	if ses.state.Load() != stateQueued || len(p.queue) != 1 {
+		t.Errorf("after the turn its state is %d, and %d are in the queue", ses.state.Load(), len(p.queue))
+	}
+}
+
+// A writer that ends leaves the rest of the queue to another.
+func TestAWriterLeavesTheRestToAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newTestbed(t, pipe)
+		var all []*eventReader
+		for range 2 * batchSize {
+			all = append(all, b.subscribe(variantOf("stream"), "a").begin())
+		}
+		synctest.Wait()
+		writers := func(n int) {
+			b.pool.mu.Lock()
+			b.pool.writers = n
+			b.pool.mu.Unlock()
+		}
+		writers(math.MaxInt)
+		publishEvent(t, b.relay, publishRequest{room: "a", kind: "message", data: []byte("1")})
+		writers(1) // this goroutine
+		go b.pool.run(1)
+		for _, e := range all {
+			e.expect("message 1")
+		}
+		synctest.Wait()
+		if n := b.pool.writers; n != 0 {
+			t.Errorf("there are %d writers when nothing is left", n)
 		}
 	})
 }
