@@ -71,74 +71,7 @@ func (ses *session) beginWebSocket(h http.Header, r *http.Request, q *request) {
 	go ses.readAll(bufio.NewReaderSize(ses.conn, 128), author)
 }
 
-// maxFrameHead is the size of the head of a frame of eight bytes of length.
-const maxFrameHead = 10
-
-// textFrame writes the head of a text frame (RFC 6455, 5.2) into the last of the
-// maxFrameHead free bytes at the front of b, and returns the frame: the length in one
-// byte, or after 126 in two, or after 127 in eight.
-func textFrame(b []byte) []byte {
-	switch size := len(b) - maxFrameHead; {
-	case size < 126:
-		b = b[maxFrameHead-2:]
-		b[1] = byte(size)
-	case size < 1<<16:
-		b = b[maxFrameHead-4:]
-		b[1] = 126
-		binary.BigEndian.PutUint16(b[2:], uint16(size))
-	default:
-		b[1] = 127
-		binary.BigEndian.PutUint64(b[2:], uint64(size))
-	}
-	b[0] = 0x81
-	return b
-}
-
-// controlFrame returns a control frame (5.5).
-func controlFrame(opcode byte, payload []byte) []byte {
-	return append([]byte{0x80 | opcode, byte(len(payload))}, payload...)
-}
-
-// closeFrame returns a close frame (5.5.1).
-func closeFrame(code websocket.StatusCode, reason string) []byte {
-	return controlFrame(opClose, append(binary.BigEndian.AppendUint16(nil, uint16(code)), reason...))
-}
-
-// sendMessage writes b, whose first maxFrameHead bytes are free, as a message.
-func (ses *session) sendMessage(sc *scratch, b []byte, events []*event) error {
-	size := len(b) - maxFrameHead
-	if size > 0 || !ses.closed {
-		b = textFrame(b)
-	} else {
-		b = b[:0] // a bye that this client does not see
-	}
-	sc.count(ses.technique, nil, len(b)-size+len(ses.before), 0)
-	if ses.closed {
-		b = append(b, closeFrame(ses.closeCode())...)
-	}
-	return ses.write(b, events)
-}
-
-// ping asks the client of a WebSocket now and then whether it is still there. A client that
-// has not answered the last ping is gone.
-func (ses *session) ping() error {
-	ses.ws.heartbeats++
-	due := ses.ws.heartbeats%pingEvery == 1
-	if ses.kernelTimeout && !ses.ws.proxied {
-		due = ses.ws.heartbeats%pingRarely == 0
-	}
-	if !due {
-		return nil
-	}
-	if ses.ws.awaitingPong.Swap(true) {
-		return os.ErrDeadlineExceeded
-	}
-	ses.before = controlFrame(opPing, nil) // the heartbeat, in one write
-	if ses.enc.heartbeat == "" {
-		return ses.write(nil, nil)
-	}
-	return nil
-}
+// Reading.
 
 // The opcodes of frames (5.2).
 const (
@@ -330,6 +263,74 @@ func validClose(payload []byte) bool {
 	return utf8.Valid(payload[2:]) && (code >= 1000 && code <= 1003 || code >= 1007 && code <= 1014 || code >= 3000 && code <= 4999)
 }
 
+// Writing.
+
+// maxFrameHead is the size of the head of a frame of eight bytes of length.
+const maxFrameHead = 10
+
+// textFrame writes the head of a text frame (RFC 6455, 5.2) into the last of the
+// maxFrameHead free bytes at the front of b, and returns the frame: the length in one
+// byte, or after 126 in two, or after 127 in eight.
+func textFrame(b []byte) []byte {
+	switch size := len(b) - maxFrameHead; {
+	case size < 126:
+		b = b[maxFrameHead-2:]
+		b[1] = byte(size)
+	case size < 1<<16:
+		b = b[maxFrameHead-4:]
+		b[1] = 126
+		binary.BigEndian.PutUint16(b[2:], uint16(size))
+	default:
+		b[1] = 127
+		binary.BigEndian.PutUint64(b[2:], uint64(size))
+	}
+	b[0] = 0x80 | byte(websocket.MessageText)
+	return b
+}
+
+// controlFrame returns a control frame (5.5).
+func controlFrame(opcode byte, payload []byte) []byte {
+	return append([]byte{0x80 | opcode, byte(len(payload))}, payload...)
+}
+
+// closeFrame returns a close frame (5.5.1).
+func closeFrame(code websocket.StatusCode, reason string) []byte {
+	return controlFrame(opClose, append(binary.BigEndian.AppendUint16(nil, uint16(code)), reason...))
+}
+
+// sendMessage writes b, whose first maxFrameHead bytes are free, as a message.
+func (ses *session) sendMessage(sc *scratch, b []byte, events []*event) error {
+	size := len(b) - maxFrameHead
+	if size > 0 || !ses.closed {
+		b = textFrame(b)
+	} else {
+		b = b[:0] // a bye that this client does not see
+	}
+	sc.count(ses.technique, nil, len(b)-size+len(ses.before), 0)
+	if ses.closed {
+		b = append(b, closeFrame(ses.closeCode())...)
+	}
+	return ses.write(b, events)
+}
+
+// enqueueFrames has whole frames written by the pool, and then perhaps the session ended. A
+// client that leaves too many unread is dropped.
+func (ses *session) enqueueFrames(frames []byte, ending error) {
+	ws := ses.ws
+	ws.mu.Lock()
+	full := len(ws.replies)+len(frames) > maxQueuedReplies
+	if !full && ws.ending == nil {
+		ws.replies = append(ws.replies, frames...)
+		ws.ending = ending
+	}
+	ws.mu.Unlock()
+	if full {
+		ses.abort()
+		return
+	}
+	ses.wake()
+}
+
 // writeReplies writes the frames that answer what the client has sent. A client may send at
 // once, but hello is first.
 func (ses *session) writeReplies(sc *scratch, now int64) error {
@@ -354,20 +355,23 @@ func (ses *session) writeReplies(sc *scratch, now int64) error {
 	return ending
 }
 
-// enqueueFrames has whole frames written by the pool, and then perhaps the session ended. A
-// client that leaves too many unread is dropped.
-func (ses *session) enqueueFrames(frames []byte, ending error) {
-	ws := ses.ws
-	ws.mu.Lock()
-	full := len(ws.replies)+len(frames) > maxQueuedReplies
-	if !full && ws.ending == nil {
-		ws.replies = append(ws.replies, frames...)
-		ws.ending = ending
+// ping asks the client of a WebSocket now and then whether it is still there. A client that
+// has not answered the last ping is gone.
+func (ses *session) ping() error {
+	ses.ws.heartbeats++
+	due := ses.ws.heartbeats%pingEvery == 1
+	if ses.kernelTimeout && !ses.ws.proxied {
+		due = ses.ws.heartbeats%pingRarely == 0
 	}
-	ws.mu.Unlock()
-	if full {
-		ses.abort()
-		return
+	if !due {
+		return nil
 	}
-	ses.wake()
+	if ses.ws.awaitingPong.Swap(true) {
+		return os.ErrDeadlineExceeded
+	}
+	ses.before = controlFrame(opPing, nil) // the heartbeat, in one write
+	if ses.enc.heartbeat == "" {
+		return ses.write(nil, nil)
+	}
+	return nil
 }
