@@ -434,8 +434,8 @@ func multipartHTML(s *server, q *request) encoder {
 func (sub *subscriber) kept(low, high int64) (events []*event) {
 	for i := range sub.subscriptions {
 		h := sub.subscriptions[i].room.history.Load()
-		events = append(events, between(h.messages, low, high)...)
-		events = append(events, between(h.signals, low, high)...)
+		events = append(events, between(h.messages.events, low, high)...)
+		events = append(events, between(h.signals.events, low, high)...)
 	}
 	return events
 }

@@ -249,7 +249,7 @@ func (c *renderer) run(ctx context.Context) {
 func (c *renderer) draw() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	messages := slices.Clone(c.sub.subscriptions[0].room.history.Load().messages)
+	messages := slices.Clone(c.sub.subscriptions[0].room.history.Load().messages.events)
 	messages = slices.DeleteFunc(messages, func(e *event) bool { return e.kind != "message" })
 	messages = messages[max(0, len(messages)-drawMessages):]
 	var numbers []float64

@@ -114,13 +114,13 @@ func TestAGraphOfNumbers(t *testing.T) {
 			t.Errorf("%d messages are counted that are no numbers, want 1", n)
 		}
 		history := b.pictures.log.rooms["a 480 240"].history.Load()
-		if svg := string(history.messages[0].json); !strings.Contains(svg, "<path") || !strings.Contains(svg, ">40</text>") || strings.Contains(svg, "nothing") {
+		if svg := string(history.messages.events[0].json); !strings.Contains(svg, "<path") || !strings.Contains(svg, ">40</text>") || strings.Contains(svg, "nothing") {
 			t.Errorf("the picture of numbers is %s", svg)
 		}
 		b.relay.erase("a")
 		time.Sleep(time.Second)
 		history = b.pictures.log.rooms["a 480 240"].history.Load()
-		if svg := string(history.messages[0].json); !strings.Contains(svg, "Nothing was said yet") {
+		if svg := string(history.messages.events[0].json); !strings.Contains(svg, "Nothing was said yet") {
 			t.Errorf("the picture of an erased room is %s", svg)
 		}
 		e.close()

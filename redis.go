@@ -216,7 +216,7 @@ func (d *redis) begin(conn *redisConn) error {
 	for _, entry := range first {
 		d.floor = max(d.floor, parseEntry(0, entry).previous)
 	}
-	r.trimmedElsewhere = d.floor
+	r.floorElsewhere = d.floor
 	r.lastID.Store(d.floor)
 	return nil
 }
@@ -669,7 +669,7 @@ func (d *redis) applyEntry(e *redisEntry) {
 // raiseFloors says that events up to an id are lost, of any room: messages, or only signals.
 func (r *relay) raiseFloors(id int64, messages bool) {
 	if messages {
-		r.trimmedElsewhere = id
+		r.floorElsewhere = id
 		clear(r.forgotten)
 	}
 	for name, rm := range r.rooms {
@@ -679,7 +679,7 @@ func (r *relay) raiseFloors(id int64, messages bool) {
 		r.dropSignals(rm, id)
 		if messages {
 			h := *rm.history.Load()
-			h.trimmed = id
+			h.messages.floor = id
 			rm.history.Store(&h)
 		}
 	}
@@ -688,10 +688,9 @@ func (r *relay) raiseFloors(id int64, messages bool) {
 // dropSignals forgets the signals of a room. Streams are sent the roster.
 func (r *relay) dropSignals(rm *room, id int64) {
 	h := *rm.history.Load()
-	h.signals, h.trimmedSignal = nil, id
+	r.bytes -= h.signals.bytes
+	h.signals = eventLog{floor: id}
 	rm.history.Store(&h)
-	r.bytes -= rm.signalBytes
-	rm.signalBytes = 0
 	r.changed = append(r.changed, rm)
 }
 

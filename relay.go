@@ -63,21 +63,26 @@ type event struct {
 
 func (e *event) size() int { return eventOverhead + len(e.json) + len(e.key) }
 
-// A history is an immutable view of a room's log. It is replaced as a whole.
+// A history is an immutable view of what a room keeps. It is replaced as a whole.
 type history struct {
-	trimmed       int64    // the newest message that was dropped: the floor of the log
-	erased        int64    // the last erasure; if it is also the floor, the gap says so
-	messages      []*event // oldest first
-	signals       []*event // oldest first; kept apart, so that they never push out a message
-	trimmedSignal int64    // the newest signal that was dropped before it expired, or presence event that was dropped at all
+	messages eventLog
+	signals  eventLog // apart from the messages, so that they never push one out
+	erased   int64    // the last erasure; if it is also the floor of the messages, the gap says so
 }
 
-// newest is the id of the newest message, or 0.
-func (h *history) newest() int64 {
-	if len(h.messages) == 0 {
+// An eventLog is the newest events of a room.
+type eventLog struct {
+	events []*event // oldest first
+	bytes  int      // of all of them
+	floor  int64    // the newest event that was dropped; a signal that had expired counts only if it was presence
+}
+
+// newest returns the id of the newest event, or 0.
+func (l *eventLog) newest() int64 {
+	if len(l.events) == 0 {
 		return 0
 	}
-	return h.messages[len(h.messages)-1].id
+	return l.events[len(l.events)-1].id
 }
 
 // A room is one named log.
@@ -86,14 +91,13 @@ type room struct {
 	history atomic.Pointer[history]
 
 	// Guarded by relay.mu.
-	keys                      map[string]int64 // the keys in the history, and their ids
-	messageBytes, signalBytes int
-	lruElem                   *list.Element     // in relay.lru; nil while the room keeps nothing
-	lastUsed                  time.Time         // when it was published to, or lost a subscriber
-	leases                    map[string]*lease // by user
-	elsewhere                 map[string]string // the states of users as all relays know them; nil if this one is alone
-	online                    int               // users who are not offline
-	summary                   summary
+	keys      map[string]int64  // the keys in the history, and their ids
+	lruElem   *list.Element     // in relay.lru; nil while the room keeps nothing
+	lastUsed  time.Time         // when it was published to, or lost a subscriber
+	leases    map[string]*lease // by user
+	elsewhere map[string]string // the states of users as all relays know them; nil if this one is alone
+	online    int               // users who are not offline
+	summary   summary
 
 	// Changed under both relay.mu and mu, so either is enough for reading. A slice and not a
 	// map: it is nearly in the order of memory, and a large room is woken a tenth faster.
@@ -117,14 +121,14 @@ type relay struct {
 	announceState func(rm *room, user string, l *lease, state string, now time.Time)
 	lookahead     int64
 
-	mu               sync.Mutex // guards what follows, and the order of ids; see unlock
-	rooms            map[string]*room
-	changed          []*room             // those with a new event since mu was locked
-	lru              *list.List          // the rooms that keep something; the one published to last is in front
-	bytes            int                 // of all events kept
-	leases           int                 // in all rooms
-	forgotten        map[string]*history // of forgotten rooms, for their floors
-	trimmedElsewhere int64               // the floor of every room that is in neither map
+	mu             sync.Mutex // guards what follows, and the order of ids; see unlock
+	rooms          map[string]*room
+	changed        []*room             // those with a new event since mu was locked
+	lru            *list.List          // the rooms that keep something; the one published to last is in front
+	bytes          int                 // of all events kept
+	leases         int                 // in all rooms
+	forgotten      map[string]*history // of forgotten rooms, for their floors
+	floorElsewhere int64               // the floor of every room that is in neither map
 }
 
 var (
@@ -180,7 +184,7 @@ func (r *relay) publish(p publishRequest) (id int64, isNew bool, err error) {
 	if p.onlyIf != nil {
 		newest := int64(0)
 		if rm != nil {
-			newest = rm.history.Load().newest()
+			newest = rm.history.Load().messages.newest()
 		}
 		if newest != *p.onlyIf {
 			return 0, false, conflict(newest)
@@ -256,9 +260,9 @@ func marshalEvent(e *event, room, from string, data []byte) []byte {
 // signals that have expired.
 func (r *relay) addToHistory(rm *room, e *event) {
 	h := *rm.history.Load()
-	log, bytes, trimmed := &h.messages, &rm.messageBytes, &h.trimmed
+	log := &h.messages
 	if e.expiresAt != 0 {
-		log, bytes, trimmed = &h.signals, &rm.signalBytes, &h.trimmedSignal
+		log = &h.signals
 	}
 	if e.key != "" {
 		if rm.keys == nil {
@@ -266,40 +270,40 @@ func (r *relay) addToHistory(rm *room, e *event) {
 		}
 		rm.keys[e.key] = e.id
 	}
-	if len(*log) == cap(*log) {
-		*log = moveLog(*log)
+	if len(log.events) == cap(log.events) {
+		log.move()
 	}
-	*log = append(*log, e)
-	*bytes += e.size()
+	log.events = append(log.events, e)
+	log.bytes += e.size()
 	r.bytes += e.size()
 	large := false
-	for len(*log) > 1 {
-		old := (*log)[0]
+	for len(log.events) > 1 {
+		old := log.events[0]
 		expired := old.expiresAt != 0 && old.expiresAt <= e.publishedAt
-		if len(*log) <= r.maxEvents && *bytes <= r.maxRoomBytes && !expired {
+		if len(log.events) <= r.maxEvents && log.bytes <= r.maxRoomBytes && !expired {
 			break
 		}
 		if !expired || old.kind == "presence" {
-			*trimmed = max(*trimmed, old.id)
+			log.floor = max(log.floor, old.id)
 		}
 		if old.key != "" {
 			delete(rm.keys, old.key)
 		}
-		*bytes -= old.size()
+		log.bytes -= old.size()
 		r.bytes -= old.size()
-		*log = (*log)[1:]
+		log.events = log.events[1:]
 		large = large || old.size() > largeEvent
 	}
 	if large { // the old array would keep it in memory, uncounted
-		*log = moveLog(*log)
+		log.move()
 	}
 	rm.history.Store(&h)
 }
 
-// moveLog copies a log into an array a quarter larger. The one before is left to the older
+// move copies the events into an array a quarter larger. The one before is left to the older
 // histories that share it, so dropped events are soon collected.
-func moveLog(log []*event) []*event {
-	return append(make([]*event, 0, len(log)+len(log)/4+4), log...)
+func (l *eventLog) move() {
+	l.events = append(make([]*event, 0, len(l.events)+len(l.events)/4+4), l.events...)
 }
 
 // unlock releases r.mu and then wakes the subscribers of the rooms that changed, so
@@ -333,7 +337,7 @@ func (r *relay) openRoom(name string) *room {
 		rm = &room{name: strings.Clone(name)}
 		h := r.forgotten[name]
 		if h == nil {
-			h = &history{trimmed: r.trimmedElsewhere}
+			h = &history{messages: eventLog{floor: r.floorElsewhere}}
 		}
 		delete(r.forgotten, name)
 		rm.history.Store(h)
@@ -345,7 +349,7 @@ func (r *relay) openRoom(name string) *room {
 // dropHistory forgets what a room keeps, and the room itself if it is unused.
 func (r *relay) dropHistory(rm *room) {
 	h := rm.history.Load()
-	r.clearHistory(rm, max(h.trimmed, h.newest()), h.erased)
+	r.clearHistory(rm, max(h.messages.floor, h.messages.newest()), h.erased)
 	r.closeIfUnused(rm)
 }
 
@@ -371,15 +375,12 @@ func (r *relay) eraseLocked(name string) {
 	}
 }
 
-func (r *relay) clearHistory(rm *room, trimmed, erased int64) {
+func (r *relay) clearHistory(rm *room, floor, erased int64) {
 	h := rm.history.Load()
-	empty := &history{trimmed: trimmed, erased: erased, trimmedSignal: h.trimmedSignal}
-	if n := len(h.signals); n > 0 {
-		empty.trimmedSignal = h.signals[n-1].id
-	}
-	rm.history.Store(empty)
-	r.bytes -= rm.messageBytes + rm.signalBytes
-	rm.messageBytes, rm.signalBytes, rm.keys = 0, 0, nil
+	signals := eventLog{floor: max(h.signals.floor, h.signals.newest())}
+	rm.history.Store(&history{messages: eventLog{floor: floor}, signals: signals, erased: erased})
+	r.bytes -= h.messages.bytes + h.signals.bytes
+	rm.keys = nil
 	if rm.lruElem != nil {
 		r.lru.Remove(rm.lruElem)
 		rm.lruElem = nil
@@ -396,12 +397,12 @@ func (r *relay) closeIfUnused(rm *room) {
 	}
 	delete(r.rooms, rm.name)
 	h := rm.history.Load()
-	if h.trimmed <= r.trimmedElsewhere {
+	if h.messages.floor <= r.floorElsewhere {
 		return
 	}
 	if len(r.forgotten) >= r.maxRooms {
 		for _, f := range r.forgotten {
-			r.trimmedElsewhere = max(r.trimmedElsewhere, f.trimmed)
+			r.floorElsewhere = max(r.floorElsewhere, f.messages.floor)
 		}
 		clear(r.forgotten)
 	}
@@ -521,7 +522,7 @@ func (sub *subscriber) setCursor(cursor int64, last int) {
 	case cursor < 0:
 		sub.cursor = sub.cursorBeforeNewest(last)
 		for i := range sub.subscriptions {
-			sub.subscriptions[i].baseline = sub.subscriptions[i].room.history.Load().trimmed
+			sub.subscriptions[i].baseline = sub.subscriptions[i].room.history.Load().messages.floor
 		}
 	case cursor < r.epoch:
 		sub.lost = "restart"
@@ -553,7 +554,7 @@ func (r *relay) checkLimits(q subscribeRequest) error {
 func (sub *subscriber) cursorBeforeNewest(n int) int64 {
 	var ids []int64
 	for i := range sub.subscriptions {
-		messages := sub.subscriptions[i].room.history.Load().messages
+		messages := sub.subscriptions[i].room.history.Load().messages.events
 		for _, e := range messages[max(0, len(messages)-n):] {
 			ids = append(ids, e.id)
 		}
@@ -650,12 +651,12 @@ func (sub *subscriber) next(batch []*event) []*event {
 		if gap := sub.gap(&sub.subscriptions[i], h, lastID, logs); gap != nil {
 			logs = append(logs, []*event{gap})
 		}
-		for _, log := range [2][]*event{h.messages, h.signals} {
+		for _, log := range [2][]*event{h.messages.events, h.signals.events} {
 			if log = between(log, cursor, lastID); len(log) > 0 {
 				logs = append(logs, log)
 			}
 		}
-		sub.needsRoster = sub.needsRoster || sub.rosterAsOf != 0 && h.trimmedSignal > max(cursor, sub.rosterAsOf)
+		sub.needsRoster = sub.needsRoster || sub.rosterAsOf != 0 && h.signals.floor > max(cursor, sub.rosterAsOf)
 	}
 	sub.lost = ""
 
@@ -688,17 +689,17 @@ func (sub *subscriber) next(batch []*event) []*event {
 // several rooms have a gap with the same id, only the last one sent has it, and the others
 // the id before: a client that is cut off between them is sent the rest when it returns.
 func (sub *subscriber) gap(s *subscription, h *history, lastID int64, others [][]*event) *event {
-	trimmed := min(h.trimmed, lastID) // what was dropped meanwhile, beyond lastID, is for the next time
+	floor := min(h.messages.floor, lastID) // what was dropped meanwhile, beyond lastID, is for the next time
 	reason := "history"
 	switch {
 	case sub.lost != "":
 		reason = sub.lost
-	case trimmed <= sub.cursor || trimmed <= s.baseline:
+	case floor <= sub.cursor || floor <= s.baseline:
 		return nil
-	case h.trimmed == h.erased:
+	case h.messages.floor == h.erased:
 		reason = "erased"
 	}
-	id := max(trimmed, sub.relay.epoch)
+	id := max(floor, sub.relay.epoch)
 	if slices.ContainsFunc(others, func(log []*event) bool { return log[0].kind == "gap" && log[0].id == id }) {
 		id--
 	}

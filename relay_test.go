@@ -183,21 +183,21 @@ func checkAccounting(t *testing.T, r *relay) {
 				if e.key != "" {
 					keys[e.key] = e.id
 				}
-				if i > 0 && log[i-1].id >= e.id || e.id > r.lastID.Load() || e.expiresAt == 0 && e.id <= v.trimmed {
+				if i > 0 && log[i-1].id >= e.id || e.id > r.lastID.Load() || e.expiresAt == 0 && e.id <= v.messages.floor {
 					t.Errorf("%s: event %d is out of order", name, e.id-r.epoch)
 				}
 			}
 			return n
 		}
-		messages, signals := sum(v.messages), sum(v.signals)
+		messages, signals := sum(v.messages.events), sum(v.signals.events)
 		bytes += messages + signals
-		if messages != rm.messageBytes || signals != rm.signalBytes {
-			t.Errorf("%s has %d and %d bytes, and counted %d and %d", name, messages, signals, rm.messageBytes, rm.signalBytes)
+		if messages != v.messages.bytes || signals != v.signals.bytes {
+			t.Errorf("%s has %d and %d bytes, and counted %d and %d", name, messages, signals, v.messages.bytes, v.signals.bytes)
 		}
-		if len(v.messages) > r.maxEvents || len(v.signals) > r.maxEvents {
-			t.Errorf("%s has %d messages and %d signals, the bound is %d", name, len(v.messages), len(v.signals), r.maxEvents)
+		if len(v.messages.events) > r.maxEvents || len(v.signals.events) > r.maxEvents {
+			t.Errorf("%s has %d messages and %d signals, the bound is %d", name, len(v.messages.events), len(v.signals.events), r.maxEvents)
 		}
-		if messages > r.maxRoomBytes && len(v.messages) > 1 || signals > r.maxRoomBytes && len(v.signals) > 1 {
+		if messages > r.maxRoomBytes && len(v.messages.events) > 1 || signals > r.maxRoomBytes && len(v.signals.events) > 1 {
 			t.Errorf("%s has %d and %d bytes, the bound is %d", name, messages, signals, r.maxRoomBytes)
 		}
 		if len(keys)+len(rm.keys) > 0 && !reflect.DeepEqual(keys, rm.keys) {
@@ -215,7 +215,7 @@ func checkAccounting(t *testing.T, r *relay) {
 		users += len(rm.leases)
 		if rm.lruElem != nil {
 			placed++
-		} else if len(v.messages)+len(v.signals) > 0 {
+		} else if len(v.messages.events)+len(v.signals.events) > 0 {
 			t.Errorf("%s has a history and no place", name)
 		} else if len(rm.subscriptions)+len(rm.leases) == 0 {
 			t.Errorf("%s is kept without a history, subscriber or user", name)
@@ -760,8 +760,8 @@ func TestSignals(t *testing.T) {
 
 		// An expired signal is dropped when the next one comes.
 		publishEvent(t, r, publishRequest{room: "a", kind: "typing", ttl: time.Second})
-		if v := r.rooms["a"].history.Load(); len(v.signals) != 1 || len(v.messages) != 2 {
-			t.Errorf("%d signals and %d messages are kept, want 1 and 2", len(v.signals), len(v.messages))
+		if v := r.rooms["a"].history.Load(); len(v.signals.events) != 1 || len(v.messages.events) != 2 {
+			t.Errorf("%d signals and %d messages are kept, want 1 and 2", len(v.signals.events), len(v.messages.events))
 		}
 		checkAccounting(t, r)
 	})
@@ -977,7 +977,7 @@ func countAlive(events []weak.Pointer[event]) (n int) {
 
 // weakMessages returns a room's messages without keeping them in memory.
 func weakMessages(r *relay, room string) (events []weak.Pointer[event]) {
-	for _, e := range r.rooms[room].history.Load().messages {
+	for _, e := range r.rooms[room].history.Load().messages.events {
 		events = append(events, weak.Make(e))
 	}
 	return events

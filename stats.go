@@ -250,8 +250,8 @@ type roomStatus struct {
 // status describes the room. The caller holds relay.mu.
 func (rm *room) status() roomStatus {
 	h := rm.history.Load()
-	status := roomStatus{rm.name, len(rm.subscriptions), rm.online, len(h.messages), rm.messageBytes + rm.signalBytes, h.newest(), 0}
-	for _, log := range [][]*event{h.messages, h.signals} {
+	status := roomStatus{rm.name, len(rm.subscriptions), rm.online, len(h.messages.events), h.messages.bytes + h.signals.bytes, h.messages.newest(), 0}
+	for _, log := range [][]*event{h.messages.events, h.signals.events} {
 		if n := len(log); n > 0 {
 			status.Time = max(status.Time, log[n-1].publishedAt)
 		}

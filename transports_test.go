@@ -1795,8 +1795,8 @@ func TestAnEventWithATTLIsASignal(t *testing.T) {
 		for i, parameters := range [][]string{{"?ttl=5", "data=hi"}, {"", "data=hi&ttl=5"}, {"?ttl=5", "data=hi&ttl=5"}} {
 			b.do("POST", "/rooms/a"+parameters[0], parameters[1], formType)
 			v := b.relay.rooms["a"].history.Load()
-			if len(v.messages) != 0 || len(v.signals) != i+1 || v.signals[i].expiresAt != v.signals[i].publishedAt+5000 {
-				t.Fatalf("%q made %d messages and %d signals", parameters, len(v.messages), len(v.signals))
+			if len(v.messages.events) != 0 || len(v.signals.events) != i+1 || v.signals.events[i].expiresAt != v.signals.events[i].publishedAt+5000 {
+				t.Fatalf("%q made %d messages and %d signals", parameters, len(v.messages.events), len(v.signals.events))
 			}
 		}
 	})
