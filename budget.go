@@ -133,14 +133,14 @@ func dueAt(began, received int64) int64 {
 type budget struct {
 	max int64
 
-	mu      sync.Mutex // guards what follows
-	used    int64
-	shares  map[*allotment]struct{} // that have something
-	waiting []*allotment
-	cutAt   int64 // when all that were late had been cut off, Unix nanoseconds
+	mu         sync.Mutex // guards what follows
+	used       int64
+	allotments map[*allotment]struct{} // that have something
+	waiting    []*allotment
+	cutAt      int64 // when all that were late had been cut off, Unix nanoseconds
 }
 
-func newBudget(max int64) *budget { return &budget{max: max, shares: map[*allotment]struct{}{}} }
+func newBudget(max int64) *budget { return &budget{max: max, allotments: map[*allotment]struct{}{}} }
 
 // An allotment is what one client has of a budget.
 type allotment struct {
@@ -158,9 +158,9 @@ type allotment struct {
 func (b *budget) open(cut func()) *allotment { return &allotment{budget: b, cut: cut} }
 
 // setDue says when the client's time is up; 0: it does not stand still.
-func (s *allotment) setDue(at int64) {
-	if s != nil {
-		s.due.Store(at)
+func (a *allotment) setDue(at int64) {
+	if a != nil {
+		a.due.Store(at)
 	}
 }
 
@@ -173,89 +173,89 @@ func (b *budget) inUse() int64 {
 
 // grow takes n for what is to come, and gives its client the time that so many bytes
 // take; or it returns errTooMuch, and takes nothing.
-func (s *allotment) grow(n int64) error {
-	b, now := s.budget, time.Now().UnixNano()
+func (a *allotment) grow(n int64) error {
+	b, now := a.budget, time.Now().UnixNano()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	bound := b.max
-	if s.size+n > smallPart {
+	if a.size+n > smallPart {
 		bound -= b.max / 4
 	}
-	if over := b.used + n - bound; over > 0 && !s.ended {
+	if over := b.used + n - bound; over > 0 && !a.ended {
 		b.cutLate(now, over)
 	}
-	if s.ended || b.used+n > bound {
+	if a.ended || b.used+n > bound {
 		return errTooMuch
 	}
-	s.due.Store(now + allowance(s.size+n))
-	b.add(s, n)
+	a.due.Store(now + allowance(a.size+n))
+	b.add(a, n)
 	return nil
 }
 
 // wait takes 1, and waits until it can.
-func (s *allotment) wait() {
-	b := s.budget
+func (a *allotment) wait() {
+	b := a.budget
 	b.mu.Lock()
-	s.ready = make(chan struct{})
-	b.waiting = append(b.waiting, s)
+	a.ready = make(chan struct{})
+	b.waiting = append(b.waiting, a)
 	if b.admit(); len(b.waiting) == 1 {
 		b.tick()
 	}
 	b.mu.Unlock()
-	<-s.ready
-	s.ready = nil // the allotment is kept as long as the connection
+	<-a.ready
+	a.ready = nil // the allotment is kept as long as the connection
 }
 
 // take takes n, beyond the bound if it must, unless the allotment has ended; give gives all
 // back, and free does that for good.
-func (s *allotment) take(n int64) {
-	s.budget.mu.Lock()
-	defer s.budget.mu.Unlock()
-	if !s.ended {
-		s.budget.add(s, n)
+func (a *allotment) take(n int64) {
+	a.budget.mu.Lock()
+	defer a.budget.mu.Unlock()
+	if !a.ended {
+		a.budget.add(a, n)
 	}
 }
 
-func (s *allotment) give() {
-	s.budget.mu.Lock()
-	defer s.budget.mu.Unlock()
-	s.budget.drop(s)
-	s.budget.admit()
+func (a *allotment) give() {
+	a.budget.mu.Lock()
+	defer a.budget.mu.Unlock()
+	a.budget.drop(a)
+	a.budget.admit()
 }
 
-func (s *allotment) free() {
-	if s == nil {
+func (a *allotment) free() {
+	if a == nil {
 		return
 	}
-	s.budget.mu.Lock()
-	defer s.budget.mu.Unlock()
-	s.ended = true
-	s.budget.drop(s)
-	s.budget.admit()
+	a.budget.mu.Lock()
+	defer a.budget.mu.Unlock()
+	a.ended = true
+	a.budget.drop(a)
+	a.budget.admit()
 }
 
 // The caller of what follows holds b.mu.
 
-func (b *budget) add(s *allotment, n int64) {
-	s.size += n
+func (b *budget) add(a *allotment, n int64) {
+	a.size += n
 	b.used += n
-	b.shares[s] = struct{}{}
+	b.allotments[a] = struct{}{}
 }
 
-func (b *budget) drop(s *allotment) {
-	b.used -= s.size
-	s.size = 0
-	delete(b.shares, s)
+func (b *budget) drop(a *allotment) {
+	b.used -= a.size
+	a.size = 0
+	delete(b.allotments, a)
 }
 
 // admit lets in those who wait, in their order.
 func (b *budget) admit() {
 	for len(b.waiting) > 0 && b.used < b.max {
-		s := b.waiting[0]
+		a := b.waiting[0]
 		b.waiting[0] = nil
 		b.waiting = b.waiting[1:]
-		b.add(s, 1)
-		close(s.ready)
+		b.add(a, 1)
+		close(a.ready)
 	}
 }
 
@@ -266,20 +266,20 @@ func (b *budget) cutLate(now, want int64) {
 		return
 	}
 	var late []*allotment
-	for s := range b.shares {
-		if due := s.due.Load(); due != 0 && due < now {
-			late = append(late, s)
+	for a := range b.allotments {
+		if due := a.due.Load(); due != 0 && due < now {
+			late = append(late, a)
 		}
 	}
-	slices.SortFunc(late, func(s, o *allotment) int { return cmp.Compare(s.due.Load(), o.due.Load()) })
-	for _, s := range late {
+	slices.SortFunc(late, func(a, o *allotment) int { return cmp.Compare(a.due.Load(), o.due.Load()) })
+	for _, a := range late {
 		if want <= 0 {
 			return
 		}
-		want -= s.size
-		s.ended = true
-		b.drop(s)
-		go s.cut()
+		want -= a.size
+		a.ended = true
+		b.drop(a)
+		go a.cut()
 	}
 	if want > 0 {
 		b.cutAt = now
