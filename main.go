@@ -323,6 +323,7 @@ func serve(ctx context.Context, a *app, srv *http.Server, listener *limitListene
 	defer a.redis.close() // layer: redis.go
 	failed := make(chan error, 1)
 	a.pool.resume = listener.admit // layer: async.go
+	go a.redis.run()               // layer: redis.go
 	go func() { failed <- srv.Serve(listener) }()
 	sweep := time.NewTicker(a.relay.roomIdle / 10)
 	defer sweep.Stop()

@@ -91,7 +91,8 @@ type redis struct {
 	relay    *relay
 	server   *server
 	target   *redisTarget
-	keys     []string // of every script
+	keys     []string   // of every script
+	first    *redisLink // as newRedis connected
 	events   int
 	stopping context.Context
 	stop     context.CancelFunc
@@ -125,7 +126,8 @@ type instanceStatus struct {
 	Users       int    `json:"users"`
 }
 
-// newRedis has the server share its log by the Redis at the URL. Without a URL it returns nil.
+// newRedis has the server share its log by the Redis at the URL, and reads what is there; run
+// goes on. Without a URL it returns nil.
 func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 	if url == "" {
 		return nil, nil
@@ -153,9 +155,7 @@ func newRedis(s *server, url, prefix string, events int) (*redis, error) {
 	}
 	s.publish, s.erase, s.setState, s.subscribe = d.publish, d.erase, d.setPresence, d.subscribe
 	for start, pause := time.Now(), 50*time.Millisecond; ; pause *= 2 {
-		l, err := d.connect()
-		if err == nil {
-			go d.run(l)
+		if d.first, err = d.connect(); err == nil {
 			return d, nil
 		}
 		refusal, isRefusal := errors.AsType[redisError](err)
@@ -239,9 +239,12 @@ func (d *redis) lost(l *redisLink) {
 }
 
 // run keeps the instance connected until it stops.
-func (d *redis) run(l *redisLink) {
+func (d *redis) run() {
+	if d == nil {
+		return
+	}
 	defer close(d.ended)
-	for {
+	for l := d.first; ; {
 		slog.Info("connected to Redis", "addr", d.target.addr)
 		err := l.watch()
 		if d.stopping.Err() != nil {
