@@ -1,14 +1,12 @@
-// Long-polls that wait without net/http. A request that waits costs what an idle stream
-// costs there, and more: two buffers, two goroutines, the request. So its connection is
-// taken over like that of a stream. A writer of the pool sends the answer. One goroutine
-// waits to read, which shows whether the client is still there; what it reads after the
-// answer is the next request. With these bytes the connection goes back to the
-// http.Server. So between two requests it costs no more than a stream, either.
+// Long-polls that wait without net/http, where each would cost 25 KB and more: two buffers,
+// two goroutines, the request. Its connection is taken over like that of a stream, and a
+// writer of the pool sends the answer. One goroutine waits to read. That shows whether the
+// client is still there; and what it reads after the answer is the next request.
 //
-// Clients that long-poll ask again in the same words, with another cursor. Where the
-// head of a request is one that net/http has read before, except for the digits of the
-// cursor, there is nothing to parse, and nothing to check again but the token's expiry
-// and the limits. It is held at once, without net/http.
+// Clients that long-poll ask again in the same words, with another cursor. If net/http has
+// read such a head before, there is nothing to parse, and nothing to check again but the
+// token's expiry and the limits: the request is held at once. Otherwise the connection
+// goes back to the http.Server, with what was read.
 //
 // HTTP/2 and HTTP/1.0 are served by (*stream).serveOnce, and so is a request with a body.
 
