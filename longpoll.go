@@ -52,7 +52,7 @@ type question struct {
 	subscribe     subscribeRequest
 	wait          time.Duration
 	expiresAt     int64  // when its token expires, Unix nanoseconds
-	last          bool   // the client asks for the end of the connection
+	lastRequest   bool   // the client asks for the end of the connection
 	answerHead    string // without Content-Length and Date
 }
 
@@ -61,7 +61,7 @@ type heldPoll struct {
 	*question
 	end        time.Time     // when the wait is over
 	due        atomic.Bool   // it is, or the client left: the answer is due without an event, too
-	last       bool          // the connection ends with the answer
+	ends       bool          // the connection ends with the answer
 	answered   chan struct{} // receives a token with each answer; then the session is the reader's
 	answeredAt time.Time
 	deadline   time.Time // to read, that the connection has; zero for none
@@ -100,7 +100,7 @@ func (p *writerPool) takeOverPoll(w http.ResponseWriter, r *http.Request, st *st
 // questionOf returns what a request asks. It copies what it keeps of the request, so
 // nothing keeps the request itself.
 func (p *writerPool) questionOf(st *stream, r *http.Request, q *request, header http.Header, head []byte) *question {
-	n := &question{technique: st.technique, enc: st.enc, subscribe: q.sub, wait: q.wait, expiresAt: q.permit.expiresAt, last: r.Close}
+	n := &question{technique: st.technique, enc: st.enc, subscribe: q.sub, wait: q.wait, expiresAt: q.permit.expiresAt, lastRequest: r.Close}
 	n.subscribe.driver = nil
 	n.subscribe.rooms = strings.Split(strings.Clone(strings.Join(q.rooms, ",")), ",")
 	n.answerHead = answerHead("200 OK", header)
@@ -307,7 +307,7 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 	if p.before == "" || p.subscribe.user != "" { // it cannot be repeated, or the user was present for the wait
 		ses.sub.unsubscribe()
 	}
-	p.last = p.question.last || stopping || ses.gone.Load()
+	p.ends = p.lastRequest || stopping || ses.gone.Load()
 
 	b := ses.enc.encode(append(sc.buf[:0], ses.enc.preamble...), &ses.sub, sc.events...)
 	size := len(b)
@@ -315,7 +315,7 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 	b = append(b, p.answerHead...)
 	b = strconv.AppendInt(append(b, "Content-Length: "...), int64(size), 10)
 	b = time.Unix(0, now).UTC().AppendFormat(append(b, "\r\nDate: "...), http.TimeFormat)
-	if p.last {
+	if p.ends {
 		b = append(b, "\r\nConnection: close"...)
 	}
 	b = append(b, "\r\n\r\n"...)
@@ -328,7 +328,7 @@ func (ses *session) answerPoll(sc *scratch, now int64) error {
 // finishAnswer gives the session to the goroutine that reads.
 func (ses *session) finishAnswer() {
 	p := ses.poll
-	if p.last || ses.gone.Load() {
+	if p.ends || ses.gone.Load() {
 		ses.release(true)
 		return
 	}
