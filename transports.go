@@ -1315,7 +1315,8 @@ func (q *request) representation(t *technique) newEncoder {
 		return enc
 	}
 	if as == "data" || as != "" && t.name == "multipart" {
-		q.fail(badRequest("%s has no as=%.80s; it has %q", t.name, as, slices.Sorted(maps.Keys(t.as))))
+		others := cmp.Or(strings.Join(slices.Sorted(maps.Keys(t.as)), ", "), "none")
+		q.fail(badRequest("%s has no as=%.80s; it has %s", t.name, as, others))
 	}
 	return t.encoder
 }
