@@ -377,7 +377,7 @@ func (ros roster) sentence() string {
 // Server push for windows and frames, in Firefox.
 
 // multipartText is multipart with as=text: each part is one event.
-func multipartText(*server, *request) encoder {
+func multipartText(*request) encoder {
 	enc, next := multipartOf("text/plain; charset=utf-8")
 	enc.event = func(b []byte, e *event) []byte { return append(append(b, e.text()...), next...) }
 	return enc
@@ -399,7 +399,8 @@ func (e *event) text() string {
 
 // multipartHTML is multipart with as=html: each part is a whole page. It is read from the
 // log again, so that nothing is kept of what the log drops.
-func multipartHTML(s *server, q *request) encoder {
+func multipartHTML(q *request) encoder {
+	s := q.server
 	enc, next := multipartOf("text/html; charset=utf-8")
 	enc.last = pageMessages
 	q.sub.maxBatchBytes = math.MaxInt // a page shows them all

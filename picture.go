@@ -109,7 +109,7 @@ func decodeImage(e *event) []byte {
 // type. If that was wrong, the image is sent again under its own. A part without bytes
 // would crash a tab of Chromium, and anything before an image would spoil it. So the
 // heartbeat is the image once more; and before there is one, a line of its head.
-func (p *pictures) pushImages(_ *server, q *request) encoder {
+func (p *pictures) pushImages(q *request) encoder {
 	boundary := rand.Text()
 	opened := ""      // type of the part that has begun
 	shown := int64(0) // the event that was sent last
@@ -155,7 +155,7 @@ func (p *pictures) pushImages(_ *server, q *request) encoder {
 // Rooms as pictures.
 
 // svg is multipart with as=svg.
-func (p *pictures) svg(_ *server, q *request) encoder {
+func (p *pictures) svg(q *request) encoder {
 	c := &renderer{p: p, room: q.rooms[0]}
 	c.w = int(q.intParam("w", minSide, maxSide, pictureWidth))
 	c.h = int(q.intParam("h", minSide, maxSide, pictureHeight))

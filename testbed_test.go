@@ -684,8 +684,8 @@ func newTestEncoder(tb testing.TB, t *technique) encoder {
 			tb.Fatal(q.err)
 		}
 	}()
-	s := newTestApp(tb).server
-	return s.technique(t.name).encoder(s, q)
+	q.server = newTestApp(tb).server
+	return q.server.technique(t.name).encoder(q)
 }
 
 // newTestApp returns a relay without a listener.

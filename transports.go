@@ -63,7 +63,7 @@ const (
 
 // A newEncoder reads the parameters that are the technique's own, and returns the encoder
 // for a request.
-type newEncoder func(*server, *request) encoder
+type newEncoder func(*request) encoder
 
 func newTechniques() []*technique {
 	return []*technique{
@@ -114,7 +114,7 @@ func (enc *encoder) encode(b []byte, sub *subscriber, events ...*event) []byte {
 //
 // A poll is answered at once, usually without an event. A long-poll (about 2000) is answered
 // when there is an event, and then the page asks again at once.
-func poll(*server, *request) encoder {
+func poll(*request) encoder {
 	return encoder{
 		contentType: "application/json; charset=utf-8",
 		batch: func(b []byte, sub *subscriber, events []*event) []byte {
@@ -144,7 +144,7 @@ func pollBody(b []byte, cursor int64, events []*event) []byte {
 // The comment in front makes sure that the answer is a script and nothing else. Without it
 // the name of the callback would come first, and a Flash movie can be spelled in letters
 // and digits.
-func jsonp(_ *server, q *request) encoder {
+func jsonp(q *request) encoder {
 	callback := strings.Clone(q.param("callback")) // a clone does not keep the whole URL in memory
 	if !validCallback(callback) {
 		q.fail(badRequest("callback must be a JavaScript name, or several with dots between them, of at most %d characters", maxName))
@@ -162,7 +162,7 @@ func jsonp(_ *server, q *request) encoder {
 // fetch; about 2004 it was an XMLHttpRequest at readyState 3. A heartbeat is an empty line.
 //
 //	{"id":1795351418000042,…}
-func ndjson(*server, *request) encoder {
+func ndjson(*request) encoder {
 	return encoder{
 		contentType: "application/x-ndjson; charset=utf-8",
 		event: func(b []byte, e *event) []byte {
@@ -191,7 +191,7 @@ func ndjson(*server, *request) encoder {
 // every block, and parse its data as JSON. So retry has no block of its own, and a heartbeat
 // has data. The retry differs from client to client, so that they do not all return at once.
 // With as=data an event is its data alone.
-func sse(_ *server, q *request) encoder {
+func sse(q *request) encoder {
 	unnamed := q.intParam("names", 0, 1, 1) == 0
 	dataOnly := q.as == "data"
 	heartbeat := "event: beat\ndata: " + beatJSON + "\n\n"
@@ -239,7 +239,7 @@ var lineEnds = strings.NewReplacer("\r\n", "\n", "\r", "\n")
 //	Content-Type: application/json
 //
 // The boundary is random, so no event can contain it.
-func multipart(*server, *request) encoder {
+func multipart(*request) encoder {
 	enc, next := multipartOf("application/json; charset=utf-8")
 	enc.event = func(b []byte, e *event) []byte { return append(append(b, e.json...), next...) }
 	return enc
@@ -263,7 +263,7 @@ func multipartOf(contentType string) (enc encoder, next string) {
 //	<script nonce="8b1f…">tell({"id":1795351418000042,…})</script>
 //
 // Only scripts with the nonce run, so an event cannot bring a script of its own.
-func iframe(_ *server, q *request) encoder {
+func iframe(q *request) encoder {
 	nonce := rand.Text()
 	target := "location.origin"
 	if q.permit.origin != "" {
@@ -288,7 +288,7 @@ func iframe(_ *server, q *request) encoder {
 // ws: the messages on a WebSocket (RFC 6455, 2011). A message is an event, or several that
 // are due at once, with newlines between them. With as=data a message is the data of one
 // event that somebody published, and nothing else is sent.
-func frames(_ *server, q *request) encoder {
+func frames(q *request) encoder {
 	if q.as == "data" {
 		q.sub.maxBatchBytes = 1 // one event a message
 		return encoder{
@@ -323,7 +323,8 @@ const pageMessages = 50
 // while the rest is loading, so the server goes on sending.
 //
 //	<p><time>14:03</time> <b>ada</b> hi</p>
-func endlessPage(s *server, q *request) encoder {
+func endlessPage(q *request) encoder {
+	s := q.server
 	return encoder{
 		contentType: "text/html; charset=utf-8",
 		header:      map[string]string{"Content-Security-Policy": q.pagePolicy()},
@@ -339,7 +340,8 @@ func endlessPage(s *server, q *request) encoder {
 // has none: to post a form ends the page it is on.
 //
 //	Refresh: 10
-func refresh(s *server, q *request) encoder {
+func refresh(q *request) encoder {
+	s := q.server
 	wait := strconv.FormatInt(q.intParam("wait", 1, maxWait, 10), 10) // with 0 a browser asks thirty times a second
 	return encoder{
 		contentType: "text/html; charset=utf-8",
@@ -471,7 +473,7 @@ const (
 
 // serve answers a request for events.
 func (s *server) serve(w http.ResponseWriter, r *http.Request, q *request, t *technique) error {
-	enc := q.parseSubscribe(s, r, t)
+	enc := q.parseSubscribe(r.Header, t)
 	if q.err != nil {
 		return q.err
 	}
@@ -1164,7 +1166,7 @@ func (s *server) route(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	_, p := withPermit(r)
-	q := &request{rooms: rooms, permit: p}
+	q := &request{server: s, rooms: rooms, permit: p}
 	switch verb {
 	case "":
 		return s.handle(w, r, q, roomMethods, p.rights.write, s.handleRoom)
@@ -1235,6 +1237,7 @@ func (s *server) handle(w http.ResponseWriter, r *http.Request, q *request, meth
 
 // A request is what an HTTP request asks for.
 type request struct {
+	server *server
 	rooms  []string
 	values url.Values // the parameters
 	isForm bool       // the body is a form; its fields are parameters, too
@@ -1286,9 +1289,9 @@ func (q *request) intParam(name string, low, high, absent int64) int64 {
 }
 
 // parseSubscribe reads what a technique takes, and returns its encoder.
-func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encoder {
+func (q *request) parseSubscribe(header http.Header, t *technique) encoder {
 	q.user = strings.Clone(q.userParam()) // a clone does not keep the whole URL in memory
-	q.sub = subscribeRequest{rooms: q.rooms, client: strings.Clone(q.clientParam()), longLived: t.mode != immediate, cursor: q.cursorParam(r.Header)}
+	q.sub = subscribeRequest{rooms: q.rooms, client: strings.Clone(q.clientParam()), longLived: t.mode != immediate, cursor: q.cursorParam(header)}
 	q.wait = time.Duration(q.intParam("wait", 0, maxWait, 25)) * time.Second
 	q.wait = min(q.wait, time.Until(time.Unix(0, q.permit.expiresAt)))
 	switch presence := q.param("presence"); presence {
@@ -1301,7 +1304,7 @@ func (q *request) parseSubscribe(s *server, r *http.Request, t *technique) encod
 	default:
 		q.fail(badRequest("presence must be 1, to receive it, or 0"))
 	}
-	enc := q.representation(t)(s, q)
+	enc := q.representation(t)(q)
 	q.sub.last = int(q.intParam("last", 0, math.MaxInt32, int64(enc.last)))
 	return enc
 }

@@ -791,10 +791,9 @@ func TestAClientThatSendsFirstReadsTheRefusal(t *testing.T) {
 // Some clients of sse take an id for their cursor as soon as they have read its line. They
 // lose nothing either when the connection is cut: by then they have read the event.
 func TestTheIDComesLast(t *testing.T) {
-	s := newTestApp(t).server
 	for _, parameters := range []url.Values{{}, {"names": {"0"}}, {"as": {"data"}}} {
 		q := &request{rooms: []string{"a"}, as: parameters.Get("as"), permit: newPermit(), values: parameters}
-		enc := sse(s, q)
+		enc := sse(q)
 		for _, e := range []*event{
 			{id: 7, kind: "message", json: []byte(`{"id":7,"data":"two\nlines"}`)},
 			{id: 8, kind: "x", json: []byte(`{"id":8,"data":""}`)},
