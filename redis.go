@@ -62,7 +62,7 @@ const (
 	idStep         = 16                      // as in the script; above 60,000 events a second ids run ahead of the clock
 	publishTimeout = 1900 * time.Millisecond // for a publish, with all its tries
 	readTimeout    = 2 * time.Second         // for an instance to read what Redis has
-	startTimeout   = 10 * time.Second        // to find Redis at the start: it may be starting, too
+	startTimeout   = 10 * time.Second        // to find Redis, which may be starting, too; and to read all that it has
 	beatEvery      = 3 * time.Second         // an instance says that it lives
 	silentAfter    = 20 * time.Second        // an instance that did not is dead
 	unhealthyAfter = 10 * time.Second        // without a beat
