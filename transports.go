@@ -1329,11 +1329,17 @@ var joinWords = strings.NewReplacer("-", "", "_", "")
 // cursorParam returns the cursor, or -1. The header Last-Event-ID counts first, then
 // lastEventId in the query, then after. Clients that cannot set the header, such as
 // EventSource polyfills and Mercure's, spell it in many ways: lastEventID, last-event-id.
+// Some add theirs to a URL that has one already: they have got as far as the greatest.
 func (q *request) cursorParam(header http.Header) int64 {
+	var ids []string
 	for name, values := range q.values {
-		if name != "lastEventId" && strings.EqualFold(joinWords.Replace(name), "lastEventId") {
-			q.add("lastEventId", values...)
+		if strings.EqualFold(joinWords.Replace(name), "lastEventId") {
+			ids = append(ids, values...)
 		}
+	}
+	if len(ids) > 0 {
+		greatest := slices.MaxFunc(ids, func(a, b string) int { return cmp.Or(cmp.Compare(len(a), len(b)), strings.Compare(a, b)) })
+		q.values["lastEventId"] = []string{greatest}
 	}
 	q.values["Last-Event-ID"] = header.Values("Last-Event-ID")
 	cursor := q.intParam("after", 0, math.MaxInt64, -1)

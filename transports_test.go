@@ -1485,6 +1485,9 @@ func TestTheCursorByItsOtherNames(t *testing.T) {
 			{after("last_event_id", 2), "", "three"},
 			{after("lastEventId", 2) + "&" + after("after", 1), "", "three"},
 			{after("after", 1) + "&" + after("lastEventID", 2) + "&" + after("lastEventId", 2), "", "three"},
+			{after("lastEventID", 1) + "&" + after("lastEventId", 2), "", "three"}, // a polyfill's, behind the page's own
+			{after("lastEventId", 2) + "&" + after("lastEventId", 1), "", "three"},
+			{"lastEventID=9&" + after("lastEventId", 2), "", "three"},
 			{after("lastEventId", 1), fmt.Sprint("Last-Event-ID: ", start+2), "three"},
 			{after("lastEventId", 2), "Last-Event-ID: ", "three"},
 			{"lastEventId=&" + after("after", 2), "", "three"},
@@ -1724,7 +1727,7 @@ func TestRefusals(t *testing.T) {
 			post(400, "/rooms/a", "data=hi&if="+id, formType)
 		}
 		post(400, "/rooms/a?if=1", "data=hi&if=2", formType)
-		get(400, "/rooms/a/poll?lastEventId=x", "/rooms/a/sse?Last-Event-ID=-1", "/rooms/a/sse?lastEventId=1&lastEventId=2", "/rooms/a/sse?lastEventId=1&lastEventID=2")
+		get(400, "/rooms/a/poll?lastEventId=x", "/rooms/a/sse?Last-Event-ID=-1", "/rooms/a/poll?after=1&after=2")
 		get(400, "/rooms/a/stream?as=data", "/rooms/a/poll?as=data", "/rooms/a/html?as=data", "/rooms/a/refresh?as=data", "/rooms/a/iframe?as=data", "/rooms/a/longpoll?as=data", "/rooms/a/jsonp?callback=f&as=data", "/rooms/a/multipart?as=data")
 		get(400, "/rooms/a/sse?client="+strings.Repeat("x", 65), "/rooms/a/sse?client=a%20b", "/rooms/a/poll?client=a&client=b")
 		post(400, "/rooms/a/presence?user=ada&client=%3Cb%3E", "online")
