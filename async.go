@@ -395,8 +395,8 @@ func (ses *session) enqueue() {
 }
 
 // enqueue puts sessions whose state is stateQueued into the queue, and starts writers: one
-// for each batch, but no more than there are processors. If here, this goroutine may be one
-// of them, for one batch.
+// for each batch, while there are fewer than processors. If here, this goroutine may be
+// one of them, for one batch.
 func (p *writerPool) enqueue(here bool, sessions ...*session) {
 	p.mu.Lock()
 	if p.taken > 0 && p.taken >= len(p.queue)/2 {
@@ -405,16 +405,20 @@ func (p *writerPool) enqueue(here bool, sessions ...*session) {
 		p.queue, p.taken = p.queue[:n], 0
 	}
 	p.queue = append(p.queue, sessions...)
-	most := min(runtime.GOMAXPROCS(0), (len(p.queue)-p.taken+batchSize-1)/batchSize)
-	if here = here && p.writers < most; here {
-		p.writers++
+	batches := (len(p.queue) - p.taken + batchSize - 1) / batchSize
+	more := max(0, min(batches, runtime.GOMAXPROCS(0)-p.writers))
+	p.writers += more
+	p.mu.Unlock()
+	if more == 0 {
+		return
 	}
-	for ; p.writers < most; p.writers++ {
+	for range more - 1 {
 		go p.run(math.MaxInt)
 	}
-	p.mu.Unlock()
 	if here {
 		p.run(1)
+	} else {
+		go p.run(math.MaxInt)
 	}
 }
 
