@@ -68,6 +68,7 @@ type session struct {
 	*stream
 	pool          *writerPool
 	conn          *limitedConn
+	fd            int         // of its socket, or -1: kept here, since a write finds little in the cache
 	before        []byte      // what the next write begins with: the head of the answer, or a ping
 	pending       net.Buffers // what a full socket did not take
 	kernelTimeout bool        // the kernel ends the connection when the client acknowledges nothing
@@ -220,7 +221,7 @@ func (ses *session) write(b []byte, events []*event) error {
 		b = append(ses.before, b...)
 		ses.before = nil
 	}
-	n, err := ses.conn.socket().tryWrite(b)
+	n, err := tryWrite(ses.fd, b)
 	if err != nil || n == len(b) {
 		return err
 	}
@@ -266,7 +267,9 @@ func unwritten(b []byte, n int, events []*event) (rest net.Buffers) {
 
 // add begins to serve a session.
 func (p *writerPool) add(ses *session) {
-	if s := ses.conn.socket(); s != nil {
+	ses.fd = -1
+	if s, ok := ses.conn.Conn.(*socket); ok {
+		ses.fd = s.fd
 		s.SetWriteBuffer(socketBuffer)
 		ses.kernelTimeout = s.setUserTimeout(2 * max(p.server.heartbeat, writeTimeout))
 	}

@@ -22,7 +22,7 @@ import (
 // A chunk may be as long as a page with fifty of the longest messages.
 func TestALongChunk(t *testing.T) {
 	s := newServer(newTestRelay(limits{maxBytes: 1 << 30, maxRoomBytes: 1 << 20}))
-	st := &session{stream: &stream{server: s, quota: unlimited{}, headroom: chunkHeadSize}, conn: &limitedConn{}}
+	st := &session{stream: &stream{server: s, quota: unlimited{}, headroom: chunkHeadSize}, fd: -1}
 	ours, theirs := net.Pipe()
 	body := bytes.Repeat([]byte("x"), 17<<20)
 	if err := st.sendChunk(&scratch{count: s.count}, append(make([]byte, chunkHeadSize), body...), nil); err != errBlocked {

@@ -431,12 +431,6 @@ func (c *limitedConn) weight() int64 {
 	return 1
 }
 
-// socket returns the socket, or nil if there is none, as in a test.
-func (c *limitedConn) socket() *socket {
-	s, _ := c.Conn.(*socket)
-	return s
-}
-
 // CloseWrite is called by net/http before it closes: the client reads the answer to its
 // end, even if some of its request was never read.
 func (c *limitedConn) CloseWrite() error { return closeWrite(c.Conn) }

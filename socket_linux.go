@@ -36,7 +36,7 @@ func newSocket(conn net.Conn) net.Conn {
 	s := &socket{TCPConn: tcp, raw: raw}
 	raw.Control(func(fd uintptr) { s.fd = int(fd) })
 	s.tryRead = func(uintptr) bool {
-		s.n, s.err = s.transfer(syscall.SYS_READ, s.buf)
+		s.n, s.err = transfer(syscall.SYS_READ, s.fd, s.buf)
 		return s.err != syscall.EAGAIN
 	}
 	return s
@@ -61,7 +61,7 @@ func (s *socket) Read(b []byte) (int, error) {
 func (s *socket) Write(b []byte) (n int, err error) {
 	rawErr := s.raw.Write(func(uintptr) bool {
 		var m int
-		m, err = s.tryWrite(b[n:])
+		m, err = tryWrite(s.fd, b[n:])
 		n += m
 		return err != nil || n == len(b)
 	})
@@ -71,14 +71,14 @@ func (s *socket) Write(b []byte) (n int, err error) {
 	return n, err
 }
 
-// tryWrite writes what the socket takes of b without waiting, which net.Conn cannot do. It
-// returns 0 if the socket is full, or there is none. It must not be called when the
-// connection may be closed at the same time.
-func (s *socket) tryWrite(b []byte) (int, error) {
-	if s == nil {
+// tryWrite writes what a socket takes of b without waiting, which net.Conn cannot do. It
+// returns 0 if the socket is full, or fd is -1. It must not be called when the connection
+// may be closed at the same time.
+func tryWrite(fd int, b []byte) (int, error) {
+	if fd < 0 {
 		return 0, nil
 	}
-	n, err := s.transfer(syscall.SYS_WRITE, b)
+	n, err := transfer(syscall.SYS_WRITE, fd, b)
 	if err == 0 || err == syscall.EAGAIN {
 		return n, nil
 	}
@@ -86,9 +86,9 @@ func (s *socket) tryWrite(b []byte) (int, error) {
 }
 
 // transfer reads or writes b. Go sets all its sockets to non-blocking.
-func (s *socket) transfer(call uintptr, b []byte) (int, syscall.Errno) {
+func transfer(call uintptr, fd int, b []byte) (int, syscall.Errno) {
 	for {
-		n, _, err := syscall.RawSyscall(call, uintptr(s.fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		n, _, err := syscall.RawSyscall(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
 		switch err {
 		case 0:
 			return int(n), 0

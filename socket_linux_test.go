@@ -53,7 +53,7 @@ func TestTheKernelEndsAConnectionThatAcknowledgesNothing(t *testing.T) {
 			t.Fatalf("%d streams", len(streams))
 		}
 		for i, st := range streams {
-			ms, err := syscall.GetsockoptInt(st.conn.socket().fd, syscall.IPPROTO_TCP, 18)
+			ms, err := syscall.GetsockoptInt(st.fd, syscall.IPPROTO_TCP, 18)
 			if got := time.Duration(ms) * time.Millisecond; err != nil || got != want {
 				t.Errorf("with a heartbeat of %v: %v, %v; want %v", beat, got, err, want)
 			}

@@ -159,7 +159,7 @@ func TestHowManyPings(t *testing.T) {
 		kernelTimeout, proxied bool
 		pings                  int
 	}{{false, false, 16}, {false, true, 16}, {true, true, 16}, {true, false, 4}} {
-		st := &session{stream: &stream{server: b.server, technique: b.technique("ws"), quota: unlimited{}, enc: frames(&request{})}, ws: &webSocket{proxied: test.proxied}, conn: &limitedConn{}}
+		st := &session{stream: &stream{server: b.server, technique: b.technique("ws"), quota: unlimited{}, enc: frames(&request{})}, ws: &webSocket{proxied: test.proxied}, fd: -1}
 		st.kernelTimeout = test.kernelTimeout
 		pings := 0
 		for range 48 {
@@ -251,7 +251,7 @@ func TestWebSocketFlood(t *testing.T) {
 func TestHelloComesBeforeAnyReply(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newTestbed(t, pipe)
-		st := &session{ws: &webSocket{}, conn: &limitedConn{}, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(&request{}), quota: unlimited{}, headroom: maxFrameHead, expiresAt: math.MaxInt64}}
+		st := &session{ws: &webSocket{}, fd: -1, stream: &stream{server: b.server, technique: b.techniques[len(b.techniques)-1], enc: frames(&request{}), quota: unlimited{}, headroom: maxFrameHead, expiresAt: math.MaxInt64}}
 		st.send = st.sendMessage
 		if err := b.relay.subscribe(&st.sub, subscribeRequest{rooms: []string{"a"}, cursor: -1, maxBatchBytes: 1, driver: st}); err != nil {
 			t.Fatal(err)
