@@ -335,22 +335,26 @@ func (p *writerPool) all() []*session {
 
 // Waking.
 
-// wakeRoom wakes the subscribers of a room. A handful is served here, by the goroutine that
-// publishes, since that costs less than to wake a writer.
+// wakeRoom wakes the subscribers of a room. The last handful is served here, by the
+// goroutine that publishes, if writers are not busy: that costs less than to wake one.
 func (p *writerPool) wakeRoom(rm *room) {
 	var array [batchSize]*session
 	woken := array[:0]
 	rm.mu.Lock()
 	for _, s := range rm.subscriptions {
-		if ses, ok := s.subscriber.driver.(*session); !ok {
+		ses, ok := s.subscriber.driver.(*session)
+		if !ok {
 			s.subscriber.wake()
 		} else if ses.claim() {
-			woken = append(woken, ses)
+			if woken = append(woken, ses); len(woken) == batchSize {
+				p.enqueue(false, woken...)
+				woken = woken[:0]
+			}
 		}
 	}
 	rm.mu.Unlock()
 	if len(woken) > 0 {
-		p.enqueue(len(woken) <= batchSize, woken...)
+		p.enqueue(true, woken...)
 	}
 }
 
