@@ -243,7 +243,7 @@ func checkCatchUp(t *testing.T, b *testbed, v variant) {
 }
 
 func checkGap(t *testing.T, b *testbed, v variant) {
-	b.relay.maxEvents = 4 // bound of the history
+	b.keep(4)
 	var ids []string
 	for i := range 10 {
 		ids = append(ids, fmt.Sprint(b.post("a", fmt.Sprintf("m%d", i))))
@@ -301,7 +301,7 @@ func checkGap(t *testing.T, b *testbed, v variant) {
 }
 
 func checkSignals(t *testing.T, b *testbed, v variant) {
-	b.relay.maxEvents = 4
+	b.keep(4)
 	before := fmt.Sprint(b.relay.lastID.Load())
 	live := b.subscribe(v, "a").begin()
 	for i := range 4 { // as many as the history keeps
@@ -355,7 +355,7 @@ func checkHeartbeat(t *testing.T, b *testbed, v variant) {
 }
 
 func checkBye(t *testing.T, b *testbed, v variant) {
-	b.relay.maxEvents = 1000
+	b.keep(1000)
 	e := b.subscribe(v, "a").begin()
 	want := []string{}
 	for i := range 300 { // more than one batch
