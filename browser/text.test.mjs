@@ -30,7 +30,7 @@ for (const [name, { file, dump, visit, field, write, send, quit }] of Object.ent
     assert.match(page, /<i>bob<\/i> <b>bold<\/b> & <script>no<\/script>[^]*ada first/, 'the newest is on top')
     assert.match(page, /Name[^]*eve[^]*Message[^]*Send/)
     const front = await read('/')
-    assert.match(front, /This is a chat\.[^]*Your name[^]*Join[^]*the page that refreshes\s+itself/)
+    assert.match(front, /A chat that works without JavaScript[^]*Your name[^]*Join[^]*the page that refreshes\s+itself/)
     assert.doesNotMatch(front, /<|Write to|connecting|Who is here|WebSocket|Send|If nothing appears/, 'nothing of the page for JavaScript')
     assert.deepEqual(Object.keys(await relay.presence('lobby')).sort(), ['ada', 'eve'])
     for (const [path, what] of [['/lab.html', /Three of the techniques work without it/], ['/stats.html', /The same without JavaScript/], ['/inspect.html', /shows the same/]]) {
