@@ -104,7 +104,7 @@ var (
 func (ses *session) readAll(in *bufio.Reader, a *author) {
 	err := ses.readMessages(in, a)
 	if refusal, ok := err.(websocket.CloseError); ok {
-		ses.enqueueFrames(closeFrame(refusal.Code, refusal.Reason), io.EOF)
+		ses.refuse(refusal)
 		ses.conn.SetReadDeadline(time.Time{})
 		io.Copy(io.Discard, in) // until release closes: the client may still send, and is to read why it was refused
 	} else if err != errClientCloses {
@@ -229,7 +229,7 @@ func (ses *session) reserve(m *message, size int) error {
 		return nil
 	}
 	if m.receipt == nil {
-		m.receipt = ses.pool.receipts.open(func() { ses.enqueueFrames(closeFrame(errNoReceipt.Code, errNoReceipt.Reason), io.EOF) })
+		m.receipt = ses.pool.receipts.open(func() { ses.refuse(errNoReceipt) })
 		size += len(m.data)
 	}
 	if m.receipt.grow(int64(2*size)) != nil {
@@ -313,6 +313,11 @@ func (ses *session) sendMessage(sc *scratch, b []byte, events []*event) error {
 		b = append(b, closeFrame(ses.closeCode())...)
 	}
 	return ses.write(b, events)
+}
+
+// refuse ends the session with a close frame that says why.
+func (ses *session) refuse(why websocket.CloseError) {
+	ses.enqueueFrames(closeFrame(why.Code, why.Reason), io.EOF)
 }
 
 // enqueueFrames has whole frames written by the pool, and then perhaps the session ended. A
