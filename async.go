@@ -311,26 +311,19 @@ func setGCPercent(percent int) {
 func (p *writerPool) tick() {
 	time.AfterFunc(p.server.heartbeat/15, func() {
 		var due []*session
+		p.mu.Lock()
 		now := time.Now().UnixNano()
-		for _, ses := range p.all() {
+		for _, ses := range p.sessions {
 			if ses.poll == nil && ses.due(now) && ses.claim() {
 				due = append(due, ses)
 			}
 		}
-		p.enqueue(false, due...)
-		p.mu.Lock()
-		defer p.mu.Unlock()
 		if p.ticking = len(p.sessions) > 0; p.ticking {
 			p.tick()
 		}
+		p.mu.Unlock()
+		p.enqueue(false, due...)
 	})
-}
-
-// all returns the sessions.
-func (p *writerPool) all() []*session {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return slices.Clone(p.sessions)
 }
 
 // Waking.
@@ -361,7 +354,10 @@ func (p *writerPool) wakeRoom(rm *room) {
 // wakeAll has all sessions served, so they see that the relay stops. Connections that
 // wait for a request end.
 func (p *writerPool) wakeAll() {
-	for _, ses := range p.all() {
+	p.mu.Lock()
+	all := slices.Clone(p.sessions) // to wake takes the lock
+	p.mu.Unlock()
+	for _, ses := range all {
 		if ses.poll != nil {
 			ses.gone.Store(true)
 			ses.conn.SetReadDeadline(past)
