@@ -35,9 +35,6 @@ import (
 //go:embed static transports.go
 var embedded embed.FS
 
-//go:embed static/colours.css
-var colours string // of both styles
-
 // fileTypes replaces the system's table, which takes .ts for video.
 var fileTypes = map[string]string{
 	".html": "text/html; charset=utf-8",
@@ -62,6 +59,7 @@ var files = readFiles()
 // and styles lose their comments and indentation; with them they are text in /source/.
 func readFiles() map[string]file {
 	files := map[string]file{}
+	colours, _ := embedded.ReadFile("static/colours.css")
 	add := func(name, extension, content string) {
 		var packed bytes.Buffer
 		zw, _ := gzip.NewWriterLevel(&packed, gzip.BestCompression)
@@ -77,7 +75,7 @@ func readFiles() map[string]file {
 		b, err := embedded.ReadFile(name)
 		name, content, extension := strings.TrimPrefix(name, "static/"), string(b), path.Ext(name)
 		if extension == ".css" {
-			content = colours + content
+			content = string(colours) + content
 		}
 		if extension == ".js" || extension == ".css" {
 			add("source/"+name, ".txt", content)

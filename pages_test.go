@@ -146,7 +146,11 @@ func TestFiles(t *testing.T) {
 			}
 			if kind := path.Ext(file); kind == ".js" || kind == ".css" {
 				if kind == ".css" {
-					want = append([]byte(colours), want...)
+					colours, err := os.ReadFile("static/colours.css")
+					if err != nil {
+						t.Fatal(err)
+					}
+					want = append(colours, want...)
 				}
 				if res, body := b.do("GET", "/source"+name, ""); res.Header.Get("Content-Type") != "text/plain; charset=utf-8" || body != string(want) {
 					t.Errorf("/source%s: %s %v, %d bytes, want %d of text", name, res.Status, res.Header, len(body), len(want))

@@ -3,7 +3,7 @@
  * connection, with what is said about it.
  */
 import { Comet, get, techniques } from './comet.js'
-import { $, access, askForToken, capitalized, copies, descriptions, here, insertMarkup, make, names, setText, years } from './page.js'
+import { $, access, askForToken, capitalized, copies, descriptions, here, insertMarkup, make, names, setText, sleep, years } from './page.js'
 
 const FADE_TIME = 8e3 // ms for which a user who left is still listed; also in style.css
 const STATES = { online: '', typing: 'typing…', away: 'away', offline: 'left' }
@@ -326,7 +326,7 @@ export class Room {
 
   async #request(path, options) {
     const wait = (this.#times.at(-RATE) ?? -Infinity) + 1000 - performance.now()
-    if (wait > 0) await new Promise(done => setTimeout(done, wait))
+    if (wait > 0) await sleep(wait)
     if (this.#times.push(performance.now()) > RATE) this.#times.shift()
     try {
       const response = await get(this.#path + path, { signal: AbortSignal.timeout(15e3), ...options })
